@@ -1,0 +1,45 @@
+"""The contrastive rule as functions on tensors: two rows of logits in, one row of scores out.
+
+No model and no tokenizer in sight. Everything is computed in float32, whatever the logits' dtype.
+Source of the rule: Bu, Jung, Kang, Kim, "Personalized LLM Decoding via Contrasting Personal Preference", EMNLP 2025.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_alpha_tau(alpha: float, tau: float) -> None:
+    """Raise ``ValueError`` unless α ≥ 0 and 0 < τ ≤ 1, both finite."""
+    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(
+            f"alpha must be a finite number ≥ 0, not {alpha!r}: 0 is the adapter alone, 0.1 the paper's value"
+        )
+    if not (isinstance(tau, (int, float)) and 0 < tau <= 1):
+        raise ValueError(
+            f"tau must lie in 0 < tau ≤ 1, not {tau!r}: 0.1 is the paper's value, 1 keeps the likeliest token only"
+        )
+
+
+def contrast(user_logits: Tensor, base_logits: Tensor, alpha: float | Tensor, tau: float | Tensor) -> Tensor:
+    """Scores of the next token under contrasted preferences, as normalised log-probabilities.
+
+    ``score(v) = log π_user(v) − α · log π_base(v)`` for every v in
+    ``V_head = {v : π_user(v) ≥ τ · max_w π_user(w)}``, −inf elsewhere, then renormalised over V_head.
+
+    Args:
+        user_logits: ``(R, V)`` or ``(V,)``, the personal model's logits. An entry of −inf (a grammar's mask, say) stays −inf.
+        base_logits: the same shape, the base model's logits.
+        alpha: α ≥ 0, a number or a tensor ``(R, 1)``.
+        tau: 0 < τ ≤ 1, likewise. The likeliest token is always in V_head, so the set is never empty.
+
+    Returns:
+        float32, the shape of ``user_logits``.
+    """
+    user = torch.log_softmax(user_logits.float(), dim=-1)
+    base = torch.log_softmax(base_logits.float(), dim=-1)
+    log_tau = torch.log(tau) if isinstance(tau, Tensor) else math.log(tau)
+    head = (user >= user.amax(dim=-1, keepdim=True) + log_tau) & (user > -math.inf)
+    scores = torch.where(head, user - alpha * base, -math.inf)
+    return torch.log_softmax(scores, dim=-1)

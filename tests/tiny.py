@@ -1,0 +1,127 @@
+"""Tiny real models and adapters, built here: real transformers architectures, a real tokenizer trained on a few sentences.
+
+Nothing is downloaded. Weights are random but wide enough apart that greedy answers differ between prompts, users and α.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = [
+    "Generate a headline for the following article.",
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
+    "Personal models answer every user in that user's own manner.",
+    "Wörter mit Umlauten, 日本語 and emoji 🙂 are text like any other.",
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Gemma's way: no system role, turns end with a newline after the end token.
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+# Qwen3's way: a finished assistant turn starts with an empty think block that the generation prompt does not hold.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _SMALL,
+    "qwen2": _SMALL,
+    "qwen3": {**_SMALL, "head_dim": 8},
+    "gemma": {**_SMALL, "head_dim": 8},
+    "gemma2": {**_SMALL, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8},
+    "mistral": {**_SMALL, "sliding_window": 12},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.3},
+    "gpt_neox": {**_SMALL, "num_key_value_heads": None},
+}
+
+
+def make_tokenizer(folder: Path, *, template: str | None = CHATML, context: int = 256) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 384 tokens that can spell any text, saved to ``folder``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=context
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_model(
+    folder: Path, family: str = "llama", *, seed: int = 0, template: str | None = CHATML, **changes: Any
+) -> Path:
+    """A tiny base of ``family`` in ``folder``: config, random weights, tokenizer."""
+    tokenizer = make_tokenizer(folder, template=template)
+    fields = {key: value for key, value in {**FAMILIES[family], **changes}.items() if value is not None}
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        **fields,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(
+    folder: Path,
+    base: Path,
+    *,
+    seed: int,
+    targets: list[str] | str = "all-linear",
+    rank: int = 4,
+    scale: float = 0.15,
+    **changes: Any,
+) -> Path:
+    """A peft LoRA folder with random A and B for the model at ``base``, strong enough to change most answers."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(
+        r=rank, lora_alpha=changes.pop("lora_alpha", 2 * rank), target_modules=targets, task_type="CAUSAL_LM", **changes
+    )
+    personal = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in personal.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, scale)
+    personal.save_pretrained(folder)
+    return folder
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Rewrite fields of a peft folder's adapter_config.json."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
