@@ -1,0 +1,141 @@
+"""What a history is: items of one user, oldest first, each a prompt and what the user wrote.
+
+Knows no files and no database: ``history_formats`` turns rows into items, ``history`` reads files, ``chroma_history``
+a Chroma. All of them end in ``settle``, which puts items in order and removes duplicates.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+
+from langchain_cope.errors import HistoryError
+
+Message = dict[str, str]
+"""A chat message, ``{"role": …, "content": …}``; the role is system, user or assistant."""
+Target = Literal["assistant", "user"]
+"""Whose turns of a conversation are the completions."""
+
+_DATE = re.compile(r"(\d{4})(?:-(\d{1,2}))?(?:-(\d{1,2}))?")
+_DATETIME = TypeAdapter(datetime)
+
+
+class Item(BaseModel):
+    """One thing the user wrote, and what it answers.
+
+    ``prompt`` is a text (one user message) or messages that end in a user turn; a ``created_at`` without a time zone
+    is taken as UTC; items of one ``conversation`` are never split between training and held-out items.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str | list[Message]
+    completion: str
+    created_at: datetime | None = None
+    conversation: str | None = None
+
+    @field_validator("created_at")
+    @classmethod
+    def _aware(cls, value: datetime | None) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt as messages."""
+        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else list(self.prompt)
+
+    @property
+    def key(self) -> str:
+        """The same for two items exactly when prompt and completion are the same."""
+        return json.dumps([self.prompt, self.completion], sort_keys=True)
+
+
+class UserHistory(BaseModel):
+    """One user's items, oldest first, without duplicates.
+
+    ``queries`` are newer items that are never trained on. ``instruction`` is the fixed text that stands in where an
+    item had no prompt, None where none was needed. ``notes`` are sentences for people on what was decided.
+    """
+
+    user_id: str | None
+    items: list[Item]
+    queries: list[Item] = []
+    instruction: str | None = None
+    notes: list[str] = []
+
+
+def settle(
+    user_id: str | None,
+    items: Sequence[Item],
+    *,
+    queries: Sequence[Item] = (),
+    instruction: str | None = None,
+    notes: Sequence[str] = (),
+) -> UserHistory:
+    """Order the items by ``created_at`` where all have one, drop exact duplicates (the oldest stays), and say so."""
+    said = list(notes)
+    num_dated = sum(item.created_at is not None for item in items)
+    ordered = in_order(items)
+    if num_dated < len(items):
+        found = f"only {num_dated} of {len(items)} items have" if num_dated else "the items have no"
+        said.append(f"{found} created_at: their order is taken as oldest first")
+    oldest: dict[str, Item] = {}
+    for item in ordered:
+        oldest.setdefault(item.key, item)
+    unique = list(oldest.values())
+    if len(unique) < len(ordered):
+        said.append(f"{_count(len(ordered) - len(unique), 'exact duplicate')} removed, {len(unique)} items left")
+    return UserHistory(user_id=user_id, items=unique, queries=list(queries), instruction=instruction, notes=said)
+
+
+def in_order(items: Sequence[Item]) -> list[Item]:
+    """Oldest first where every item has ``created_at``, else as they came; equal times keep their order."""
+    dated = [(item.created_at, item) for item in items if item.created_at is not None]
+    if len(dated) < len(items):
+        return list(items)
+    return [item for _, item in sorted(dated, key=lambda pair: pair[0])]
+
+
+def parse_time(value: Any, where: str) -> datetime | None:
+    """Read an ISO 8601 time, a date (a year or a month will do), or unix seconds or milliseconds; naive is UTC."""
+    if value is None or value == "":
+        return None
+    try:
+        if isinstance(value, str | int) and (date := _DATE.fullmatch(str(value))):
+            year, month, day = (int(part or 1) for part in date.groups())
+            return datetime(year, month, day, tzinfo=UTC)
+        parsed = _DATETIME.validate_python(value)
+    except (ValidationError, ValueError):
+        shown = f"{value!r:.60}" if not isinstance(value, int) else "a number out of range"
+        raise HistoryError(
+            f"{where}: the time is {shown}; expected ISO 8601 (2024-05-31T12:00:00Z), a date or unix seconds"
+        ) from None
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+def checked_text(value: Any, what: str, where: str) -> str:
+    """Return ``value`` if it is text that can be encoded, else raise HistoryError that names it."""
+    if not isinstance(value, str):
+        raise HistoryError(f"{where}: {what} must be text, not {type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise HistoryError(f"{where}: {what} holds half of a surrogate pair at character {error.start}") from None
+    return value
+
+
+def checked_name(value: Any, what: str, where: str) -> str:
+    """Return a name, a user's or a conversation's, as text: any text but an empty one, or a whole number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    name = checked_text(value, what, where)
+    if not name:
+        raise HistoryError(f"{where}: {what} is empty")
+    return name
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
