@@ -1,0 +1,94 @@
+"""What a caller hands in, checked at the door. Every refusal is an InvalidAdapterError with the value, shortened."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from adapter_store.errors import InvalidAdapterError
+from adapter_store.facts import Limits
+from adapter_store.text import parse_json_object, shorten, to_json
+
+
+def check_user_id(user_id: str, limits: Limits) -> str:
+    """Return `user_id`. Any text will do, `../x` too, since only its keyed hash becomes a path."""
+    if not isinstance(user_id, str):
+        raise InvalidAdapterError(f"user id {shorten(user_id)} is no text: give a str")
+    problem = None
+    if not user_id:
+        problem = "is empty"
+    elif len(user_id) > limits.user_id_characters:
+        problem = "is too long"
+    elif "\0" in user_id:
+        problem = "holds a NUL character"
+    elif not _is_encodable(user_id):
+        problem = "holds half a surrogate pair, which UTF-8 cannot write"
+    if problem:
+        raise InvalidAdapterError(
+            f"user id {shorten(user_id)} {problem}: "
+            f"give 1 to {limits.user_id_characters} characters of Unicode text without NUL"
+        )
+    return user_id
+
+
+def check_idempotency_key(key: str | None) -> str | None:
+    """Return `key`, None or up to 256 characters of text."""
+    if key is not None and (not isinstance(key, str) or not 0 < len(key) <= 256 or not _is_encodable(key)):
+        raise InvalidAdapterError(
+            f"idempotency key {shorten(key)} is not 1 to 256 characters of text: give the job's id"
+        )
+    return key
+
+
+def check_base(base: Mapping[str, str], limits: Limits) -> dict[str, str]:
+    """Return `base`, which maps each part's name to its value, both text."""
+    parts = check_facts(base, "base", limits)
+    if not all(isinstance(value, str) for value in parts.values()):
+        raise InvalidAdapterError(f"base {shorten(base)} does not map text to text: give the base model's fingerprint")
+    return parts
+
+
+def check_facts(facts: Mapping[str, Any], what: str, limits: Limits) -> dict[str, Any]:
+    """Return `facts` as JSON gives them back, so that a publisher sees what a later reader will see."""
+    if not isinstance(facts, Mapping):
+        raise InvalidAdapterError(f"{what} {shorten(facts)} is no mapping: give a dict with str keys")
+    try:
+        data = to_json(dict(facts))
+        plain = parse_json_object(data)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidAdapterError(
+            f"{what} {shorten(facts)} cannot be kept as JSON ({error}): give text, finite numbers, lists and dicts"
+        ) from None
+    if plain.keys() != facts.keys():
+        raise InvalidAdapterError(f"{what} {shorten(facts)} has names that are not text: give a dict with str keys")
+    if len(data) > limits.facts_bytes:
+        raise InvalidAdapterError(
+            f"{what} has {len(data)} bytes as JSON, at most {limits.facts_bytes} are kept, because every later entry "
+            "carries them again: keep large things elsewhere and their names here"
+        )
+    return plain
+
+
+def check_alpha(alpha: float | None) -> float | None:
+    """Return a recommended alpha, None where nothing is recommended."""
+    if alpha is not None and not (_is_finite(alpha) and alpha >= 0):
+        raise InvalidAdapterError(f"alpha is {shorten(alpha)}: give a finite number of at least 0, or None")
+    return None if alpha is None else float(alpha)
+
+
+def check_tau(tau: float | None) -> float | None:
+    """Return a recommended tau, None where nothing is recommended."""
+    if tau is not None and not (_is_finite(tau) and 0 < tau <= 1):
+        raise InvalidAdapterError(f"tau is {shorten(tau)}: give a number above 0 and at most 1, or None")
+    return None if tau is None else float(tau)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,127 @@
+"""Log entries: a user's head to JSON and back. What comes back is checked field by field: the storage is not trusted."""
+
+from datetime import datetime
+from typing import Any, TypeVar
+
+from adapter_store.errors import FormatVersionError
+from adapter_store.facts import AdapterVersion, FileFacts, UserHead
+from adapter_store.layout import FORMAT
+from adapter_store.text import parse_json_object, shorten, to_json
+
+# No sane entry comes near it (20 versions with small metrics make 10 kB); a damaged or hostile one is read no further.
+MAX_ENTRY_BYTES = 32 * 1024**2
+
+_T = TypeVar("_T")
+
+
+def encode(head: UserHead) -> bytes:
+    """Return the log entry of `head`."""
+    return to_json(
+        {
+            "format": FORMAT,
+            "user_id": head.user_id,
+            "user_key": head.user_key,
+            "seq": head.seq,
+            "commit": head.commit,
+            "updated_at": head.updated_at.isoformat(),
+            "operation": head.operation,
+            "operation_version": head.operation_version,
+            "active": head.active,
+            "versions": [_encode_version(version) for version in head.versions],
+        }
+    )
+
+
+def _encode_version(version: AdapterVersion) -> dict[str, Any]:
+    return {
+        "version": version.version,
+        "created_at": version.created_at.isoformat(),
+        "files": {name: {"sha256": facts.sha256, "size": facts.size} for name, facts in version.files.items()},
+        "base": version.base,
+        "metrics": version.metrics,
+        "alpha": version.alpha,
+        "tau": version.tau,
+        "metadata": version.metadata,
+        "idempotency_key": version.idempotency_key,
+    }
+
+
+def decode(data: bytes) -> UserHead:
+    """Return the head that a log entry holds. ValueError says what is wrong with it; FormatVersionError if newer."""
+    if len(data) > MAX_ENTRY_BYTES:
+        raise ValueError(f"it is larger than {MAX_ENTRY_BYTES} bytes")
+    entry = parse_json_object(data)
+    check_format(entry)
+    user_id, user_key = _take(entry, "user_id", str), _take(entry, "user_key", str)
+    versions = tuple(_decode_version(user_id, user_key, row) for row in _take(entry, "versions", list))
+    head = UserHead(
+        user_id=user_id,
+        user_key=user_key,
+        seq=_take(entry, "seq", int),
+        commit=_take(entry, "commit", str),
+        updated_at=_take_time(entry, "updated_at"),
+        operation=_take(entry, "operation", str),
+        operation_version=_take(entry, "operation_version", str),
+        active=_take_or_none(entry, "active", str),
+        versions=versions,
+    )
+    if len({version.version for version in versions}) != len(versions):
+        raise ValueError("it lists a version twice")
+    if head.active is not None and head.find(head.active) is None:
+        raise ValueError(f"its active version {shorten(head.active)} is not among its versions")
+    return head
+
+
+def check_format(content: dict[str, Any]) -> None:
+    """Raise FormatVersionError where the `format` of a root file or an entry is a later one, ValueError if none."""
+    found = _take(content, "format", int)
+    if found > FORMAT:
+        raise FormatVersionError(f"it has format {found}, this release reads up to {FORMAT}")
+    if found < 1:
+        raise ValueError(f"its format is {found}, expected at least 1")
+
+
+def _decode_version(user_id: str, user_key: str, row: Any) -> AdapterVersion:
+    if not isinstance(row, dict):
+        raise ValueError(f"a version is {shorten(row)}, expected an object")
+    alpha, tau = _take_or_none(row, "alpha", float), _take_or_none(row, "tau", float)
+    base = _take(row, "base", dict)
+    if not all(isinstance(value, str) for value in base.values()):
+        raise ValueError("a version's base does not map text to text")
+    return AdapterVersion(
+        user_id=user_id,
+        user_key=user_key,
+        version=_take(row, "version", str),
+        created_at=_take_time(row, "created_at"),
+        files={name: _decode_file(facts) for name, facts in _take(row, "files", dict).items()},
+        base=base,
+        metrics=_take(row, "metrics", dict),
+        alpha=alpha,
+        tau=tau,
+        metadata=_take(row, "metadata", dict),
+        idempotency_key=_take_or_none(row, "idempotency_key", str),
+    )
+
+
+def _decode_file(facts: Any) -> FileFacts:
+    if not isinstance(facts, dict):
+        raise ValueError(f"a file is {shorten(facts)}, expected an object")
+    return FileFacts(sha256=_take(facts, "sha256", str), size=_take(facts, "size", int))
+
+
+def _take(row: dict[str, Any], name: str, kind: type[_T]) -> _T:
+    value = row.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"its {name} is {shorten(value)}, expected {kind.__name__}")
+    return value
+
+
+def _take_or_none(row: dict[str, Any], name: str, kind: type[_T]) -> _T | None:
+    return None if row.get(name) is None else _take(row, name, kind)
+
+
+def _take_time(row: dict[str, Any], name: str) -> datetime:
+    time = datetime.fromisoformat(_take(row, name, str))
+    if time.tzinfo is None:
+        raise ValueError(f"its {name} has no time zone")
+    return time

@@ -1,0 +1,89 @@
+"""The two files of an adapter, in from a peft folder or from memory, checked; and out as a plain peft folder."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from adapter_store.errors import BackendError, InvalidAdapterError
+from adapter_store.facts import Limits
+from adapter_store.layout import ADAPTER_FILES, CONFIG, WEIGHTS
+from adapter_store.text import parse_json_object, shorten
+from adapter_store.weights import check_safetensors
+
+
+def read_adapter(source: str | os.PathLike[str] | Mapping[str, bytes], limits: Limits) -> dict[str, bytes]:
+    """Return the checked content of both adapter files, by name.
+
+    Of a folder only these two are read; a mapping must hold these two and nothing else. InvalidAdapterError where
+    one is missing, too large, no safetensors file, or no JSON object.
+    """
+    files = _given(source) if isinstance(source, Mapping) else _from_folder(source, limits)
+    for name, content in files.items():
+        if len(content) > limits.bytes_of(name):
+            raise InvalidAdapterError(
+                f"{name} is larger than the {limits.bytes_of(name)} bytes that this store takes: "
+                "publish a smaller adapter, or open the store with larger Limits"
+            )
+    try:
+        check_safetensors(files[WEIGHTS])
+    except ValueError as error:
+        raise InvalidAdapterError(
+            f"{WEIGHTS} is not a whole safetensors file: {error}; save the adapter again and publish that"
+        ) from None
+    try:
+        parse_json_object(files[CONFIG])
+    except ValueError as error:
+        raise InvalidAdapterError(
+            f"{CONFIG} is not usable: {error}; expected the JSON object that peft's save_pretrained writes"
+        ) from None
+    return files
+
+
+def _given(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    if set(files) != set(ADAPTER_FILES):
+        raise InvalidAdapterError(
+            f"files {shorten(sorted(map(str, files)), 200)} were given, expected exactly {WEIGHTS} and {CONFIG}"
+        )
+    for name, content in files.items():
+        if not isinstance(content, bytes | bytearray | memoryview):
+            raise InvalidAdapterError(f"{name} is given as {type(content).__name__}, expected its content as bytes")
+    return {name: bytes(files[name]) for name in ADAPTER_FILES}
+
+
+def _from_folder(folder: str | os.PathLike[str], limits: Limits) -> dict[str, bytes]:
+    path = Path(folder)
+    files = {}
+    for name in ADAPTER_FILES:
+        try:
+            with (path / name).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                files[name] = file.read(min(size, limits.bytes_of(name) + 1))
+        except FileNotFoundError:
+            raise InvalidAdapterError(
+                f"there is no {name} in {path}: expected a peft folder, as written by "
+                "save_pretrained(folder, safe_serialization=True); pickled weights are never read"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InvalidAdapterError(f"cannot read {path / name} ({error}): expected a readable peft folder") from None
+    return files
+
+
+def write_new_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` into a new or empty `folder`, all or none. BackendError where it holds something, or refuses."""
+    made = folder.parent / f".{folder.name[:100]}.{os.urandom(6).hex()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made.mkdir(0o700)
+        for name, content in files.items():
+            (made / name).write_bytes(content)
+        made.rename(folder)  # replaces an empty folder, refuses one that is not
+    except OSError as error:
+        raise BackendError(
+            f"cannot write an adapter to {folder} ({error.strerror or error}): name a new or an empty folder "
+            "in a place that can be written"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(made)

@@ -1,0 +1,70 @@
+"""What lies where in a store, the same on every backend. Keys are relative, with slashes, and safe as paths.
+
+    adapter_store.json                              root file: format, pepper (or only its check value)
+    users/<aa>/<bb>/<user key>/log/<seq>.json       the truth: each entry is a whole snapshot of the user's head
+    users/<aa>/<bb>/<user key>/versions/<version>/  adapter_model.safetensors and adapter_config.json, immutable
+    probes/                                         empty files that a writer puts and removes; never read
+    staging/                                        a local store's unfinished files; never read
+
+<aa><bb> are the first four hex digits of the user key, so that no folder grows large. The entry with the highest <seq>
+is the user's head; sequence numbers only grow. Files that no entry names are not there: they are a publish under way,
+or one that was killed. Readers pass over JSON names that they do not know; whatever an older *writer* must not
+drop or misread comes with a higher format number, in the root file or in the entry.
+"""
+
+import os
+import re
+from datetime import datetime
+from typing import Final
+
+FORMAT: Final = 1
+ROOT_FILE: Final = "adapter_store.json"
+USERS: Final = "users"
+WEIGHTS: Final = "adapter_model.safetensors"
+CONFIG: Final = "adapter_config.json"
+ADAPTER_FILES: Final = (WEIGHTS, CONFIG)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_VERSION = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
+_ENTRY = re.compile(r"([0-9]{12})\.json")
+
+
+def is_sha256(text: str) -> bool:
+    """Tell whether `text` is 64 lower-case hex digits, as user keys and digests are."""
+    return _SHA256.fullmatch(text) is not None
+
+
+def is_version(text: str) -> bool:
+    """Tell whether `text` has the form of a version id, such as 20260131T235959Z-0123456789ab."""
+    return _VERSION.fullmatch(text) is not None
+
+
+def new_version(time: datetime) -> str:
+    """Return a new version id: the time, for people, and 48 random bits. Order comes from the log, not from ids."""
+    return f"{time:%Y%m%dT%H%M%SZ}-{os.urandom(6).hex()}"
+
+
+def user_folder(user_key: str) -> str:
+    """Return the folder of everything that belongs to one user."""
+    return f"{USERS}/{user_key[:2]}/{user_key[2:4]}/{user_key}"
+
+
+def log_folder(user_key: str) -> str:
+    """Return the folder of a user's log entries."""
+    return f"{user_folder(user_key)}/log"
+
+
+def entry_key(user_key: str, seq: int) -> str:
+    """Return the key of a user's log entry number `seq`."""
+    return f"{log_folder(user_key)}/{seq:012d}.json"
+
+
+def entry_seq(name: str) -> int | None:
+    """Return the sequence number of a log entry's file name, None for any other name."""
+    match = _ENTRY.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def version_folder(user_key: str, version: str) -> str:
+    """Return the folder of one version's files."""
+    return f"{user_folder(user_key)}/versions/{version}"

@@ -1,0 +1,77 @@
+"""A store in this process's memory, for tests and notebooks: gone with the process, invisible to other processes."""
+
+import threading
+from typing import Union
+
+_Tree = dict[str, Union["_Tree", bytes]]
+
+
+class MemoryBackend:
+    """A tree of dicts under a lock. `MemoryBackend.shared(name)` gives the same one to all who name it."""
+
+    _by_name: dict[str, "MemoryBackend"] = {}  # noqa: RUF012 - shared by the process, which is what it is for
+    _by_name_lock = threading.Lock()
+
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+        self._tree: _Tree = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def shared(cls, name: str) -> "MemoryBackend":
+        """Return this process's backend of that name, made at the first call."""
+        with cls._by_name_lock:
+            return cls._by_name.setdefault(name, cls(name))
+
+    @property
+    def url(self) -> str:
+        """`memory://name`."""
+        return f"memory://{self._name}"
+
+    def get(self, key: str, max_bytes: int) -> bytes:
+        """Return at most the first `max_bytes` bytes of what was put."""
+        folder, name = _split(key)
+        with self._lock:
+            content = self._folder(folder).get(name)
+        if not isinstance(content, bytes):
+            raise FileNotFoundError(key)
+        return content[:max_bytes]
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        """Keep `data` under `key`."""
+        folders, name = _split(key)
+        with self._lock:
+            tree = self._tree
+            for folder in folders:
+                below = tree.setdefault(folder, {})
+                if isinstance(below, bytes):
+                    raise FileExistsError(key)
+                tree = below
+            if name in tree:
+                raise FileExistsError(key)
+            tree[name] = bytes(data)
+
+    def list_folder(self, folder: str) -> list[str]:
+        """Return the sorted names in a folder."""
+        with self._lock:
+            return sorted(self._folder(folder.split("/")))
+
+    def delete(self, key: str) -> None:
+        """Forget `key`, and the folders that it leaves empty."""
+        folders, name = _split(key)
+        with self._lock:
+            self._folder(folders).pop(name, None)
+            while folders and not self._folder(folders):
+                self._folder(folders[:-1]).pop(folders.pop(), None)
+
+    def _folder(self, folders: list[str]) -> _Tree:
+        tree = self._tree
+        for name in folders:
+            below = tree.get(name, {})
+            tree = below if isinstance(below, dict) else {}
+        return tree
+
+
+def _split(key: str) -> tuple[list[str], str]:
+    *folders, name = key.split("/")
+    return folders, name

@@ -1,0 +1,73 @@
+"""Text in and out: values shortened for messages, URLs without their secrets, JSON that is strict both ways."""
+
+import json
+from typing import Any
+from urllib.parse import unquote
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """Return the repr of `value`, cut in the middle where it is longer than `limit` characters."""
+    # A long text is cut before its repr is made, so that a hostile value costs no memory here.
+    try:
+        text = repr(value[: 4 * limit] if isinstance(value, str) else value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    if isinstance(value, str) and len(value) > limit:
+        return f"{text[: limit // 2]}…' ({len(value)} characters)"
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 3 :]}"
+
+
+def value_or_none(value: object) -> str:
+    """Return `value` shortened for a message, "none" for None."""
+    return "none" if value is None else shorten(value)
+
+
+def without_secrets(url: str) -> str:
+    """Return `url` with its userinfo and its query masked.
+
+    A password may itself hold a slash or a question mark, so everything up to the last @ is masked.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    if "@" in rest:
+        rest = "***@" + rest.rpartition("@")[2]
+    for mark in "?#":
+        if mark in rest:
+            rest = rest.partition(mark)[0] + "?***"
+    return f"{scheme}://{rest}"
+
+
+def location(url: str, key: str) -> str:
+    """Return where `key` lies, for a message: a plain path for a local store, else a URL without secrets."""
+    if url.startswith("file://"):
+        return f"{unquote(url.removeprefix('file://'))}/{key}"
+    return f"{without_secrets(url).rstrip('/')}/{key}"
+
+
+def to_json(value: object) -> bytes:
+    """Return `value` as UTF-8 JSON for people and machines: sorted, indented, no NaN. Raises ValueError, TypeError."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def parse_json_object(data: bytes) -> dict[str, Any]:
+    """Parse UTF-8 JSON whose top level is an object; ValueError says why it is none."""
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a JSON {type(value).__name__} where an object is expected")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Two readers may each take another one of two equal names, so neither is taken.
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return found
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")

@@ -1,0 +1,74 @@
+"""A strict check of a safetensors file, without the library and without reading the tensors.
+
+The format: eight bytes with the header's length (little-endian), a JSON header, then the tensors' bytes. The header
+maps each tensor's name to its dtype, shape and [begin, end) in those bytes; `__metadata__` maps strings to strings.
+"""
+
+import math
+from typing import Any
+
+from adapter_store.text import parse_json_object, shorten
+
+_MAX_HEADER_BYTES = 16 * 1024**2
+_MAX_DIMENSIONS = 16
+_DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
+
+
+def check_safetensors(data: bytes) -> None:
+    """Raise ValueError, saying what is wrong, unless `data` is a whole safetensors file with at least one tensor.
+
+    The tensors must tile the bytes after the header exactly: no overlap, no hole, no rest.
+    """
+    header_bytes = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or header_bytes > len(data) - 8:
+        raise ValueError(f"it is cut short: {len(data)} bytes, but its header alone should have {header_bytes}")
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {header_bytes} bytes, at most {_MAX_HEADER_BYTES} are read")
+    try:
+        header = parse_json_object(data[8 : 8 + header_bytes])
+    except ValueError as error:
+        raise ValueError(f"its header is no JSON object ({error})") from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ does not map text to text")
+    if not header:
+        raise ValueError("it holds no tensor")
+    _check_tiling([_span(name, facts) for name, facts in header.items()], len(data) - 8 - header_bytes)
+
+
+def _span(name: str, facts: Any) -> tuple[int, int, str]:
+    """Return (begin, end, name) of one header entry, checked against its dtype and shape."""
+    if not isinstance(facts, dict) or set(facts) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {shorten(name)} needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
+        raise ValueError(f"tensor {shorten(name)} has the unknown dtype {shorten(dtype)}")
+    if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"tensor {shorten(name)} has the impossible shape {shorten(shape)}")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {shorten(name)} has the impossible offsets {shorten(offsets)}")
+    begin, end = offsets
+    expected = math.prod(shape) * _DTYPE_BYTES[dtype]
+    if end - begin != expected:
+        raise ValueError(f"tensor {shorten(name)} spans {end - begin} bytes where its shape needs {expected}")
+    return begin, end, name
+
+
+def _are_counts(values: Any) -> bool:
+    # Far above any real size, and far below what makes products of whole numbers slow.
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _check_tiling(spans: list[tuple[int, int, str]], num_bytes: int) -> None:
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise ValueError(f"tensor {shorten(name)} begins at {begin}, not at {position} where the one before ends")
+        position = end
+    if position != num_bytes:
+        raise ValueError(f"its tensors need {position} bytes, but {num_bytes} follow the header")

@@ -1,0 +1,73 @@
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+from safetensors.numpy import save
+
+from adapter_store import AdapterStore, MemoryBackend
+
+Files = dict[str, bytes]
+
+
+def make_files(seed: int = 0, num_values: int = 64) -> Files:
+    values = numpy.random.default_rng(seed).standard_normal(num_values).astype("float32").reshape(4, -1)
+    tensors = {"base_model.model.q_proj.lora_A.weight": values, "base_model.model.q_proj.lora_B.weight": values.T}
+    return {
+        "adapter_model.safetensors": save({name: numpy.ascontiguousarray(value) for name, value in tensors.items()}),
+        "adapter_config.json": json.dumps({"peft_type": "LORA", "r": 4}).encode(),
+    }
+
+
+@pytest.fixture
+def files() -> Callable[..., Files]:
+    """Makes the two files of a small adapter: other bytes for another seed."""
+    return make_files
+
+
+@pytest.fixture
+def peft_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    for name, content in make_files().items():
+        (folder / name).write_bytes(content)
+    (folder / "README.md").write_text("what peft writes besides")
+    (folder / "adapter_model.bin").write_bytes(b"a pickle, never read")
+    return folder
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | MemoryBackend:
+    """An empty place for a store, on each backend."""
+    return tmp_path / "store" if request.param == "local" else MemoryBackend(request.node.name)
+
+
+@pytest.fixture
+def unprivileged() -> Callable[[], contextlib.AbstractContextManager[Path]]:
+    """Gives a folder, and runs the block as a user whom permissions bind, which root is not."""
+
+    @contextlib.contextmanager
+    def as_nobody() -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as name:
+            is_root = os.geteuid() == 0
+            if is_root:
+                os.chown(name, 65534, 65534)
+                os.seteuid(65534)
+            try:
+                yield Path(name)
+            finally:
+                if is_root:
+                    os.seteuid(0)
+                for folder, _, _ in os.walk(name):
+                    Path(folder).chmod(0o700)
+
+    return as_nobody

@@ -1,0 +1,159 @@
+"""Names, places, values and errors as a caller meets them."""
+
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+import adapter_store
+from adapter_store import (
+    AdapterStore,
+    AdapterStoreError,
+    BackendError,
+    BaseModelMismatchError,
+    Limits,
+    LocalBackend,
+    MemoryBackend,
+    errors,
+)
+
+
+def run_python(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.strip()
+
+
+def test_all_names_the_public_things_and_every_error():
+    for name in adapter_store.__all__:
+        assert getattr(adapter_store, name) is not None
+    classes = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert classes <= set(adapter_store.__all__)
+    for name in classes:
+        assert name in (errors.__doc__ or "")
+
+
+def test_importing_brings_no_heavy_package():
+    loaded = run_python("import sys, adapter_store; print(*sys.modules)").split()
+    assert not {"torch", "pydantic", "numpy", "langchain_core", "safetensors"} & set(loaded)
+
+
+def test_an_error_survives_the_way_from_another_process():
+    error = BaseModelMismatchError("weights differ", {"weights": ("a", None)})
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.differences) == ("weights differ", {"weights": ("a", None)})
+    assert isinstance(copy, AdapterStoreError)
+
+
+def test_a_local_place_is_named_by_path_by_url_and_by_home(tmp_path, monkeypatch, files):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "my adapters #1"
+    version = AdapterStore(folder).publish("alice", files(), base={})
+    for place in (str(folder), "~/my adapters #1", folder.as_uri(), LocalBackend(folder), AdapterStore(folder).url):
+        assert AdapterStore(place).resolve("alice") == version
+    monkeypatch.chdir(tmp_path)
+    relative = AdapterStore("my adapters #1")
+    monkeypatch.chdir("/")
+    assert relative.resolve("alice") == version
+
+
+def test_a_memory_place_is_shared_by_name_and_only_by_name(files):
+    version = AdapterStore("memory://one").publish("alice", files(), base={})
+    assert AdapterStore("memory://one").resolve("alice") == version
+    assert AdapterStore("memory://other").versions("alice") == []
+    assert AdapterStore(MemoryBackend("one")).versions("alice") == []
+    assert MemoryBackend.shared("") is MemoryBackend.shared("")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("s3://key:secret@bucket/path", r"s3://\*\*\*@bucket/path has an unknown scheme: supported are a folder path"),
+        ("gs://bucket?token=secret", r"gs://bucket\?\*\*\* has an unknown scheme"),
+        ("file://relative/path", "names no folder of this machine: write file:///absolute/path"),
+        ("file:///path?token=secret", r"file:///path\?\*\*\* names no folder"),
+        ("", "'' is no path of a folder"),
+        ("a\0b", "is no path of a folder"),
+        ("~nobody-of-this-name/x", "cannot expand the path"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_without_printing_a_secret(place, said):
+    with pytest.raises(BackendError, match=said) as caught:
+        AdapterStore(place)
+    assert "secret" not in str(caught.value)
+
+
+def test_another_kind_of_place_is_a_type_error():
+    with pytest.raises(TypeError, match="named by a folder, a URL or a Backend, not by 7"):
+        AdapterStore(7)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:secret@bucket/prefix",
+        "s3://key:sec/secret?x@bucket/prefix",
+        "s3://bucket/prefix?secret=1",
+        "s3://bucket/prefix#secret",
+    ],
+)
+def test_a_url_with_a_secret_prints_without_it(url):
+    store = AdapterStore(type("Remote", (MemoryBackend,), {"url": url})())
+    assert "secret" not in store.url + repr(store)
+    assert "***" in store.url
+    assert "bucket/prefix" in store.url
+    assert repr(AdapterStore(MemoryBackend())) == "AdapterStore('memory://')"
+
+
+@pytest.mark.parametrize("pepper", [b"", b"short", "text of at least 16 characters"])
+def test_a_pepper_that_is_none_is_refused(tmp_path, pepper):
+    with pytest.raises(ValueError, match="at least 16 random bytes"):
+        AdapterStore(tmp_path, pepper=pepper)
+
+
+def test_impossible_limits_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"Limits.live_versions is 0, expected a whole number of at least 1"):
+        Limits(live_versions=0)
+    with pytest.raises(ValueError, match=r"Limits.weights_bytes is 1.5"):
+        Limits(weights_bytes=1.5)
+
+
+def test_a_version_can_be_a_key_and_cannot_lead_out_of_the_store(files):
+    store = AdapterStore(MemoryBackend())
+    version = store.publish("alice", files(), base={}, metrics={"nll": [1.0]})
+    assert {version: 1}[store.resolve("alice")] == 1
+    for change in ({"version": "../../x"}, {"user_key": "../x"}, {"files": {}}, {"version": version.version + "\n"}):
+        with pytest.raises(ValueError, match="expected"):
+            replace(version, **change)
+
+
+def test_a_memory_store_leaves_nothing_on_disk_after_the_process(tmp_path, peft_folder):
+    code = """
+import os, sys
+from adapter_store import AdapterStore
+store = AdapterStore("memory://")
+version = store.publish("alice", sys.argv[1], base={})
+assert os.listdir(os.environ["TMPDIR"]) == []
+folder = store.fetch_dir(version)
+if os.fork() == 0:
+    sys.exit()  # a child's exit takes nothing away from its parent
+os.wait()
+assert folder.is_dir() and str(folder).startswith(os.environ["TMPDIR"])
+print(oct(folder.stat().st_mode & 0o777), oct(folder.parent.stat().st_mode & 0o777))
+"""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(peft_folder)],
+        env=os.environ | {"TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout.strip()) == (0, "0o700 0o700"), result.stderr
+    assert list(temporary.iterdir()) == []

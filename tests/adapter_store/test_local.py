@@ -1,0 +1,382 @@
+"""What a local folder adds: what lies where, other processes, crashes, damage, and disks that refuse."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from adapter_store import (
+    AdapterNotFoundError,
+    AdapterStore,
+    BackendError,
+    FormatVersionError,
+    IntegrityError,
+    KeyMismatchError,
+    MemoryBackend,
+)
+
+BASE = {"weights": "w"}
+PUBLISHER = Path(__file__).with_name("publisher.py")
+PEPPER = b"a pepper of sixteen bytes or more"
+
+
+def start_publisher(store_folder, user_id, peft_folder, count):
+    command = [sys.executable, PUBLISHER, store_folder, user_id, peft_folder, str(count)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def user_folder(root, version):
+    return root / "users" / version.user_key[:2] / version.user_key[2:4] / version.user_key
+
+
+def newest_entry(root, version):
+    return sorted((user_folder(root, version) / "log").iterdir())[-1]
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "store"
+
+
+class TestLayout:
+    def test_what_lies_where_and_who_may_read_it(self, local, root, files):
+        version = local.publish("alice", files(), base=BASE)
+        user = user_folder(root, version)
+        found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+        assert found == {
+            "adapter_store.json",
+            f"{user.relative_to(root)}/log/000000000001.json",
+            f"{user.relative_to(root)}/versions/{version.version}/adapter_model.safetensors",
+            f"{user.relative_to(root)}/versions/{version.version}/adapter_config.json",
+        }
+        for path in [root, *root.rglob("*")]:
+            assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+    def test_an_entry_is_a_whole_head_that_a_person_can_read(self, local, root, files):
+        first = local.publish("ålice 😀", files(1), base=BASE)
+        second = local.publish("ålice 😀", files(2), base=BASE, metrics={"nll": 2.5}, activate=False)
+        text = newest_entry(root, first).read_text(encoding="utf-8")
+        entry = json.loads(text)
+        assert '"user_id": "ålice 😀"' in text
+        assert list(entry) == sorted(entry)
+        assert (entry["seq"], entry["active"], entry["operation"]) == (2, first.version, "publish")
+        assert [row["version"] for row in entry["versions"]] == [first.version, second.version]
+        assert entry["versions"][1]["metrics"] == {"nll": 2.5}
+
+    def test_names_that_a_later_release_adds_are_passed_over(self, local, root, files):
+        version = local.publish("alice", files(), base=BASE)
+        path = newest_entry(root, version)
+        entry = json.loads(path.read_text())
+        entry["reason"] = "new"
+        entry["versions"][0]["more"] = 1
+        path.write_text(json.dumps(entry))
+        assert local.resolve("alice") == version
+
+    @pytest.mark.parametrize("make", [False, True])
+    def test_reading_makes_nothing(self, local, root, make):
+        if make:
+            root.mkdir()
+        with pytest.raises(AdapterNotFoundError):
+            local.resolve("alice")
+        assert local.list_users() == ([], None)
+        assert local.versions("alice") == []
+        with pytest.raises(AdapterNotFoundError):
+            local.activate("alice", "x")
+        assert (list(root.iterdir()) if make else root.exists()) == ([] if make else False)
+
+    def test_fetch_dir_is_the_stores_own_folder_and_checked(self, local, root, files):
+        version = local.publish("alice", files(), base=BASE)
+        folder = local.fetch_dir(version)
+        assert folder == user_folder(root, version) / "versions" / version.version
+        (folder / "adapter_config.json").write_bytes(b"{}")
+        with pytest.raises(IntegrityError, match=r"adapter_config.json has 2 bytes"):
+            local.fetch_dir(version)
+
+
+class TestOtherProcesses:
+    def test_of_four_processes_on_one_user_every_publish_is_kept_in_one_order(self, local, root, peft_folder):
+        children = [start_publisher(root, "alice", peft_folder, 5) for _ in range(4)]
+        outputs = [child.communicate(timeout=60)[0].split() for child in children]
+        assert [child.returncode for child in children] == [0] * 4
+        versions = [version.version for version in local.versions("alice")]
+        assert sorted(versions) == sorted(version for output in outputs for version in output)
+        for output in outputs:
+            assert [version for version in versions if version in output] == output
+        [head], _ = local.list_users()
+        assert (head.seq, head.active) == (20, versions[-1])
+        for version in head.versions:
+            local.fetch(version)
+
+    def test_killed_at_any_moment_nothing_is_lost_and_nothing_half_visible(self, local, peft_folder, root):
+        moments = random.Random(0)
+        for number in range(7):
+            user_id = f"user-{number}"
+            children = [start_publisher(root, user_id, peft_folder, 1000) for _ in range(3)]
+            acknowledged = [child.stdout.readline().strip() for child in children]
+            for child in children:
+                time.sleep(moments.uniform(0, 0.02))
+                child.kill()
+            for child in children:
+                acknowledged += child.communicate()[0].split()
+            versions = local.versions(user_id)
+            assert set(acknowledged) <= {version.version for version in versions}
+            # A killed writer may have committed what it had no time left to acknowledge.
+            assert len(versions) <= len(acknowledged) + len(children)
+            for version in versions:
+                local.fetch(version)
+            assert local.active(user_id) == versions[-1].version
+            assert local.publish(user_id, peft_folder, base=BASE) == local.resolve(user_id)
+
+
+class TestDamage:
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            (lambda data: data[:-1], "bytes, published were"),
+            (lambda data: data + b"x", "has more than"),
+            (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "sha256 differs"),
+            (lambda data: b"", "has 0 bytes"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+    def test_a_damaged_file_is_never_handed_out(self, local, files, tmp_path, name, damage, said):
+        version = local.publish("alice", files(), base=BASE)
+        path = local.fetch_dir(version) / name
+        path.write_bytes(damage(path.read_bytes()))
+        for call in (local.fetch, local.fetch_dir, lambda _: local.export_peft("alice", tmp_path / "out")):
+            with pytest.raises(IntegrityError, match=f"{path} .*{said}"):
+                call(version)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_huge_file_in_place_of_a_small_one_is_not_read(self, local, files):
+        version = local.publish("alice", files(), base=BASE)
+        path = local.fetch_dir(version) / "adapter_model.safetensors"
+        os.truncate(path, 10**12)  # sparse
+        with pytest.raises(IntegrityError, match="has more than"):
+            local.fetch(version)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda entry: b"",
+            lambda entry: b"[]",
+            lambda entry: json.dumps(entry).encode()[:-20],
+            lambda entry: b"\xff" + json.dumps(entry).encode(),
+            lambda entry: b'{"a":' * 100_000,
+            lambda entry: entry | {"versions": None},
+            lambda entry: entry | {"versions": [1]},
+            lambda entry: entry | {"versions": entry["versions"] * 2},
+            lambda entry: entry | {"active": "20260101T000000Z-000000000000"},
+            lambda entry: entry | {"active": 1},
+            lambda entry: entry | {"seq": 7},
+            lambda entry: entry | {"seq": True},
+            lambda entry: entry | {"user_id": "bob"},
+            lambda entry: entry | {"user_id": "\ud800"},
+            lambda entry: entry | {"user_key": "0" * 64},
+            lambda entry: entry | {"updated_at": "yesterday"},
+            lambda entry: entry | {"updated_at": "2026-01-01T00:00:00"},
+            lambda entry: entry | {"format": 0},
+            lambda entry: entry | {"format": None},
+            lambda entry: entry | {"versions": [entry["versions"][0] | {"version": "../../../x"}]},
+            lambda entry: (
+                entry | {"versions": [entry["versions"][0] | {"files": {"../x": {"sha256": "0", "size": 1}}}]}
+            ),
+            lambda entry: entry | {"versions": [entry["versions"][0] | {"files": {"a": 1}}]},
+            lambda entry: entry | {"versions": [entry["versions"][0] | {"base": {"weights": 1}}]},
+            lambda entry: entry | {"versions": [entry["versions"][0] | {"alpha": "0.1"}]},
+        ],
+    )
+    def test_a_damaged_entry_is_an_integrity_error_with_its_path(self, local, root, files, damage):
+        version = local.publish("alice", files(), base=BASE)
+        path = newest_entry(root, version)
+        damaged = damage(json.loads(path.read_text()))
+        path.write_bytes(damaged if isinstance(damaged, bytes) else json.dumps(damaged).encode())
+        calls = [
+            lambda: local.resolve("alice"),
+            lambda: local.versions("alice"),
+            lambda: local.list_users(),
+            lambda: local.publish("alice", files(2), base=BASE),
+            lambda: local.delete_version("alice", version.version),
+        ]
+        for call in calls:
+            with pytest.raises(IntegrityError, match=f"{path} is damaged: .*; restore it from a backup"):
+                call()
+        assert len(list((user_folder(root, version) / "versions").iterdir())) == 1
+
+    def test_an_entry_that_can_be_read_but_not_carried_on_stops_the_writer(self, local, root, files):
+        version = local.publish("alice", files(), base=BASE)
+        path = newest_entry(root, version)
+        path.write_text(path.read_text().replace('"metrics": {}', '"metrics": {"nll": 1e999}'))
+        with pytest.raises(IntegrityError, match=f"{path} is damaged: it cannot be written again"):
+            local.publish("alice", files(2), base=BASE)
+
+    @pytest.mark.parametrize(
+        "content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "check": 1}', '{"format": "1"}']
+    )
+    def test_a_damaged_root_file_is_an_integrity_error_with_its_path(self, local, root, files, content):
+        local.publish("alice", files(), base=BASE)
+        (root / "adapter_store.json").write_text(content)
+        for call in (local.resolve, local.versions, lambda user: local.publish(user, files(), base=BASE)):
+            with pytest.raises(IntegrityError, match=f"{root}/adapter_store.json is no root file .*restore it"):
+                call("alice")
+
+    def test_a_changed_pepper_in_the_root_file_is_noticed(self, local, root, files):
+        local.publish("alice", files(), base=BASE)
+        path = root / "adapter_store.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"pepper": "00" * 32}))
+        with pytest.raises(IntegrityError, match="its pepper and its check value differ"):
+            local.resolve("alice")
+
+    def test_a_lost_root_file_is_never_replaced_by_a_new_one(self, local, root, files):
+        local.publish("alice", files(), base=BASE)
+        (root / "adapter_store.json").unlink()
+        for call in (local.resolve, lambda user: local.publish(user, files(), base=BASE)):
+            with pytest.raises(IntegrityError, match=f"{root}/adapter_store.json is missing, but the store has users"):
+                call("alice")
+        assert not (root / "adapter_store.json").exists()
+
+    def test_a_store_removed_and_made_anew_is_a_new_store(self, local, root, files):
+        old = local.publish("alice", files(), base=BASE)
+        shutil.rmtree(root)
+        with pytest.raises(AdapterNotFoundError):
+            local.fetch(old)
+        assert local.publish("alice", files(), base=BASE).user_key != old.user_key
+        assert AdapterStore(root).resolve("alice") == local.resolve("alice")
+
+    def test_newer_formats_are_refused_by_file(self, local, root, files):
+        version = local.publish("alice", files(), base=BASE)
+        for path in (newest_entry(root, version), root / "adapter_store.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+            with pytest.raises(
+                FormatVersionError, match=f"{path}: it has format 2, this release reads up to 1; upgrade"
+            ):
+                local.resolve("alice")
+
+
+class TestPepper:
+    def test_a_given_pepper_opens_the_store_and_is_not_written(self, root, files):
+        version = AdapterStore(root, pepper=PEPPER).publish("alice", files(), base=BASE)
+        assert AdapterStore(root, pepper=PEPPER).resolve("alice") == version
+        for path in root.rglob("*.json"):
+            assert PEPPER not in path.read_bytes()
+            assert PEPPER.hex() not in path.read_text()
+
+    def test_another_pepper_or_none_is_an_error_and_never_nobody(self, root, files):
+        AdapterStore(root, pepper=PEPPER).publish("alice", files(), base=BASE)
+        for given, said in (
+            (PEPPER[::-1], "with another pepper than the one given"),
+            (None, "pass that one as pepper="),
+        ):
+            store = AdapterStore(root, pepper=given)
+            for call in (
+                store.resolve,
+                store.versions,
+                store.active,
+                lambda user, s=store: s.publish(user, files(), base=BASE),
+            ):
+                with pytest.raises(KeyMismatchError, match=f"{root}/adapter_store.json was made .*{said}"):
+                    call("alice")
+            with pytest.raises(KeyMismatchError):
+                store.list_users()
+
+    def test_a_pepper_given_to_a_store_that_has_its_own_is_refused(self, local, root, files):
+        local.publish("alice", files(), base=BASE)
+        with pytest.raises(KeyMismatchError, match="or none, since it keeps its own"):
+            AdapterStore(root, pepper=PEPPER).resolve("alice")
+
+    def test_two_stores_name_one_user_differently(self, tmp_path, files):
+        keys = {AdapterStore(tmp_path / name).publish("alice", files(), base=BASE).user_key for name in "ab"}
+        assert len(keys) == 2
+
+
+class TestRefusingDisks:
+    def test_a_file_in_place_of_the_store_is_named(self, tmp_path, files):
+        (tmp_path / "store").write_text("a file")
+        for place in (tmp_path / "store", tmp_path / "store" / "below"):
+            store = AdapterStore(place)
+            for call in (store.resolve, store.versions, lambda user, s=store: s.publish(user, files(), base=BASE)):
+                with pytest.raises(BackendError, match=f"cannot .* {place}.*: a file stands where a folder is needed"):
+                    call("alice")
+        assert (tmp_path / "store").read_text() == "a file"
+
+    def test_without_permission_the_store_stays_readable_and_intact(self, unprivileged, files):
+        with unprivileged() as folder:
+            store = AdapterStore(folder / "store")
+            older = store.publish("alice", files(0), base=BASE)
+            version = store.publish("alice", files(1), base=BASE)
+            before = sorted(path for path in folder.rglob("*") if path.is_file())
+            closed = [path for path in folder.rglob("*") if path.is_dir()]
+            for path in closed:
+                path.chmod(0o500)
+            with pytest.raises(
+                BackendError, match=f"cannot write {folder}/store/.*: permission denied: give this user"
+            ):
+                store.publish("alice", files(2), base=BASE)
+            with pytest.raises(BackendError, match="permission denied"):
+                store.activate("alice", older.version)
+            assert store.fetch(store.resolve("alice")) == files(1)
+            with pytest.raises(BackendError, match="permission denied"):
+                store.delete_version("alice", version.version)
+            for path in closed:
+                path.chmod(0o700)
+            assert sorted(path for path in folder.rglob("*") if path.is_file()) == before
+            store.publish("alice", files(2), base=BASE)
+
+    def test_without_permission_to_make_or_read_a_store_it_says_where(self, unprivileged, files):
+        with unprivileged() as folder:
+            folder.chmod(0o500)
+            for call in (AdapterStore.prepare, lambda store, user: store.publish(user, files(), base=BASE)):
+                with pytest.raises(BackendError, match=f"cannot write {folder}/new/.*permission denied"):
+                    call(AdapterStore(folder / "new"), "alice")
+            store = AdapterStore(MemoryBackend())
+            store.publish("alice", files(), base=BASE)
+            with pytest.raises(BackendError, match=f"cannot write an adapter to {folder}/out .*Permission denied"):
+                store.export_peft("alice", folder / "out")
+            folder.chmod(0o000)
+            with pytest.raises(BackendError, match=f"cannot read {folder}/new/.*permission denied"):
+                AdapterStore(folder / "new").resolve("alice")
+            folder.chmod(0o700)
+
+    def test_a_version_whose_files_cannot_be_removed_is_off_the_list_and_named(self, unprivileged, files):
+        with unprivileged() as folder:
+            store = AdapterStore(folder / "store")
+            version = store.publish("alice", files(), base=BASE)
+            store.fetch_dir(version).chmod(0o500)
+            with pytest.raises(
+                BackendError, match=f"{version.version} of user 'alice' is no longer listed, but its files"
+            ):
+                store.delete_version("alice", version.version)
+            assert store.versions("alice") == []
+
+    def test_a_full_disk_in_mid_publish_leaves_the_store_as_it_was(self, local, root, files):
+        version = local.publish("alice", files(1), base=BASE)
+        before = sorted(path for path in root.rglob("*") if path.is_file())
+        with files_at_most(20_000), pytest.raises(BackendError, match=f"cannot write {root}/.*raise the limit"):
+            local.publish("alice", files(2, num_values=100_000), base=BASE)
+        # The data fits, the entry does not: the last step fails.
+        with files_at_most(20_000), pytest.raises(BackendError, match=r"log/000000000002\.json: "):
+            local.publish("alice", files(2), base=BASE, metadata={"long": "x" * 30_000})
+        assert sorted(path for path in root.rglob("*") if path.is_file()) == before
+        assert local.versions("alice") == [version]
+        local.publish("alice", files(2, num_values=100_000), base=BASE)
+
+
+@contextlib.contextmanager
+def files_at_most(num_bytes):
+    """Writes beyond that size fail half-way, as they do on a full disk, for root too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
