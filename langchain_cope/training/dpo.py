@@ -1,0 +1,63 @@
+"""Preference optimization from the SFT adapter; the reference is the base with the adapter off."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from langchain_cope.engine.model import Base
+from langchain_cope.training.adapter import load_weights, lora_config, save_adapter
+from langchain_cope.training.negatives import Pair
+from langchain_cope.training.progress import Watch
+from langchain_cope.training.recipe import Recipe
+from langchain_cope.training.trainer import arguments, random_state_kept, tokenizer_copy, train
+
+
+def train_dpo(base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, folder: Path, watch: Watch) -> None:
+    """Train the adapter of the folder ``sft`` on ``pairs`` and leave the result in ``folder``. Base and ``sft`` are not changed.
+
+    Raises ``Cancelled`` at the next step after ``watch`` says so; ``folder`` is not written then.
+    """
+    with random_state_kept(), TemporaryDirectory() as scratch:
+        trainer = dpo_trainer(base, pairs, recipe, sft, scratch)
+        train(trainer, watch)
+        save_adapter(trainer.model, base.name, folder)
+
+
+def dpo_trainer(base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, scratch: str) -> DPOTrainer:
+    """TRL's trainer on a skeleton of the base, its adapter filled from ``sft``; seeds the process's random states.
+
+    The order is what makes the base the reference. Given a model that already carries an adapter, DPOTrainer copies it under the
+    name "ref" and takes that for the reference. Given the bare tree and a configuration, it makes none and switches its own adapter
+    off instead; the weights of SFT go in afterwards.
+    """
+    skeleton = base.skeleton()
+    trainer = _PairTrainer(
+        model=skeleton,
+        args=DPOConfig(
+            **arguments(base, recipe.dpo, len(pairs), recipe.seed, scratch),
+            beta=recipe.dpo.beta,
+            loss_type=["sigmoid"],
+            # Each pair is seen once in the paper's one epoch: precomputing would run the same forwards, and hash the model.
+            precompute_ref_log_probs=False,
+        ),
+        train_dataset=Dataset.from_list([_row(pair) for pair in pairs]),
+        processing_class=tokenizer_copy(base),
+        peft_config=lora_config(skeleton, recipe.sft),
+    )
+    load_weights(trainer.model, sft)
+    return trainer
+
+
+class _PairTrainer(DPOTrainer):  # type: ignore[misc]
+    """DPOTrainer on token ids: unlike SFTTrainer it would tokenize anew, and could not leave a cut answer without its end."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
+def _row(pair: Pair) -> dict[str, list[int]]:
+    return {"prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids}
