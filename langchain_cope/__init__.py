@@ -1,1 +1,33 @@
-"""Every user answered in that user's own manner, on one local base model (CoPe)."""
+"""Every user answered in that user's own manner, on one local base model (CoPe).
+
+`ChatCoPe` chats, `PersonalizeUser` trains; everything else is imported from its own module. Names are loaded when first used,
+so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from langchain_cope.chat_models import ChatCoPe
+    from langchain_cope.chroma_history import ChromaHistory
+    from langchain_cope.personalize import PersonalizeResult, PersonalizeUser
+    from langchain_cope.training.recipe import Recipe
+
+_MODULES = {
+    "ChatCoPe": "chat_models",
+    "ChromaHistory": "chroma_history",
+    "PersonalizeResult": "personalize",
+    "PersonalizeUser": "personalize",
+    "Recipe": "training.recipe",
+}
+__all__ = ["ChatCoPe", "ChromaHistory", "PersonalizeResult", "PersonalizeUser", "Recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

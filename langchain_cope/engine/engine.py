@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -170,16 +170,21 @@ class Engine:
                 engine = _engines[id(base)] = cls(base)
             return engine
 
+    def find_adapter(self, name: str) -> Adapter | None:
+        """The adapter kept under ``name``, if it is still there."""
+        with self._adapters_lock:
+            if name in self._adapters:
+                self._adapters.move_to_end(name)
+            return self._adapters.get(name)
+
     def load_adapter(self, folder: str | Path, name: str | None = None) -> Adapter:
         """A peft LoRA folder, ready for requests.
 
         With a ``name`` the adapter is kept and found again under it, so a name must never stand for two adapters.
         Raises ``ModelError`` for what the engine cannot serve, by name.
         """
-        with self._adapters_lock:
-            if name is not None and name in self._adapters:
-                self._adapters.move_to_end(name)
-                return self._adapters[name]
+        if name is not None and (kept := self.find_adapter(name)):
+            return kept
         adapter = read_adapter(Path(folder), name or str(folder), self.base.model, self.base.dtype, self.base.device)
         if name is not None:
             with self._adapters_lock:
@@ -196,7 +201,12 @@ class Engine:
         events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         return Stream(self._submit(request, events.put), events)
 
-    async def astream(self, request: Request) -> AsyncIterator[Piece | Completion]:
+    def stream_all(self, requests: Sequence[Request]) -> list["Stream"]:
+        """`stream` for each of ``requests``; their prompts are processed together, as far as the bounds on rows allow."""
+        with self._wake:  # held, so that the engine's thread sees all of them or none
+            return [self.stream(request) for request in requests]
+
+    async def astream(self, request: Request) -> AsyncGenerator[Piece | Completion]:
         """`stream` for an event loop: nothing blocks, and a cancelled task stops the request within one token."""
         events: asyncio.Queue[_Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -219,7 +229,7 @@ class Engine:
         """Answer all ``requests``, decoded together; in their order. Raises what `stream` raises, at the first that fails."""
         streams: list[Stream] = []
         try:
-            streams = [self.stream(request) for request in requests]
+            streams = self.stream_all(requests)
             return [stream.completion() for stream in streams]
         finally:
             for stream in streams:

@@ -163,6 +163,8 @@ def _load(
         if task_adapter is not None:
             model = _merge(model, task_adapter, quantization_config)
     model.eval().requires_grad_(False)
+    # A prompt that is too long is refused by us, with the numbers; the tokenizer need not warn as well.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if ensure_chat_template(tokenizer):
         _log.warning(
             "%s has no chat template; the plain one is used (System/User/Assistant lines, see the README). "

@@ -1,0 +1,457 @@
+"""ChatCoPe: a LangChain chat model in one user's own manner.
+
+One straight path: messages → `ChatCoPe._prepare` (user, version, prompt, request) → engine → AIMessageChunk. ``_generate`` is a
+fold over ``_stream``, so there is one loop. The user of a call is fixed before anything else (`_pin`), because
+LangChain hands ``configurable`` to ``invoke`` and its siblings only, never to ``_stream``.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models.chat_models import BaseChatModel, agenerate_from_stream, generate_from_stream
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage, HumanMessage, SystemMessage
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import RunnableConfig, ensure_config
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator
+
+from adapter_store import AdapterStore, AdapterVersion
+from adapter_store.errors import AdapterNotFoundError
+from langchain_cope.errors import ContextOverflow, InputError
+from langchain_cope.stores import open_store
+
+if TYPE_CHECKING:
+    from langchain_cope.engine.engine import Completion, Engine, Piece, Request
+
+DEFAULT_ALPHA = DEFAULT_TAU = 0.1  # the paper's
+_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+_PINNED = ("user_id", "adapter_version", "adapter_digest")
+_CALL_OPTIONS = (*_SAMPLING, *_PINNED, "alpha", "tau", "model", "logprobs", "timeout")
+_CORE_OPTIONS = (
+    "stream",
+    "ls_structured_output_format",
+    "structured_output_format",
+)  # LangChain's own, of no meaning here
+
+
+class ChatContextOverflow(ContextOverflow, ContextOverflowError):  # noqa: N818
+    """A prompt longer than the context: ours, and core's, which summarising middleware retries on."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call, ready to run."""
+
+    engine: "Engine"
+    request: "Request"
+    version: AdapterVersion | None
+    metadata: dict[str, Any]
+    deadline: float | None
+
+
+class ChatCoPe(BaseChatModel):
+    """A chat model over one local base model plus the user's adapter, decoding contrastively (CoPe).
+
+    Nothing is loaded until the first call. Instances with the same base share it, and their requests are decoded together.
+
+    Example:
+        .. code-block:: python
+
+            chat = ChatCoPe(user_id="alice")
+            chat.invoke("Write a headline for: …")
+            chat.invoke("…", {"configurable": {"user_id": "bob"}})
+
+    The user of a call: the keyword ``user_id``, else ``config["configurable"]["user_id"]``, else the constructor's. None is the
+    base alone.
+
+    Errors: ``InputError`` and the store's ``InvalidAdapterError`` for what was given, ``ChatContextOverflow`` for a prompt that
+    does not fit, ``adapter_store.AdapterStoreError`` for a store or an adapter that cannot be trusted.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    model: str = "starter"
+    """``starter`` (bundled), a Hugging Face id or a local path."""
+    revision: str | None = None
+    """Of a Hugging Face id."""
+    user_id: str | None = None
+    """Whose manner; None: the base alone."""
+    store: Any = None
+    """Folder, ``file://``, ``memory://`` or an ``AdapterStore``; None: ``COPE_STORE``, else the user data folder."""
+    alpha: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Weight of the base that is contrasted away; None: what the adapter version recommends, else 0.1. 0 is the adapter alone."""
+    tau: float | None = Field(default=None, gt=0, le=1)
+    """Plausibility: tokens below this share of the likeliest one's probability are out; None: as for ``alpha``."""
+    adapter_version: str | None = None
+    """None: the user's active version."""
+    on_missing_adapter: Literal["base", "error"] = "base"
+    """What a user without an adapter gets. A damaged store or a version named and not there is always an error."""
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """0: always the likeliest token."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0: every token."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """1: none; the paper uses 1.2 to 1.3 for long texts."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Tokens of the answer, at most; the end of the context ends it too."""
+    stop: list[str] | str | None = None
+    """The answer ends before the first of these."""
+    seed: int | None = None
+    """For repeatable samples; None: another one each call."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds until a call gives up with core's ``ModelTimeoutError``; None: never."""
+    max_retries: int = Field(default=0, ge=0)
+    """Accepted so that models can be exchanged. A local model fails the same way twice: nothing is retried."""
+    api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    """Accepted so that models can be exchanged. Nobody is called: it is neither used nor kept in what is written out."""
+    streaming: bool = False
+    """Stream inside ``invoke`` as well, for callbacks that want tokens."""
+    task_adapter: str | None = None
+    """A shared peft LoRA folder (the paper's task-adapted model), merged into the base when it is loaded."""
+    device: str | None = None
+    """``cpu``, ``cuda``, ``cuda:1``, ``mps`` or ``auto``; None: the best there is."""
+    dtype: str | None = None
+    """``float32``, ``bfloat16``, ``float16``; None: float32 on a CPU (bfloat16 for large models), else the checkpoint's."""
+    quantization_config: Any = None
+    """Handed to ``from_pretrained`` as it is."""
+
+    _opened: AdapterStore | None = PrivateAttr(default=None)
+
+    @field_validator("user_id")
+    @classmethod
+    def _user_is_named_or_none(cls, value: str | None) -> str | None:
+        return _checked_user(value)
+
+    # ── what LangChain asks about the model ──
+
+    @property
+    def _llm_type(self) -> str:
+        return "cope"
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Instances can be written with ``langchain_core.load.dumps``."""
+        return True
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        names = ("model", "revision", "user_id", "adapter_version", "alpha", "tau", *_SAMPLING)
+        return {name: getattr(self, name) for name in names} | {"store": self._store_url()}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+        return {**super()._get_ls_params(stop=stop, **kwargs), "ls_provider": "cope"}
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """Cache key: everything the answer depends on, so that two users, versions or settings never share an entry."""
+        pinned = self._pin(kwargs)
+        base = self._engine(pinned).base
+        key = {
+            "model": base.fingerprint(),
+            "revision": self.revision,
+            "device": str(base.device),
+            "dtype": str(base.dtype),
+            "alpha": self.alpha,
+            "tau": self.tau,
+            "stop": self._stops(stop),
+            **{name: getattr(self, name) for name in _SAMPLING},
+            **pinned,
+        }
+        return json.dumps(key, sort_keys=True, default=str)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of ``text`` in the base's own tokenizer."""
+        return list(self._engine({}).base.tokenizer.encode(text, add_special_tokens=False))
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """Tokens of the prompt that ``messages`` make in the base's chat template."""
+        if tools:
+            raise InputError("tools were given, but ChatCoPe takes none: count the messages alone")
+        return len(self._engine({}).base.prompt_ids(_as_template_messages(messages)))
+
+    # ── the user of a call, resolved once ──
+
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """Answer in the manner of the call's user."""
+        return super().invoke(input, config, stop=stop, **self._pin(kwargs, config))
+
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """`invoke` without blocking the event loop; a cancelled task stops within one token."""
+        return await super().ainvoke(input, config, stop=stop, **await self._apin(kwargs, config))
+
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:
+        """`invoke`, piece by piece."""
+        yield from super().stream(input, config, stop=stop, **self._pin(kwargs, config))
+
+    async def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
+        """`ainvoke`, piece by piece."""
+        async for chunk in super().astream(input, config, stop=stop, **await self._apin(kwargs, config)):
+            yield chunk
+
+    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Events of a call; version ``v3`` reaches ``_stream`` past `stream`, so its user is resolved here."""
+        if kwargs.get("version") == "v3":
+            kwargs = self._pin(kwargs, config)
+        return super().stream_events(input, config, **kwargs)
+
+    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """`stream_events` for an event loop."""
+        if kwargs.get("version") != "v3":
+            return super().astream_events(input, config, **kwargs)
+
+        async def pinned() -> Any:
+            return await super(ChatCoPe, self).astream_events(input, config, **await self._apin(kwargs, config))
+
+        return pinned()
+
+    def generate(self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any) -> LLMResult:
+        """Answer several conversations of one user."""
+        return super().generate(messages, stop, callbacks, **self._pin(kwargs))
+
+    async def agenerate(
+        self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
+    ) -> LLMResult:
+        """`generate` for an event loop."""
+        return await super().agenerate(messages, stop, callbacks, **await self._apin(kwargs))
+
+    def _pin(self, kwargs: dict[str, Any], config: RunnableConfig | None = None) -> dict[str, Any]:
+        """``kwargs`` with user, version and digest of this call in them; those pinned before stay as they are."""
+        if "adapter_digest" in kwargs:
+            return kwargs
+        configured = ensure_config(config).get("configurable") or {}
+        user = kwargs["user_id"] if "user_id" in kwargs else configured.get("user_id", self.user_id)
+        version = self._resolve(_checked_user(user), kwargs.get("adapter_version", self.adapter_version), kwargs)
+        found = (None, None) if version is None else (version.version, version.digest)
+        return {**kwargs, "user_id": user, "adapter_version": found[0], "adapter_digest": found[1]}
+
+    async def _apin(self, kwargs: dict[str, Any], config: RunnableConfig | None = None) -> dict[str, Any]:
+        # to_thread copies the context, which is where ensure_config finds the configuration of a surrounding chain.
+        return await asyncio.to_thread(self._pin, kwargs, config)
+
+    def _resolve(self, user: str | None, version: str | None, kwargs: dict[str, Any]) -> AdapterVersion | None:
+        if user is None:
+            return None
+        base = self._engine(kwargs).base.fingerprint()
+        try:
+            return self._adapters().resolve(user, version, base=base)
+        except AdapterNotFoundError:
+            if version is None and self.on_missing_adapter == "base":
+                return None
+            raise
+
+    # ── one loop ──
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return await agenerate_from_stream(self._astream(messages, stop, run_manager, **kwargs))
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        call = self._prepare(messages, stop, kwargs)
+        pieces = call.engine.stream(call.request)
+        try:
+            for piece in pieces:
+                yield _as_chunk(piece, call)
+        finally:
+            pieces.close()
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        call = await asyncio.to_thread(self._prepare, messages, stop, kwargs)
+        pieces = call.engine.astream(call.request)
+        try:
+            async for piece in pieces:
+                yield _as_chunk(piece, call)
+        finally:
+            await pieces.aclose()
+
+    def _prepare(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> _Call:
+        """The engine, the request and the facts of one call."""
+        from langchain_cope.engine.engine import Request, Sampling
+
+        unknown = sorted(kwargs.keys() - {*_CALL_OPTIONS, *_CORE_OPTIONS})
+        if unknown:
+            raise InputError(
+                f"ChatCoPe knows no option {', '.join(unknown)}; a call takes {', '.join(_CALL_OPTIONS)} and stop"
+            )
+        pinned = self._pin(kwargs)
+        user = pinned["user_id"]
+        version = None if pinned["adapter_version"] is None else self._resolve(user, pinned["adapter_version"], pinned)
+        engine = self._engine(pinned)
+        prompt = engine.base.prompt_ids(_as_template_messages(messages))
+        if len(prompt) >= engine.base.context:
+            raise ChatContextOverflow(len(prompt), engine.base.context)
+        settings = {name: pinned.get(name, getattr(self, name)) for name in _SAMPLING}
+        if settings["seed"] is None:
+            del settings["seed"]
+        request = Request(
+            prompt,
+            adapter=None if version is None else self._adapter(engine, version),
+            alpha=_first(pinned.get("alpha"), self.alpha, getattr(version, "alpha", None), DEFAULT_ALPHA),
+            tau=_first(pinned.get("tau"), self.tau, getattr(version, "tau", None), DEFAULT_TAU),
+            sampling=Sampling(stop=tuple(self._stops(stop)), **settings),
+            logprobs=bool(pinned.get("logprobs")),
+        )
+        timeout = pinned.get("timeout", self.timeout)
+        metadata = {
+            "model_name": engine.base.name,
+            "model_provider": "cope",
+            "user_id": user,
+            "adapter_version": pinned["adapter_version"],
+            "adapter_digest": pinned["adapter_digest"],
+            "alpha": request.alpha if version else 0.0,
+            "tau": request.tau,
+        }
+        return _Call(engine, request, version, metadata, None if timeout is None else time.monotonic() + timeout)
+
+    def _engine(self, kwargs: dict[str, Any]) -> "Engine":
+        from langchain_cope.engine.engine import Engine
+        from langchain_cope.engine.model import load_base
+
+        base = load_base(
+            kwargs.get("model", self.model),
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+            task_adapter=self.task_adapter,
+            quantization_config=self.quantization_config,
+        )
+        return Engine.of(base)
+
+    def _adapter(self, engine: "Engine", version: AdapterVersion) -> Any:
+        """The version in the engine's slots, fetched and verified where it is not there yet."""
+        return engine.find_adapter(version.name) or engine.load_adapter(
+            self._adapters().fetch_dir(version), version.name
+        )
+
+    def _adapters(self) -> AdapterStore:
+        if self._opened is None:
+            self._opened = open_store(self.store)
+        return self._opened
+
+    def _store_url(self) -> str | None:
+        return None if self.store is None else open_store(self.store).url
+
+    def _stops(self, stop: list[str] | None) -> list[str]:
+        chosen = stop if stop is not None else self.stop
+        return [chosen] if isinstance(chosen, str) else list(chosen or [])
+
+
+def _checked_user(user: str | None) -> str | None:
+    if user is not None and (not isinstance(user, str) or not user):
+        raise InputError(f"user_id must be a string that is not empty, or None for the base alone, not {user!r}")
+    return user
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
+
+
+def _as_template_messages(messages: Sequence[BaseMessage]) -> list[dict[str, str]]:
+    """LangChain's messages as the chat template takes them. Raises ``InputError`` for what it cannot take, by name."""
+    if not messages:
+        raise InputError("no messages were given: at least one is needed")
+    return [{"role": _role(message), "content": _text(message)} for message in messages]
+
+
+def _role(message: BaseMessage) -> str:
+    if isinstance(message, ChatMessage):
+        return message.role
+    for kind, role in ((SystemMessage, "system"), (HumanMessage, "user"), (AIMessage, "assistant")):
+        if isinstance(message, kind):
+            return role
+    raise InputError(f"ChatCoPe takes system, human, AI and chat messages, not a {type(message).__name__}")
+
+
+def _text(message: BaseMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    other = {block["type"] for block in message.content if isinstance(block, dict) and block.get("type") != "text"}
+    if other:
+        raise InputError(f"a message holds {', '.join(sorted(map(str, other)))} content; the base reads text only")
+    return str(message.text)
+
+
+def _as_chunk(piece: "Piece | Completion", call: _Call) -> ChatGenerationChunk:
+    """A piece of text, or at the end the empty chunk that carries usage and metadata."""
+    from langchain_cope.engine.engine import Piece
+
+    if isinstance(piece, Piece):
+        if call.deadline is not None and time.monotonic() > call.deadline:
+            raise ModelTimeoutError("the answer took longer than the timeout; it was stopped")
+        return ChatGenerationChunk(message=AIMessageChunk(content=piece.text))
+    metadata = {**call.metadata, "finish_reason": piece.finish_reason, "contrast_changed": piece.contrast_changed}
+    if call.request.logprobs:
+        metadata["logprobs"] = [
+            {"token": t.text, "log_p_user": t.log_p_user, "log_p_base": t.log_p_base, "reward": t.reward}
+            for t in piece.logprobs
+        ]
+    read, written = len(call.request.prompt), len(piece.token_ids)
+    return ChatGenerationChunk(
+        message=AIMessageChunk(
+            content="",
+            response_metadata=metadata,
+            usage_metadata=UsageMetadata(input_tokens=read, output_tokens=written, total_tokens=read + written),
+            chunk_position="last",
+        )
+    )
