@@ -1,0 +1,43 @@
+# Two commands: `make demo` personalizes one user and shows the difference; `make test` runs every check.
+# Each sets up what it needs in .venv. Another torch: make demo TORCH_SPEC="torch --index-url …" (see README).
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_SPEC ?= -c constraints.txt torch
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	@rm -rf .demo
+	@$(BIN)/cope-lc personalize examples/data/user.jsonl --store .demo/adapters
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) .demo dist build
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: whatever else asks for it then finds it there.
+$(VENV)/.torch: $(BIN)/python constraints.txt
+	$(PIP) install --quiet $(TORCH_SPEC)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
