@@ -1,0 +1,47 @@
+"""The first import: what is there, and what it costs."""
+
+import subprocess
+import sys
+
+import pytest
+
+import langchain_cope
+
+
+def modules_after(statement: str) -> set[str]:
+    printed = subprocess.run(
+        [sys.executable, "-c", f"{statement}; import sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(printed.stdout.split())
+
+
+def test_everything_listed_is_there_and_named_in_dir() -> None:
+    assert {"ChatCoPe", "PersonalizeUser", "Recipe"} <= set(langchain_cope.__all__)
+    for name in langchain_cope.__all__:
+        assert getattr(langchain_cope, name).__name__ == name
+        assert name in dir(langchain_cope)
+
+
+def test_a_wrong_name_says_what_there_is() -> None:
+    with pytest.raises(AttributeError, match="it offers ChatCoPe"):
+        langchain_cope.ChatCope  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = {"torch", "transformers", "peft", "trl", "chromadb", "langchain_core", "pydantic"}
+    assert not heavy & modules_after("import langchain_cope")
+
+
+def test_chat_and_training_classes_come_without_torch() -> None:
+    heavy = {"torch", "transformers", "peft", "trl", "chromadb"}
+    assert not heavy & modules_after(
+        "from langchain_cope import ChatCoPe, PersonalizeUser, Recipe; ChatCoPe(); PersonalizeUser()"
+    )
+
+
+def test_the_store_imports_nothing_of_the_rest() -> None:
+    others = {"torch", "transformers", "langchain_core", "langchain_cope", "numpy", "safetensors"}
+    assert not others & modules_after("import adapter_store")
