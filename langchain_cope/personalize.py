@@ -229,13 +229,15 @@ class _Run:
     def read_history(self) -> UserHistory:
         user, rows = self.request.user_id, self.request.history
         if rows is not None:
-            return as_history(rows, target=self.settings.target, user_id=user, instruction=self.request.instruction)
+            found = as_history(rows, target=self.settings.target, user_id=user, instruction=self.request.instruction)
+            # Rows that were read before have it in their prompts already.
+            return found.model_copy(update={"instruction": found.instruction or self.request.instruction})
         if self.settings.history is None:
             raise InputError(
                 "no history was given: put it into the request, or a ChromaHistory into PersonalizeUser(history=…)"
             )
-        found: UserHistory = self.settings.history.history(user)
-        return found
+        fetched: UserHistory = self.settings.history.history(user)
+        return fetched
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

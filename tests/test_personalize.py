@@ -16,8 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from adapter_store import AdapterStore, BackendError, InvalidAdapterError
 from langchain_cope import ChatCoPe, ChromaHistory, PersonalizeResult, PersonalizeUser, Recipe
+from langchain_cope.engine.engine import Engine
 from langchain_cope.engine.model import load_base
-from langchain_cope.errors import HistoryError, InputError
+from langchain_cope.errors import HistoryError, InputError, ModelError
+from langchain_cope.history import as_items
+from langchain_cope.personalize import as_examples
+from langchain_cope.training.pipeline import train_user
 from langchain_cope.training.recipe import DPO, SFT, Negatives
 
 ROWS = [
@@ -258,6 +262,12 @@ def test_a_store_that_cannot_be_written_is_refused_before_training(
         personalize.model_copy(update={"store": tmp_path / "file" / "store"}).invoke(
             {"user_id": "alice", "history": ROWS}
         )
+
+
+def test_training_on_a_quantized_base_is_refused(base: Path, tmp_path: Path) -> None:
+    quantized = replace(load_base(base), quantization="int8")
+    with pytest.raises(ModelError, match="is quantized"):
+        train_user(Engine(quantized), as_examples(as_items(ROWS)), QUICK, tmp_path)
 
 
 def test_a_failure_in_a_stage_is_traced_and_publishes_nothing(

@@ -1,0 +1,77 @@
+"""Options that several commands share, and their checks."""
+
+import math
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Target(StrEnum):
+    """Whose turns of a conversation are what the user wrote."""
+
+    assistant = "assistant"
+    user = "user"
+
+
+def _check_alpha(value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise typer.BadParameter(f"{value} is out of range: give a number of at least 0 (0: the adapter alone)")
+    return value
+
+
+def _check_tau(value: float | None) -> float | None:
+    if value is not None and not 0 < value <= 1:
+        raise typer.BadParameter(f"{value} is out of range: give a number above 0 and at most 1")
+    return value
+
+
+def _check_temperature(value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise typer.BadParameter(f"{value} is out of range: give a number of at least 0 (0: the likeliest token)")
+    return value
+
+
+Model = Annotated[
+    str, typer.Option("--model", metavar="M", help="Base model: starter, a Hugging Face id or a local path.")
+]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="Adapter store: a folder or a file:// URL. Default: the environment's COPE_STORE, else the user data folder.",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="D", help="cpu, cuda, cuda:1 or mps. Default: the best there is.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="T", help="float32, bfloat16 or float16. Default: what suits device and model."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha",
+        metavar="A",
+        callback=_check_alpha,
+        help="Weight of the base that is contrasted away. Default: what the adapter recommends, else 0.1.",
+    ),
+]
+Tau = Annotated[
+    float | None,
+    typer.Option(
+        "--tau",
+        metavar="T",
+        callback=_check_tau,
+        help="Tokens below this share of the likeliest one's probability are out. Default: as for --alpha.",
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option("--temperature", metavar="T", callback=_check_temperature, help="0: always the likeliest token."),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens of an answer, at most.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="For repeatable samples.")]

@@ -1,0 +1,53 @@
+"""What commands want to know of a store and its versions."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+if TYPE_CHECKING:
+    from adapter_store import AdapterStore, AdapterVersion, UserHead
+
+
+def local_folder(store: "AdapterStore") -> Path | None:
+    """Return the folder of a local store, whether it is there yet or not."""
+    scheme, _, path = store.url.partition("://")
+    return Path(unquote(path)) if scheme == "file" else None
+
+
+def place_of(store: "AdapterStore") -> str:
+    """Return where a store is, for people: a plain path where it is a folder."""
+    return str(local_folder(store) or store.url)
+
+
+def all_users(store: "AdapterStore") -> list["UserHead"]:
+    """Return every user of a store."""
+    heads, cursor = store.list_users()
+    while cursor is not None:
+        page, cursor = store.list_users(cursor)
+        heads = [*heads, *page]
+    return heads
+
+
+def version_facts(version: "AdapterVersion") -> dict[str, Any]:
+    """Return a version as plain data for ``--json``."""
+    return {
+        "version": version.version,
+        "created_at": version.created_at.isoformat(),
+        "digest": version.digest,
+        "bytes": num_bytes(version),
+        "base": version.base,
+        "alpha": version.alpha,
+        "tau": version.tau,
+        "metrics": version.metrics,
+        "metadata": version.metadata,
+    }
+
+
+def num_bytes(version: "AdapterVersion") -> int:
+    """Return the size of a version's files together."""
+    return sum(facts.size for facts in version.files.values())
+
+
+def local_time(time: Any) -> str:
+    """Return a time for people, in this machine's zone."""
+    return f"{time.astimezone():%Y-%m-%d %H:%M}"

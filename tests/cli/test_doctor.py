@@ -1,0 +1,43 @@
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+AsNobody = Callable[..., contextlib.AbstractContextManager[Path]]
+
+
+def test_a_sound_installation_is_found_sound(cope_lc: Callable, store_folder: Path) -> None:
+    outcome = cope_lc("doctor")
+    assert outcome.code == 0, outcome
+    assert "all that is needed works" in outcome.stdout
+    assert outcome.stderr == ""
+    assert not store_folder.exists()
+    facts = cope_lc("doctor", "--json").json
+    found = {finding["what"]: finding for finding in facts["findings"]}
+    assert facts["ok"] is True
+    assert {"python", "langchain-cope", "torch", "trl", "cpu", "starter", "store", "disk"} <= found.keys()
+    assert str(store_folder) in found["store"]["found"]
+    assert "COPE_STORE" in found["store"]["found"]
+
+
+def test_the_users_of_the_store_are_counted(cope_lc: Callable, publish: Callable) -> None:
+    publish("alice")
+    publish("bob")
+    assert ", 2 users" in cope_lc("doctor").stdout
+
+
+def test_a_store_that_cannot_be_written_is_a_finding(cope_lc: Callable, read_only: AsNobody) -> None:
+    with read_only() as folder:
+        outcome = cope_lc("doctor", "--store", folder)
+    assert outcome.code == 1
+    assert "Permission denied" in outcome.stdout
+    assert "1 thing to mend" in outcome.stdout
+
+
+def test_a_damaged_store_is_a_finding(cope_lc: Callable, publish: Callable, store_folder: Path) -> None:
+    publish()
+    (store_folder / "adapter_store.json").write_text("{}")
+    outcome = cope_lc("doctor", "--json")
+    assert outcome.code == 1
+    broken = [finding for finding in outcome.json["findings"] if not finding["ok"]]
+    assert [finding["what"] for finding in broken] == ["store"]
+    assert "adapter_store.json" in broken[0]["advice"]
