@@ -1,8 +1,6 @@
 """The app: what commands there are, and the one place where errors become exit codes.
 
-    0  done                 1  it failed                 2  the input or the call was wrong
-
-`run` is the entry point; calling `app` does the same.
+0  done                 1  it failed                 2  the input or the call was wrong
 """
 
 from collections.abc import Sequence
@@ -75,8 +73,3 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback where something fails.")] = False,
 ) -> None:
     """Take the options that stand before a command."""
-
-
-def run() -> None:
-    """Run the command line of this process."""
-    app()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from langchain_cope.errors import HistoryError
+from langchain_cope.errors import HistoryError, ModelError
 from langchain_cope.training.progress import Progress, Watch, never, unheard
 from langchain_cope.training.recipe import Recipe
 
@@ -69,9 +69,15 @@ def train_user(
     Raises:
         Cancelled: ``should_stop`` returned True; what is in ``folder`` is then unfinished, and the caller's to remove.
         HistoryError: no item is left to train on.
+        ModelError: the base is quantized.
     """
     from langchain_cope.training.encode import fit
 
+    if engine.base.quantization is not None:
+        raise ModelError(
+            f"the base {engine.base.name!r} is quantized ({engine.base.quantization}), and adapters are trained on weights that "
+            "are not: load it without quantization_config to train"
+        )
     items, notes = fit(engine.base, examples, recipe.max_length, recipe.max_words)
     if not items:
         raise HistoryError(

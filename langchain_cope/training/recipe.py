@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 PAPER_PARAMETERS = 7e9  # the size that the paper's learning rates, epochs and targets were chosen for
+LEAST_STEPS = 12  # of SFT: fewer leave an adapter that has hardly moved
 
 
 class Sized(Protocol):
@@ -178,17 +179,18 @@ class Recipe:
     def for_model(cls, base: Sized, history: Sequence[Any], *, seed: int = 0) -> "Recipe":
         """The paper's settings scaled to the size of ``base`` and the number of items in ``history``.
 
-        A smaller model needs larger steps: at the paper's 1e-4 one of 7 million parameters learns nothing, about 2e-3 suits
-        it and 5e-3 overfits. Between the two sizes the rate follows a power law. At 7B and above this is the paper.
+        A smaller model needs larger steps: at the paper's 1e-4 one of 7 million parameters learns nothing; at 1e-3 to 2e-3 it
+        learns the user, at 5e-3 it overfits. Between that size and the paper's the rate follows a power law. A small model also
+        gets the adapter, of the paper's rank, on every linear layer. A history too short for 12 steps in the paper's two epochs
+        gets more epochs, for as many steps. At 7B and above, from 21 items on, this is the paper.
         """
         shrunk = max(1.0, PAPER_PARAMETERS / max(1, base.num_parameters))
-        growth = min(20.0, shrunk**0.437)  # 20 at 7.4 million parameters: 1e-4 becomes 2e-3, and no more below
-        small = base.num_parameters < 1e9
-        sft = SFT(
-            learning_rate=1e-4 * growth,
-            epochs=3 if small else 2,
-            targets="linear" if small else "attention",
-        )
+        # 15 at 7.4 million parameters, 1e-4 becomes 1.5e-3, and no more below; two digits, as nobody can tell more apart.
+        growth = float(f"{min(15.0, shrunk**0.395):.2g}")
+        targets = "linear" if base.num_parameters < 1e9 else "attention"
+        steps_an_epoch = math.ceil(len(history) / SFT.batch_size) or 1
+        epochs = max(SFT.epochs, math.ceil(LEAST_STEPS / steps_an_epoch))
+        sft = SFT(learning_rate=1e-4 * growth, epochs=epochs, targets=targets)
         return cls(sft=sft, dpo=DPO(learning_rate=5e-6 * growth), seed=seed)
 
     def as_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from adapter_store import AdapterStore, AdapterVersion
 
-COMMAND = [sys.executable, "-c", "from cope_lc.main import run; run()"]
+COMMAND = [sys.executable, "-c", "from cope_lc.main import app; app()"]
 METRICS = {
     "base": {"nll": 4.8013, "rouge1": 0.15, "rougeL": 0.142},
     "sft": {"nll": 4.67, "rouge1": 0.16, "rougeL": 0.15},

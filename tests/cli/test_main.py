@@ -77,7 +77,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(cope_lc: Callable) -> None
 
 
 def test_help_imports_nothing_heavy() -> None:
-    program = "import sys; sys.argv = ['cope-lc', '--help']\nfrom cope_lc.main import run\ntry: run()\nfinally: print(*sys.modules)"
+    program = "import sys; sys.argv = ['cope-lc', '--help']\nfrom cope_lc.main import app\ntry: app()\nfinally: print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     modules = {name.partition(".")[0] for name in shown.stdout.splitlines()[-1].split()}
     assert "typer" in modules
@@ -86,7 +86,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_help_is_within_150_ms_of_a_bare_typer_app(tmp_path: Path) -> None:
     (tmp_path / "bare.py").write_text(BARE)
-    ours = [sys.executable, "-c", "from cope_lc.main import run; run()", "--help"]
+    ours = [sys.executable, "-c", "from cope_lc.main import app; app()", "--help"]
     bare = [sys.executable, str(tmp_path / "bare.py")]
     pairs = [(_seconds(ours), _seconds(bare)) for _ in range(5)]
     assert median(mine - theirs for mine, theirs in pairs) < 0.15

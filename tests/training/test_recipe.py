@@ -35,9 +35,13 @@ def test_default_recipe_is_the_papers_at_seven_billion_parameters():
 def test_smaller_models_get_larger_steps_that_end_at_the_ones_seen_to_work():
     rates = [Recipe.for_model(Sized(n), range(60)).sft.learning_rate for n in (10**6, 7_377_152, 10**8, 10**9, 10**10)]
     assert rates == sorted(rates, reverse=True)
-    assert rates[1] == pytest.approx(2e-3, rel=0.02)
-    assert rates[0] <= 2e-3
+    assert rates[:2] == pytest.approx([1.5e-3, 1.5e-3], rel=0.01)
     assert rates[-1] == 1e-4
+
+
+@pytest.mark.parametrize(("num_items", "epochs"), [(5, 6), (8, 6), (15, 3), (20, 3), (21, 2), (1000, 2)])
+def test_short_histories_get_more_epochs(num_items, epochs):
+    assert Recipe.for_model(Sized(7_377_152), range(num_items)).sft.epochs == epochs
 
 
 @pytest.mark.parametrize(
