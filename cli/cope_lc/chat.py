@@ -35,20 +35,21 @@ def chat(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Chat with a user's model. A message a line; also from a pipe."""
-    from cope_lc.generate import open_chat
+    """Chat with a user's model, or with the base where the user has none. A message a line; also from a pipe."""
     from cope_lc.quiet import prints_to_stderr
+    from langchain_cope import ChatCoPe
 
     settings = {"model": model, "store": store, "adapter_version": version, "device": device, "dtype": dtype}
     sampling = {"alpha": alpha, "tau": tau, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     with prints_to_stderr():
         _note(_greeting(user, settings))
-        model_of_user = open_chat(user, {**settings, **sampling})
+        model_of_user = ChatCoPe(user_id=user, **settings, **sampling)
     Conversation(model_of_user).run()
 
 
 def _greeting(user: str | None, settings: dict[str, Any]) -> str:
     """Load what is needed, so that a wrong user or model is told now and not at the first message."""
+    from adapter_store import AdapterNotFoundError
     from cope_lc.text import name_of
     from langchain_cope.engine.model import load_base
     from langchain_cope.stores import open_store
@@ -56,7 +57,12 @@ def _greeting(user: str | None, settings: dict[str, Any]) -> str:
     base = load_base(settings["model"], device=settings["device"], dtype=settings["dtype"])
     if user is None:
         return f"{base.name} alone, as nobody in particular. {_HELP}"
-    found = open_store(settings["store"]).resolve(user, settings["adapter_version"], base=base.fingerprint())
+    try:
+        found = open_store(settings["store"]).resolve(user, settings["adapter_version"], base=base.fingerprint())
+    except AdapterNotFoundError:
+        if settings["adapter_version"] is not None:
+            raise
+        return f"{name_of(user)} has no adapter yet: {base.name} alone answers. {_HELP}"
     return f"{name_of(user)} on {base.name}, version {found.version}. {_HELP}"
 
 

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from langchain_core.messages import AIMessageChunk
     from rich.text import Text
 
-    from langchain_cope import ChatCoPe
-
 EXAMPLE = 'Example: cope-lc generate "Write a headline for: …" --user alice'
 # The difference of two log-probabilities, in nats, from which a token is coloured.
 _CLEAR, _STRONG = 0.3, 1.0
@@ -40,7 +38,9 @@ def generate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Answer one prompt in a user's manner."""
+    """Answer one prompt in a user's manner; a user without an adapter is answered by the base."""
+    from cope_lc.text import name_of
+
     if explain and user is None:
         raise typer.BadParameter("it compares a user with the base: add --user ID", param_hint="--explain")
     question = _prompt(prompt)
@@ -51,15 +51,10 @@ def generate(
         _print_json(answer)
     elif explain:
         _show_explained(answer)
+    if user is not None and answer.response_metadata["adapter_version"] is None:
+        print(f"note: {name_of(user)} has no adapter yet: the base answered", file=sys.stderr)
     if answer.response_metadata["finish_reason"] == "length":
         print(f"note: the answer was cut at {_num_tokens(answer)} tokens", file=sys.stderr)
-
-
-def open_chat(user: str | None, settings: dict[str, Any]) -> "ChatCoPe":
-    """A ChatCoPe that refuses a user without an adapter: on a command line that is a slip."""
-    from langchain_cope import ChatCoPe
-
-    return ChatCoPe(user_id=user, on_missing_adapter="error", **settings)
 
 
 def _prompt(given: str) -> str:
@@ -82,12 +77,13 @@ def _answer(
     """The whole answer, printed as it comes unless ``silent``."""
     from cope_lc.quiet import prints_to_stderr
     from cope_lc.text import clean
+    from langchain_cope import ChatCoPe
 
     out = sys.stdout
     whole: Any = None
     with prints_to_stderr():
         options: dict[str, Any] = {"logprobs": True} if explain else {}
-        for chunk in open_chat(user, settings).stream(prompt, **options):
+        for chunk in ChatCoPe(user_id=user, **settings).stream(prompt, **options):
             whole = chunk if whole is None else whole + chunk
             if not silent:
                 print(clean(str(chunk.content), keep="\n\t"), end="", file=out, flush=True)

@@ -104,13 +104,19 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(generate: 
     assert "the model's context holds 256" in outcome.error
 
 
-def test_a_user_without_an_adapter_is_told_so(generate: Callable, publish: Callable) -> None:
+def test_a_user_without_an_adapter_is_answered_by_the_base_and_told_so(generate: Callable) -> None:
+    alone = generate("Hi", "--max-tokens", 8)
+    outcome = generate("Hi", "--max-tokens", 8, "--user", "bob")
+    assert (outcome.code, outcome.stdout) == (0, alone.stdout)
+    assert "note: bob has no adapter yet: the base answered" in outcome.stderr
+
+
+def test_a_version_that_is_not_there_is_an_error(generate: Callable, publish: Callable) -> None:
     publish("alice")
-    for words in (["--user", "bob"], ["--user", "alice", "--version", "20260131T235959Z-0123456789ab"]):
-        outcome = generate("Hi", *words)
-        assert outcome.code == 2
-        assert outcome.stdout == ""
-        assert outcome.error.startswith("error: user ")
+    outcome = generate("Hi", "--user", "alice", "--version", "20260131T235959Z-0123456789ab")
+    assert outcome.code == 2
+    assert outcome.stdout == ""
+    assert outcome.error.startswith("error: user ")
 
 
 @pytest.mark.parametrize(("user", "why"), [("", "empty"), ("x" * 10_000, "too long"), ("a\0b", "NUL")])
