@@ -51,6 +51,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {**_SMALL, "head_dim": 8},
     "gemma2": {**_SMALL, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8},
     "mistral": {**_SMALL, "sliding_window": 12},
+    "qwen2_moe": {  # its shared expert sees rows and positions as one dimension
+        **_SMALL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    },
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.3},
     "gpt_neox": {**_SMALL, "num_key_value_heads": None},
 }

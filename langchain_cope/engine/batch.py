@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from langchain_cope.engine import cache as kv
+from langchain_cope.engine.attention import pack_decode_attention
 from langchain_cope.engine.contrast import check_alpha_tau, contrast
+from langchain_cope.engine.linear import hasten_pairs
 from langchain_cope.engine.lora import Adapter, LoraRows
 from langchain_cope.engine.sampling import Sampling, choose_tokens
 
@@ -80,10 +82,13 @@ class Running:
 
 
 class Batch:
-    """Rows in flight over one model tree. Not thread-safe: the engine's thread owns it."""
+    """Rows in flight over one model tree. Not thread-safe: the engine's thread owns it. Raises ``ModelError`` as `kv.new_cache`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        kv.new_cache(model)  # refuses what cannot be served before anyone asks
         self._model = model
+        pack_decode_attention(model)
+        hasten_pairs(model)
         self._lora = LoraRows(model)
         self._accepts = inspect.signature(model.forward).parameters.keys()
         self.running: list[Running] = []
@@ -170,12 +175,13 @@ class Batch:
             inputs["position_ids"] = positions.clamp_min(0)
         if "logits_to_keep" in self._accepts:
             inputs["logits_to_keep"] = kept
+        self._lora.shape = (ids.shape[0], ids.shape[1])
         logits: Tensor = self._model(**inputs).logits
         return logits[:, -1] if kept == 1 else logits[:, -kept:]
 
     def _choose(self, logits: Tensor, requests: Sequence[Running], layout: "_Layout") -> None:
         """Append the next token to every request. ``logits``: ``(rows, V)``."""
-        personal = logits[layout.personal_rows]
+        personal = layout.personal(logits)
         scores = layout.scores(personal, logits)
         samplings = [r.request.sampling for r in requests]
         tokens = choose_tokens(scores, samplings, [[*r.request.prompt, *r.ids] if s.repetition_penalty != 1 else []
@@ -185,7 +191,7 @@ class Batch:
         found = torch.stack([tokens, changed.to(tokens.dtype)]).tolist()  # the step's one wait for the device
         for request, token, differs in zip(requests, *found, strict=True):
             request.ids.append(token)
-            request.num_changed += differs
+            request.num_changed += differs and request.request.contrastive
         self._report(logits, requests, layout)
 
     def _report(self, logits: Tensor, requests: Sequence[Running], layout: "_Layout") -> None:
@@ -222,7 +228,7 @@ class _Layout:
         self.adapters = [adapter for i in with_adapter if (adapter := wants[i].adapter) is not None]
         self._user_row = {request: row for row, request in enumerate(with_adapter)}
         self._base_row = {request: len(with_adapter) + row for row, request in enumerate(without)}
-        self.personal_rows = torch.tensor(
+        self._personal_rows = torch.tensor(
             [self._user_row.get(i, self._base_row.get(i, 0)) for i in range(len(wants))],
             dtype=torch.long,
             device=device,
@@ -237,10 +243,15 @@ class _Layout:
         base = self._base_row[request]
         return self._user_row.get(request, base), base
 
+    def personal(self, logits: Tensor) -> Tensor:
+        """``(requests, V)``: the row with the adapter, or the only one."""
+        everyone_has_one = len(self.adapters) == len(self._personal_rows)
+        return logits[: len(self.adapters)] if everyone_has_one else logits[self._personal_rows]
+
     def scores(self, personal: Tensor, logits: Tensor) -> Tensor:
         """``(requests, V)`` log-probabilities: contrasted where a request is, else the personal row's own."""
         if len(self.pairs) == personal.shape[0]:
-            return contrast(personal, logits[self._pair_rows], self._alpha, self._tau)
+            return contrast(personal, logits[len(self.pairs) :], self._alpha, self._tau)
         scores = torch.log_softmax(personal.float(), dim=-1)
         if self.pairs:
             scores[self.pairs] = contrast(personal[self.pairs], logits[self._pair_rows], self._alpha, self._tau)

@@ -4,6 +4,7 @@ Every row is padded on the left to one common length. A layer with a sliding win
 so each layer is padded and trimmed to its own length.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,18 +15,51 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from langchain_cope.errors import ModelError
 
 _SERVED = (DynamicLayer, DynamicSlidingWindowLayer)
+_ROOM = 128  # positions allocated ahead
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache for ``model``. Raises ``ModelError`` where a layer keeps anything but keys and values."""
     cache = DynamicCache(config=model.config)
     other = sorted({type(layer).__name__ for layer in cache.layers} - {kind.__name__ for kind in _SERVED})
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        other = ["its forward takes no past_key_values"]
     if other:
         raise ModelError(
             f"{type(model).__name__} keeps a state that is not plain attention ({', '.join(other)}); "
             "the engine serves decoders whose every layer is full or sliding-window attention"
         )
+    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # its __init_subclass__
+    """Full attention that writes a new position into room kept for it, where ``DynamicLayer`` copies everything at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._key_room: Tensor | None = None
+        self._value_room: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._key_room, self.keys = _append(self._key_room, self.keys, key_states)
+        self._value_room, self.values = _append(self._value_room, self.values, value_states)
+        return self.keys, self.values
+
+
+def _append(room: Tensor | None, states: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+    """(room, ``states`` and ``new`` as its beginning). New room is taken where there is too little, or ``states`` lie elsewhere."""
+    held = None if states is None or states.numel() == 0 else states
+    seen = 0 if held is None else held.shape[-2]
+    total = seen + new.shape[-2]
+    if room is None or held is None or held.data_ptr() != room.data_ptr() or room.shape[-2] < total:
+        room = new.new_empty(*new.shape[:2], total + _ROOM, new.shape[-1])
+        if held is not None:
+            room[:, :, :seen] = held
+    room[:, :, seen:total] = new
+    return room, room[:, :, :total]
 
 
 def length(cache: DynamicCache) -> int:

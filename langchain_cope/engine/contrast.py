@@ -30,7 +30,7 @@ def contrast(user_logits: Tensor, base_logits: Tensor, alpha: float | Tensor, ta
 
     Args:
         user_logits: ``(R, V)`` or ``(V,)``, the personal model's logits. An entry of −inf (a grammar's mask, say) stays −inf.
-        base_logits: the same shape, the base model's logits.
+        base_logits: the same shape, the base model's logits, all finite.
         alpha: α ≥ 0, a number or a tensor ``(R, 1)``.
         tau: 0 < τ ≤ 1, likewise. The likeliest token is always in V_head, so the set is never empty.
 
@@ -40,6 +40,5 @@ def contrast(user_logits: Tensor, base_logits: Tensor, alpha: float | Tensor, ta
     user = torch.log_softmax(user_logits.float(), dim=-1)
     base = torch.log_softmax(base_logits.float(), dim=-1)
     log_tau = torch.log(tau) if isinstance(tau, Tensor) else math.log(tau)
-    head = (user >= user.amax(dim=-1, keepdim=True) + log_tau) & (user > -math.inf)
-    scores = torch.where(head, user - alpha * base, -math.inf)
-    return torch.log_softmax(scores, dim=-1)
+    outside = user < user.amax(dim=-1, keepdim=True) + log_tau
+    return torch.log_softmax((user - alpha * base).masked_fill_(outside, -math.inf), dim=-1)

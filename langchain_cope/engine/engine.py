@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,7 +164,10 @@ class Engine:
 
     @classmethod
     def of(cls, base: Base) -> "Engine":
-        """The engine of this base: the same one for whoever asks, a new one after `close`."""
+        """The engine of this base: the same one for whoever asks, a new one after `close`.
+
+        Raises ``ModelError`` for an architecture that it cannot serve, by name.
+        """
         with _engines_lock:
             engine = _engines.get(id(base))
             if engine is None or engine._closed:
@@ -212,7 +216,7 @@ class Engine:
         loop = asyncio.get_running_loop()
 
         def sink(event: _Event) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = self._submit(request, sink)
@@ -275,6 +279,10 @@ class Engine:
     def _submit(self, request: Request, sink: Callable[[_Event], None]) -> _Job:
         if not request.prompt:
             raise InputError("the prompt has no tokens: give at least one")
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self.base.vocabulary_size:
+            raise InputError(
+                f"the prompt holds token ids outside 0 to {self.base.vocabulary_size - 1}, the base's vocabulary"
+            )
         if len(request.prompt) >= self.base.context:
             raise ContextOverflow(len(request.prompt), self.base.context)
         job = _Job(request, self.base, sink)
@@ -298,14 +306,24 @@ class Engine:
             self._wake.notify()
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while True:
-                with self._wake:
-                    self._wake.wait_for(lambda: self._closed or self._waiting or self._calls or self._batch.running)
-                    if self._closed:
-                        break
-                self._turn()
-        self._end_everything(EngineClosed(f"the engine of {self.base.name!r} was closed"))
+        end = EngineClosed(f"the engine of {self.base.name!r} was closed")
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._turn()
+        except Exception as error:  # outside a forward: rows that no longer fit the device's memory, say
+            _log.exception("the engine of %r stopped", self.base.name)
+            end = EngineClosed(f"the engine of {self.base.name!r} stopped: {type(error).__name__}: {error}")
+            end.__cause__ = error
+        with self._wake:
+            self._closed = True
+        self._end_everything(end)
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False once the engine is closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._waiting or self._calls or self._batch.running)
+            return not self._closed
 
     def _turn(self) -> None:
         """One step for everyone: calls between steps, newcomers, a token each, leavers."""

@@ -44,7 +44,7 @@ def fingerprint_of(base: "Base") -> dict[str, str]:
         "weights": _weights_digest(base),
         "tokenizer": _tokenizer_digest(base),
         "chat_template": hashlib.sha256(str(base.tokenizer.chat_template).encode()).hexdigest(),
-        "task_adapter": _folder_digest(Path(base.task_adapter)) if base.task_adapter else "none",
+        "task_adapter": _folder_digest(base.task_adapter) if base.task_adapter else "none",
         "quantization": base.quantization or "none",
     }
 
@@ -58,11 +58,12 @@ def _tokenizer_digest(base: "Base") -> str:
     vocabulary = sorted(tokenizer.get_vocab().items())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {}
-    # Truncation and padding are set by whoever called last; the vocabulary is in already.
-    rules = {k: v for k, v in rules.items() if k in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
-    merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
-    return _sha256_json([vocabulary, special, rules, merges])
+    whole = json.loads(backend.to_str()) if backend is not None else {}
+    # Truncation and padding are set by whoever called last.
+    rules = {k: whole.get(k) for k in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+    # A vocabulary that is a list has scores; else it is the one above.
+    model = {k: v for k, v in whole.get("model", {}).items() if k != "vocab" or isinstance(v, list)}
+    return _sha256_json([vocabulary, special, rules, model])
 
 
 def _weights_digest(base: "Base") -> str:

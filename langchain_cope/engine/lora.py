@@ -88,13 +88,12 @@ def read_adapter(folder: Path, name: str, model: nn.Module, dtype: torch.dtype, 
 
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"no adapter in {folder}: {CONFIG} and {WEIGHTS} are needed, {' and '.join(missing)} missing")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"no adapter in {folder}: {CONFIG} and {WEIGHTS} are needed ({error.filename} is missing)"
-        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the adapter in {folder} cannot be read: {error}") from error
     if not isinstance(config, dict):
@@ -169,6 +168,8 @@ class LoraRows:
         self._modules = dict(model.named_modules())
         self._stacks: dict[str, tuple[Tensor, Tensor] | None] = {}
         self._rows: tuple[Adapter, ...] = ()
+        self.shape = (0, 0)
+        """(rows, positions) of the next forward."""
 
     def set(self, adapters: Sequence[Adapter]) -> None:
         """Stack the pairs of these rows; free when they are the same as before."""
@@ -184,16 +185,25 @@ class LoraRows:
     def _hook(self, path: str) -> Any:
         def add_low_rank_product(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             stack = self._stacks[path]
-            if stack is None:
-                return output
-            down, up = stack
-            num_rows = down.shape[0]
-            if num_rows == output.shape[0]:
-                return torch.baddbmm(output, torch.bmm(inputs[0], down), up)
-            output[:num_rows].baddbmm_(torch.bmm(inputs[0][:num_rows], down), up)
+            if stack is not None:
+                down, up = stack
+                num_rows = down.shape[0]
+                states, result = self._by_row(inputs[0], path), self._by_row(output, path)
+                result[:num_rows].baddbmm_(torch.bmm(states[:num_rows], down), up)
             return output
 
         return add_low_rank_product
+
+    def _by_row(self, states: Tensor, path: str) -> Tensor:
+        """``(rows, positions, width)``; layers behind a router, say, see rows and positions as one dimension."""
+        if states.ndim == 3:
+            return states
+        rows, positions = self.shape
+        if states.shape[0] != rows * positions:
+            raise ModelError(
+                f"an adapter changes {path!r}, which does not see every token: it cannot be served in a batch"
+            )
+        return states.view(rows, positions, -1)
 
 
 def _stack(rows: tuple[Adapter, ...], path: str) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -41,7 +42,8 @@ class Base:
     """The pristine tree: never wrapped, never trained, never cast."""
     context: int
     """Tokens that prompt and answer may have together."""
-    task_adapter: str | None = None
+    task_adapter: Path | None = None
+    """Folder of the adapter that was merged into the weights."""
     quantization: str | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _fingerprint: dict[str, str] | None = field(default=None, repr=False)
@@ -111,9 +113,9 @@ def load_base(
     Args:
         model: ``starter`` (bundled), a Hugging Face id of a causal language model, or a local path.
         revision: of a Hugging Face id.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` to spread over devices; None takes the best there is.
+        device: ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; None takes the best there is. One base lies on one device.
         dtype: None takes float32 on a CPU (bfloat16 where the CPU has it and the checkpoint exceeds 1 GB), else the checkpoint's.
-        task_adapter: a shared peft LoRA folder (the paper's TAM), merged into the weights once, here.
+        task_adapter: a shared peft LoRA, a folder or a Hugging Face id (the paper's TAM), merged into the weights once, here.
         quantization_config: handed to ``from_pretrained`` as it is.
 
     Raises:
@@ -122,15 +124,16 @@ def load_base(
         ModelError: the files are there but cannot be used.
     """
     chosen_device = _choose_device(device)
+    named_dtype = _named_dtype(dtype, chosen_device)
     folder = STARTER if str(model) == "starter" else Path(model).expanduser()
-    source = folder.resolve() if folder.exists() else model
-    key = (str(source), revision, chosen_device, str(dtype), str(task_adapter), repr(quantization_config))
+    source = folder.resolve() if _exists(folder) else model
+    key = (str(source), revision, chosen_device, named_dtype, str(task_adapter), repr(quantization_config))
     with _registry:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
         if key not in _loaded:
             _loaded[key] = _load(
-                str(model), str(source), revision, chosen_device, dtype, task_adapter, quantization_config
+                str(model), str(source), revision, chosen_device, named_dtype, task_adapter, quantization_config
             )
         return _loaded[key]
 
@@ -140,11 +143,12 @@ def _load(
     source: str,
     revision: str | None,
     device: str,
-    dtype: str | torch.dtype | None,
+    dtype: torch.dtype | None,
     task_adapter: str | Path | None,
     quantization_config: Any,
 ) -> Base:
-    placement = {"device_map": device} if device == "auto" or quantization_config is not None else {}
+    # Quantized weights cannot be moved once they are loaded: they are loaded where they belong.
+    placement = {} if quantization_config is None else {"device_map": {"": device}}
     with _quiet_transformers(), torch.inference_mode(False):  # inference tensors could never be trained through
         try:
             config = AutoConfig.from_pretrained(source, revision=revision)
@@ -156,12 +160,13 @@ def _load(
                 quantization_config=quantization_config,
                 **placement,
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # damaged files make any of a dozen kinds
             raise _explain(name, source, error) from error
         if not placement:
             model = model.to(device)
-        if task_adapter is not None:
-            model = _merge(model, task_adapter, quantization_config)
+        adapter_folder = None if task_adapter is None else _adapter_folder(str(task_adapter))
+        if adapter_folder is not None:
+            model = _merge(model, adapter_folder, quantization_config)
     model.eval().requires_grad_(False)
     # A prompt that is too long is refused by us, with the numbers; the tokenizer need not warn as well.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -171,22 +176,17 @@ def _load(
             "For another, set `chat_template` in its tokenizer_config.json.",
             name,
         )
-    recorded = (
-        None if quantization_config is None else str(getattr(quantization_config, "quant_method", quantization_config))
-    )
-    task = None if task_adapter is None else str(task_adapter)
-    return Base(name, revision, tokenizer, model, _context(config, tokenizer), task, recorded)
+    recorded = None if quantization_config is None else str(quantization_config.to_dict())
+    return Base(name, revision, tokenizer, model, _context(config, tokenizer), adapter_folder, recorded)
 
 
 def _choose_device(device: str | torch.device | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if str(device) == "auto":
-        return "auto"
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device must be cpu, cuda, cuda:N, mps or auto, not {str(device)!r}") from error
+        raise InputError(f"device must be cpu, cuda, cuda:N or mps (one device a base), not {str(device)!r}") from error
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(wanted.type, True):
         raise InputError(
@@ -195,20 +195,22 @@ def _choose_device(device: str | torch.device | None) -> str:
     return str(wanted)
 
 
-def _choose_dtype(dtype: str | torch.dtype | None, device: str, source: str, config: Any) -> torch.dtype | str:
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if not (isinstance(named, torch.dtype) and named.is_floating_point):
-            raise InputError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
-        dtype = named
-    if device != "cpu":
-        return dtype if dtype is not None else "auto"
-    if dtype == torch.float16:
+def _named_dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype | None:
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise InputError(f"dtype must be float32, bfloat16 or float16, not {str(dtype)!r}")
+    if named == torch.float16 and device == "cpu":
         raise InputError(
             "float16 on a CPU is an order of magnitude slower than float32: use dtype='float32' or 'bfloat16'"
         )
+    return named
+
+
+def _choose_dtype(dtype: torch.dtype | None, device: str, source: str, config: Any) -> torch.dtype | str:
     if dtype is not None:
         return dtype
+    if device != "cpu":
+        return "auto"
     large = _checkpoint_bytes(source, config) > LARGE_CHECKPOINT
     return torch.bfloat16 if large and _cpu_has_bfloat16() else torch.float32
 
@@ -230,13 +232,27 @@ def _cpu_has_bfloat16() -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _merge(model: Any, task_adapter: str | Path, quantization_config: Any) -> Any:
+def _adapter_folder(task_adapter: str) -> Path:
+    """The folder of a task adapter: a local one as it is, a Hugging Face id from the cache or the hub."""
+    folder = Path(task_adapter).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(task_adapter, allow_patterns=["adapter_*"]))
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelNotFound(
+            f"no task adapter {task_adapter!r}, neither a folder nor on the hub ({first_line})"
+        ) from error
+
+
+def _merge(model: Any, task_adapter: Path, quantization_config: Any) -> Any:
     if quantization_config is not None:
         raise InputError("a task adapter cannot be merged into quantized weights: merge it first, then quantize")
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(task_adapter)).merge_and_unload()
+        return PeftModel.from_pretrained(model, task_adapter).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"the task adapter {str(task_adapter)!r} cannot be merged into this base: {error}") from error
 
@@ -252,13 +268,22 @@ def _context(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _explain(name: str, source: str, error: Exception) -> Exception:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    looks_like_path = source.startswith((".", "/", "~")) or Path(source).exists()
-    if isinstance(error, OSError) and not (Path(source) / "config.json").exists():
+    is_there = _exists(Path(source))
+    looks_like_path = is_there or source.startswith((".", "/", "~"))
+    if (is_there or isinstance(error, OSError)) and not _exists(Path(source) / "config.json"):
         where = f"no model at the path {name!r}" if looks_like_path else f"no base model {name!r} here or on the hub"
         return ModelNotFound(
             f"{where} ({first_line}); give 'starter', a Hugging Face id or a folder with config.json and weights"
         )
     return ModelError(f"the base model {name!r} cannot be loaded: {first_line}")
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a path; a name that no file system takes is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""An independent answer to compare the engine with: plain forwards of transformers and peft, no cache, no batch, float64 after them.
+"""An independent answer to compare the engine with: plain forwards of transformers and peft, no cache, no batch, then float64.
 
 Nothing of ``langchain_cope.engine`` is used here.
 """
@@ -33,6 +33,12 @@ class Reference:
         with self.model.disable_adapter():
             base = self.model(input_ids=both, use_cache=False).logits[0].double().log_softmax(-1)
         return user, base
+
+    @staticmethod
+    @torch.no_grad()
+    def next_token(model: torch.nn.Module, prompt: list[int]) -> int:
+        """The likeliest next token of a plain forward."""
+        return int(model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].argmax())
 
 
 def scores(user: Tensor, base: Tensor, alpha: float, tau: float) -> Tensor:

@@ -85,6 +85,30 @@ def test_ties_are_at_most_one_in_a_thousand(total: Tally, record_property: Calla
     assert total.num_ties <= total.num_tokens / 1000
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_answers_that_outgrow_the_caches_room_equal_the_reference_too(
+    family: str, tiny: Tiny, adapter: Tiny, engine_for: Callable[..., Engine]
+) -> None:
+    """200 tokens, while a second request joins and leaves."""
+    base = tiny(family)
+    folder = adapter(base, seed=1, rank=4)
+    engine = engine_for(base)
+    kept, reference = engine.load_adapter(folder), Reference(base, folder)
+    long = engine.stream(Request(prompt_of(9, 1), kept, 0.3, 0.1, Sampling(max_tokens=200)))
+    short = Request(prompt_of(40, 2), kept, 0.3, 0.1, Sampling(max_tokens=30))
+    tally = Tally()
+    for _ in range(3):
+        for _ in range(5):
+            next(long)
+        answer = engine.generate([short])[0]
+        tally.compare(reference, list(short.prompt), list(answer.token_ids), 0.3, 0.1, "short")
+    answer = long.completion()
+    assert len(answer.token_ids) > 130
+    tally.compare(reference, prompt_of(9, 1), list(answer.token_ids), 0.3, 0.1, "long")
+    assert tally.differences == []
+    assert tally.num_ties == 0
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_the_reference_over_the_whole_answer_equals_a_loop_of_single_steps(
     alpha: float, tiny: Tiny, adapter: Tiny, engine_for: Callable[..., Engine]

@@ -1,5 +1,6 @@
 """From scores to tokens: transformers' own processors are the measure, and seeds mean the same in any batch."""
 
+import itertools
 import math
 
 import pytest
@@ -47,7 +48,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+@pytest.mark.parametrize("sampling", SETTINGS, ids=lambda s: f"T={s.temperature},k={s.top_k},p={s.top_p},min={s.min_p}")
 def test_warping_equals_transformers_warpers(sampling: Sampling) -> None:
     scores = random_scores()
     found, wanted = warp(scores, [sampling] * 6), by_transformers(scores, sampling)
@@ -101,7 +102,7 @@ def test_samples_follow_the_expected_distribution() -> None:
 def test_the_steps_of_one_seed_draw_independently() -> None:
     scores = torch.zeros(1, 2)
     draws = [int(choose_tokens(scores, [Sampling(temperature=1.0, seed=11)], [[]], [step])) for step in range(1000)]
-    pairs = torch.bincount(torch.tensor([2 * a + b for a, b in zip(draws, draws[1:], strict=False)]), minlength=4)
+    pairs = torch.bincount(torch.tensor([2 * a + b for a, b in itertools.pairwise(draws)]), minlength=4)
     assert ((pairs - 250).abs() < 60).all(), f"each pair of neighbours about 250 times, not {pairs.tolist()}"
 
 

@@ -1,0 +1,250 @@
+"""What goes wrong in the middle: a failing forward, `close`, a reader that goes away. The engine goes on for everyone else."""
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from langchain_cope.engine.engine import Completion, Engine, Piece, Request, Sampling
+from langchain_cope.engine.model import load_base
+from langchain_cope.errors import EngineClosed, ModelError
+
+Tiny = Callable[..., Path]
+MARKER = 7
+PROMPT = [20, 30, 40, 50]
+LONG = Sampling(max_tokens=200)
+
+
+@pytest.fixture
+def own(tiny: Tiny) -> Iterator[Engine]:
+    """An engine of this test's own, beside the shared one: hooks and `close` stay in it."""
+    engine = Engine(load_base(tiny("llama"), device="cpu", dtype="float32"))
+    yield engine
+    engine.close()
+
+
+@contextmanager
+def before_each_forward(engine: Engine, act: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+    """A real hook on the engine's own module tree, called with the inputs of every forward."""
+    handle = engine._batch._model.register_forward_pre_hook(
+        lambda _, __, inputs: act(inputs) and None, with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fail_on_marker(inputs: dict[str, Any]) -> None:
+    if (inputs["input_ids"] == MARKER).any():
+        raise RuntimeError("the marker was seen")
+
+
+def slowly(_: object) -> None:
+    time.sleep(0.01)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen within 10 s"
+        time.sleep(0.002)
+
+
+def test_a_failing_prompt_fails_with_its_cause_and_the_running_ones_go_on(own: Engine) -> None:
+    wanted = own.generate([Request(PROMPT, sampling=LONG)])[0]
+    with before_each_forward(own, slowly), before_each_forward(own, fail_on_marker):
+        running = own.stream(Request(PROMPT, sampling=LONG))
+        next(running)
+        failing = own.stream(Request([20, MARKER], sampling=LONG))
+        with pytest.raises(ModelError, match="RuntimeError: the marker was seen") as caught:
+            list(failing)
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        assert list(failing) == [], "nothing comes after the error"
+        if MARKER not in wanted.token_ids:
+            assert running.completion().token_ids == wanted.token_ids
+    assert own.generate([Request(PROMPT, sampling=LONG)])[0] == wanted
+
+
+def test_a_failing_step_fails_those_who_were_in_it_and_the_next_request_is_answered(own: Engine) -> None:
+    wanted = own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))])
+    steps = []
+
+    def fail_at_the_fourth(inputs: dict[str, Any]) -> None:
+        steps.append(inputs)
+        if len(steps) == 4:
+            raise RuntimeError("out of memory, say")
+
+    with before_each_forward(own, fail_at_the_fourth):
+        first, second = own.stream_all([Request(PROMPT, sampling=LONG), Request([60, 61], sampling=LONG)])
+        for stream in (first, second):
+            with pytest.raises(ModelError, match="out of memory, say"):
+                stream.completion()
+        assert own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))]) == wanted
+
+
+def test_an_error_outside_a_forward_ends_everyone_with_its_cause_instead_of_hanging(
+    own: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise MemoryError("no room for the rows that stay")
+
+    monkeypatch.setattr(own._batch, "drop", fail)
+    short, long = own.stream_all([Request(PROMPT, sampling=Sampling(max_tokens=2)), Request(PROMPT, sampling=LONG)])
+    assert len(short.completion().token_ids) == 2
+    with pytest.raises(EngineClosed, match="stopped: MemoryError: no room"):
+        long.completion()
+    with pytest.raises(EngineClosed):
+        own.stream(Request(PROMPT))
+
+
+async def test_the_async_stream_raises_the_same_error(own: Engine) -> None:
+    with before_each_forward(own, fail_on_marker), pytest.raises(ModelError, match="the marker was seen"):
+        [event async for event in own.astream(Request([MARKER]))]
+
+
+def test_a_failing_score_raises_and_leaves_the_engine_working(own: Engine) -> None:
+    wanted = own.score([(PROMPT, [60, 61])])
+    with (
+        before_each_forward(own, fail_on_marker),
+        pytest.raises(ModelError, match="failed while scoring: RuntimeError"),
+    ):
+        own.score([([MARKER], [60])])
+    assert torch.equal(own.score([(PROMPT, [60, 61])])[0], wanted[0])
+
+
+def test_close_ends_running_and_waiting_requests(own: Engine) -> None:
+    with before_each_forward(own, slowly):
+        running = own.stream(Request(PROMPT, sampling=LONG))
+        next(running)
+        waiting = own.stream_all([Request(PROMPT, sampling=LONG)] * 70)
+        own.close()
+    for stream in (running, waiting[0], waiting[-1]):
+        with pytest.raises(EngineClosed, match="was closed"):
+            list(stream)
+    for call in (lambda: own.stream(Request(PROMPT)), lambda: own.score([(PROMPT, [60])])):
+        with pytest.raises(EngineClosed, match=r"the engine of '.*' is closed"):
+            call()
+    own.close()  # twice is harmless
+
+
+def test_close_stops_the_thread_and_frees_the_cache(own: Engine) -> None:
+    own.stream(Request(PROMPT, sampling=LONG))
+    thread = own._thread
+    assert thread is not None
+    assert thread.is_alive()
+    own.close()
+    assert not thread.is_alive()
+    assert own._batch._cache is None
+
+
+def test_after_close_the_base_gets_a_new_engine(tiny: Tiny) -> None:
+    base = load_base(tiny("qwen2"), device="cpu", dtype="float32")
+    first = Engine.of(base)
+    assert Engine.of(base) is first
+    wanted = first.generate([Request(PROMPT, sampling=Sampling(max_tokens=4))])
+    first.close()
+    second = Engine.of(base)
+    assert second is not first
+    assert second.generate([Request(PROMPT, sampling=Sampling(max_tokens=4))]) == wanted
+    second.close()
+
+
+def test_closing_a_stream_frees_its_rows_by_the_next_step(own: Engine) -> None:
+    forwards: list[object] = []
+    with before_each_forward(own, slowly), before_each_forward(own, forwards.append):
+        stream, other = own.stream_all([Request(PROMPT, sampling=LONG), Request([60, 61], sampling=LONG)])
+        for _ in range(3):
+            next(stream)
+        assert own._batch.num_rows == 2
+        stream.close()
+        seen = len(forwards)
+        wait_until(lambda: own._batch.num_rows == 1)
+        assert len(forwards) - seen <= 2
+        assert list(stream) == []
+        other.close()
+        wait_until(lambda: own._batch.num_rows == 0)
+        seen = len(forwards)
+        time.sleep(0.1)
+        assert len(forwards) == seen, "with nobody left the engine rests"
+
+
+def test_a_stream_that_is_forgotten_is_cancelled(own: Engine) -> None:
+    with before_each_forward(own, slowly):
+        stream = own.stream(Request(PROMPT, sampling=LONG))
+        next(stream)
+        del stream
+        gc.collect()
+        wait_until(lambda: own._batch.num_rows == 0)
+
+
+def test_a_request_cancelled_while_it_waits_never_runs(own: Engine) -> None:
+    seen: list[dict[str, Any]] = []
+    with before_each_forward(own, slowly), before_each_forward(own, seen.append):
+        running = own.stream_all([Request(PROMPT, sampling=LONG)] * 64)
+        next(running[0])
+        waiting = own.stream(Request([60, 61, 62, 63, 64, 65], sampling=LONG))
+        waiting.close()
+        for stream in running:
+            stream.close()
+        wait_until(lambda: own._batch.num_rows == 0 and not own._waiting)
+    assert not any(inputs["input_ids"].shape[1] == 6 for inputs in seen)
+
+
+async def test_a_cancelled_task_frees_its_rows_by_the_next_step(own: Engine) -> None:
+    arrived = asyncio.Event()
+
+    async def read() -> None:
+        async for event in own.astream(Request(PROMPT, sampling=LONG)):
+            assert isinstance(event, (Piece, Completion))
+            arrived.set()
+
+    forwards: list[object] = []
+    with before_each_forward(own, slowly), before_each_forward(own, forwards.append):
+        task = asyncio.create_task(read())
+        await arrived.wait()
+        seen = len(forwards)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(wait_until, lambda: own._batch.num_rows == 0)
+        assert len(forwards) - seen <= 3
+
+
+def test_an_event_loop_that_is_gone_does_not_stop_the_engine(own: Engine) -> None:
+    wanted = own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))])
+
+    async def read_one() -> None:
+        events = own.astream(Request(PROMPT, sampling=LONG))
+        await anext(events)
+        own.leaked = events  # type: ignore[attr-defined]  # neither closed nor collected while the loop goes
+
+    with before_each_forward(own, slowly):
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(read_one())
+        loop.close()
+        assert own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))]) == wanted
+    own.leaked.aclose().close()  # type: ignore[attr-defined]
+
+
+def test_no_threads_are_left_behind(tiny: Tiny) -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        engine = Engine(load_base(tiny("llama"), device="cpu", dtype="float32"))
+        engine.stream(Request(PROMPT, sampling=LONG)).close()
+        engine.close()
+    assert threading.active_count() == before
+
+
+def test_an_engine_that_nobody_asked_anything_has_no_thread(tiny: Tiny) -> None:
+    before = threading.active_count()
+    engine = Engine(load_base(tiny("llama"), device="cpu", dtype="float32"))
+    assert threading.active_count() == before
+    engine.close()

@@ -1,0 +1,251 @@
+"""Adapters of any rank, scaling and target modules in one batch equal peft's own; everything else is refused by name."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.reference import Reference
+from peft import IA3Config, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import change_config, make_adapter
+from transformers import AutoModelForCausalLM
+
+from langchain_cope.engine.engine import Engine, Request, Sampling
+from langchain_cope.errors import ModelError
+
+Tiny = Callable[..., Path]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "q and v, rank 2, strong": {"targets": ["q_proj", "v_proj"], "rank": 2, "lora_alpha": 16},
+    "all linear layers, rank 7": {"targets": "all-linear", "rank": 7, "lora_alpha": 5},
+    "rsLoRA": {"targets": ["k_proj", "o_proj", "up_proj"], "rank": 6, "lora_alpha": 9, "use_rslora": True},
+    "rank and alpha patterns": {
+        "targets": ["q_proj", "v_proj", "down_proj"],
+        "rank": 3,
+        "lora_alpha": 4,
+        "rank_pattern": {"v_proj": 8, r"layers\.1\.self_attn\.q_proj": 1},
+        "alpha_pattern": {"v_proj": 20, r"layers.0.mlp.down_proj": 1},
+    },
+    "the last layer only": {"targets": ["gate_proj"], "rank": 4, "layers_to_transform": [1]},
+    "a pattern for the modules": {"targets": r".*\.0\..*(q|o)_proj", "rank": 4},
+    "rsLoRA with patterns": {
+        "targets": ["q_proj"],
+        "rank": 4,
+        "use_rslora": True,
+        "rank_pattern": {r"^model\.layers\.0.*": 2},
+        "alpha_pattern": {r".*layers.1.*": 3},
+    },
+}
+
+
+def prompt_of(length: int) -> list[int]:
+    return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def test_mixed_adapters_in_one_batch_equal_pefts_own_each(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
+    base = tiny("llama")
+    folders = [adapter(base, seed=seed, **kind) for seed, kind in enumerate(KINDS.values(), start=20)]
+    sampling = Sampling(max_tokens=8)
+    requests = [
+        Request(prompt_of(4 + 3 * index), engine.load_adapter(folder), 0.1, 0.1, sampling, logprobs=True)
+        for index, folder in enumerate(folders)
+    ]
+    for kind, folder, request, answer in zip(KINDS, folders, requests, engine.generate(requests), strict=True):
+        reference = Reference(base, folder)
+        user, alone = reference.log_probs([*request.prompt, *answer.token_ids])
+        rows = range(len(request.prompt) - 1, len(request.prompt) - 1 + len(answer.token_ids))
+        found = torch.tensor([[t.log_p_user, t.log_p_base] for t in answer.logprobs]).double()
+        wanted = torch.tensor([[user[r, t], alone[r, t]] for r, t in zip(rows, answer.token_ids, strict=True)])
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=0, msg=lambda text, kind=kind: f"{kind}: {text}")
+        assert (wanted[:, 0] - wanted[:, 1]).abs().max() > 0.01, f"{kind}: the adapter must matter"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_fused_projections_and_conv1d_equal_peft(family: str, tiny: Tiny, adapter: Tiny, engine_for: Any) -> None:
+    base = tiny(family)
+    folder = adapter(base, seed=31, rank=5, **({"fan_in_fan_out": True} if family == "gpt2" else {}))
+    prompt, completion = prompt_of(9), prompt_of(6)
+    found = engine_for(base).score([(prompt, completion)], engine_for(base).load_adapter(folder))[0]
+    user, _ = Reference(base, folder).log_probs(prompt + completion)
+    wanted = user[len(prompt) - 1 : -1].gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=0)
+
+
+def test_one_users_adapter_leaves_the_others_answers_alone(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
+    ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
+    sampling = Sampling(max_tokens=12)
+
+    def request(user: Any) -> Request:
+        return Request(prompt_of(10), user, 0.5, 0.1, sampling)
+
+    alone = [engine.generate([request(user)])[0].token_ids for user in (ann, bob, None)]
+    assert len(set(alone)) == 3
+    together = [answer.token_ids for answer in engine.generate([request(user) for user in (ann, bob, None)])]
+    assert together == alone
+    assert engine.generate([request(None)])[0].token_ids == alone[2], "nothing of a user stays behind"
+
+
+def test_an_adapter_kept_under_a_name_is_found_again(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
+    folder = adapter(tiny("llama"), seed=1)
+    kept = engine.load_adapter(folder, "ann@1")
+    assert engine.load_adapter(folder, "ann@1") is kept
+    assert engine.find_adapter("ann@1") is kept
+    assert engine.find_adapter("nobody@1") is None
+
+
+@pytest.fixture
+def folder(tiny: Tiny, adapter: Tiny, tmp_path: Path) -> Path:
+    """A copy of a good adapter, to be spoilt."""
+    copy = tmp_path / "adapter"
+    shutil.copytree(adapter(tiny("llama"), seed=1), copy)
+    return copy
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "trained biases"),
+        ({"bias": "lora_only"}, "trained biases"),
+        ({"lora_bias": True}, "trained biases"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\]"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+        ({"trainable_token_indices": [5]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    ],
+    ids=str,
+)
+def test_what_is_not_plain_lora_is_refused_by_name(
+    option: dict[str, Any], named: str, folder: Path, engine: Engine
+) -> None:
+    change_config(folder, **option)
+    with pytest.raises(ModelError, match=named):
+        engine.load_adapter(folder)
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_real_folders_of_peft_with_more_than_lora_are_refused(
+    option: dict[str, Any], tiny: Tiny, engine: Engine, tmp_path: Path
+) -> None:
+    made = make_adapter(tmp_path / "made", tiny("llama"), seed=1, targets=["q_proj"], **option)
+    with pytest.raises(ModelError, match=next(iter(option))):
+        engine.load_adapter(made)
+
+
+def test_a_real_folder_of_another_kind_of_peft_is_refused(tiny: Tiny, engine: Engine, tmp_path: Path) -> None:
+    settings = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("llama")), settings).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="peft_type 'IA3'"):
+        engine.load_adapter(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_embedding_lora_is_refused(tiny: Tiny, engine: Engine, tmp_path: Path) -> None:
+    made = make_adapter(tmp_path / "made", tiny("llama"), seed=1, targets=["embed_tokens", "q_proj"])
+    with pytest.raises(ModelError, match="LoRA on embeddings"):
+        engine.load_adapter(made)
+
+
+def test_an_adapter_of_a_wider_base_is_refused_with_both_shapes(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
+    other = adapter(tiny("llama", hidden_size=48), seed=1, targets=["q_proj"])
+    with pytest.raises(ModelError, match=r"A \(4, 48\) and B \(48, 4\) for '.*q_proj'.* 32 inputs and 32 outputs"):
+        engine.load_adapter(other)
+
+
+def test_an_adapter_of_another_architecture_is_refused_with_the_modules_name(
+    tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
+    other = adapter(tiny("gpt2"), seed=1, targets=["c_attn"], fan_in_fan_out=True)
+    with pytest.raises(ModelError, match=r"'transformer\.h\.0\.attn\.c_attn', which this base does not have"):
+        engine.load_adapter(other)
+
+
+def test_half_a_pair_is_refused(folder: Path, engine: Engine) -> None:
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    change_weights(folder, lambda tensors: tensors.pop(key))
+    with pytest.raises(ModelError, match=r"only lora_A for 'model\.layers\.0\.self_attn\.q_proj'"):
+        engine.load_adapter(folder)
+
+
+def test_matrices_on_what_is_no_linear_layer_are_refused(folder: Path, engine: Engine) -> None:
+    name = "base_model.model.model.norm"
+    pair = {f"{name}.lora_A.weight": torch.ones(1, 32), f"{name}.lora_B.weight": torch.ones(32, 1)}
+    change_weights(folder, lambda tensors: tensors.update(pair))
+    with pytest.raises(ModelError, match="LlamaRMSNorm, not a linear layer"):
+        engine.load_adapter(folder)
+
+
+def test_unknown_tensors_are_refused_by_name(folder: Path, engine: Engine) -> None:
+    change_weights(folder, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2)}))
+    with pytest.raises(ModelError, match=r"tensor 'base_model\.model\.lm_head\.weight' is no LoRA matrix"):
+        engine.load_adapter(folder)
+
+
+def test_a_folder_without_matrices_is_refused(folder: Path, engine: Engine) -> None:
+    change_weights(folder, lambda tensors: tensors.clear())
+    with pytest.raises(ModelError, match="holds no LoRA matrices"):
+        engine.load_adapter(folder)
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(missing: str, folder: Path, engine: Engine) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(ModelError, match=rf"no adapter in .* are needed, {missing} missing"):
+        engine.load_adapter(folder)
+
+
+def test_a_folder_that_is_not_there_is_named(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no adapter in .*nowhere"):
+        engine.load_adapter(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 0.5])
+def test_truncated_weights_are_refused(keep: float, folder: Path, engine: Engine) -> None:
+    path = folder / "adapter_model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(ModelError, match=r"the adapter in .* cannot be read"):
+        engine.load_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("{", "cannot be read"), ("\xff", "cannot be read"), ("[]", "one JSON object")]
+)
+def test_a_config_that_is_no_json_object_is_refused(text: str, named: str, folder: Path, engine: Engine) -> None:
+    (folder / "adapter_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ModelError, match=named):
+        engine.load_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"lora_alpha": "much"}, {"lora_alpha": None}, {"alpha_pattern": {"(": 3}}, {"alpha_pattern": [1]}],
+    ids=str,
+)
+def test_a_scaling_that_cannot_be_read_is_refused(option: dict[str, Any], folder: Path, engine: Engine) -> None:
+    change_config(folder, **option)
+    with pytest.raises(ModelError, match="lora_alpha or alpha_pattern cannot be read"):
+        engine.load_adapter(folder)
+
+
+def test_no_pickle_is_ever_read(folder: Path, engine: Engine) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="safetensors missing"):
+        engine.load_adapter(folder)

@@ -1,0 +1,79 @@
+"""Log-probabilities of given completions equal an independent log-softmax, batched by length or not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engine.reference import Reference
+
+from langchain_cope.engine import engine as engine_module
+from langchain_cope.engine.engine import Engine, Request, Sampling
+from langchain_cope.errors import ContextOverflow, InputError
+
+Tiny = Callable[..., Path]
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(100 * seed + length)).tolist()
+
+
+SEQUENCES = [(tokens(p, 1), tokens(c, 2)) for p, c in [(5, 3), (1, 1), (40, 17), (3, 60), (100, 2), (7, 7), (1, 30)]]
+
+
+def wanted(reference: Reference, prompt: list[int], completion: list[int], with_adapter: bool) -> torch.Tensor:
+    user, base = reference.log_probs([*prompt, *completion])
+    rows = (user if with_adapter else base)[len(prompt) - 1 : -1]
+    return rows.gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_scores_equal_an_independent_log_softmax(
+    family: str, with_adapter: bool, tiny: Tiny, adapter: Tiny, engine_for: Callable[..., Engine]
+) -> None:
+    base, engine = tiny(family), engine_for(tiny(family))
+    folder = adapter(base, seed=1, **({"fan_in_fan_out": True} if family == "gpt2" else {}))
+    reference = Reference(base, folder)
+    found = engine.score(SEQUENCES, engine.load_adapter(folder) if with_adapter else None)
+    for (prompt, completion), row in zip(SEQUENCES, found, strict=True):
+        assert (row.dtype, row.device.type, row.shape) == (torch.float32, "cpu", (len(completion),))
+        torch.testing.assert_close(row.double(), wanted(reference, prompt, completion, with_adapter), atol=2e-4, rtol=0)
+
+
+def test_small_groups_give_the_same_scores_in_the_order_given(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = engine.score(SEQUENCES)
+    monkeypatch.setattr(engine_module, "MAX_SCORE_LOGITS", 2 * 10 * engine.base.vocabulary_size)
+    groups = list(engine._score_groups(SEQUENCES))
+    assert len(groups) > 3
+    assert sorted(index for group in groups for index in group) == list(range(len(SEQUENCES)))
+    for one, other in zip(together, engine.score(SEQUENCES), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+
+
+def test_scoring_while_answers_run_changes_neither(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
+    ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
+    request = Request(tokens(9), ann, 0.5, 0.1, Sampling(max_tokens=60))
+    answer, score = engine.generate([request])[0], engine.score(SEQUENCES, bob)
+    stream = engine.stream(request)
+    next(stream)
+    for one, other in zip(score, engine.score(SEQUENCES, bob), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+    assert stream.completion() == answer
+
+
+def test_nothing_to_score_gives_nothing(engine: Engine) -> None:
+    assert engine.score([]) == []
+
+
+@pytest.mark.parametrize("sequence", [([], [5]), ([5], [])], ids=str)
+def test_an_empty_prompt_or_completion_is_refused(sequence: tuple[list[int], list[int]], engine: Engine) -> None:
+    with pytest.raises(InputError, match="at least one prompt token and one completion token"):
+        engine.score([sequence])
+
+
+def test_a_sequence_may_fill_the_context_but_not_exceed_it(engine: Engine) -> None:
+    assert engine.score([(tokens(200), tokens(56))])[0].shape == (56,)
+    with pytest.raises(ContextOverflow) as caught:
+        engine.score([(tokens(200), tokens(57))])
+    assert (caught.value.num_tokens, caught.value.context) == (257, 256)
