@@ -41,7 +41,7 @@ class AdapterStore:
 
     `place` is a folder ("~" is expanded), a file:// URL, memory:// or memory://name (shared in this process by name),
     or a Backend. `pepper` is the secret (at least 16 bytes) that user keys are made with; without one the store makes
-    and keeps its own. Opening reads and makes nothing; the first publish makes the store. Each call may raise
+    and keeps its own. Opening reads and makes nothing; the first `prepare` or `publish` makes the store. Each call may raise
     BackendError, and KeyMismatchError, FormatVersionError or IntegrityError where the store is not what it should be.
     """
 

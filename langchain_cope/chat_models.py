@@ -20,7 +20,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Chat
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableConfig, ensure_config
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator
+from pydantic import ConfigDict, Field, SecretStr, field_validator
 
 from adapter_store import AdapterStore, AdapterVersion
 from adapter_store.errors import AdapterNotFoundError
@@ -51,9 +51,7 @@ class _Call:
 
     engine: "Engine"
     request: "Request"
-    version: AdapterVersion | None
     metadata: dict[str, Any]
-    deadline: float | None
 
 
 class ChatCoPe(BaseChatModel):
@@ -118,13 +116,11 @@ class ChatCoPe(BaseChatModel):
     task_adapter: str | None = None
     """A shared peft LoRA folder (the paper's task-adapted model), merged into the base when it is loaded."""
     device: str | None = None
-    """``cpu``, ``cuda``, ``cuda:1``, ``mps`` or ``auto``; None: the best there is."""
+    """``cpu``, ``cuda``, ``cuda:1`` or ``mps``; None: the best there is."""
     dtype: str | None = None
     """``float32``, ``bfloat16``, ``float16``; None: float32 on a CPU (bfloat16 for large models), else the checkpoint's."""
     quantization_config: Any = None
     """Handed to ``from_pretrained`` as it is."""
-
-    _opened: AdapterStore | None = PrivateAttr(default=None)
 
     @field_validator("user_id")
     @classmethod
@@ -252,7 +248,7 @@ class ChatCoPe(BaseChatModel):
 
     def _pin(self, kwargs: dict[str, Any], config: RunnableConfig | None = None) -> dict[str, Any]:
         """``kwargs`` with user, version and digest of this call in them; those pinned before stay as they are."""
-        if "adapter_digest" in kwargs:
+        if all(name in kwargs for name in _PINNED):
             return kwargs
         configured = ensure_config(config).get("configurable") or {}
         user = kwargs["user_id"] if "user_id" in kwargs else configured.get("user_id", self.user_id)
@@ -265,9 +261,11 @@ class ChatCoPe(BaseChatModel):
         return await asyncio.to_thread(self._pin, kwargs, config)
 
     def _resolve(self, user: str | None, version: str | None, kwargs: dict[str, Any]) -> AdapterVersion | None:
+        base = self._engine(
+            kwargs
+        ).base.fingerprint()  # for every user: the cache key needs it, and must not wait for it
         if user is None:
             return None
-        base = self._engine(kwargs).base.fingerprint()
         try:
             return self._adapters().resolve(user, version, base=base)
         except AdapterNotFoundError:
@@ -307,6 +305,8 @@ class ChatCoPe(BaseChatModel):
         try:
             for piece in pieces:
                 yield _as_chunk(piece, call)
+        except TimeoutError as error:
+            raise ModelTimeoutError(str(error)) from error
         finally:
             pieces.close()
 
@@ -322,6 +322,8 @@ class ChatCoPe(BaseChatModel):
         try:
             async for piece in pieces:
                 yield _as_chunk(piece, call)
+        except TimeoutError as error:
+            raise ModelTimeoutError(str(error)) from error
         finally:
             await pieces.aclose()
 
@@ -334,9 +336,15 @@ class ChatCoPe(BaseChatModel):
             raise InputError(
                 f"ChatCoPe knows no option {', '.join(unknown)}; a call takes {', '.join(_CALL_OPTIONS)} and stop"
             )
+        timeout = kwargs.get("timeout", self.timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
         pinned = self._pin(kwargs)
-        user = pinned["user_id"]
+        user = _checked_user(pinned["user_id"])
         version = None if pinned["adapter_version"] is None else self._resolve(user, pinned["adapter_version"], pinned)
+        if getattr(version, "digest", None) != pinned["adapter_digest"]:
+            raise InputError(
+                f"adapter_digest {pinned['adapter_digest']!r} is not that of version {pinned['adapter_version']!r}"
+            )
         engine = self._engine(pinned)
         prompt = engine.base.prompt_ids(_as_template_messages(messages))
         if len(prompt) >= engine.base.context:
@@ -347,22 +355,23 @@ class ChatCoPe(BaseChatModel):
         request = Request(
             prompt,
             adapter=None if version is None else self._adapter(engine, version),
-            alpha=_first(pinned.get("alpha"), self.alpha, getattr(version, "alpha", None), DEFAULT_ALPHA),
+            # Without an adapter there is nothing to contrast: the base alone, and so it is reported.
+            alpha=_first(pinned.get("alpha"), self.alpha, version.alpha, DEFAULT_ALPHA) if version else 0.0,
             tau=_first(pinned.get("tau"), self.tau, getattr(version, "tau", None), DEFAULT_TAU),
             sampling=Sampling(stop=tuple(self._stops(stop)), **settings),
+            deadline=deadline,
             logprobs=bool(pinned.get("logprobs")),
         )
-        timeout = pinned.get("timeout", self.timeout)
         metadata = {
             "model_name": engine.base.name,
             "model_provider": "cope",
             "user_id": user,
             "adapter_version": pinned["adapter_version"],
             "adapter_digest": pinned["adapter_digest"],
-            "alpha": request.alpha if version else 0.0,
+            "alpha": request.alpha,
             "tau": request.tau,
         }
-        return _Call(engine, request, version, metadata, None if timeout is None else time.monotonic() + timeout)
+        return _Call(engine, request, metadata)
 
     def _engine(self, kwargs: dict[str, Any]) -> "Engine":
         from langchain_cope.engine.engine import Engine
@@ -385,9 +394,7 @@ class ChatCoPe(BaseChatModel):
         )
 
     def _adapters(self) -> AdapterStore:
-        if self._opened is None:
-            self._opened = open_store(self.store)
-        return self._opened
+        return open_store(self.store)
 
     def _store_url(self) -> str | None:
         return None if self.store is None else open_store(self.store).url
@@ -437,8 +444,6 @@ def _as_chunk(piece: "Piece | Completion", call: _Call) -> ChatGenerationChunk:
     from langchain_cope.engine.engine import Piece
 
     if isinstance(piece, Piece):
-        if call.deadline is not None and time.monotonic() > call.deadline:
-            raise ModelTimeoutError("the answer took longer than the timeout; it was stopped")
         return ChatGenerationChunk(message=AIMessageChunk(content=piece.text))
     metadata = {**call.metadata, "finish_reason": piece.finish_reason, "contrast_changed": piece.contrast_changed}
     if call.request.logprobs:

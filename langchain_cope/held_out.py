@@ -9,6 +9,7 @@ from langchain_cope.history_items import Item
 
 MIN_ITEMS = 5
 MIN_TRAINED = 3  # what 5 items leave when 2 are held out
+_MAX_MARKED = 30_000  # items; the newest, which are the likeliest to be held out another time
 _MARK_BYTES = 4  # of each item's digest: enough to recognise it, too little to guess it from
 
 
@@ -38,14 +39,18 @@ def split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
 
 def mark(items: Iterable[Item]) -> str:
     """What a version keeps of the items it was trained on: a few bytes of each one's digest, as base64."""
-    return base64.b64encode(b"".join(_digest(item) for item in items)).decode()
+    newest = list(items)[-_MAX_MARKED:]
+    return base64.b64encode(b"".join(_digest(item) for item in newest)).decode()
 
 
 def overlap(marked: object, items: Iterable[Item]) -> int:
     """How many of ``items`` a version with that mark was trained on."""
     if not isinstance(marked, str):
         return 0
-    data = base64.b64decode(marked)
+    try:
+        data = base64.b64decode(marked)
+    except ValueError:  # another program's metadata
+        return 0
     known = {data[start : start + _MARK_BYTES] for start in range(0, len(data), _MARK_BYTES)}
     return sum(_digest(item) in known for item in items)
 

@@ -50,7 +50,7 @@ class Item(BaseModel):
     @property
     def key(self) -> str:
         """The same for two items exactly when prompt and completion are the same."""
-        return json.dumps([self.prompt, self.completion], sort_keys=True)
+        return json.dumps([self.messages, self.completion], sort_keys=True)
 
 
 class UserHistory(BaseModel):

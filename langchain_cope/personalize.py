@@ -5,10 +5,12 @@ run, so that a trace shows each with its time; nothing is published unless every
 """
 
 import asyncio
+import contextvars
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +21,9 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensur
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapter_store import AdapterStore, AdapterVersion
-from adapter_store.errors import AdapterNotFoundError, BaseModelMismatchError, PublishConflictError
+from adapter_store.errors import AdapterNotFoundError, BaseModelMismatchError, IntegrityError, PublishConflictError
 from langchain_cope import held_out
-from langchain_cope.errors import Cancelled, InputError
+from langchain_cope.errors import Cancelled, InputError, ModelError
 from langchain_cope.history import Item, Target, UserHistory, as_history
 from langchain_cope.stores import open_store
 from langchain_cope.training.progress import Progress
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 PUBLISH_TRIES = 3  # when someone else publishes for the same user meanwhile
 _training = threading.Lock()  # one training at a time: two would only slow each other
+_workers = ThreadPoolExecutor(max_workers=64, thread_name_prefix="cope-personalize")
 
 
 class PersonalizeRequest(BaseModel):
@@ -109,7 +112,7 @@ class PersonalizeUser(RunnableSerializable[PersonalizeRequest | dict[str, Any], 
     history: Any = None
     """A ``ChromaHistory`` that a request without a history is filled from."""
     target: Target = "assistant"
-    """Whose turns are learnt where rows are conversations."""
+    """Whose turns are learnt where the rows of a request are conversations; what Chroma holds was divided when it was added."""
     gate: Literal["improve", "always"] = "improve"
     """``improve``: publish where the mean held-out NLL is lower than the active version's, else the base's; ``always``: publish."""
     min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -135,13 +138,15 @@ class PersonalizeUser(RunnableSerializable[PersonalizeRequest | dict[str, Any], 
     ) -> PersonalizeResult:
         """`invoke` in a thread; cancelling stops it at the next training step and waits for that."""
         stop = threading.Event()
-        # to_thread would leave the worker running: it is awaited, so that after a cancel nothing is still at work.
-        work = asyncio.ensure_future(asyncio.to_thread(self._invoke, input, ensure_config(config), stop.is_set))
+        # Not in the event loop's own pool: trainings that wait for their turn would keep every chat's threads.
+        work = asyncio.get_running_loop().run_in_executor(
+            _workers, contextvars.copy_context().run, self._invoke, input, ensure_config(config), stop.is_set
+        )
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             stop.set()
-            await asyncio.wait([work])
+            await asyncio.wait([work])  # so that after a cancel nothing is still at work
             if not work.cancelled():
                 work.exception()  # Cancelled, as asked: retrieved, so that asyncio does not complain
             raise
@@ -153,13 +158,16 @@ class PersonalizeUser(RunnableSerializable[PersonalizeRequest | dict[str, Any], 
         should_stop: Callable[[], bool],
     ) -> PersonalizeResult:
         request = _checked(given)
+        results: list[PersonalizeResult] = []
 
+        # Traces get the size of a history and the figures that came of it, never a text.
         def run(_: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> PersonalizeResult:
-            return _Run(self, request, run_manager, config, should_stop).run()
+            results.append(_Run(self, request, run_manager, config, should_stop).run())
+            return results[0].model_copy(update={"samples": []})
 
-        # Traces get the size of a history, never its texts.
         redacted = {"user_id": request.user_id, "num_history_rows": len(request.history or [])}
-        return self._call_with_config(run, redacted, config)
+        self._call_with_config(run, redacted, config)
+        return results[0]
 
     def _engine(self) -> "Engine":
         from langchain_cope.engine.engine import Engine
@@ -196,10 +204,10 @@ class _Run:
 
     def run(self) -> PersonalizeResult:
         store = open_store(self.settings.store)
-        store.prepare(self.request.user_id)  # hours of training must not end at a store that cannot be written
         with self.stage("history"):
             history = self.read_history()
             trained, judged = held_out.split(history.items)
+            store.prepare(self.request.user_id)  # hours of training must not end at a store that cannot be written
         with self.stage("load"):
             engine = self.settings._engine()
             recipe = self.settings.recipe or Recipe.for_model(engine.base, trained)
@@ -221,7 +229,8 @@ class _Run:
             num_held_out=len(judged),
             notes=[*history.notes, *training.notes, *evaluation.notes],
             samples=[
-                Sample(prompt=item.messages, **texts) for item, texts in zip(judged, evaluation.texts, strict=False)
+                Sample(prompt=judged[index].messages, **texts)
+                for index, texts in zip(evaluation.indices, evaluation.texts, strict=True)
             ],
             recipe=training.recipe.as_dict(),
         )
@@ -236,6 +245,8 @@ class _Run:
             raise InputError(
                 "no history was given: put it into the request, or a ChromaHistory into PersonalizeUser(history=…)"
             )
+        if self.request.instruction is not None:
+            raise InputError("a history from Chroma has its own instruction: give it to ChromaHistory(instruction=…)")
         fetched: UserHistory = self.settings.history.history(user)
         return fetched
 
@@ -292,10 +303,14 @@ class _Publisher:
     def judge(self, active: str | None, judged: list[Item]) -> tuple[bool, str]:
         """Whether to publish, and why."""
         new = self.evaluation.metrics["dpo"]["nll"]
+        if self.settings.gate == "always":
+            base = self.evaluation.metrics["base"]["nll"]
+            return (
+                True,
+                f"published as asked (gate 'always'): held-out NLL {new:.4f} nats a token against {base:.4f} of the base",
+            )
         old, against = self.reference(active, judged)
         numbers = f"held-out NLL {new:.4f} nats a token against {old:.4f} of {against}"
-        if self.settings.gate == "always":
-            return True, f"published as asked (gate 'always'): {numbers}"
         needed = f" by more than {self.settings.min_gain:g}" if self.settings.min_gain else ""
         if new < old - self.settings.min_gain:
             return True, f"better{needed}: {numbers}"
@@ -317,7 +332,10 @@ class _Publisher:
         seen = held_out.overlap(version.metadata.get("trained_on"), judged)
         if seen:
             return base_nll, f"the base (the active version {active} was trained on {seen} of the held-out items)"
-        adapter = self.engine.load_adapter(self.store.fetch_dir(version), version.name)
+        try:
+            adapter = self.engine.load_adapter(self.store.fetch_dir(version), version.name)
+        except (IntegrityError, ModelError) as error:  # a damaged version must not keep its user from a new one
+            return base_nll, f"the base (the active version {active} cannot be used: {error})"
         nll = mean_nll(self.engine, as_examples(judged), self.training.recipe, adapter)
         return nll, f"the active version {active}"
 

@@ -12,7 +12,7 @@ def open_store(store: "str | os.PathLike[str] | AdapterStore | None" = None) -> 
     """The store at a folder, a ``file://`` or a ``memory://`` URL; an open store as it is.
 
     None takes the environment's ``COPE_STORE``, else ``adapters`` in the user data folder of langchain-cope.
-    Nothing is created until something is published.
+    Nothing is created until something is to be published.
     """
     if isinstance(store, AdapterStore):
         return store

@@ -276,6 +276,47 @@ def test_options_out_of_range_are_refused_in_constructor_and_call(chat: ChatCoPe
         chat.invoke(QUESTION, **{option: value})
 
 
+@pytest.mark.parametrize("seed", [1.5, "a"])
+def test_a_seed_that_is_none_is_refused_before_it_can_harm_others(chat: ChatCoPe, seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed must be an integer"):
+        chat.invoke(QUESTION, seed=seed, temperature=1)
+
+
+def test_a_copy_with_another_store_reads_that_store(chat: ChatCoPe, tmp_path: Path) -> None:
+    assert chat.invoke(QUESTION).response_metadata["adapter_version"] is not None
+    other = chat.model_copy(update={"store": AdapterStore(tmp_path / "other")})
+    assert other.invoke(QUESTION).response_metadata["adapter_version"] is None
+
+
+def test_a_digest_cannot_be_made_up(chat: ChatCoPe, store: AdapterStore) -> None:
+    genuine = chat.invoke(QUESTION).response_metadata["adapter_digest"]
+    assert chat.invoke(QUESTION, adapter_digest="made up").response_metadata["adapter_digest"] == genuine
+    forged: Any = {"user_id": "alice", "adapter_version": store.active("alice"), "adapter_digest": "made up"}
+    with pytest.raises(InputError, match="made up"):
+        chat.invoke(QUESTION, **forged)
+    with pytest.raises(InputError, match="must be a string that is not empty"):
+        chat.invoke(QUESTION, user_id="", adapter_version=None, adapter_digest=None)
+
+
+def test_the_base_alone_is_reported_without_contrast(chat: ChatCoPe) -> None:
+    message = chat.invoke(QUESTION, user_id=None, logprobs=True)
+    assert message.response_metadata["alpha"] == 0
+    for token in message.response_metadata["logprobs"]:
+        assert token["reward"] == token["log_p_user"] == token["log_p_base"]
+
+
+def test_a_base_under_a_relative_path_is_found_again(
+    chat: ChatCoPe, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(base.parent)
+    relative = chat.model_copy(update={"model": f"./{base.name}"})
+    Engine.of(load_base(relative.model))
+    monkeypatch.chdir(tmp_path)
+    assert relative.model.startswith("./")
+    monkeypatch.chdir(base.parent)
+    assert relative.invoke(QUESTION).content == chat.invoke(QUESTION).content
+
+
 def test_unknown_options_are_refused(chat: ChatCoPe) -> None:
     with pytest.raises(ValidationError, match="alfa"):
         ChatCoPe(alfa=0.1)
@@ -342,7 +383,8 @@ def wait_until_idle(chat: ChatCoPe) -> None:
 
 
 def test_construction_loads_nothing() -> None:
-    assert ChatCoPe(model="/nowhere/at/all", store="/nowhere/either")._opened is None
+    chat = ChatCoPe(model="/nowhere/at/all", store="/nowhere/either", user_id="alice")
+    assert chat._llm_type == "cope"
 
 
 @pytest.mark.filterwarnings("ignore:.*beta.*")

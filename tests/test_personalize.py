@@ -20,7 +20,7 @@ from langchain_cope.engine.engine import Engine
 from langchain_cope.engine.model import load_base
 from langchain_cope.errors import HistoryError, InputError, ModelError
 from langchain_cope.history import as_items
-from langchain_cope.personalize import as_examples
+from langchain_cope.personalize import _training, as_examples
 from langchain_cope.training.pipeline import train_user
 from langchain_cope.training.recipe import DPO, SFT, Negatives
 
@@ -51,6 +51,7 @@ class Recorder(BaseCallbackHandler):
     def __init__(self) -> None:
         self.started: list[tuple[str, Any, Any]] = []
         self.inputs: list[Any] = []
+        self.outputs: list[Any] = []
         self.errors: list[BaseException] = []
         self.progress: list[dict[str, Any]] = []
 
@@ -59,6 +60,9 @@ class Recorder(BaseCallbackHandler):
     ) -> None:
         self.started.append((kwargs.get("name", ""), run_id, parent_run_id))
         self.inputs.append(inputs)
+
+    def on_chain_end(self, outputs: Any, **kwargs: Any) -> None:
+        self.outputs.append(outputs)
 
     def on_chain_error(self, error: BaseException, **kwargs: Any) -> None:
         self.errors.append(error)
@@ -109,6 +113,18 @@ def test_a_version_that_is_no_better_is_refused_and_the_active_one_stays(
     assert forced.published
     assert AdapterStore(store_folder).active("alice") == forced.version
     assert forced.metrics == first.metrics, "the same seed gives the same result"
+
+
+def test_a_damaged_active_version_does_not_keep_its_user_from_a_new_one(
+    personalize: PersonalizeUser, store_folder: Path
+) -> None:
+    personalize.invoke({"user_id": "alice", "history": ROWS})
+    store = AdapterStore(store_folder)
+    (store.fetch_dir(store.resolve("alice")) / "adapter_model.safetensors").write_bytes(b"damaged")
+    result = personalize.invoke({"user_id": "alice", "history": ROWS})
+    assert result.published
+    assert "cannot be used" in result.reason
+    assert set(store.fetch(store.resolve("alice"))) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_the_gain_asked_for_counts(personalize: PersonalizeUser) -> None:
@@ -171,12 +187,14 @@ def test_the_history_comes_from_chroma(personalize: PersonalizeUser, tmp_path: P
 
 def test_every_stage_is_a_child_run_and_progress_is_told(personalize: PersonalizeUser) -> None:
     recorder = Recorder()
-    personalize.invoke({"user_id": "alice", "history": ROWS}, {"callbacks": [recorder]})
+    result = personalize.invoke({"user_id": "alice", "history": ROWS}, {"callbacks": [recorder]})
+    assert result.samples
     (_, root, none), *children = recorder.started
     assert none is None
     assert [name for name, _, _ in children] == ["history", "load", "sft", "negatives", "dpo", "evaluate", "publish"]
     assert {parent for _, _, parent in children} == {root}
-    assert "fox" not in str(recorder.inputs)
+    assert len(recorder.outputs) == len(recorder.started)
+    assert "fox" not in str([recorder.inputs, recorder.outputs, recorder.progress])
     stages = {event["stage"] for event in recorder.progress}
     assert stages == {"sft", "negatives", "dpo", "evaluate"}
     sft = [event for event in recorder.progress if event["stage"] == "sft"]
@@ -194,6 +212,18 @@ async def test_progress_reaches_astream_events(personalize: PersonalizeUser) -> 
     ]
     assert {event["name"] for event in events} == {"cope.progress"}
     assert {event["data"]["stage"] for event in events} == {"sft", "negatives", "dpo", "evaluate"}
+
+
+async def test_waiting_trainings_leave_the_event_loops_threads_to_others(personalize: PersonalizeUser) -> None:
+    with _training:
+        waiting = [asyncio.create_task(personalize.ainvoke({"user_id": "alice", "history": ROWS})) for _ in range(40)]
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), timeout=10) == "free"
+        for task in waiting:
+            task.cancel()
+        assert all(
+            isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(*waiting, return_exceptions=True)
+        )
+    assert AdapterStore(personalize.store).active("alice") is None
 
 
 async def test_a_cancelled_training_stops_at_the_next_step_and_leaves_nothing(

@@ -28,7 +28,7 @@ def evaluate(
     paper: Annotated[
         bool, typer.Option("--paper", help="Use the paper's settings, chosen for 7B models, as they are.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Same seed, same result.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Same seed, same result.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,

@@ -47,7 +47,7 @@ def personalize(
     always: Annotated[
         bool, typer.Option("--always", help="Publish even where the result is no better than what is active.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Same seed, same result.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Same seed, same result.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     dry_run: Annotated[

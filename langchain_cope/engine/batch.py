@@ -32,6 +32,8 @@ class Request:
     alpha: float = 0.1
     tau: float = 0.1
     sampling: Sampling = field(default_factory=Sampling)
+    deadline: float | None = None
+    """By ``time.monotonic()``; a request that is not done by then ends with ``TimeoutError``."""
     logprobs: bool = False
     """Report log π_user and log π_base of every token; this takes two rows even at α = 0."""
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 def check_alpha_tau(alpha: float, tau: float) -> None:
     """Raise ``ValueError`` unless α ≥ 0 and 0 < τ ≤ 1, both finite."""
-    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha >= 0):
+    if isinstance(alpha, bool) or not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha >= 0):
         raise ValueError(
             f"alpha must be a finite number ≥ 0, not {alpha!r}: 0 is the adapter alone, 0.1 the paper's value"
         )
-    if not (isinstance(tau, (int, float)) and 0 < tau <= 1):
+    if isinstance(tau, bool) or not (isinstance(tau, (int, float)) and 0 < tau <= 1):
         raise ValueError(
             f"tau must lie in 0 < tau ≤ 1, not {tau!r}: 0.1 is the paper's value, 1 keeps the likeliest token only"
         )

@@ -9,6 +9,7 @@ import atexit
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -96,6 +97,14 @@ class _Job(Running):
             self._sink(self._completion("stop" if ended or self._stops.stopped else "length"))
             return True
         return False
+
+    def expire(self) -> bool:
+        """Fail where the deadline is over; True where it is."""
+        deadline = self.request.deadline
+        if deadline is None or time.monotonic() < deadline:
+            return False
+        self.fail(TimeoutError("the answer was not done in time; it was stopped"))
+        return True
 
     def fail(self, error: BaseException) -> None:
         self._sink(error)
@@ -200,7 +209,7 @@ class Engine:
     def stream(self, request: Request) -> "Stream":
         """Submit ``request`` and iterate over the pieces of its answer; the last item is the `Completion`.
 
-        Raises ``ContextOverflow``, ``InputError`` or ``EngineClosed`` here, ``ModelError`` (the cause chained) while iterating.
+        Raises ``ContextOverflow``, ``InputError`` or ``EngineClosed`` here; later ``ModelError`` (cause chained), ``TimeoutError``.
         """
         events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         return Stream(self._submit(request, events.put), events)
@@ -326,20 +335,20 @@ class Engine:
             return not self._closed
 
     def _turn(self) -> None:
-        """One step for everyone: calls between steps, newcomers, a token each, leavers."""
+        """Calls between steps, a token for everyone, leavers, then newcomers, who get their first."""
         while self._calls:
             self._answer(*self._calls.popleft())
+        if self._batch.running:
+            self._guard(self._batch.step, self._batch.running)
         if admitted := self._admit():
             self._guard(lambda: self._batch.join(admitted), admitted)
-        elif self._batch.running:
-            self._guard(self._batch.step, self._batch.running)
 
     def _guard(self, forward: Callable[[], None], jobs: Sequence[Running]) -> None:
         """Run one forward for ``jobs`` and pass its tokens on; if it raises, they fail and the others go on."""
         moved = [job for job in jobs if isinstance(job, _Job)]
         try:
             forward()
-            gone = [job for job in moved if job.cancelled or job.deliver()]
+            gone = [job for job in moved if job.cancelled or job.expire() or job.deliver()]
         except Exception as error:
             _log.debug("a forward failed", exc_info=True)
             for job in moved:
@@ -357,7 +366,7 @@ class Engine:
         rows, longest = 0, 0
         while self._waiting:
             job = self._waiting[0]
-            if job.cancelled:
+            if job.cancelled or job.expire():
                 self._waiting.popleft()
                 continue
             rows, longest = rows + job.request.num_rows, max(longest, job.length)

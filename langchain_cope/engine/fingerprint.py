@@ -1,7 +1,8 @@
 """What an adapter is bound to: the parts of a base that decide what it computes.
 
 The parts are kept apart, so that a refusal can name what differs. A re-save of the same tensors into other shards changes
-nothing; another value, dtype, tokenizer or template does. ``dtype`` of computation, device and attention kernel are no part.
+nothing; another value, dtype, tokenizer or template does. Device, attention kernel and the dtype of computation are no part
+(the latter only of a checkpoint that is not safetensors, whose tensors are known as they were loaded).
 """
 
 import hashlib
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils.hub import cached_file
+
+from langchain_cope.engine.lora import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     from langchain_cope.engine.model import Base
@@ -83,12 +86,10 @@ def _weights_digest(base: "Base") -> str:
 
 def _checkpoint_files(base: "Base") -> list[Path]:
     """The safetensors files that the base was loaded from; none where it came in another format."""
-    from langchain_cope.engine.model import STARTER
-
-    folder = STARTER if base.name == "starter" else Path(base.name)
+    folder = Path(base.source)
     if not folder.is_dir():
         revision = getattr(base.model.config, "_commit_hash", None) or base.revision
-        config_file = cached_file(base.name, "config.json", revision=revision, local_files_only=True)
+        config_file = cached_file(base.source, "config.json", revision=revision, local_files_only=True)
         folder = Path(str(config_file)).parent
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -113,6 +114,6 @@ def _tensors(files: list[Path]) -> list[tuple[str, list[int], str, memoryview]]:
 
 def _folder_digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (CONFIG, WEIGHTS):
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()

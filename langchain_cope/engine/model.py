@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from langchain_cope.engine.fingerprint import fingerprint_of
+from langchain_cope.engine.lora import CONFIG, WEIGHTS
 from langchain_cope.engine.template import Message, ensure_chat_template, render
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
 
@@ -36,6 +37,8 @@ class Base:
 
     name: str
     """As asked for: ``starter``, a Hugging Face id or a path."""
+    source: str
+    """Where the files are: an absolute folder, or the Hugging Face id."""
     revision: str | None
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
@@ -147,26 +150,25 @@ def _load(
     task_adapter: str | Path | None,
     quantization_config: Any,
 ) -> Base:
-    # Quantized weights cannot be moved once they are loaded: they are loaded where they belong.
-    placement = {} if quantization_config is None else {"device_map": {"": device}}
     with _quiet_transformers(), torch.inference_mode(False):  # inference tensors could never be trained through
         try:
             config = AutoConfig.from_pretrained(source, revision=revision)
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            quantization = quantization_config or getattr(config, "quantization_config", None)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,
                 dtype=_choose_dtype(dtype, device, source, config),
                 quantization_config=quantization_config,
-                **placement,
+                # Quantized weights cannot be moved once they are loaded: they are loaded where they belong.
+                device_map=None if quantization is None else {"": device},
             )
+            model = model if quantization is not None else model.to(device)
         except Exception as error:  # damaged files make any of a dozen kinds
             raise _explain(name, source, error) from error
-        if not placement:
-            model = model.to(device)
         adapter_folder = None if task_adapter is None else _adapter_folder(str(task_adapter))
         if adapter_folder is not None:
-            model = _merge(model, adapter_folder, quantization_config)
+            model = _merge(model, adapter_folder, quantization)
     model.eval().requires_grad_(False)
     # A prompt that is too long is refused by us, with the numbers; the tokenizer need not warn as well.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -176,8 +178,8 @@ def _load(
             "For another, set `chat_template` in its tokenizer_config.json.",
             name,
         )
-    recorded = None if quantization_config is None else str(quantization_config.to_dict())
-    return Base(name, revision, tokenizer, model, _context(config, tokenizer), adapter_folder, recorded)
+    recorded = None if quantization is None else str(getattr(quantization, "to_dict", lambda: quantization)())
+    return Base(name, source, revision, tokenizer, model, _context(config, tokenizer), adapter_folder, recorded)
 
 
 def _choose_device(device: str | torch.device | None) -> str:
@@ -229,25 +231,30 @@ def _cpu_has_bfloat16() -> bool:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bf16" in flags  # avx512_bf16 and amx_bf16 of x86, bf16 of Arm
 
 
 def _adapter_folder(task_adapter: str) -> Path:
     """The folder of a task adapter: a local one as it is, a Hugging Face id from the cache or the hub."""
     folder = Path(task_adapter).expanduser()
-    if folder.is_dir():
-        return folder
-    try:
-        return Path(snapshot_download(task_adapter, allow_patterns=["adapter_*"]))
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(task_adapter, allow_patterns=[CONFIG, WEIGHTS]))
+        except (OSError, ValueError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ModelNotFound(
+                f"no task adapter {task_adapter!r}, neither a folder nor on the hub ({first_line})"
+            ) from error
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:  # peft would fall back to pickled weights
         raise ModelNotFound(
-            f"no task adapter {task_adapter!r}, neither a folder nor on the hub ({first_line})"
-        ) from error
+            f"no task adapter in {folder}: {' and '.join(missing)} missing; a peft LoRA folder is needed"
+        )
+    return folder
 
 
-def _merge(model: Any, task_adapter: Path, quantization_config: Any) -> Any:
-    if quantization_config is not None:
+def _merge(model: Any, task_adapter: Path, quantization: Any) -> Any:
+    if quantization is not None:
         raise InputError("a task adapter cannot be merged into quantized weights: merge it first, then quantize")
     from peft import PeftModel
 

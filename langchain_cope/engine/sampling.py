@@ -33,13 +33,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            (isinstance(self.max_tokens, int) and self.max_tokens >= 1, "max_tokens", "an integer ≥ 1"),
-            (math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "a finite number ≥ 0"),
-            (0 < self.top_p <= 1, "top_p", "in 0 < top_p ≤ 1"),
-            (isinstance(self.top_k, int) and self.top_k >= 0, "top_k", "an integer ≥ 0"),
-            (0 <= self.min_p <= 1, "min_p", "in 0 ≤ min_p ≤ 1"),
+            (_is_whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "an integer ≥ 1"),
+            (_is_number(self.temperature) and self.temperature >= 0, "temperature", "a finite number ≥ 0"),
+            (_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in 0 < top_p ≤ 1"),
+            (_is_whole(self.top_k) and self.top_k >= 0, "top_k", "an integer ≥ 0"),
+            (_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in 0 ≤ min_p ≤ 1"),
+            (_is_whole(self.seed), "seed", "an integer"),
             (
-                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+                _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
                 "repetition_penalty",
                 "a number > 0",
             ),
@@ -48,6 +49,14 @@ class Sampling:
         for good, name, expected in checks:
             if not good:
                 raise ValueError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def choose_tokens(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from langchain_cope.errors import InputError
 from langchain_cope.training.recipe import SFT
 
 WEIGHTS = "adapter_model.safetensors"
@@ -19,7 +20,7 @@ CONFIG = "adapter_config.json"
 def lora_config(model: PreTrainedModel, recipe: SFT) -> LoraConfig:
     """The configuration of a new adapter for ``model``, a tree that carries none yet; `save_adapter` adds the base's name.
 
-    Raises ``ValueError`` where the recipe names modules that the model does not have.
+    Raises ``InputError`` where the recipe names modules that the model does not have.
     """
     targets = target_modules(model, recipe.targets)
     carriers = [module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]
@@ -45,7 +46,7 @@ def target_modules(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> lis
     if isinstance(wanted, tuple):
         missing = sorted(set(wanted) - linear)
         if missing:
-            raise ValueError(f"SFT.targets names {missing}, but this base's linear layers are {sorted(linear)}")
+            raise InputError(f"SFT.targets names {missing}, but this base's linear layers are {sorted(linear)}")
         return sorted(wanted)
     if wanted == "linear":
         return sorted(linear)

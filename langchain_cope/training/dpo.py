@@ -13,7 +13,7 @@ from langchain_cope.training.adapter import load_weights, lora_config, save_adap
 from langchain_cope.training.negatives import Pair
 from langchain_cope.training.progress import Watch
 from langchain_cope.training.recipe import Recipe
-from langchain_cope.training.trainer import arguments, random_state_kept, tokenizer_copy, train
+from langchain_cope.training.trainer import arguments, on_one_device, random_state_kept, tokenizer_copy, train
 
 
 def train_dpo(base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, folder: Path, watch: Watch) -> None:
@@ -37,12 +37,14 @@ def dpo_trainer(base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, sc
     skeleton = base.skeleton()
     trainer = _PairTrainer(
         model=skeleton,
-        args=DPOConfig(
-            **arguments(base, recipe.dpo, len(pairs), recipe.seed, scratch),
-            beta=recipe.dpo.beta,
-            loss_type=["sigmoid"],
-            # Each pair is seen once in the paper's one epoch: precomputing would run the same forwards, and hash the model.
-            precompute_ref_log_probs=False,
+        args=on_one_device(
+            DPOConfig(
+                **arguments(base, recipe.dpo, len(pairs), recipe.seed, scratch),
+                beta=recipe.dpo.beta,
+                loss_type=["sigmoid"],
+                # Each pair is seen once in the paper's one epoch: precomputing would run the same forwards, and hash the model.
+                precompute_ref_log_probs=False,
+            )
         ),
         train_dataset=Dataset.from_list([_row(pair) for pair in pairs]),
         processing_class=tokenizer_copy(base),

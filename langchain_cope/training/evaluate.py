@@ -11,6 +11,7 @@ from pathlib import Path
 from langchain_cope.engine.engine import Engine, Request
 from langchain_cope.engine.lora import Adapter
 from langchain_cope.engine.sampling import Sampling
+from langchain_cope.errors import HistoryError
 from langchain_cope.training.encode import Encoded, Example, fit
 from langchain_cope.training.progress import Progress, Watch, never, unheard
 from langchain_cope.training.recipe import Recipe
@@ -24,6 +25,8 @@ class Evaluation:
 
     metrics: dict[str, dict[str, float]]
     """``["base" | "sft" | "dpo" | "cope"]`` holds ``rouge1``, ``rougeL`` (f-measures, 0 to 1) and, except for cope, ``nll``."""
+    indices: list[int]
+    """Place of each evaluated item among the examples given: one that fits no context is left out."""
     texts: list[dict[str, str]]
     """Per item its ``reference`` and what ``base``, ``sft``, ``dpo`` and ``cope`` wrote."""
     notes: list[str]
@@ -43,7 +46,7 @@ def evaluate(
     """Compare the base, the adapters in the folders ``sft`` and ``dpo``, and CoPe on ``examples``, which were not trained on.
 
     ``recipe`` is the one as used (``TrainingResult.recipe``). Raises ``Cancelled`` between batches where ``should_stop`` says so,
-    ``ValueError`` where no example is left to evaluate on.
+    ``HistoryError`` where no example is left to evaluate on.
     """
     watch = Watch("evaluate", on_progress, should_stop)
     items, notes = _encode(engine, examples, recipe)
@@ -53,13 +56,13 @@ def evaluate(
     metrics = _rouge(texts)
     for name, nll in likelihoods.items():
         metrics[name]["nll"] = nll
-    return Evaluation(metrics, texts, notes)
+    return Evaluation(metrics, [item.index for item in items], texts, notes)
 
 
 def mean_nll(engine: Engine, examples: Sequence[Example], recipe: Recipe, adapter: Adapter | None = None) -> float:
     """Nats per completion token of ``examples`` under the base, or under ``adapter``: what the gate compares.
 
-    Raises ``ValueError`` where no example is left to evaluate on.
+    Raises ``HistoryError`` where no example is left to evaluate on.
     """
     return negative_log_likelihood(engine, _encode(engine, examples, recipe)[0], adapter)
 
@@ -73,7 +76,7 @@ def negative_log_likelihood(engine: Engine, items: Sequence[Encoded], adapter: A
 def _encode(engine: Engine, examples: Sequence[Example], recipe: Recipe) -> tuple[list[Encoded], list[str]]:
     items, notes = fit(engine.base, examples, recipe.max_length, recipe.max_words)
     if not items:
-        raise ValueError(f"none of {len(examples)} items can be evaluated on: {'; '.join(notes) or 'there are none'}")
+        raise HistoryError(f"none of {len(examples)} items can be evaluated on: {'; '.join(notes) or 'there are none'}")
     return items, notes
 
 

@@ -77,6 +77,13 @@ def arguments(base: Base, schedule: Schedule, num_rows: int, seed: int, output_d
     }
 
 
+def on_one_device(args: TrainingArguments) -> Any:
+    """``args`` for the base's device alone: with several GPUs in sight the trainer would copy the base to each of them."""
+    _ = args.device  # counts the GPUs
+    args._n_gpu = min(1, args._n_gpu)
+    return args
+
+
 def tokenizer_copy(base: Base) -> PreTrainedTokenizerBase:
     """A tokenizer that the trainers may change: they set its padding token, and the base's is part of its fingerprint."""
     return copy.deepcopy(base.tokenizer)
