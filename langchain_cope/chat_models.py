@@ -24,6 +24,7 @@ from pydantic import ConfigDict, Field, SecretStr, field_validator
 
 from adapter_store import AdapterStore, AdapterVersion
 from adapter_store.errors import AdapterNotFoundError
+from langchain_cope.bases import BaseSettings
 from langchain_cope.errors import ContextOverflow, InputError
 from langchain_cope.stores import open_store
 
@@ -54,7 +55,7 @@ class _Call:
     metadata: dict[str, Any]
 
 
-class ChatCoPe(BaseChatModel):
+class ChatCoPe(BaseSettings, BaseChatModel):
     """A chat model over one local base model plus the user's adapter, decoding contrastively (CoPe).
 
     Nothing is loaded until the first call. Instances with the same base share it, and their requests are decoded together.
@@ -75,10 +76,6 @@ class ChatCoPe(BaseChatModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    model: str = "starter"
-    """``starter`` (bundled), a Hugging Face id or a local path."""
-    revision: str | None = None
-    """Of a Hugging Face id."""
     user_id: str | None = None
     """Whose manner; None: the base alone."""
     store: Any = None
@@ -113,14 +110,6 @@ class ChatCoPe(BaseChatModel):
     """Accepted so that models can be exchanged. Nobody is called: it is neither used nor kept in what is written out."""
     streaming: bool = False
     """Stream inside ``invoke`` as well, for callbacks that want tokens."""
-    task_adapter: str | None = None
-    """A shared peft LoRA folder (the paper's task-adapted model), merged into the base when it is loaded."""
-    device: str | None = None
-    """``cpu``, ``cuda``, ``cuda:1`` or ``mps``; None: the best there is."""
-    dtype: str | None = None
-    """``float32``, ``bfloat16``, ``float16``; None: float32 on a CPU (bfloat16 for large models), else the checkpoint's."""
-    quantization_config: Any = None
-    """Handed to ``from_pretrained`` as it is."""
 
     @field_validator("user_id")
     @classmethod
@@ -149,7 +138,7 @@ class ChatCoPe(BaseChatModel):
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Cache key: everything the answer depends on, so that two users, versions or settings never share an entry."""
         pinned = self._pin(kwargs)
-        base = self._engine(pinned).base
+        base = self._engine(pinned.get("model")).base
         key = {
             "model": base.fingerprint(),
             "revision": self.revision,
@@ -165,13 +154,13 @@ class ChatCoPe(BaseChatModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of ``text`` in the base's own tokenizer."""
-        return list(self._engine({}).base.tokenizer.encode(text, add_special_tokens=False))
+        return list(self._engine().base.tokenizer.encode(text, add_special_tokens=False))
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens of the prompt that ``messages`` make in the base's chat template."""
         if tools:
             raise InputError("tools were given, but ChatCoPe takes none: count the messages alone")
-        return len(self._engine({}).base.prompt_ids(_as_template_messages(messages)))
+        return len(self._engine().base.prompt_ids(_as_template_messages(messages)))
 
     # ── the user of a call, resolved once ──
 
@@ -261,9 +250,8 @@ class ChatCoPe(BaseChatModel):
         return await asyncio.to_thread(self._pin, kwargs, config)
 
     def _resolve(self, user: str | None, version: str | None, kwargs: dict[str, Any]) -> AdapterVersion | None:
-        base = self._engine(
-            kwargs
-        ).base.fingerprint()  # for every user: the cache key needs it, and must not wait for it
+        # For every user: the cache key needs the fingerprint, and must not wait for it.
+        base = self._engine(kwargs.get("model")).base.fingerprint()
         if user is None:
             return None
         try:
@@ -345,7 +333,7 @@ class ChatCoPe(BaseChatModel):
             raise InputError(
                 f"adapter_digest {pinned['adapter_digest']!r} is not that of version {pinned['adapter_version']!r}"
             )
-        engine = self._engine(pinned)
+        engine = self._engine(pinned.get("model"))
         prompt = engine.base.prompt_ids(_as_template_messages(messages))
         if len(prompt) >= engine.base.context:
             raise ChatContextOverflow(len(prompt), engine.base.context)
@@ -372,20 +360,6 @@ class ChatCoPe(BaseChatModel):
             "tau": request.tau,
         }
         return _Call(engine, request, metadata)
-
-    def _engine(self, kwargs: dict[str, Any]) -> "Engine":
-        from langchain_cope.engine.engine import Engine
-        from langchain_cope.engine.model import load_base
-
-        base = load_base(
-            kwargs.get("model", self.model),
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
-            task_adapter=self.task_adapter,
-            quantization_config=self.quantization_config,
-        )
-        return Engine.of(base)
 
     def _adapter(self, engine: "Engine", version: AdapterVersion) -> Any:
         """The version in the engine's slots, fetched and verified where it is not there yet."""

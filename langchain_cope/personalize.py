@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from adapter_store import AdapterStore, AdapterVersion
 from adapter_store.errors import AdapterNotFoundError, BaseModelMismatchError, IntegrityError, PublishConflictError
 from langchain_cope import held_out
+from langchain_cope.bases import BaseSettings
 from langchain_cope.errors import Cancelled, InputError, ModelError
 from langchain_cope.history import Item, Target, UserHistory, as_history
 from langchain_cope.stores import open_store
@@ -85,7 +86,7 @@ class PersonalizeResult(BaseModel):
     recipe: dict[str, Any] = {}
 
 
-class PersonalizeUser(RunnableSerializable[PersonalizeRequest | dict[str, Any], PersonalizeResult]):
+class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | dict[str, Any], PersonalizeResult]):
     """Trains one user's adapter on what the user wrote and publishes it where it is better than what is there.
 
     Example:
@@ -102,9 +103,6 @@ class PersonalizeUser(RunnableSerializable[PersonalizeRequest | dict[str, Any], 
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    model: str = "starter"
-    """``starter`` (bundled), a Hugging Face id or a local path."""
-    revision: str | None = None
     store: Any = None
     """As for ``ChatCoPe``."""
     recipe: Recipe | None = None
@@ -117,10 +115,6 @@ class PersonalizeUser(RunnableSerializable[PersonalizeRequest | dict[str, Any], 
     """``improve``: publish where the mean held-out NLL is lower than the active version's, else the base's; ``always``: publish."""
     min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Nats per token by which it must be lower."""
-    task_adapter: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    quantization_config: Any = None
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -168,20 +162,6 @@ class PersonalizeUser(RunnableSerializable[PersonalizeRequest | dict[str, Any], 
         redacted = {"user_id": request.user_id, "num_history_rows": len(request.history or [])}
         self._call_with_config(run, redacted, config)
         return results[0]
-
-    def _engine(self) -> "Engine":
-        from langchain_cope.engine.engine import Engine
-        from langchain_cope.engine.model import load_base
-
-        base = load_base(
-            self.model,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
-            task_adapter=self.task_adapter,
-            quantization_config=self.quantization_config,
-        )
-        return Engine.of(base)
 
 
 class _Run:
