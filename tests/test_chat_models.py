@@ -359,8 +359,11 @@ def test_seeded_samples_repeat_and_unseeded_ones_differ(chat: ChatCoPe) -> None:
 
 async def test_a_cancelled_task_stops_within_a_token(chat: ChatCoPe) -> None:
     long = chat.model_copy(update={"max_tokens": 200})
+    assert long.invoke("🙂").usage_metadata["output_tokens"] > 20
+    batch = Engine.of(load_base(chat.model))._batch
     task = asyncio.create_task(long.ainvoke("🙂"))
-    await asyncio.sleep(0.05)
+    while not batch.running:
+        await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
