@@ -51,6 +51,8 @@ def evaluate_user(
             f"user {history.user_id!r} has {len(history.items)} history items and {len(history.queries)} queries; both are needed: "
             "one line a user with user_id, history and queries"
         )
+    from langchain_cope.engine.lora import WEIGHTS
+
     timings: dict[str, float] = {}
 
     @contextmanager
@@ -64,7 +66,7 @@ def evaluate_user(
         training, evaluation = train_and_evaluate(
             engine, history.items, history.queries, recipe, Path(folder), on_progress, should_stop, stage
         )
-        adapter_bytes = (training.dpo / "adapter_model.safetensors").stat().st_size
+        adapter_bytes = (training.dpo / WEIGHTS).stat().st_size
     return UserEvaluation(
         history.user_id,
         evaluation.metrics,

@@ -48,11 +48,6 @@ class Adapter:
     name: str
     pairs: dict[str, tuple[Tensor, Tensor]]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of device memory held by the pairs."""
-        return sum(down.nbytes + up.nbytes for down, up in self.pairs.values())
-
 
 def read_adapter(folder: Path, name: str, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Adapter:
     """Read a peft LoRA folder for ``model``.

@@ -10,11 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from langchain_cope.engine.lora import CONFIG, WEIGHTS
 from langchain_cope.errors import InputError
 from langchain_cope.training.recipe import SFT
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 def lora_config(model: PreTrainedModel, recipe: SFT) -> LoraConfig:
