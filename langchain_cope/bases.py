@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+from langchain_cope.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from langchain_cope.engine.engine import Engine
@@ -23,6 +25,8 @@ class BaseSettings(BaseModel):
     """``float32``, ``bfloat16``, ``float16``; None: float32 on a CPU (bfloat16 for large models), else the checkpoint's."""
     quantization_config: Any = None
     """Handed to ``from_pretrained`` as it is."""
+    engine_options: EngineOptions | None = Field(default=None, exclude=True)
+    """Bounds of the engine that all users of the base share; None: those it has, else the defaults."""
 
     def _engine(self, model: str | None = None) -> "Engine":
         """The engine of the base, or of another ``model`` loaded in the same way; loads it at the first call."""
@@ -37,4 +41,4 @@ class BaseSettings(BaseModel):
             task_adapter=self.task_adapter,
             quantization_config=self.quantization_config,
         )
-        return Engine.of(base)
+        return Engine.of(base, self.engine_options)

@@ -29,7 +29,7 @@ from langchain_cope.errors import ContextOverflow, InputError
 from langchain_cope.stores import open_store
 
 if TYPE_CHECKING:
-    from langchain_cope.engine.engine import Completion, Engine, Piece, Request
+    from langchain_cope.engine.engine import AdapterSource, Completion, Engine, Piece, Request
 
 DEFAULT_ALPHA = DEFAULT_TAU = 0.1  # the paper's
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
@@ -342,7 +342,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             del settings["seed"]
         request = Request(
             prompt,
-            adapter=None if version is None else self._adapter(engine, version),
+            adapter=None if version is None else self._adapter(version),
             # Without an adapter there is nothing to contrast: the base alone, and so it is reported.
             alpha=_first(pinned.get("alpha"), self.alpha, version.alpha, DEFAULT_ALPHA) if version else 0.0,
             tau=_first(pinned.get("tau"), self.tau, getattr(version, "tau", None), DEFAULT_TAU),
@@ -361,11 +361,12 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         }
         return _Call(engine, request, metadata)
 
-    def _adapter(self, engine: "Engine", version: AdapterVersion) -> Any:
-        """The version in the engine's slots, fetched and verified where it is not there yet."""
-        return engine.find_adapter(version.name) or engine.load_adapter(
-            self._adapters().fetch_dir(version), version.name
-        )
+    def _adapter(self, version: AdapterVersion) -> "AdapterSource":
+        """The version, to be fetched and verified when no slot of the engine holds it."""
+        from langchain_cope.engine.engine import AdapterSource
+
+        store = self._adapters()
+        return AdapterSource(version.name, lambda: store.fetch_dir(version))
 
     def _adapters(self) -> AdapterStore:
         return open_store(self.store)

@@ -313,7 +313,7 @@ class _Publisher:
         if seen:
             return base_nll, f"the base (the active version {active} was trained on {seen} of the held-out items)"
         try:
-            adapter = self.engine.load_adapter(self.store.fetch_dir(version), version.name)
+            adapter = self.engine.load_adapter(self.store.fetch_dir(version))
         except (IntegrityError, ModelError) as error:  # a damaged version must not keep its user from a new one
             return base_nll, f"the base (the active version {active} cannot be used: {error})"
         nll = mean_nll(self.engine, as_examples(judged), self.training.recipe, adapter)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from langchain_core.runnables import RunnableLambda, ensure_config
 from pydantic import ValidationError
 
 from adapter_store import AdapterNotFoundError, AdapterStore, BaseModelMismatchError, InvalidAdapterError
-from langchain_cope import ChatCoPe
+from langchain_cope import ChatCoPe, EngineOptions
 from langchain_cope.engine.engine import Engine, Request, Sampling
 from langchain_cope.engine.model import load_base
 from langchain_cope.errors import InputError, ModelNotFound
@@ -123,6 +124,41 @@ def test_users_of_a_batch_never_mix(chat: ChatCoPe, base: Path, adapter: Callabl
     assert len({expected["alice"], expected["bob"], expected[None]}) == 3
     assert [message.content for message in answers] == [expected[user] for user in users]
     assert [message.response_metadata["user_id"] for message in answers] == users
+
+
+async def test_batches_and_concurrent_streams_of_different_users_share_their_steps(chat: ChatCoPe) -> None:
+    users: list[str | None] = ["alice", "bob", None] * 4
+    configs: list[Any] = [{"configurable": {"user_id": user}} for user in users]
+    engine = Engine.of(load_base(chat.model))
+
+    async def streamed(config: Any) -> str:
+        return "".join([str(chunk.content) async for chunk in chat.astream(QUESTION, config)])
+
+    alone = [chat.invoke(QUESTION, config) for config in configs[:3]]
+    lengths = sum(message.usage_metadata["output_tokens"] for message in alone) * 4
+    for together in (
+        lambda: asyncio.to_thread(chat.batch, [QUESTION] * len(users), configs),
+        lambda: chat.abatch([QUESTION] * len(users), configs),
+        lambda: asyncio.gather(*(streamed(config) for config in configs)),
+    ):
+        before = engine.statistics().steps
+        answers = [getattr(answer, "content", answer) for answer in await together()]
+        assert answers == [message.content for message in alone] * 4
+        assert engine.statistics().steps - before < lengths / 2
+
+
+def test_the_engines_bounds_are_named_once_and_hold_for_everyone(base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    chat = ChatCoPe(model=str(copy), store="memory://bounds", engine_options={"max_rows": 8})
+    assert chat.invoke(QUESTION).content
+    assert chat._engine().options == EngineOptions(max_rows=8)
+    assert ChatCoPe(model=str(copy), store="memory://bounds").invoke(QUESTION).content
+    with pytest.raises(InputError, match="already runs with EngineOptions"):
+        ChatCoPe(model=str(copy), store="memory://bounds", engine_options=EngineOptions(max_rows=9)).invoke(QUESTION)
+    with pytest.raises(ValidationError, match="max_rows must be an integer"):
+        ChatCoPe(model=str(copy), engine_options={"max_rows": 1})
+    chat._engine().close()
 
 
 def test_keyword_beats_configurable_beats_constructor(chat: ChatCoPe) -> None:

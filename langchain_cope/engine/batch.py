@@ -1,277 +1,254 @@
-"""The requests that are decoded together: rows, their cache, and one step for all of them.
+"""Everyone who is answered together: prompts being read, answers being written, one step for all of them.
 
 A contrastive request has two rows in one forward, a personal one with the user's adapter and a base one without; α = 0 or no
-adapter leaves one. Rows with an adapter come first (`lora.py`), each part in the order of the requests.
+adapter leaves one. A request first has its rows among the prompts, where they are read piece by piece; with its first token they
+move over to the answers.
 """
 
-import inspect
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from langchain_cope.engine import cache as kv
-from langchain_cope.engine.attention import pack_decode_attention
-from langchain_cope.engine.contrast import check_alpha_tau, contrast
-from langchain_cope.engine.linear import hasten_pairs
-from langchain_cope.engine.lora import Adapter, LoraRows
-from langchain_cope.engine.sampling import Sampling, choose_tokens
+from langchain_cope.engine.choosing import Ask, choose
+from langchain_cope.engine.draft import MAX_DRAFT, PromptLookup, Speculation
+from langchain_cope.engine.forward import choose_forward
+from langchain_cope.engine.kv import KeyValues, layer_shapes
+from langchain_cope.engine.lora import Adapter, LoraRows, low_rank_dtype
+from langchain_cope.engine.memory import free_bytes
+from langchain_cope.engine.options import EngineOptions
+from langchain_cope.engine.prefix import PrefixCache
+from langchain_cope.engine.request import Chosen, Request, Running
+from langchain_cope.engine.rows import Row, Rows
 
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt to answer. Raises ``ValueError`` for α or τ out of range."""
-
-    prompt: Sequence[int]
-    """Token ids, the generation prompt included."""
-    adapter: Adapter | None = None
-    """None: the base alone."""
-    alpha: float = 0.1
-    tau: float = 0.1
-    sampling: Sampling = field(default_factory=Sampling)
-    deadline: float | None = None
-    """By ``time.monotonic()``; a request that is not done by then ends with ``TimeoutError``."""
-    logprobs: bool = False
-    """Report log π_user and log π_base of every token; this takes two rows even at α = 0."""
-
-    def __post_init__(self) -> None:
-        check_alpha_tau(self.alpha, self.tau)
-
-    @property
-    def contrastive(self) -> bool:
-        """Whether the base's distribution enters the choice of tokens."""
-        return self.adapter is not None and self.alpha > 0
-
-    @property
-    def two_rows(self) -> bool:
-        """Whether the base is computed beside the adapter."""
-        return self.adapter is not None and (self.alpha > 0 or self.logprobs)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows in the batch."""
-        return 2 if self.two_rows else 1
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """How one token came about, in nats. ``reward`` is log p_user − α · log p_base, the paper's implicit reward."""
-
-    token_id: int
-    text: str
-    log_p_user: float
-    log_p_base: float
-    reward: float
-
-
-@dataclass(eq=False)
-class Running:
-    """A request in the batch and its answer so far."""
-
-    request: Request
-    ids: list[int] = field(default_factory=list)
-    num_changed: int = 0
-    logprobs: list[tuple[float, float]] = field(default_factory=list)
-    """Per token (log p_user, log p_base), where the request asks for it."""
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and answer."""
-        return len(self.request.prompt) + len(self.ids)
+MIN_COLUMNS = 16  # tokens of a prompt read at a time, at least
+RECENT_PROMPT = 4096  # newest tokens of a prompt that speculation looks in
 
 
 class Batch:
-    """Rows in flight over one model tree. Not thread-safe: the engine's thread owns it. Raises ``ModelError`` as `kv.new_cache`."""
+    """Rows in flight over one model tree. Not thread-safe: the engine's thread owns it."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        kv.new_cache(model)  # refuses what cannot be served before anyone asks
-        self._model = model
-        pack_decode_attention(model)
-        hasten_pairs(model)
-        self._lora = LoraRows(model)
-        self._accepts = inspect.signature(model.forward).parameters.keys()
+    def __init__(self, model: PreTrainedModel, context: int, options: EngineOptions) -> None:
+        """Raises ``ModelError``, by name, for an architecture that cannot be served."""
+        self._context = context
+        share = options.kv_memory
+        self.kv_bytes = int(share * free_bytes(model.device)) if isinstance(share, float) else share
+        """For keys and values of all rows."""
+        with torch.inference_mode():
+            self._shapes = layer_shapes(model)
+            self.forward = choose_forward(model, self._shapes)
+        self._like = torch.empty(0, dtype=model.dtype, device=model.device)
+        self._answers, self._prompts = self._new_rows(), self._new_rows()
+        self._speculation = Speculation() if options.speculation else None
+        self.prefixes = PrefixCache(options.prefix_cache, self.bytes_per_position)
         self.running: list[Running] = []
-        self._cache: DynamicCache | None = None
-        self._padding: list[int] = []
-        """Positions of padding left of each row."""
-        self._layout = _Layout([], model.device)
+        """Requests that have their first token."""
+        self.arriving: list[Running] = []
+        """Requests whose prompts are being read."""
+        self.num_steps = self.num_prompt_forwards = self.num_tokens = 0
+        self.num_drafted = self.num_accepted = self.num_reused = 0
 
     @property
     def num_rows(self) -> int:
         """Rows in flight."""
-        return len(self._padding)
+        return len(self._answers) + len(self._prompts)
 
-    def join(self, requests: Sequence[Running]) -> None:
-        """Process the prompts of ``requests`` in one forward, give each its first token and merge them into the batch."""
-        layout = _Layout(requests, self._model.device)
-        longest = max(r.length for r in requests)
-        rows = [requests[i] for i in layout.row_request]
-        padding = [longest - row.length for row in rows]
-        ids = torch.tensor([[0] * pad + list(row.request.prompt) for pad, row in zip(padding, rows, strict=True)])
-        cache = kv.new_cache(self._model)
-        self._lora.set(layout.adapters)
-        logits = self._forward(ids, padding, cache, total=longest)
-        self._choose(logits, requests, layout)
-        self._merge(requests, layout, cache, padding)
+    @property
+    def bytes_per_position(self) -> int:
+        """Keys and values of one position of one row."""
+        return self._answers.kv.bytes_per_position
+
+    def num_bytes(self, requests: Sequence[Running]) -> int:
+        """Keys and values that ``requests`` may take together: room for the longest, a row each, and for prompts being read."""
+        rounded = self._answers.kv.rounded
+        answers = max(rounded(r.limit) for r in requests)
+        prompts = max(rounded(len(r.tokens) + 1) for r in requests)
+        return sum(r.request.num_rows for r in requests) * (answers + prompts) * self.bytes_per_position
+
+    def admit(self, running: Running) -> None:
+        """Take a request in: its rows are there, its prompt is to be read."""
+        rows = [Row(running, running.adapter)]
+        if running.request.two_rows:
+            rows.append(Row(running, None))
+        self.arriving.append(running)
+        running.rows = tuple(rows)
+        self._make_room()
+        for row in rows:
+            place = self._prompts.add(row)
+            if blocks := self.prefixes.find(row):
+                self._prompts.kv.fill(place, blocks)
+                row.length = sum(block[0][0].shape[1] for block in blocks)
+                self.num_reused += row.length
+
+    def read_prompts(self, most_tokens: int) -> int:
+        """Read the next piece of every prompt in one forward of about ``most_tokens`` at most; returns their number.
+
+        Requests whose prompts are read whole get their first token and go on as answers; where it ends one, ``finished`` tells.
+        """
+        rows = self._prompts.all()
+        while rows and not rows[-1].missing:
+            rows.pop()  # rows that are done wait for their partner; where they lie last, they cost nothing
+        if not rows:  # read before, but memory ran out over the first tokens
+            self._begin(list(self.arriving))
+            return 0
+        missing = [row.missing for row in rows if row.missing]
+        width = min(max(min(missing), MIN_COLUMNS), max(missing), max(most_tokens // len(rows), 1))
+        pieces = [row.running.tokens[row.length : row.length + width] for row in rows]
+        done = [place for place, row in enumerate(rows) if 0 < row.missing <= width]
+        columns = [rows[place].missing - 1 for place in done]
+        logits = self._prompts.forward(self.forward, [piece or [0] for piece in pieces], (done or [0], columns or [0]))
+        for row, piece in zip(rows, pieces, strict=True):
+            row.length += len(piece)
+        for index, place in enumerate(done):
+            rows[place].logits = logits[index].clone()
+        self.num_prompt_forwards += 1
+        self._begin([r for r in self.arriving if all(row.logits is not None for row in r.rows)])
+        return len(rows) * width
 
     def step(self) -> None:
-        """One more token for every request in flight."""
-        assert self._cache is not None
-        layout = self._layout
-        last = torch.tensor([self.running[i].ids[-1] for i in layout.row_request]).unsqueeze(1)
-        self._lora.set(layout.adapters)
-        logits = self._forward(last, self._padding, self._cache, total=kv.length(self._cache) + 1)
-        self._choose(logits, self.running, layout)
+        """One more token for every answer, or several where a draft comes true."""
+        started = time.perf_counter()
+        rows = self._answers.all()
+        drafts = self._drafts(len(rows))
+        ids = [[row.running.tokens[-1], *drafts[row.running]] for row in rows]
+        wanted = [(place, column) for place, new in enumerate(ids) for column in range(len(new))]
+        logits = self._answers.forward(self.forward, ids, tuple(map(list, zip(*wanted, strict=True))))  # type: ignore[arg-type]
+        first = {id(rows[place]): index for index, (place, column) in enumerate(wanted) if column == 0}
+        asks = [
+            Ask(running, first[id(running.rows[0])] + column, first[id(running.rows[-1])] + column, draft[:column])
+            for running, draft in drafts.items()
+            for column in range(len(draft) + 1)
+        ]
+        chosen = iter(choose(logits, asks))
+        for running, draft in drafts.items():
+            self._accept(running, draft, [next(chosen) for _ in range(len(draft) + 1)])
+        self.num_steps += 1
+        if self._speculation is not None:
+            self._speculation.observe(len(rows) * max(map(len, ids)), time.perf_counter() - started)
 
     def drop(self, gone: Sequence[Running]) -> None:
-        """Let these requests leave; the others' rows close up."""
-        left = [r for r in self.running if r not in gone]
-        if not left or self._cache is None:
-            self.clear()
-            return
-        layout = _Layout(left, self._model.device)
-        order = _reorder(self._layout, self.running, layout, left)
-        self._padding = [self._padding[i] for i in order]
-        shared = min(self._padding)
-        kv.keep(self._cache, torch.tensor(order, device=self._model.device), drop_left=shared)
-        self._padding = [pad - shared for pad in self._padding]
-        self.running, self._layout = left, layout
+        """Let these requests leave; what was computed for them is kept as a beginning for later ones."""
+        for running in gone:
+            for row in running.rows:
+                for rows in (self._answers, self._prompts):
+                    if row not in rows:  # in neither, where there was no memory to take it in
+                        continue
+                    if running.finished:
+                        self.prefixes.store(row, rows)
+                    rows.remove(row)
+            running.rows = ()
+        self.running = [r for r in self.running if r not in gone]
+        self.arriving = [r for r in self.arriving if r not in gone]
+        for rows in (self._answers, self._prompts):
+            if not len(rows):
+                rows.release()
 
     def clear(self) -> None:
-        """Forget every request and the cache."""
-        self.running, self._cache, self._padding = [], None, []
-        self._layout = _Layout([], self._model.device)
-        self._lora.set([])
+        """Forget every request and all that was kept."""
+        for running in [*self.running, *self.arriving]:
+            running.rows = ()
+        self.running, self.arriving = [], []
+        self._answers.clear()
+        self._prompts.clear()
+        self.prefixes.clear()
 
     def log_probs(
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: Adapter | None
     ) -> list[Tensor]:
         """Per (prompt, completion) the log-probability ``(len(completion),)`` of each completion token, float32, in one forward."""
-        longest = max(len(p) + len(c) for p, c in sequences)
-        kept = max(len(c) for _, c in sequences) + 1
-        padding = [longest - len(p) - len(c) for p, c in sequences]
-        ids = torch.tensor([[0] * pad + [*p, *c] for pad, (p, c) in zip(padding, sequences, strict=True)])
-        self._lora.set([] if adapter is None else [adapter] * len(sequences))
-        logits = self._forward(ids, padding, None, total=longest, kept=kept)
-        targets = ids[:, 1 - kept :].to(logits.device)
-        chosen = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        return [row[row.shape[0] - len(c) :].cpu() for row, (_, c) in zip(chosen, sequences, strict=True)]
+        rows = self._new_rows()
+        rows.kv.reserve(len(sequences), max(len(p) + len(c) for p, c in sequences))
+        for prompt, completion in sequences:
+            rows.add(Row(Running(Request([*prompt, *completion]), 0), adapter))
+        ids = [[*prompt, *completion][:-1] for prompt, completion in sequences]
+        places = [
+            (place, column)
+            for place, (p, c) in enumerate(sequences)
+            for column in range(len(p) - 1, len(p) + len(c) - 1)
+        ]
+        logits = rows.forward(self.forward, ids, tuple(map(list, zip(*places, strict=True))))  # type: ignore[arg-type]
+        targets = torch.tensor([token for _, completion in sequences for token in completion], device=logits.device)
+        chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).cpu()
+        return list(torch.split(chosen, [len(completion) for _, completion in sequences]))
 
-    def _forward(
-        self, ids: Tensor, padding: Sequence[int], cache: DynamicCache | None, *, total: int, kept: int = 1
-    ) -> Tensor:
-        """Logits ``(rows, V)`` of the last position, or ``(rows, kept, V)``; ``total`` counts the positions seen afterwards."""
-        device = self._model.device
-        pads = torch.tensor(padding, device=device).unsqueeze(1)
-        positions = torch.arange(total - ids.shape[1], total, device=device).unsqueeze(0) - pads
-        inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": cache is not None}
-        if cache is not None:
-            inputs["past_key_values"] = cache
-        if any(padding):
-            inputs["attention_mask"] = (torch.arange(total, device=device).unsqueeze(0) >= pads).long()
-        if "position_ids" in self._accepts:
-            # Left to the model, padded rows would start at their padding's length (GPT-2's logits are off by 0.6 then).
-            inputs["position_ids"] = positions.clamp_min(0)
-        if "logits_to_keep" in self._accepts:
-            inputs["logits_to_keep"] = kept
-        self._lora.shape = (ids.shape[0], ids.shape[1])
-        logits: Tensor = self._model(**inputs).logits
-        return logits[:, -1] if kept == 1 else logits[:, -kept:]
+    def _new_rows(self) -> Rows:
+        kv = KeyValues(self._shapes, self._like.dtype, self._like.device)
+        dtype = low_rank_dtype(self._like.dtype, self._like.device)
+        return Rows(kv, LoraRows(self.forward.sites, self._like.to(dtype)), self._context)
 
-    def _choose(self, logits: Tensor, requests: Sequence[Running], layout: "_Layout") -> None:
-        """Append the next token to every request. ``logits``: ``(rows, V)``."""
-        personal = layout.personal(logits)
-        scores = layout.scores(personal, logits)
-        samplings = [r.request.sampling for r in requests]
-        tokens = choose_tokens(scores, samplings, [[*r.request.prompt, *r.ids] if s.repetition_penalty != 1 else []
-                                                   for r, s in zip(requests, samplings, strict=True)],
-                               [len(r.ids) for r in requests])  # fmt: skip
-        changed = scores.argmax(-1) != personal.argmax(-1) if layout.pairs else torch.zeros_like(tokens)
-        found = torch.stack([tokens, changed.to(tokens.dtype)]).tolist()  # the step's one wait for the device
-        for request, token, differs in zip(requests, *found, strict=True):
-            request.ids.append(token)
-            request.num_changed += differs and request.request.contrastive
-        self._report(logits, requests, layout)
+    def shrink(self) -> None:
+        """Give up the room of those who have left."""
+        if self.running or self.arriving:
+            self._make_room(exactly=True)
 
-    def _report(self, logits: Tensor, requests: Sequence[Running], layout: "_Layout") -> None:
-        for index, running in enumerate(requests):
-            if running.request.logprobs:
-                user_row, base_row = layout.rows_of(index)
-                both = torch.log_softmax(logits[[user_row, base_row]].float(), dim=-1)[:, running.ids[-1]].tolist()
-                running.logprobs.append((both[0], both[1]))
+    def _make_room(self, exactly: bool = False) -> None:
+        """Room for everyone who is in: prompts where they are read, and whole answers."""
+        prompts, answers = self._prompts.kv, self._answers.kv
+        everyone = [*self.running, *self.arriving]
+        needed = [
+            (
+                prompts,
+                sum(len(r.rows) for r in self.arriving),
+                max((len(r.tokens) + 1 for r in self.arriving), default=0),
+            ),
+            (answers, sum(len(r.rows) for r in everyone), max(r.limit for r in everyone)),
+        ]
+        exactly = exactly or sum(kv.bytes_for(rows, positions) for kv, rows, positions in needed) > self.kv_bytes
+        for kv, rows, positions in sorted(needed, key=lambda need: need[0].bytes_for(*need[1:])):
+            kv.reserve(rows, positions, exactly=exactly)
 
-    def _merge(self, requests: Sequence[Running], layout: "_Layout", cache: DynamicCache, padding: list[int]) -> None:
-        if self._cache is None:
-            self.running, self._layout, self._cache, self._padding = list(requests), layout, cache, padding
+    def _begin(self, ready: list[Running]) -> None:
+        """First tokens for requests whose prompts are read; their rows move over to the answers."""
+        if not ready:
             return
-        ours, theirs = kv.length(self._cache), kv.length(cache)
-        total = max(ours, theirs)
-        self._padding = [p + total - ours for p in self._padding] + [p + total - theirs for p in padding]
-        kv.merge(self._cache, cache)
-        everyone = [*self.running, *requests]
-        merged = _Layout(everyone, self._model.device)
-        order = _reorder(self._layout, self.running, merged, everyone, (layout, requests))
-        kv.keep(self._cache, torch.tensor(order, device=self._model.device))
-        self._padding = [self._padding[i] for i in order]
-        self.running, self._layout = everyone, merged
+        logits = torch.stack([row.logits for running in ready for row in running.rows if row.logits is not None])
+        first, asks = 0, []
+        for running in ready:
+            asks.append(Ask(running, first, first + len(running.rows) - 1))
+            first += len(running.rows)
+        for running, chosen in zip(ready, choose(logits, asks), strict=True):
+            for row in running.rows:
+                row.logits = None
+                self._answers.add(row, self._prompts)
+                self.prefixes.store(row, self._answers)
+                self._prompts.remove(row)
+            self.arriving.remove(running)
+            self.running.append(running)
+            self._look_up(running)
+            running.finished = not running.take(chosen)
+            self.num_tokens += 1
+        if not len(self._prompts):
+            self._prompts.release()
 
+    def _look_up(self, running: Running) -> None:
+        if self._speculation is not None:
+            recent = running.adapter.recent if running.adapter is not None else ()
+            running.lookup = PromptLookup([*recent, *running.tokens[-RECENT_PROMPT:]])
 
-class _Layout:
-    """Which row is whose: computed when the batch changes, used at every step."""
+    def _drafts(self, num_rows: int) -> dict[Running, list[int]]:
+        """What to check for each request: nothing where it would not pay."""
+        if self._speculation is None:
+            return {running: [] for running in self.running}
+        proposals = {}
+        for running in self.running:
+            most = min(MAX_DRAFT, running.limit - len(running.tokens) - 1)
+            proposals[running] = running.lookup.propose(most) if running.lookup and most > 0 else []
+        hit_rates = [running.lookup.hit_rate if running.lookup else 0.0 for running in self.running]
+        length = self._speculation.length(hit_rates, [len(draft) for draft in proposals.values()], num_rows)
+        return {running: draft[:length] for running, draft in proposals.items()}
 
-    def __init__(self, requests: Sequence[Running], device: torch.device) -> None:
-        wants = [r.request for r in requests]
-        with_adapter = [i for i, r in enumerate(wants) if r.adapter is not None]
-        without = [i for i, r in enumerate(wants) if r.adapter is None or r.two_rows]
-        self.row_request = with_adapter + without
-        self.adapters = [adapter for i in with_adapter if (adapter := wants[i].adapter) is not None]
-        self._user_row = {request: row for row, request in enumerate(with_adapter)}
-        self._base_row = {request: len(with_adapter) + row for row, request in enumerate(without)}
-        self._personal_rows = torch.tensor(
-            [self._user_row.get(i, self._base_row.get(i, 0)) for i in range(len(wants))],
-            dtype=torch.long,
-            device=device,
-        )
-        self.pairs = [i for i, r in enumerate(wants) if r.contrastive]
-        self._pair_rows = torch.tensor([self._base_row[i] for i in self.pairs], dtype=torch.long, device=device)
-        self._alpha = torch.tensor([[wants[i].alpha] for i in self.pairs], device=device)
-        self._tau = torch.tensor([[wants[i].tau] for i in self.pairs], device=device)
-
-    def rows_of(self, request: int) -> tuple[int, int]:
-        """(personal row, base row) of a request; twice the same row where the base is the personal model."""
-        base = self._base_row[request]
-        return self._user_row.get(request, base), base
-
-    def personal(self, logits: Tensor) -> Tensor:
-        """``(requests, V)``: the row with the adapter, or the only one."""
-        everyone_has_one = len(self.adapters) == len(self._personal_rows)
-        return logits[: len(self.adapters)] if everyone_has_one else logits[self._personal_rows]
-
-    def scores(self, personal: Tensor, logits: Tensor) -> Tensor:
-        """``(requests, V)`` log-probabilities: contrasted where a request is, else the personal row's own."""
-        if len(self.pairs) == personal.shape[0]:
-            return contrast(personal, logits[len(self.pairs) :], self._alpha, self._tau)
-        scores = torch.log_softmax(personal.float(), dim=-1)
-        if self.pairs:
-            scores[self.pairs] = contrast(personal[self.pairs], logits[self._pair_rows], self._alpha, self._tau)
-        return scores
-
-    def keys(self, requests: Sequence[Running]) -> list[tuple[int, bool]]:
-        """A name for each row that outlives the layout: (request, with its adapter or not)."""
-        return [(id(requests[i]), row < len(self.adapters)) for row, i in enumerate(self.row_request)]
-
-
-def _reorder(
-    old: _Layout,
-    old_requests: Sequence[Running],
-    new: _Layout,
-    new_requests: Sequence[Running],
-    appended: tuple[_Layout, Sequence[Running]] | None = None,
-) -> list[int]:
-    """Where each row of the new layout stands among the rows of the old one, followed by those appended."""
-    have = old.keys(old_requests) + (appended[0].keys(appended[1]) if appended else [])
-    place = {key: row for row, key in enumerate(have)}
-    return [place[key] for key in new.keys(new_requests)]
+    def _accept(self, running: Running, draft: list[int], chosen: list[Chosen]) -> None:
+        """Take the tokens chosen as long as the draft they rest on came true."""
+        num_taken = 0
+        for place, token in enumerate(chosen):
+            num_taken += 1
+            running.finished = not running.take(token)
+            if running.finished or place == len(draft) or token.token != draft[place]:
+                break
+        for row in running.rows:
+            row.length += num_taken
+        self.num_tokens += num_taken
+        self.num_drafted += len(draft)
+        self.num_accepted += num_taken - 1

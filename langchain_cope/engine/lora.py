@@ -1,15 +1,16 @@
 """Many users' low-rank pairs in one batched product.
 
-An `Adapter` is one user's peft folder as tensors. `LoraRows` hangs a forward hook on every linear layer that some adapter
-changes and adds, for the rows that carry an adapter, ``x · A_rᵀ · B_rᵀ`` with row r's own A and B (scaling folded into B).
-Rows with an adapter come first, so that rows of the base cost nothing extra.
+An `Adapter` is one user's peft folder as tensors. `LoraRows` holds those of a batch's rows, stacked, and adds for every row with an
+adapter ``x · A_rᵀ · B_rᵀ`` with row r's own A and B (scaling folded into B). Layers that read the same input make up a `Site` and
+share the first product. Rows with an adapter come first, so that rows of the base cost nothing extra.
 """
 
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from langchain_cope.errors import ModelError
 
+RECENT_TOKENS = 2048
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that also rewrite the base's weights
@@ -39,17 +41,31 @@ _VARIANTS = (
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One user's low-rank pairs, ready on the base's device and in its dtype.
+    """One user's low-rank pairs, ready on the base's device, in `low_rank_dtype`.
 
     ``pairs`` maps a module's path to (down ``(in, rank)``, up ``(rank, out)``), transposed for ``x @ down @ up``;
     ``up`` holds the scaling (``alpha / rank``, or ``alpha / √rank`` for rsLoRA).
     """
 
-    name: str
+    name: str | None
+    """What stands for these very matrices, for good (a user's version, say); None where nothing does."""
     pairs: dict[str, tuple[Tensor, Tensor]]
+    recent: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT_TOKENS))
+    """The newest tokens of its user's prompts and answers: what the next answer may quote."""
+    _token: object = field(default_factory=object, repr=False)
+
+    @property
+    def owner(self) -> Hashable:
+        """Key of what was computed with these matrices."""
+        return self._token if self.name is None else self.name
 
 
-def read_adapter(folder: Path, name: str, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Adapter:
+def low_rank_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What low-rank products are computed in: on a CPU small batched products in bfloat16 take five times as long as in float32."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+def read_adapter(folder: Path, name: str | None, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Adapter:
     """Read a peft LoRA folder for ``model``.
 
     Raises ``ModelError`` for a folder that cannot be read, does not fit the model's layers, or asks for something other than plain
@@ -120,7 +136,7 @@ def _refuse_what_is_not_plain_lora(config: dict[str, Any], tensors: dict[str, Te
 
 
 def _checked_pair(path: str, side: dict[str, Tensor], module: nn.Module | None, folder: Path) -> tuple[Tensor, Tensor]:
-    sizes = _linear_sizes(module)
+    sizes = linear_sizes(module)
     if sizes is None:
         what = "which this base does not have" if module is None else f"a {type(module).__name__}, not a linear layer"
         raise ModelError(f"the adapter in {folder} changes {path!r}, {what}: it was made for another base")
@@ -138,7 +154,7 @@ def _checked_pair(path: str, side: dict[str, Tensor], module: nn.Module | None, 
     return down, up
 
 
-def _linear_sizes(module: Any) -> tuple[int, int] | None:
+def linear_sizes(module: Any) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear layer, quantized or not, or None."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)
@@ -156,63 +172,108 @@ def _scaling(config: dict[str, Any], path: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-class LoraRows:
-    """The adapters of the rows of the next forward of ``model``: row i < len(adapters) carries adapters[i], later rows none."""
+@dataclass(frozen=True)
+class Site:
+    """Linear layers that read the same input and whose outputs lie side by side; often just one."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = dict(model.named_modules())
-        self._stacks: dict[str, tuple[Tensor, Tensor] | None] = {}
-        self._rows: tuple[Adapter, ...] = ()
-        self.shape = (0, 0)
-        """(rows, positions) of the next forward."""
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    """Outputs of each layer."""
+
+
+class _Stack:
+    """The pairs of one site for every row: ``down`` ``(rows, in, layers · rank)``, per layer ``up`` ``(rows, rank, out)``."""
+
+    def __init__(self, site: Site, paths: tuple[str, ...], rank: int, rows: int, like: Tensor, width: int) -> None:
+        self.site, self.paths, self.rank = site, paths, rank
+        ends = {path: sum(site.sizes[: place + 1]) for place, path in enumerate(site.paths)}
+        self.columns = [slice(ends[path] - site.sizes[site.paths.index(path)], ends[path]) for path in paths]
+        self.down = like.new_zeros(rows, width, len(paths) * rank)
+        self.ups = [like.new_zeros(rows, rank, column.stop - column.start) for column in self.columns]
+
+    def put(self, row: int, adapter: Adapter) -> None:
+        self.down[row].zero_()
+        for place, (path, up) in enumerate(zip(self.paths, self.ups, strict=True)):
+            up[row].zero_()
+            if pair := adapter.pairs.get(path):
+                width = pair[0].shape[1]
+                self.down[row, :, place * self.rank : place * self.rank + width] = pair[0]
+                up[row, :width] = pair[1]
+
+    def add(self, states: Tensor, output: Tensor, num_rows: int) -> None:
+        """Add the products of the first ``num_rows`` rows of ``states`` ``(R, Q, in)`` to those of ``output`` ``(R, Q, out)``."""
+        low = torch.bmm(states[:num_rows].to(self.down.dtype), self.down[:num_rows])
+        for place, (columns, up) in enumerate(zip(self.columns, self.ups, strict=True)):
+            part = low[..., place * self.rank : (place + 1) * self.rank]
+            output[:num_rows, :, columns] += torch.bmm(part, up[:num_rows])
+
+
+class LoraRows:
+    """The adapters of the rows of a batch: row i < len(adapters) carries adapters[i], later rows none."""
+
+    def __init__(self, sites: Mapping[str, Site], like: Tensor) -> None:
+        """``sites``: the site of each path that an adapter may change. ``like``: dtype and device to compute in."""
+        self._sites = sites
+        self._like = like
+        self._rows: list[Adapter] = []
+        self._capacity = 0
+        self._stacks: dict[Site, _Stack] = {}
+
+    @property
+    def paths(self) -> set[str]:
+        """What some row's adapter changes."""
+        return {path for stack in self._stacks.values() for path in stack.paths}
 
     def set(self, adapters: Sequence[Adapter]) -> None:
-        """Stack the pairs of these rows; free when they are the same as before."""
-        rows = tuple(adapters)
-        if rows == self._rows:
-            return
-        self._rows = rows
-        paths = {path for adapter in rows for path in adapter.pairs}
-        for path in paths - self._stacks.keys():
-            self._modules[path].register_forward_hook(self._hook(path))
-        self._stacks = {path: _stack(rows, path) if path in paths else None for path in self._stacks.keys() | paths}
+        """Take these rows; only what changed is copied."""
+        if not self._has_room(adapters):
+            self._build(adapters)
+        else:
+            for row, adapter in enumerate(adapters):
+                if row >= len(self._rows) or self._rows[row] is not adapter:
+                    for stack in self._stacks.values():
+                        stack.put(row, adapter)
+        self._rows = list(adapters)
 
-    def _hook(self, path: str) -> Any:
-        def add_low_rank_product(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            stack = self._stacks[path]
-            if stack is not None:
-                down, up = stack
-                num_rows = down.shape[0]
-                states, result = self._by_row(inputs[0], path), self._by_row(output, path)
-                result[:num_rows].baddbmm_(torch.bmm(states[:num_rows], down), up)
-            return output
+    def clear(self) -> None:
+        """Forget every adapter, and the room for them."""
+        self._rows, self._stacks, self._capacity = [], {}, 0
 
-        return add_low_rank_product
+    def add(self, site: Site, states: Tensor, output: Tensor) -> None:
+        """Add what the adapters change at ``site`` to its ``output`` ``(R, Q, out)``, in place."""
+        if self._rows and (stack := self._stacks.get(site)):
+            stack.add(states, output, len(self._rows))
 
-    def _by_row(self, states: Tensor, path: str) -> Tensor:
-        """``(rows, positions, width)``; layers behind a router, say, see rows and positions as one dimension."""
-        if states.ndim == 3:
-            return states
-        rows, positions = self.shape
-        if states.shape[0] != rows * positions:
-            raise ModelError(
-                f"an adapter changes {path!r}, which does not see every token: it cannot be served in a batch"
-            )
-        return states.view(rows, positions, -1)
+    def changes(self, site: Site) -> bool:
+        """Whether some row's adapter changes this site."""
+        return bool(self._rows) and site in self._stacks
 
+    def _has_room(self, adapters: Sequence[Adapter]) -> bool:
+        if len(adapters) > self._capacity:
+            return False
+        seen: set[int] = {id(adapter) for adapter in self._rows}
+        for adapter in adapters:
+            if id(adapter) not in seen:
+                for path, (down, _) in adapter.pairs.items():
+                    stack = self._stacks.get(self._sites[path])
+                    if stack is None or path not in stack.paths or down.shape[1] > stack.rank:
+                        return False
+        return True
 
-def _stack(rows: tuple[Adapter, ...], path: str) -> tuple[Tensor, Tensor]:
-    """(down ``(rows, in, rank)``, up ``(rows, rank, out)``), ranks padded with zeros to the widest."""
-    if len(rows) == 1:
-        down, up = rows[0].pairs[path]
-        return down.unsqueeze(0), up.unsqueeze(0)
-    pairs = [adapter.pairs.get(path) for adapter in rows]
-    some = next(pair for pair in pairs if pair is not None)
-    rank = max(pair[0].shape[1] for pair in pairs if pair is not None)
-    down = some[0].new_zeros(len(rows), some[0].shape[0], rank)
-    up = some[1].new_zeros(len(rows), rank, some[1].shape[1])
-    for row, pair in enumerate(pairs):
-        if pair is not None:
-            width = pair[0].shape[1]
-            down[row, :, :width], up[row, :width] = pair
-    return down, up
+    def _build(self, adapters: Sequence[Adapter]) -> None:
+        capacity = self._capacity if len(adapters) <= self._capacity else max(len(adapters), 2 * self._capacity)
+        ranks: dict[Site, int] = {}
+        widths: dict[Site, int] = {}
+        for adapter in adapters:
+            for path, (down, _) in adapter.pairs.items():
+                site = self._sites[path]
+                ranks[site], widths[site] = max(ranks.get(site, 0), down.shape[1]), down.shape[0]
+        used = {path for adapter in adapters for path in adapter.pairs}
+        stacks = {
+            site: _Stack(site, tuple(p for p in site.paths if p in used), rank, capacity, self._like, widths[site])
+            for site, rank in ranks.items()
+        }
+        for stack in stacks.values():
+            for row, adapter in enumerate(adapters):
+                stack.put(row, adapter)
+        self._stacks, self._capacity = stacks, capacity

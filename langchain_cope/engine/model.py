@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from langchain_cope.engine.fingerprint import fingerprint_of
+from langchain_cope.engine.fuse import lay_side_by_side
 from langchain_cope.engine.lora import CONFIG, WEIGHTS
 from langchain_cope.engine.template import Message, ensure_chat_template, render
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
@@ -170,6 +171,8 @@ def _load(
         if adapter_folder is not None:
             model = _merge(model, adapter_folder, quantization)
     model.eval().requires_grad_(False)
+    if quantization is None:
+        lay_side_by_side(model)
     # A prompt that is too long is refused by us, with the numbers; the tokenizer need not warn as well.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if ensure_chat_template(tokenizer):
@@ -269,6 +272,12 @@ def _context(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     text = config.get_text_config()
     limits = [getattr(text, field, None) for field in ("max_position_embeddings", "n_positions", "max_seq_len")]
     limits.append(tokenizer.model_max_length)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        # Beyond this length such a model turns every row of a batch by other angles: one user's prompt would change all answers.
+        limits.append(
+            rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        )
     real = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
     return min(real, default=10**6)
 

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from langchain_cope.engine.engine import Completion, Engine, Piece, Request, Sampling
+from langchain_cope.engine.forward import Inputs
 from langchain_cope.engine.model import load_base
 from langchain_cope.errors import EngineClosed, ModelError
 
@@ -31,19 +31,26 @@ def own(tiny: Tiny) -> Iterator[Engine]:
 
 
 @contextmanager
-def before_each_forward(engine: Engine, act: Callable[[dict[str, Any]], object]) -> Iterator[None]:
-    """A real hook on the engine's own module tree, called with the inputs of every forward."""
-    handle = engine._batch._model.register_forward_pre_hook(
-        lambda _, __, inputs: act(inputs) and None, with_kwargs=True
-    )
+def before_each_forward(engine: Engine, act: Callable[[Inputs], object]) -> Iterator[None]:
+    """``act`` sees the inputs of every forward of the engine before it is computed."""
+    batch, forward = engine._batch, engine._batch.forward
+
+    class Watched:
+        sites = forward.sites
+
+        def __call__(self, inputs: Inputs) -> torch.Tensor:
+            act(inputs)
+            return forward(inputs)
+
+    batch.forward = Watched()
     try:
         yield
     finally:
-        handle.remove()
+        batch.forward = forward
 
 
-def fail_on_marker(inputs: dict[str, Any]) -> None:
-    if (inputs["input_ids"] == MARKER).any():
+def fail_on_marker(inputs: Inputs) -> None:
+    if (inputs.ids == MARKER).any():
         raise RuntimeError("the marker was seen")
 
 
@@ -77,7 +84,7 @@ def test_a_failing_step_fails_those_who_were_in_it_and_the_next_request_is_answe
     wanted = own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))])
     steps = []
 
-    def fail_at_the_fourth(inputs: dict[str, Any]) -> None:
+    def fail_at_the_fourth(inputs: Inputs) -> None:
         steps.append(inputs)
         if len(steps) == 4:
             raise RuntimeError("out of memory, say")
@@ -142,7 +149,8 @@ def test_close_stops_the_thread_and_frees_the_cache(own: Engine) -> None:
     assert thread.is_alive()
     own.close()
     assert not thread.is_alive()
-    assert own._batch._cache is None
+    assert own._batch.num_rows == 0
+    assert own._batch._answers.kv.num_rows == 0
 
 
 def test_after_close_the_base_gets_a_new_engine(tiny: Tiny) -> None:
@@ -186,7 +194,7 @@ def test_a_stream_that_is_forgotten_is_cancelled(own: Engine) -> None:
 
 
 def test_a_request_cancelled_while_it_waits_never_runs(own: Engine) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[Inputs] = []
     with before_each_forward(own, slowly), before_each_forward(own, seen.append):
         running = own.stream_all([Request(PROMPT, sampling=LONG)] * 64)
         next(running[0])
@@ -195,7 +203,7 @@ def test_a_request_cancelled_while_it_waits_never_runs(own: Engine) -> None:
         for stream in running:
             stream.close()
         wait_until(lambda: own._batch.num_rows == 0 and not own._waiting)
-    assert not any(inputs["input_ids"].shape[1] == 6 for inputs in seen)
+    assert not any(inputs.ids.shape[1] == 6 for inputs in seen)
 
 
 async def test_a_cancelled_task_frees_its_rows_by_the_next_step(own: Engine) -> None:

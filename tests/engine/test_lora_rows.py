@@ -88,14 +88,6 @@ def test_one_users_adapter_leaves_the_others_answers_alone(tiny: Tiny, adapter: 
     assert engine.generate([request(None)])[0].token_ids == alone[2], "nothing of a user stays behind"
 
 
-def test_an_adapter_kept_under_a_name_is_found_again(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
-    folder = adapter(tiny("llama"), seed=1)
-    kept = engine.load_adapter(folder, "ann@1")
-    assert engine.load_adapter(folder, "ann@1") is kept
-    assert engine.find_adapter("ann@1") is kept
-    assert engine.find_adapter("nobody@1") is None
-
-
 @pytest.fixture
 def folder(tiny: Tiny, adapter: Tiny, tmp_path: Path) -> Path:
     """A copy of a good adapter, to be spoilt."""

@@ -1,0 +1,112 @@
+"""What is asked of the engine, and a request on its way."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from langchain_cope.engine.contrast import check_alpha_tau
+from langchain_cope.engine.lora import Adapter
+from langchain_cope.engine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from langchain_cope.engine.draft import PromptLookup
+    from langchain_cope.engine.rows import Row
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter that the engine loads into one of its slots when a request needs it, and keeps there while it can."""
+
+    name: str
+    """Stands for these very matrices, for good: a user's version, never a user alone. Slots and caches go by it."""
+    folder: Callable[[], Path] = field(compare=False)
+    """Gives the peft folder, fetching it where need be; called off the hot path. What it raises, the request raises."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer. Raises ``ValueError`` for α or τ out of range."""
+
+    prompt: Sequence[int]
+    """Token ids, the generation prompt included."""
+    adapter: Adapter | AdapterSource | None = None
+    """None: the base alone."""
+    alpha: float = 0.1
+    tau: float = 0.1
+    sampling: Sampling = field(default_factory=Sampling)
+    deadline: float | None = None
+    """By ``time.monotonic()``; a request that is not done by then ends with ``TimeoutError``."""
+    logprobs: bool = False
+    """Report log π_user and log π_base of every token; this takes two rows even at α = 0."""
+
+    def __post_init__(self) -> None:
+        check_alpha_tau(self.alpha, self.tau)
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether the base's distribution enters the choice of tokens."""
+        return self.adapter is not None and self.alpha > 0
+
+    @property
+    def two_rows(self) -> bool:
+        """Whether the base is computed beside the adapter."""
+        return self.adapter is not None and (self.alpha > 0 or self.logprobs)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the batch."""
+        return 2 if self.two_rows else 1
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How one token came about, in nats. ``reward`` is log p_user − α · log p_base, the paper's implicit reward."""
+
+    token_id: int
+    text: str
+    log_p_user: float
+    log_p_base: float
+    reward: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The next token of a request."""
+
+    token: int
+    changed: bool
+    """The contrast's likeliest token is not the personal model's own."""
+    logprobs: tuple[float, float] | None = None
+    """(log p_user, log p_base), where the request asks for it."""
+
+
+class Running:
+    """A request in the batch and its answer so far."""
+
+    def __init__(self, request: Request, limit: int) -> None:
+        self.request = request
+        self.limit = limit
+        """Tokens of prompt and answer, at most."""
+        self.adapter: Adapter | None = request.adapter if isinstance(request.adapter, Adapter) else None
+        """Set before the request joins the batch, where its adapter comes from a slot."""
+        self.ids: list[int] = []
+        """The answer."""
+        self.tokens = list(request.prompt)
+        """Prompt and answer."""
+        self.num_changed = 0
+        self.finished = False
+        """The newest token ended the answer."""
+        self.rows: tuple[Row, ...] = ()
+        """In the batch: the personal row, then the base's where the request has two."""
+        self.lookup: PromptLookup | None = None
+        """Where speculation looks for what comes next."""
+
+    def take(self, chosen: Chosen) -> bool:
+        """Append a token; False where it ends the answer."""
+        self.ids.append(chosen.token)
+        self.tokens.append(chosen.token)
+        self.num_changed += chosen.changed
+        if self.lookup is not None:
+            self.lookup.push(chosen.token)
+        return len(self.tokens) < self.limit

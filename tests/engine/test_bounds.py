@@ -1,0 +1,304 @@
+"""What an engine may hold: rows, tokens, memory. Long prompts stall nobody; what can never fit is refused; shortage is survived."""
+
+import itertools
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine.test_failures import before_each_forward, slowly
+from safetensors.torch import load_file, save_file
+
+from langchain_cope.engine import kv as kv_module
+from langchain_cope.engine.engine import Completion, Engine, EngineOptions, Piece, Request, Sampling
+from langchain_cope.engine.forward import Inputs
+from langchain_cope.engine.model import load_base
+from langchain_cope.errors import InputError, ModelError
+
+Tiny = Callable[..., Path]
+EngineWith = Callable[..., Engine]
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
+
+
+@pytest.fixture
+def engine_with(tiny: Tiny) -> Iterator[EngineWith]:
+    """``engine_with(max_rows=8)``: an engine of the tiny Llama, of this test's own."""
+    engines: list[Engine] = []
+
+    def make(**options: object) -> Engine:
+        base = load_base(tiny("llama"), device="cpu", dtype="float32")
+        engines.append(Engine(base, EngineOptions(**options)))  # type: ignore[arg-type]
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def many(engine: Engine, tiny: Tiny, adapter: Tiny, num_requests: int = 20) -> list[Request]:
+    kept = [engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2)]
+    return [
+        Request(tokens(3 + 7 * n % 60, n), kept[n % 2], 0.3, 0.1, Sampling(max_tokens=5 + n % 9))
+        for n in range(num_requests)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ({"max_rows": 1}, "max_rows must be an integer ≥ 2"),
+        ({"max_tokens": 0}, "max_tokens must be an integer > 0 or None"),
+        ({"kv_memory": 1.5}, "kv_memory must be bytes as an integer > 0, or a share"),
+        ({"kv_memory": 0}, "kv_memory must be bytes"),
+        ({"adapter_slots": 0}, "adapter_slots must be an integer ≥ 1"),
+        ({"prefix_cache": -1}, "prefix_cache must be bytes as an integer ≥ 0"),
+        ({"speculation": 1}, "speculation must be True or False"),
+        ({"stall": 0}, "stall must be seconds > 0"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_where_it_is_built(option: dict[str, object], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        EngineOptions(**option)  # type: ignore[arg-type]
+
+
+def test_one_base_has_one_engine_and_its_options(tiny: Tiny) -> None:
+    base = load_base(tiny("qwen3"), device="cpu", dtype="float32")
+    engine = Engine.of(base, EngineOptions(max_rows=8))
+    assert Engine.of(base) is engine is Engine.of(base, EngineOptions(max_rows=8))
+    with pytest.raises(InputError, match=r"already runs with EngineOptions\(max_rows=8.*not with .*max_rows=9"):
+        Engine.of(base, EngineOptions(max_rows=9))
+    engine.close()
+
+
+def test_memory_for_keys_and_values_holds_and_everyone_is_answered(
+    engine_with: EngineWith, tiny: Tiny, adapter: Tiny
+) -> None:
+    free = engine_with()
+    wanted = free.generate(many(free, tiny, adapter))
+    budget = 6 * (128 + 128) * free._batch.bytes_per_position  # six rows of 128 positions, with their prompts
+    engine, most = engine_with(kv_memory=budget), []
+
+    def weigh(_: Inputs) -> None:
+        kvs = (engine._batch._answers.kv, engine._batch._prompts.kv)
+        most.append(sum(kv.num_rows * kv.num_positions for kv in kvs) * engine._batch.bytes_per_position)
+
+    with before_each_forward(engine, weigh):
+        answers = engine.generate(many(engine, tiny, adapter))
+    assert [a.token_ids for a in answers] == [a.token_ids for a in wanted]
+    assert 0 < max(most) <= budget
+
+
+def test_what_can_never_fit_is_refused_at_once_with_the_numbers(
+    engine_with: EngineWith, tiny: Tiny, adapter: Tiny
+) -> None:
+    engine = engine_with(kv_memory=150_000, max_tokens=100)
+    kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    per_position = engine._batch.bytes_per_position
+    with pytest.raises(
+        InputError, match=rf"needs {2 * (256 + 64) * per_position:,} bytes .*2 rows of up to 210.*may take 150,000"
+    ):
+        engine.stream(Request(tokens(10), kept, sampling=Sampling(max_tokens=200)))
+    with pytest.raises(
+        InputError, match=r"may have 120 tokens in flight \(2 rows of up to 60 tokens\), but .* limit is 100"
+    ):
+        engine.stream(Request(tokens(10), kept, sampling=Sampling(max_tokens=50)))
+    assert engine.generate([Request(tokens(10), sampling=Sampling(max_tokens=50))])
+
+
+def test_tokens_in_flight_are_bounded(engine_with: EngineWith, tiny: Tiny, adapter: Tiny) -> None:
+    engine, seen = engine_with(max_tokens=300), []
+
+    def count(_: Inputs) -> None:
+        batch = engine._batch
+        seen.append(sum(r.request.num_rows * r.limit for r in [*batch.running, *batch.arriving]))
+
+    with before_each_forward(engine, count):
+        assert len(engine.generate(many(engine, tiny, adapter))) == 20
+    assert 150 < max(seen) <= 300
+
+
+def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_running_answers(engine_with: EngineWith) -> None:
+    alone = engine_with(prefix_cache=0)
+    long = Request(tokens(230), sampling=Sampling(max_tokens=8))
+    wanted = alone.generate([long])[0]
+    engine, widths = engine_with(prefix_cache=0, stall=1e-6, speculation=False), []
+    with (
+        before_each_forward(engine, slowly),
+        before_each_forward(engine, lambda inputs: widths.append(inputs.ids.shape[1])),
+    ):
+        running = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=200)))
+        next(running)
+        widths.clear()
+        assert engine.generate([long])[0].token_ids == wanted.token_ids
+    reading = [place for place, width in enumerate(widths) if width > 1]
+    assert len(reading) >= 230 // 16
+    assert {later - earlier for earlier, later in itertools.pairwise(reading)} == {2}, "a token between pieces"
+    assert isinstance(running.completion(), Completion)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(engine_with: EngineWith) -> None:
+    engine, order = engine_with(prefix_cache=0, stall=1e-6), []
+    with before_each_forward(engine, slowly):
+        running = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=200)))
+        next(running)
+        streams = {
+            "long": engine.stream(Request(tokens(240), sampling=Sampling(max_tokens=1))),
+            "short": engine.stream(Request(tokens(6), sampling=Sampling(max_tokens=1))),
+        }
+        threads = [
+            threading.Thread(target=lambda name=name, stream=stream: (stream.completion(), order.append(name)))  # type: ignore[misc]
+            for name, stream in streams.items()
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    running.close()
+    assert sorted(order) == ["long", "short"]
+
+
+def test_out_of_memory_shrinks_the_batch_and_everyone_is_answered_all_the_same(
+    engine_with: EngineWith, tiny: Tiny, adapter: Tiny
+) -> None:
+    free = engine_with()
+    wanted = free.generate(many(free, tiny, adapter))
+    engine, failures = engine_with(), []
+
+    def too_much(inputs: Inputs) -> None:
+        if inputs.ids.numel() > 40:
+            failures.append(inputs.ids.shape)
+            raise torch.OutOfMemoryError("no room for more than 40 tokens")
+
+    with before_each_forward(engine, too_much):
+        answers = engine.generate(many(engine, tiny, adapter))
+    assert failures
+    assert [a.token_ids for a in answers] == [a.token_ids for a in wanted]
+    assert [a.text for a in answers] == [a.text for a in wanted]
+
+
+def test_answers_in_mid_stream_survive_running_out_of_memory(
+    engine_with: EngineWith, tiny: Tiny, adapter: Tiny
+) -> None:
+    free = engine_with()
+    wanted = free.generate(many(free, tiny, adapter))
+    engine, calls = engine_with(), []
+
+    def now_and_then(inputs: Inputs) -> None:
+        calls.append(1)
+        if len(calls) in (4, 6, 9, 13):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    with before_each_forward(engine, now_and_then):
+        streams = engine.stream_all(many(engine, tiny, adapter))
+        found = [list(stream) for stream in streams]
+    for events, answer in zip(found, wanted, strict=True):
+        *pieces, last = events
+        assert isinstance(last, Completion)
+        assert last.token_ids == answer.token_ids
+        assert "".join(p.text for p in pieces if isinstance(p, Piece)) == answer.text, "nothing twice, nothing lost"
+
+
+def test_what_never_fits_the_device_fails_alone_with_its_cause(engine_with: EngineWith) -> None:
+    engine = engine_with()
+
+    def never(inputs: Inputs) -> None:
+        if (inputs.ids == 9).any():
+            raise torch.OutOfMemoryError("not even this")
+
+    wanted = engine.generate([Request(tokens(5), sampling=Sampling(max_tokens=40))])[0]
+    assert 9 not in wanted.token_ids
+    with before_each_forward(engine, never):
+        good = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=40)))
+        with pytest.raises(ModelError, match="OutOfMemoryError: not even this") as caught:
+            engine.generate([Request([9, 9, 9], sampling=Sampling(max_tokens=4))])
+        assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+        assert good.completion() == wanted
+
+
+def test_a_consumer_that_stops_reading_holds_up_nobody(engine_with: EngineWith) -> None:
+    engine = engine_with()
+    idle = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=100)))
+    next(idle)
+    others = engine.generate([Request(tokens(5 + n), sampling=Sampling(max_tokens=100)) for n in range(4)])
+    assert len(others) == 4
+    assert (
+        idle.completion().token_ids
+        == engine.generate([Request(tokens(5), sampling=Sampling(max_tokens=100))])[0].token_ids
+    )
+
+
+def test_running_out_while_taking_requests_in_is_survived(
+    engine_with: EngineWith, tiny: Tiny, adapter: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = engine_with()
+    wanted = free.generate(many(free, tiny, adapter))
+    engine, resized, calls = engine_with(), kv_module._resized, []
+
+    def now_and_then(*arguments: int) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) % 7 == 3 and len(calls) < 60:
+            raise torch.OutOfMemoryError("no room for rows")
+        return resized(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kv_module, "_resized", now_and_then)
+    answers: list[tuple[int, ...] | None] = []
+    failures: list[str] = []
+    for request in many(engine, tiny, adapter):  # the first ones are alone: they may fail, by name, and harm nobody
+        try:
+            answers.append(engine.generate([request])[0].token_ids)
+        except ModelError as error:
+            answers.append(None)
+            failures.append(str(error))
+    found = engine.generate(many(engine, tiny, adapter))
+    assert [a.token_ids for a in found] == [a.token_ids for a in wanted]
+    assert all(answer in (None, a.token_ids) for answer, a in zip(answers, wanted, strict=True))
+    assert len(failures) < 12
+    assert all("no room for rows" in failure for failure in failures)
+
+
+def test_a_deadline_holds_while_there_is_no_room(engine_with: EngineWith) -> None:
+    engine = engine_with(max_rows=2, speculation=False)
+    with before_each_forward(engine, slowly):
+        running = engine.stream_all([Request(tokens(5), sampling=Sampling(max_tokens=200))] * 2)
+        next(running[0])
+        started = time.monotonic()
+        late = Request(tokens(6), sampling=Sampling(max_tokens=4), deadline=started + 0.2)
+        with pytest.raises(TimeoutError):
+            engine.generate([late])
+        assert time.monotonic() - started < 1.5
+        for stream in running:
+            stream.close()
+
+
+def test_closing_a_stream_wakes_the_thread_that_reads_it(engine_with: EngineWith) -> None:
+    engine, read = engine_with(speculation=False), []
+    with before_each_forward(engine, lambda _: time.sleep(0.3)):
+        stream = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=200)))
+        reader = threading.Thread(target=lambda: read.extend(stream))
+        reader.start()
+        time.sleep(0.1)
+        stream.close()
+        reader.join(5)
+    assert not reader.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # peft's, about the head
+def test_an_adapter_of_another_base_or_of_the_head_is_refused_and_harms_nobody(
+    engine_with: EngineWith, tiny: Tiny, adapter: Tiny, engine_for: EngineWith, tmp_path: Path
+) -> None:
+    engine = engine_with()
+    other = engine_for(tiny("gpt2")).load_adapter(adapter(tiny("gpt2"), seed=1, fan_in_fan_out=True))
+    with pytest.raises(InputError, match="loaded for another base"):
+        engine.stream(Request(tokens(5), other))
+    shutil.copytree(adapter(tiny("llama"), seed=1, targets=["q_proj", "lm_head"]), tmp_path / "head")
+    weights = tmp_path / "head" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if ".lora_" in name}, weights)
+    with pytest.raises(ModelError, match="changes 'lm_head', which is not served"):
+        engine.load_adapter(tmp_path / "head")
+    assert engine.generate([Request(tokens(5), engine.load_adapter(adapter(tiny("llama"), seed=1)))])
