@@ -11,13 +11,15 @@ LONGEST, SHORTEST = 3, 2  # tokens that must have stood together before
 MAX_DRAFT = 8  # tokens proposed at a time
 _LENGTHS = (1, 2, 4, MAX_DRAFT)
 _TREND = 0.2  # weight of the newest observation
-_GAIN = 1.05  # what a draft must promise
+_GAIN = (
+    1.25  # what a draft must promise: timings and hit rates are estimates, and a wrong guess costs everyone in the step
+)
 _FORGET = 256  # observations after which timings of other sizes are taken afresh
 _TOKENS_FOR_DOUBLE = 32  # a first guess: this many tokens more take as long again
 
 
 class PromptLookup:
-    """What may come next in one answer."""
+    """What may come next in one answer to ``tokens``, of which there is at least one."""
 
     def __init__(self, tokens: Iterable[int]) -> None:
         self._tokens: list[int] = []
@@ -27,8 +29,12 @@ class PromptLookup:
         """Where the next token may stand."""
         self.hit_rate = 0.5
         """How often the first token proposed was the one that came, lately."""
-        for token in tokens:
-            self._add(token)
+        *before, last = tokens
+        self._tokens += before
+        for size in range(SHORTEST, LONGEST + 1):  # in bulk, for this is done while others wait
+            runs = zip(*(before[start:] for start in range(size)), strict=False)
+            self._after.update(zip(runs, range(size, len(before) + 1), strict=False))
+        self._add(last)
 
     def push(self, token: int) -> None:
         """The answer went on with ``token``."""
