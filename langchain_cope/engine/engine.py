@@ -343,8 +343,7 @@ class Engine:
         except Exception as error:
             _log.debug("a forward failed", exc_info=True)
             if not (is_out_of_memory(error) and self._make_do(jobs)):
-                failure = ModelError(f"the model failed while answering: {type(error).__name__}: {error}")
-                failure.__cause__ = error
+                failure = _failure("the model failed while answering", error)
                 self._fail([job for job in jobs if isinstance(job, Job) and not job.finished], failure)
         everyone = [job for job in (*self._batch.running, *self._batch.arriving) if isinstance(job, Job)]
         self._leave([job for job in everyone if job.finished or job.cancelled or job.expire()])
@@ -393,9 +392,7 @@ class Engine:
                 self._batch.prefixes.clear()
                 self._most_rows = max(self._batch.num_rows, 1)
                 return
-            failure = ModelError(f"the request could not be taken in: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._fail([job], failure)
+            self._fail([job], _failure("the request could not be taken in", error))
 
     def _fits(self, job: Job) -> bool:
         """Whether there is room for one more: rows, tokens in flight, memory, and a piece of its prompt in the next forward."""
@@ -472,9 +469,7 @@ class Engine:
         try:
             future.set_result(function())
         except Exception as error:
-            failure = ModelError(f"the model failed while scoring: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            future.set_exception(failure)
+            future.set_exception(_failure("the model failed while scoring", error))
 
     def _end_everything(self, error: EngineClosed) -> None:
         self._slots.clear()
@@ -503,6 +498,13 @@ class Engine:
             group.append(index)
         if group:
             yield group
+
+
+def _failure(what: str, error: Exception) -> ModelError:
+    """What a reader is told, with its cause."""
+    failure = ModelError(f"{what}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 @atexit.register
