@@ -19,8 +19,8 @@ _SETTINGS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "ANONYMIZED_TELEMETRY": "False",  # Chroma's
     "TOKENIZERS_PARALLELISM": "false",
-    # Threads of torch that wait for one another give the core away soon: on a busy machine that trains several times faster.
-    "GOMP_SPINCOUNT": "1000",
+    # Torch threads that wait for one another give the core away soon, for a busy machine, but not between two operations.
+    "GOMP_SPINCOUNT": "10000",
 }
 _OURS = ("langchain_cope", "adapter_store")
 
