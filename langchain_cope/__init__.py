@@ -11,18 +11,28 @@ if TYPE_CHECKING:
     from langchain_cope.chat_models import ChatCoPe
     from langchain_cope.chroma_history import ChromaHistory
     from langchain_cope.engine.options import EngineOptions
+    from langchain_cope.middleware import CoPeUserMiddleware
     from langchain_cope.personalize import PersonalizeResult, PersonalizeUser
     from langchain_cope.training.recipe import Recipe
 
 _MODULES = {
     "ChatCoPe": "chat_models",
     "ChromaHistory": "chroma_history",
+    "CoPeUserMiddleware": "middleware",
     "EngineOptions": "engine.options",
     "PersonalizeResult": "personalize",
     "PersonalizeUser": "personalize",
     "Recipe": "training.recipe",
 }
-__all__ = ["ChatCoPe", "ChromaHistory", "EngineOptions", "PersonalizeResult", "PersonalizeUser", "Recipe"]
+__all__ = [
+    "ChatCoPe",
+    "ChromaHistory",
+    "CoPeUserMiddleware",
+    "EngineOptions",
+    "PersonalizeResult",
+    "PersonalizeUser",
+    "Recipe",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,35 +6,49 @@ LangChain hands ``configurable`` to ``invoke`` and its siblings only, never to `
 """
 
 import asyncio
+import copy
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
-from langchain_core.language_models import LanguageModelInput
+from langchain_core.exceptions import ContextOverflowError, ModelNotFoundError, ModelTimeoutError
+from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import BaseChatModel, agenerate_from_stream, generate_from_stream
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage, HumanMessage, SystemMessage
+from langchain_core.load import dumpd
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import RunnableConfig, ensure_config
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, SecretStr, field_validator
 
 from adapter_store import AdapterStore, AdapterVersion
 from adapter_store.errors import AdapterNotFoundError
 from langchain_cope.bases import BaseSettings
-from langchain_cope.errors import ContextOverflow, InputError
+from langchain_cope.errors import ContextOverflow, InputError, ModelNotFound
+from langchain_cope.messages import template_messages
+from langchain_cope.profile import profile_of
+from langchain_cope.replies import ReplyStream
 from langchain_cope.stores import open_store
+from langchain_cope.structured_output import Method, structured_output
+from langchain_cope.tools import TOOL_OPTIONS, ToolUse
+from langchain_cope.tracing import TraceUserId, traced_user
 
 if TYPE_CHECKING:
     from langchain_cope.engine.engine import AdapterSource, Completion, Engine, Piece, Request
+    from langchain_cope.engine.model import Base
 
 DEFAULT_ALPHA = DEFAULT_TAU = 0.1  # the paper's
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-_PINNED = ("user_id", "adapter_version", "adapter_digest")
-_CALL_OPTIONS = (*_SAMPLING, *_PINNED, "alpha", "tau", "model", "logprobs", "timeout")
+_THOUGHT, _NO_THOUGHT = "<think>", "\n</think>\n\n"
+_USER = ("user_id", "adapter_version")
+_CALL_OPTIONS = (*_SAMPLING, *_USER, *TOOL_OPTIONS, "alpha", "tau", "model", "logprobs", "timeout")
+_PINNED = "pinned_user"
 _CORE_OPTIONS = (
     "stream",
     "ls_structured_output_format",
@@ -46,6 +60,32 @@ class ChatContextOverflow(ContextOverflow, ContextOverflowError):  # noqa: N818
     """A prompt longer than the context: ours, and core's, which summarising middleware retries on."""
 
 
+class ChatModelNotFound(ModelNotFound, ModelNotFoundError):  # noqa: N818
+    """No base of that name: ours, and core's, which fallbacks act on."""
+
+
+class PinnedUser:
+    """The user of one call and the adapter version that answers, fixed before anything else happens."""
+
+    def __init__(self, user_id: str | None, version: AdapterVersion | None, shown: str | None) -> None:
+        self.user_id = user_id
+        self.version = version
+        self.shown = shown
+        """The user as traces may show it."""
+
+    @property
+    def key(self) -> tuple[str | None, ...]:
+        """For caches: two users, or two versions of one, never share it."""
+        return self.user_id, getattr(self.version, "version", None), getattr(self.version, "digest", None)
+
+    def to_dict(self) -> dict[str, str | None]:
+        """What tracers write down of it."""
+        return {"user_id": self.shown, "adapter_version": getattr(self.version, "version", None)}
+
+    def __repr__(self) -> str:
+        return f"PinnedUser({self.to_dict()})"
+
+
 @dataclass(frozen=True)
 class _Call:
     """One call, ready to run."""
@@ -53,6 +93,7 @@ class _Call:
     engine: "Engine"
     request: "Request"
     metadata: dict[str, Any]
+    reply: ReplyStream
 
 
 class ChatCoPe(BaseSettings, BaseChatModel):
@@ -70,8 +111,9 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     The user of a call: the keyword ``user_id``, else ``config["configurable"]["user_id"]``, else the constructor's. None is the
     base alone.
 
-    Errors: ``InputError`` and the store's ``InvalidAdapterError`` for what was given, ``ChatContextOverflow`` for a prompt that
-    does not fit, ``adapter_store.AdapterStoreError`` for a store or an adapter that cannot be trusted.
+    Errors: ``InputError`` and the store's ``InvalidAdapterError`` for what was given, ``ChatModelNotFound`` for a base that is not
+    there, ``ChatContextOverflow`` for a prompt that does not fit, ``adapter_store.AdapterStoreError`` for a store or an adapter
+    that cannot be trusted.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -86,6 +128,12 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     """Plausibility: tokens below this share of the likeliest one's probability are out; None: as for ``alpha``."""
     adapter_version: str | None = None
     """None: the user's active version."""
+    authorize: Callable[[str | None, RunnableConfig], None] | None = Field(default=None, exclude=True, repr=False)
+    """Called with the user and the configuration of every call before anything is loaded for it. What it raises, the call raises:
+    check here that whoever asks may ask as that user, so that no client can name another one."""
+    trace_user_id: TraceUserId = "plain"
+    """How traces and ``response_metadata`` show the user. Core itself copies ``configurable`` into the trace's metadata: where that
+    matters give the user by `CoPeUserMiddleware` or as a keyword."""
     on_missing_adapter: Literal["base", "error"] = "base"
     """What a user without an adapter gets. A damaged store or a version named and not there is always an error."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -133,7 +181,21 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         return {name: getattr(self, name) for name in names} | {"store": self._store_url()}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
-        return {**super()._get_ls_params(stop=stop, **kwargs), "ls_provider": "cope"}
+        sampling = {**{name: getattr(self, name) for name in ("temperature", "max_tokens")}, **kwargs}
+        return {**super()._get_ls_params(stop=self._stops(stop) or None, **sampling), "ls_provider": "cope"}
+
+    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+        pinned = kwargs.pop(_PINNED, None)
+        params = super()._get_invocation_params(stop=stop, **kwargs)
+        shown = pinned.to_dict() if isinstance(pinned, PinnedUser) else {}
+        return {**params, "user_id": traced_user(self.user_id, self.trace_user_id), **shown}
+
+    @cached_property
+    def _serialized(self) -> dict[str, Any]:
+        found: dict[str, Any] = copy.deepcopy(dumpd(self))
+        if "user_id" in found.get("kwargs", {}):
+            found["kwargs"]["user_id"] = traced_user(self.user_id, self.trace_user_id)
+        return found
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Cache key: everything the answer depends on, so that two users, versions or settings never share an entry."""
@@ -149,18 +211,75 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             "stop": self._stops(stop),
             **{name: getattr(self, name) for name in _SAMPLING},
             **pinned,
+            _PINNED: pinned[_PINNED].key,
         }
         return json.dumps(key, sort_keys=True, default=str)
+
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        return profile_of(self.model, self.revision, self.max_tokens)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of ``text`` in the base's own tokenizer."""
         return list(self._engine().base.tokenizer.encode(text, add_special_tokens=False))
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Tokens of the prompt that ``messages`` make in the base's chat template."""
-        if tools:
-            raise InputError("tools were given, but ChatCoPe takes none: count the messages alone")
-        return len(self._engine().base.prompt_ids(_as_template_messages(messages)))
+        """Tokens of the prompt that ``messages`` and ``tools`` make in the base's chat template."""
+        prompt, _ = _prompt(self._engine().base, messages, ToolUse.of({"tools": tools}))
+        return len(prompt)
+
+    # ── tools and structured output ──
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """The model with tools: functions, Pydantic classes, TypedDicts, JSON schemas or LangChain tools.
+
+        Args:
+            tools: what may be called.
+            tool_choice: ``auto`` (None too), ``any`` (``required`` or True too), ``none``, or the name of one tool.
+            parallel_tool_calls: False: one call at most.
+            strict: accepted so that models can be exchanged; calls are always held to their schemas.
+            kwargs: further options of a call.
+
+        Calls are valid whatever the weights are; under ``auto`` every call that is begun is. What the token budget cuts off is in
+        ``invalid_tool_calls``. Raises ``InputError`` for a schema that no answer can be held to, by the keyword.
+        """
+        given = {"tools": [convert_to_openai_tool(tool) for tool in tools], "tool_choice": tool_choice}
+        if parallel_tool_calls is not None:
+            given["parallel_tool_calls"] = parallel_tool_calls
+        ToolUse.of({**given, **kwargs}).grammar()
+        return self.bind(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Answers as objects of ``schema``: a Pydantic class, a TypedDict or a JSON schema.
+
+        Args:
+            schema: may be None for ``json_mode`` alone, which then gives any object.
+            method: ``json_schema``: the answer; ``function_calling``: arguments of a call; ``json_mode``: any object.
+            include_raw: a dict of ``raw`` (the message), ``parsed`` and ``parsing_error`` instead of the object.
+            strict: accepted so that models can be exchanged; answers are always held to their schema.
+            kwargs: none; they are refused by name.
+
+        Every answer that is not cut at ``max_tokens`` fits the schema, whatever the weights are. Raises ``InputError`` for a schema
+        that no answer can be held to, by the keyword; the chain raises core's ``OutputParserException`` for an answer that was cut.
+        """
+        if kwargs:
+            raise InputError(f"with_structured_output knows no option {', '.join(sorted(kwargs))}")
+        return structured_output(self, schema, method, include_raw)
 
     # ── the user of a call, resolved once ──
 
@@ -236,14 +355,17 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         return await super().agenerate(messages, stop, callbacks, **await self._apin(kwargs))
 
     def _pin(self, kwargs: dict[str, Any], config: RunnableConfig | None = None) -> dict[str, Any]:
-        """``kwargs`` with user, version and digest of this call in them; those pinned before stay as they are."""
-        if all(name in kwargs for name in _PINNED):
+        """``kwargs`` with the user of this call in them, resolved; one that is pinned already stays as it is."""
+        if isinstance(kwargs.get(_PINNED), PinnedUser):
             return kwargs
-        configured = ensure_config(config).get("configurable") or {}
-        user = kwargs["user_id"] if "user_id" in kwargs else configured.get("user_id", self.user_id)
-        version = self._resolve(_checked_user(user), kwargs.get("adapter_version", self.adapter_version), kwargs)
-        found = (None, None) if version is None else (version.version, version.digest)
-        return {**kwargs, "user_id": user, "adapter_version": found[0], "adapter_digest": found[1]}
+        config = ensure_config(config)
+        configured = config.get("configurable") or {}
+        user = _checked_user(kwargs["user_id"] if "user_id" in kwargs else configured.get("user_id", self.user_id))
+        if self.authorize is not None:
+            self.authorize(user, config)
+        version = self._resolve(user, kwargs.get("adapter_version", self.adapter_version), kwargs)
+        others = {name: value for name, value in kwargs.items() if name not in _USER}
+        return {**others, _PINNED: PinnedUser(user, version, traced_user(user, self.trace_user_id))}
 
     async def _apin(self, kwargs: dict[str, Any], config: RunnableConfig | None = None) -> dict[str, Any]:
         # to_thread copies the context, which is where ensure_config finds the configuration of a surrounding chain.
@@ -292,7 +414,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         pieces = call.engine.stream(call.request)
         try:
             for piece in pieces:
-                yield _as_chunk(piece, call)
+                yield from _chunks(piece, call)
         except TimeoutError as error:
             raise ModelTimeoutError(str(error)) from error
         finally:
@@ -309,7 +431,8 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         pieces = call.engine.astream(call.request)
         try:
             async for piece in pieces:
-                yield _as_chunk(piece, call)
+                for chunk in _chunks(piece, call):
+                    yield chunk
         except TimeoutError as error:
             raise ModelTimeoutError(str(error)) from error
         finally:
@@ -317,9 +440,10 @@ class ChatCoPe(BaseSettings, BaseChatModel):
 
     def _prepare(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> _Call:
         """The engine, the request and the facts of one call."""
+        from langchain_cope.engine.constraint import vocabulary_of
         from langchain_cope.engine.engine import Request, Sampling
 
-        unknown = sorted(kwargs.keys() - {*_CALL_OPTIONS, *_CORE_OPTIONS})
+        unknown = sorted(kwargs.keys() - {_PINNED, *_CALL_OPTIONS, *_CORE_OPTIONS})
         if unknown:
             raise InputError(
                 f"ChatCoPe knows no option {', '.join(unknown)}; a call takes {', '.join(_CALL_OPTIONS)} and stop"
@@ -327,14 +451,13 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         timeout = kwargs.get("timeout", self.timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         pinned = self._pin(kwargs)
-        user = _checked_user(pinned["user_id"])
-        version = None if pinned["adapter_version"] is None else self._resolve(user, pinned["adapter_version"], pinned)
-        if getattr(version, "digest", None) != pinned["adapter_digest"]:
-            raise InputError(
-                f"adapter_digest {pinned['adapter_digest']!r} is not that of version {pinned['adapter_version']!r}"
-            )
+        user: PinnedUser = pinned[_PINNED]
+        version = user.version
         engine = self._engine(pinned.get("model"))
-        prompt = engine.base.prompt_ids(_as_template_messages(messages))
+        use = ToolUse.of(pinned)
+        if (grammar := use.grammar()) is not None:
+            vocabulary_of(engine.base)  # now, off the event loop
+        prompt, prefix = _prompt(engine.base, messages, use)
         if len(prompt) >= engine.base.context:
             raise ChatContextOverflow(len(prompt), engine.base.context)
         settings = {name: pinned.get(name, getattr(self, name)) for name in _SAMPLING}
@@ -348,18 +471,20 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             tau=_first(pinned.get("tau"), self.tau, getattr(version, "tau", None), DEFAULT_TAU),
             sampling=Sampling(stop=tuple(self._stops(stop)), **settings),
             deadline=deadline,
+            grammar=grammar,
             logprobs=bool(pinned.get("logprobs")),
         )
         metadata = {
             "model_name": engine.base.name,
             "model_provider": "cope",
-            "user_id": user,
-            "adapter_version": pinned["adapter_version"],
-            "adapter_digest": pinned["adapter_digest"],
+            "user_id": user.shown,
+            "adapter_version": getattr(version, "version", None),
+            "adapter_digest": getattr(version, "digest", None),
             "alpha": request.alpha,
             "tau": request.tau,
         }
-        return _Call(engine, request, metadata)
+        reply = ReplyStream(engine.base.reply_format.template, prefix=prefix, with_calls=bool(use.tools))
+        return _Call(engine, request, metadata, reply)
 
     def _adapter(self, version: AdapterVersion) -> "AdapterSource":
         """The version, to be fetched and verified when no slot of the engine holds it."""
@@ -367,6 +492,12 @@ class ChatCoPe(BaseSettings, BaseChatModel):
 
         store = self._adapters()
         return AdapterSource(version.name, lambda: store.fetch_dir(version))
+
+    def _engine(self, model: str | None = None) -> "Engine":
+        try:
+            return super()._engine(model)
+        except ModelNotFound as error:
+            raise ChatModelNotFound(str(error)) from error
 
     def _adapters(self) -> AdapterStore:
         return open_store(self.store)
@@ -389,44 +520,40 @@ def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
 
 
-def _as_template_messages(messages: Sequence[BaseMessage]) -> list[dict[str, str]]:
-    """LangChain's messages as the chat template takes them. Raises ``InputError`` for what it cannot take, by name."""
-    if not messages:
-        raise InputError("no messages were given: at least one is needed")
-    return [{"role": _role(message), "content": _text(message)} for message in messages]
+def _prompt(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tuple[list[int], str]:
+    """(token ids, what of the reply they already hold: the mark of a thought, or nothing)."""
+    turns, tools = use.prompt(template_messages(messages), base.reply_format.native_tools)
+    ids = base.prompt_ids(turns, tools)
+    if not str(base.tokenizer.decode(ids[-16:])).rstrip().endswith(_THOUGHT):
+        return ids, ""
+    if use.forced:  # what the answer is held to leaves no room for thoughts
+        return [*ids, *base.tokenizer.encode(_NO_THOUGHT, add_special_tokens=False)], ""
+    return ids, _THOUGHT
 
 
-def _role(message: BaseMessage) -> str:
-    if isinstance(message, ChatMessage):
-        return message.role
-    for kind, role in ((SystemMessage, "system"), (HumanMessage, "user"), (AIMessage, "assistant")):
-        if isinstance(message, kind):
-            return role
-    raise InputError(f"ChatCoPe takes system, human, AI and chat messages, not a {type(message).__name__}")
-
-
-def _text(message: BaseMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    other = {block["type"] for block in message.content if isinstance(block, dict) and block.get("type") != "text"}
-    if other:
-        raise InputError(f"a message holds {', '.join(sorted(map(str, other)))} content; the base reads text only")
-    return str(message.text)
-
-
-def _as_chunk(piece: "Piece | Completion", call: _Call) -> ChatGenerationChunk:
-    """A piece of text, or at the end the empty chunk that carries usage and metadata."""
+def _chunks(piece: "Piece | Completion", call: _Call) -> Iterator[ChatGenerationChunk]:
+    """What a piece of text adds to the message; at the end also the empty chunk that carries usage and metadata."""
     from langchain_cope.engine.engine import Piece
 
-    if isinstance(piece, Piece):
-        return ChatGenerationChunk(message=AIMessageChunk(content=piece.text))
-    metadata = {**call.metadata, "finish_reason": piece.finish_reason, "contrast_changed": piece.contrast_changed}
+    found = call.reply.push(piece.text) if isinstance(piece, Piece) else call.reply.finish()
+    yield from (ChatGenerationChunk(message=chunk) for chunk in found)
+    if not isinstance(piece, Piece):
+        yield _last_chunk(piece, call)
+
+
+def _last_chunk(answer: "Completion", call: _Call) -> ChatGenerationChunk:
+    called = answer.finish_reason == "stop" and call.reply.num_calls
+    metadata = {
+        **call.metadata,
+        "finish_reason": "tool_calls" if called else answer.finish_reason,
+        "contrast_changed": answer.contrast_changed,
+    }
     if call.request.logprobs:
         metadata["logprobs"] = [
             {"token": t.text, "log_p_user": t.log_p_user, "log_p_base": t.log_p_base, "reward": t.reward}
-            for t in piece.logprobs
+            for t in answer.logprobs
         ]
-    read, written = len(call.request.prompt), len(piece.token_ids)
+    read, written = len(call.request.prompt), len(answer.token_ids)
     return ChatGenerationChunk(
         message=AIMessageChunk(
             content="",

@@ -33,6 +33,16 @@ THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Qwen's way with tools: they stand in the system turn, calls and results between marks.
+TOOLS = (
+    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t | tojson }}{% endfor %}\nCall them with "
+    '<tool_call>\n{"name": ..., "arguments": ...}\n</tool_call><|im_end|>\n{% endif %}'
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for c in m.get('tool_calls', []) %}<tool_call>\n"
+    "{{ c['function'] | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# A reasoning model's way: the reply begins inside a thought.
+THINKS_FIRST = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -63,32 +73,48 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tokenizer(folder: Path, *, template: str | None = CHATML, context: int = 256) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 384 tokens that can spell any text, saved to ``folder``."""
+def make_tokenizer(
+    folder: Path,
+    *,
+    template: str | None = CHATML,
+    context: int = 256,
+    marks: tuple[str, ...] = (),
+    texts: tuple[str, ...] = (),
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that can spell any text, saved to ``folder``: 384 tokens, or more that are made for ``texts``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=640 if texts else 384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.train_from_iterator([*SENTENCES, *texts], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=context
     )
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *marks]})
     fast.chat_template = template
     fast.save_pretrained(folder)
     return fast
 
 
 def make_model(
-    folder: Path, family: str = "llama", *, seed: int = 0, template: str | None = CHATML, **changes: Any
+    folder: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    template: str | None = CHATML,
+    context: int = 256,
+    marks: tuple[str, ...] = (),
+    texts: tuple[str, ...] = (),
+    **changes: Any,
 ) -> Path:
-    """A tiny base of ``family`` in ``folder``: config, random weights, tokenizer."""
-    tokenizer = make_tokenizer(folder, template=template)
-    fields = {key: value for key, value in {**FAMILIES[family], **changes}.items() if value is not None}
+    """A tiny base of ``family`` in ``folder``: config, random weights, tokenizer. ``marks`` become special tokens."""
+    tokenizer = make_tokenizer(folder, template=template, context=context, marks=marks, texts=texts)
+    size = {} if context == 256 else {"max_position_embeddings": context}
+    fields = {key: value for key, value in {**FAMILIES[family], **size, **changes}.items() if value is not None}
     config = AutoConfig.for_model(
         family,
         vocab_size=len(tokenizer),

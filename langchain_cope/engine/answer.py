@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from langchain_cope.engine.constraint import compile_grammar
 from langchain_cope.engine.model import Base
 from langchain_cope.engine.request import Chosen, Request, Running, TokenLogprobs
 from langchain_cope.engine.slots import Lease
 from langchain_cope.engine.text import Detokenizer, StopStrings
+from langchain_cope.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Job(Running):
         self.lease: Lease | None = None
         self._base = base
         self._sink = sink
-        self._detokenizer = Detokenizer(base.tokenizer)
+        if request.grammar is not None:
+            self.constraint = compile_grammar(request.grammar, base, self.limit - len(request.prompt))
+        self._detokenizer = Detokenizer(base.tokenizer, base.special_ids - base.markers)
         self._stops = StopStrings(request.sampling.stop)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -59,14 +63,18 @@ class Job(Running):
     def take(self, chosen: Chosen) -> bool:
         """Append a token and pass on what it adds; False where it ends the answer."""
         full = not super().take(chosen)
-        ended = chosen.token in self._base.eos_ids
-        piece = "" if ended else self._detokenizer.push(chosen.token)
+        eos = chosen.token in self._base.eos_ids
+        piece = "" if eos else self._detokenizer.push(chosen.token)
+        ended = eos or (self.constraint is not None and self.constraint.done)
         if ended or full:
             piece += self._detokenizer.flush()
         text = self._stops.push(piece)
         if (ended or full) and not self._stops.stopped:
             text += self._stops.flush()
         self._send(text, chosen)
+        if self.constraint is not None and self.constraint.error:
+            self.fail(ModelError(f"the grammar of this answer became too complex: {self.constraint.error}"))
+            return False
         if not (ended or full or self._stops.stopped):
             return True
         self._sink(self._completion("stop" if ended or self._stops.stopped else "length"))

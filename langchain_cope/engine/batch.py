@@ -131,6 +131,8 @@ class Batch:
     def drop(self, gone: Sequence[Running]) -> None:
         """Let these requests leave; what was computed for them is kept as a beginning for later ones."""
         for running in gone:
+            if self._speculation is not None and running.lookup is not None:
+                self._speculation.learn(running.lookup)
             for row in running.rows:
                 for rows in (self._answers, self._prompts):
                     if row not in rows:  # in neither, where there was no memory to take it in
@@ -141,9 +143,10 @@ class Batch:
             running.rows = ()
         self.running = [r for r in self.running if r not in gone]
         self.arriving = [r for r in self.arriving if r not in gone]
-        for rows in (self._answers, self._prompts):
-            if not len(rows):
-                rows.release()
+        if not self.arriving:
+            self._prompts.release()
+            if not self.running:  # else those whose prompts are being read have their room here
+                self._answers.release()
 
     def clear(self) -> None:
         """Forget every request and all that was kept."""
@@ -225,7 +228,8 @@ class Batch:
     def _look_up(self, running: Running) -> None:
         if self._speculation is not None:
             recent = running.adapter.recent if running.adapter is not None else ()
-            running.lookup = PromptLookup([*recent, *running.tokens[-RECENT_PROMPT:]])
+            tokens = [*recent, *running.tokens[-RECENT_PROMPT:]]
+            running.lookup = PromptLookup(tokens, self._speculation.usual_hit_rate)
 
     def _drafts(self, num_rows: int) -> dict[Running, list[int]]:
         """What to check for each request: nothing where it would not pay."""
@@ -234,7 +238,8 @@ class Batch:
         proposals = {}
         for running in self.running:
             most = min(MAX_DRAFT, running.limit - len(running.tokens) - 1)
-            proposals[running] = running.lookup.propose(most) if running.lookup and most > 0 else []
+            draft = running.lookup.propose(most) if running.lookup and most > 0 else []
+            proposals[running] = draft if running.constraint is None else running.constraint.possible(draft)
         hit_rates = [running.lookup.hit_rate if running.lookup else 0.0 for running in self.running]
         length = self._speculation.length(hit_rates, [len(draft) for draft in proposals.values()], num_rows)
         return {running: draft[:length] for running, draft in proposals.items()}

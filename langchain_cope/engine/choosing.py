@@ -26,7 +26,7 @@ class Ask:
 
 def choose(logits: Tensor, asks: Sequence[Ask]) -> list[Chosen]:
     """The next token of every ask. ``logits``: ``(N, V)``."""
-    personal = logits[[ask.personal for ask in asks]]
+    personal = _allowed(logits[[ask.personal for ask in asks]], asks)
     scores = _scores(logits, personal, asks)
     samplings = [ask.running.request.sampling for ask in asks]
     seen = [
@@ -41,6 +41,17 @@ def choose(logits: Tensor, asks: Sequence[Ask]) -> list[Chosen]:
         Chosen(token, bool(differs) and ask.running.request.contrastive, _logprobs(logits, ask, token))
         for ask, token, differs in zip(asks, *found, strict=True)
     ]
+
+
+def _allowed(personal: Tensor, asks: Sequence[Ask]) -> Tensor:
+    """``personal`` ``(asks, V)`` with −inf where a request's grammar does not let the answer go."""
+    held = [(place, ask) for place, ask in enumerate(asks) if ask.running.constraint is not None]
+    if not held:
+        return personal
+    masks = torch.stack([ask.running.constraint.mask(ask.drafted) for _, ask in held if ask.running.constraint])
+    places = [place for place, _ in held]
+    personal[places] = personal[places].masked_fill(~masks.to(personal.device), -torch.inf)
+    return personal
 
 
 def _scores(logits: Tensor, personal: Tensor, asks: Sequence[Ask]) -> Tensor:

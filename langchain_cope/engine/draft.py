@@ -21,14 +21,16 @@ _TOKENS_FOR_DOUBLE = 32  # a first guess: this many tokens more take as long aga
 class PromptLookup:
     """What may come next in one answer to ``tokens``, of which there is at least one."""
 
-    def __init__(self, tokens: Iterable[int]) -> None:
+    def __init__(self, tokens: Iterable[int], hit_rate: float) -> None:
+        """``hit_rate``: how often proposals come true, as a first guess."""
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
         """Where each short run of tokens went on, the newest time."""
         self._at: int | None = None
         """Where the next token may stand."""
-        self.hit_rate = 0.5
+        self.hit_rate = hit_rate
         """How often the first token proposed was the one that came, lately."""
+        self.num_proposed = 0
         *before, last = tokens
         self._tokens += before
         for size in range(SHORTEST, LONGEST + 1):  # in bulk, for this is done while others wait
@@ -39,6 +41,7 @@ class PromptLookup:
     def push(self, token: int) -> None:
         """The answer went on with ``token``."""
         if self._at is not None:
+            self.num_proposed += 1
             self.hit_rate += _TREND * ((token == self._tokens[self._at]) - self.hit_rate)
         self._add(token)
 
@@ -62,6 +65,8 @@ class Speculation:
     """How many tokens to draft in a step."""
 
     def __init__(self) -> None:
+        self.usual_hit_rate = 0.5
+        """Of the answers so far; the first guess for the next one."""
         self._seconds: dict[int, float] = {}
         """How long a forward of that many tokens took, lately."""
         self._since = 0
@@ -86,6 +91,11 @@ class Speculation:
             if rate > best_rate:
                 best, best_rate = length, rate
         return best
+
+    def learn(self, lookup: PromptLookup) -> None:
+        """An answer has ended."""
+        if lookup.num_proposed:
+            self.usual_hit_rate += _TREND * (lookup.hit_rate - self.usual_hit_rate)
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A forward of ``num_tokens``, padding included, took that long."""

@@ -7,9 +7,10 @@ engine and training each work on a `skeleton` of it, a tree of their own around 
 import copy
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from langchain_cope.engine.fingerprint import fingerprint_of
 from langchain_cope.engine.fuse import lay_side_by_side
 from langchain_cope.engine.lora import CONFIG, WEIGHTS
+from langchain_cope.engine.reply_format import ReplyFormat, reply_format_of
 from langchain_cope.engine.template import Message, ensure_chat_template, render
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
 
@@ -69,6 +71,23 @@ class Base:
         listed = ids if isinstance(ids, list) else [ids]
         return frozenset(i for i in [*listed, self.tokenizer.eos_token_id] if i is not None)
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        added = (token for token, entry in self.tokenizer.added_tokens_decoder.items() if entry.special)
+        return frozenset([*added, *self.tokenizer.all_special_ids])
+
+    @cached_property
+    def reply_format(self) -> ReplyFormat:
+        """How thoughts and calls are told apart from the answer."""
+        return reply_format_of(self.tokenizer)
+
+    @cached_property
+    def markers(self) -> frozenset[int]:
+        """Special tokens that mark a part of an answer, a call or a thought: they are shown, the other special ones are not."""
+        tokens = {token: str(self.tokenizer.convert_ids_to_tokens(token)) for token in self.special_ids - self.eos_ids}
+        return frozenset(token for token, text in tokens.items() if self.reply_format.uses(text))
+
     @property
     def vocabulary_size(self) -> int:
         """Entries of a row of logits."""
@@ -94,9 +113,9 @@ class Base:
         shared: dict[int, Any] = {id(parameter): parameter for parameter in self.model.parameters()}
         return copy.deepcopy(self.model, shared)
 
-    def prompt_ids(self, messages: list[Message]) -> list[int]:
+    def prompt_ids(self, messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation that the assistant is to continue, in the base's chat template."""
-        return render(self.tokenizer, messages, add_generation_prompt=True)
+        return render(self.tokenizer, messages, add_generation_prompt=True, tools=tools)
 
     def conversation_ids(self, messages: list[Message]) -> list[int]:
         """Token ids of a whole conversation, end of the last turn included."""

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from langchain_cope.engine.constraint import Constraint
 from langchain_cope.engine.contrast import check_alpha_tau
+from langchain_cope.engine.grammar import Grammar
 from langchain_cope.engine.lora import Adapter
 from langchain_cope.engine.sampling import Sampling
 
@@ -37,6 +39,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     deadline: float | None = None
     """By ``time.monotonic()``; a request that is not done by then ends with ``TimeoutError``."""
+    grammar: Grammar | None = None
+    """What the answer is held to; None: anything."""
     logprobs: bool = False
     """Report log π_user and log π_base of every token; this takes two rows even at α = 0."""
 
@@ -101,6 +105,8 @@ class Running:
         """In the batch: the personal row, then the base's where the request has two."""
         self.lookup: PromptLookup | None = None
         """Where speculation looks for what comes next."""
+        self.constraint: Constraint | None = None
+        """What may come next, where the request has a grammar."""
 
     def take(self, chosen: Chosen) -> bool:
         """Append a token; False where it ends the answer."""
@@ -109,4 +115,6 @@ class Running:
         self.num_changed += chosen.changed
         if self.lookup is not None:
             self.lookup.push(chosen.token)
+        if self.constraint is not None:
+            self.constraint.push(chosen.token)
         return len(self.tokens) < self.limit

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from langchain_cope.errors import InputError
 
-Message = dict[str, str]
-"""``{"role": "system" | "user" | "assistant", "content": text}``."""
+Message = dict[str, Any]
+"""``{"role": "system" | "user" | "assistant", "content": text}``; templates with tools take ``tool_calls`` and role ``tool``."""
 
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -27,23 +27,26 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> list[int]:
     """Token ids of ``messages``. Tokenized once, by the template alone, so no BOS is doubled.
 
-    A system message that the template refuses is merged into the first user turn.
-    Raises ``InputError`` where the template refuses the conversation for another reason.
+    A template that refuses them as they are is given fewer turns: system messages merged into the first user turn, then turns
+    of one role in a row merged into one. ``tools`` go to the template as they are. Raises ``InputError`` where nothing helps.
     """
-    try:
-        return _apply(tokenizer, messages, add_generation_prompt)
-    except TemplateError as error:
-        merged = merge_system(messages)
-        if merged == list(messages):
-            raise _refused(error) from error
+    forms = [list(messages)]
+    for merge in (merge_system, merge_same_role):
+        forms += [form for form in [merge(forms[-1])] if form != forms[-1]]
+    for form in forms:
         try:
-            return _apply(tokenizer, merged, add_generation_prompt)
-        except TemplateError as second:
-            raise _refused(second) from second
+            return _apply(tokenizer, form, add_generation_prompt, tools)
+        except TemplateError as error:
+            refusal = error
+    raise InputError(f"the base's chat template refuses this conversation: {refusal}") from refusal
 
 
 def merge_system(messages: Sequence[Message]) -> list[Message]:
@@ -59,12 +62,29 @@ def merge_system(messages: Sequence[Message]) -> list[Message]:
     return [{"role": "user", "content": "\n\n".join(system)}, *turns]
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+def merge_same_role(messages: Sequence[Message]) -> list[Message]:
+    """The same conversation with at most one user or assistant turn in a row."""
+    turns: list[Message] = []
+    for message in messages:
+        plain = message.keys() == {"role", "content"} and message["role"] in ("user", "assistant")
+        if plain and turns and turns[-1].keys() == {"role", "content"} and turns[-1]["role"] == message["role"]:
+            turns[-1] = {**message, "content": f"{turns[-1]['content']}\n\n{message['content']}"}
+        else:
+            turns.append(message)
+    return turns
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    tools: Sequence[dict[str, Any]],
+) -> list[int]:
     ids: Any = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        list(messages),
+        tools=list(tools) or None,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=False,
     )
     return list(ids)
-
-
-def _refused(error: TemplateError) -> InputError:
-    return InputError(f"the base's chat template refuses this conversation: {error}")

@@ -3,7 +3,7 @@
 Pieces joined equal the whole: nothing is shown that a later token would change, and nothing of a stop string.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,8 +15,10 @@ UNFINISHED = "�"  # what decoders put for bytes that do not yet make a charact
 class Detokenizer:
     """Text of a growing list of tokens. ``push`` returns what is new and final; ``flush`` the rest."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", hidden: Collection[int] = ()) -> None:
+        """``hidden``: tokens that are left out."""
         self._tokenizer = tokenizer
+        self._hidden = hidden
         self._ids: list[int] = []
         self._prefix = 0  # decoding starts here, far enough back for the decoder's own context
         self._read = 0  # tokens before this have been shown
@@ -42,7 +44,8 @@ class Detokenizer:
         return self._decode(self._ids[self._prefix :])[len(shown) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        shown = [token for token in ids if token not in self._hidden]
+        text = self._tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text if isinstance(text, str) else "".join(text)
 
 

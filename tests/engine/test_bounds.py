@@ -302,3 +302,15 @@ def test_an_adapter_of_another_base_or_of_the_head_is_refused_and_harms_nobody(
     with pytest.raises(ModelError, match="changes 'lm_head', which is not served"):
         engine.load_adapter(tmp_path / "head")
     assert engine.generate([Request(tokens(5), engine.load_adapter(adapter(tiny("llama"), seed=1)))])
+
+
+def test_a_prompt_read_in_pieces_keeps_its_room_when_everyone_else_has_left(engine_with: EngineWith) -> None:
+    engine = engine_with(stall=1e-9, prefix_cache=0)
+    early = Request(tokens(8), sampling=Sampling(max_tokens=3))
+    late = Request(tokens(200), sampling=Sampling(max_tokens=12))
+    alone = engine.generate([late])[0]
+    first = engine.stream(early)
+    next(first)
+    second = engine.stream(late)
+    assert first.completion().finish_reason == "length"
+    assert second.completion() == alone

@@ -114,7 +114,7 @@ def test_what_the_user_wrote_lately_is_looked_up_and_nobody_elses(tiny: Tiny, ad
 
 
 def test_a_lookup_follows_what_came_before() -> None:
-    lookup = PromptLookup([1, 2, 3, 4, 5, 6])
+    lookup = PromptLookup([1, 2, 3, 4, 5, 6], hit_rate=0.5)
     assert lookup.propose(4) == []
     for token in (2, 3):
         lookup.push(token)

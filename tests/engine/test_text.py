@@ -44,7 +44,7 @@ def sentence_piece() -> PreTrainedTokenizerFast:
 
 
 def pushed(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, tokenizer.all_special_ids)
     return [*(detokenizer.push(token) for token in ids), detokenizer.flush()]
 
 

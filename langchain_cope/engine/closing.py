@@ -1,0 +1,144 @@
+"""JSON brought to its end before the budget is: from some point on only tokens that close what is open are left.
+
+How many tokens that takes is tried on a copy of the parser, seldom while there is room to spare and more often as it shrinks. What
+may still be opened meanwhile, an object in a list or another call, takes a reserve.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from langchain_cope.engine.json_scan import JsonScan
+
+_SPARE = 8  # tokens kept beside what closing takes
+_MOST = 768  # tokens tried, at most
+# The tokens left are those of the lowest rank that the grammar allows.
+_END, _CLOSES, _GOES_ON, _NULL, _OTHER, _STRING, _ARRAY, _OBJECT = range(8)
+_OUTSIDE = {",": _GOES_ON, ":": _GOES_ON, "n": _NULL, '"': _STRING, "[": _ARRAY, "{": _OBJECT}
+
+
+class TokenRanks:
+    """For each token of a vocabulary how far it leads from the end: uint8 ``(V,)``, within a JSON string and outside."""
+
+    def __init__(self, tokenizer: Any, eos_ids: Collection[int]) -> None:
+        self.texts: list[str] = [tokenizer.decode_str([token]) for token in range(tokenizer.vocab_size)]
+        self.outside = torch.tensor([_rank_outside(text) for text in self.texts], dtype=torch.uint8)
+        self.inside = torch.tensor([_rank_inside(text) for text in self.texts], dtype=torch.uint8)
+        ended = torch.tensor(sorted(eos_ids))
+        self.outside[ended] = self.inside[ended] = _END
+
+
+def _rank_outside(text: str) -> int:
+    if text and not text.strip("}] \n"):
+        return _CLOSES
+    first = text.lstrip()[:1]
+    return _GOES_ON if first in ("}", "]") else _OUTSIDE.get(first, _OTHER)
+
+
+def _rank_inside(text: str) -> int:
+    return _CLOSES if text[:1] == '"' and not text[1:].strip("}]") else _OTHER
+
+
+class _Place:
+    """Whether what was written so far ends in JSON, and where in it."""
+
+    def __init__(self, marked: bool, begin: str, end: str) -> None:
+        self._begin, self._end = begin, end
+        self._marked = marked
+        self.in_json = not marked
+        self.scan = JsonScan()
+        self._tail = ""
+
+    def copy(self) -> "_Place":
+        other = _Place(self._marked, self._begin, self._end)
+        other.in_json, other.scan, other._tail = self.in_json, self.scan.copy(), self._tail
+        return other
+
+    def push(self, text: str) -> None:
+        if not self._marked:
+            self.scan.push(text)
+            return
+        for character in text:
+            if self.in_json:
+                self.scan.push(character)
+            self._tail = (self._tail + character)[-len(self._end) :]
+            if not self.in_json and self._tail.endswith(self._begin):
+                self.in_json = True
+            elif self.in_json and not self.scan.in_string and self._tail.endswith(self._end):
+                self.in_json = False
+
+
+class Closing:
+    """When to close, for one answer of ``room`` tokens.
+
+    ``reserve``: tokens that the largest thing takes that may be opened. ``marked``: JSON stands between ``begin`` and ``end`` in
+    free text, which itself is never hurried.
+    """
+
+    def __init__(self, ranks: TokenRanks, room: int, reserve: int, *, marked: bool, begin: str, end: str) -> None:
+        self._ranks = ranks
+        self._room = room
+        self._reserve = reserve
+        self._place = _Place(marked, begin, end)
+        self._closes = False
+        self._next_look = room  # room left at which to look ahead again
+
+    def foreseeable(self, draft: list[int]) -> list[int]:
+        """The beginning of ``draft`` after none of whose tokens, but the last, this would look ahead or close."""
+        if self._place.in_json:
+            return [] if self._closes else draft[: max(self._room - self._next_look, 0)]
+        mark = next((place for place, token in enumerate(draft) if ">" in self._ranks.texts[token]), len(draft))
+        return draft[: mark + 1]  # a call may begin there
+
+    def push(self, token: int) -> None:
+        """The answer went on with ``token``."""
+        self._room -= 1
+        before = self._place.in_json
+        self._place.push(self._ranks.texts[token])
+        if self._place.in_json and not before:
+            self._next_look = self._room  # a call has begun
+        if not self._place.in_json:
+            self._closes = False
+
+    def look_ahead(self, matcher: Any) -> None:
+        """Decide whether the time to close has come; ``matcher`` is left as it is."""
+        if self._closes or not self._place.in_json or self._room > self._next_look:
+            return
+        slack = self._room - self._needed(matcher.deep_copy()) - _SPARE - self._reserve
+        self._closes = slack <= 0
+        self._next_look = self._room - max(
+            slack // max(self._reserve // 4, 4), 1
+        )  # something opens every few tokens, at most
+
+    def narrowed(self, allowed: Tensor, matcher: Any) -> Tensor:
+        """``allowed`` ``(V,)``, or once it closes those of them that lead to the end."""
+        if not self._closes:
+            return allowed
+        if forced := matcher.compute_ff_tokens():
+            only = torch.zeros_like(allowed)
+            only[forced[0]] = True
+            return only
+        ranks = self._ranks.inside if self._place.scan.in_string else self._ranks.outside
+        return allowed & (ranks == ranks[allowed].min())
+
+    def _needed(self, matcher: Any) -> int:
+        """Tokens to the end, where each of them closes."""
+        place = self._place.copy()
+        taken = 0
+        while taken < min(self._room, _MOST) and place.in_json and not matcher.is_stopped():
+            if forced := matcher.compute_ff_tokens():
+                matcher.consume_tokens(forced)
+                place.push("".join(self._ranks.texts[token] for token in forced))
+                taken += len(forced)
+                continue
+            ranks = self._ranks.inside if place.scan.in_string else self._ranks.outside
+            mask = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)
+            token = int(torch.where(mask.bool(), ranks, 255).argmin())
+            if ranks[token] == _END or not mask[token]:
+                break
+            matcher.consume_token(token)
+            place.push(self._ranks.texts[token])
+            taken += 1
+        return taken

@@ -1,0 +1,126 @@
+"""What an answer may be: JSON of a schema, calls of tools, or free text in which every call that is begun is valid.
+
+A `Grammar` says it and `constraint.py` holds a request to it. Schemas are made ready here, without torch: what cannot be held to
+is refused when it is bound. llguidance (extra ``grammar``) does the parsing.
+"""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_cope.errors import InputError
+
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+_LIMIT_INTEGER = 2**53 - 1  # what every reader of JSON takes for the same number
+_LIMIT_NUMBER = 1e18
+_PARSER_SETTINGS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer may be: one of the alternatives named here. Schemas are JSON text, as `closed_schema` makes it."""
+
+    calls: tuple[tuple[str, str], ...] = ()
+    """(name, schema of the arguments) of each tool; a call is ``<tool_call>\\n{"name": …, "arguments": …}\\n</tool_call>``."""
+    several: bool = True
+    """More than one call may be made."""
+    answer: str | None = None
+    """Schema of a JSON answer."""
+    text: bool = False
+    """Free text, with calls in it or without. It excludes ``answer``."""
+
+
+def can_constrain() -> bool:
+    """Whether llguidance is installed."""
+    return importlib.util.find_spec("llguidance") is not None
+
+
+def closed_schema(schema: dict[str, Any]) -> str:
+    """``schema`` as a grammar takes it, JSON text: objects have no properties but those named, numbers an end.
+
+    What fits the result fits ``schema``. Raises ``InputError`` for keywords that no grammar can hold an answer to, by name.
+    """
+    parser = llguidance().LLMatcher
+    try:
+        schema = json.loads(json.dumps(schema))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"a JSON schema is needed, but this one cannot be written as JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise InputError(f"a JSON schema is an object, not {type(schema).__name__}")
+    closed = _closed(schema) if not _combines(schema) else schema
+    text = json.dumps({**closed, "x-guidance": _PARSER_SETTINGS})
+    refused, messages = parser.validate_grammar_with_warnings(parser.grammar_from_json_schema(text))
+    if refused:
+        raise InputError(
+            f"the schema asks for something that answers cannot be held to: {first_line(messages[0])}. "
+            "Leave it out of the schema and check it in the answer"
+        )
+    return text
+
+
+def llguidance() -> Any:
+    """The parser's package. Raises ``InputError`` where it is not installed."""
+    try:
+        import llguidance as found
+    except ImportError as error:
+        raise InputError(
+            "structured output and forced tool calls need llguidance: pip install 'langchain-cope[grammar]'"
+        ) from error
+    return found
+
+
+def _closed(schema: Any) -> Any:
+    """``schema`` with ends to its objects and numbers, at every depth."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    values = ("enum", "const", "default", "examples", "example")  # instances, not schemas
+    closed = {key: part if key in values else _closed_part(key, part) for key, part in schema.items()}
+    if "properties" in closed and "patternProperties" not in closed:
+        closed.setdefault("additionalProperties", False)
+    if "enum" not in closed and "const" not in closed:
+        types = closed.get("type")
+        kinds = types if isinstance(types, list) else [types]
+        if "integer" in kinds:
+            _bound(closed, -_LIMIT_INTEGER, _LIMIT_INTEGER)
+        elif "number" in kinds:
+            _bound(closed, -_LIMIT_NUMBER, _LIMIT_NUMBER)
+    return closed
+
+
+def _closed_part(key: str, part: Any) -> Any:
+    named = key in ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+    if named and isinstance(part, dict):  # names of the user's own, with a schema each
+        return {name: _closed(inner) for name, inner in part.items()}
+    return _closed(part)
+
+
+def _bound(schema: dict[str, Any], low: float, high: float) -> None:
+    """Give a number an end on the sides where it has none."""
+    least = [schema[key] for key in ("minimum", "exclusiveMinimum") if key in schema]
+    most = [schema[key] for key in ("maximum", "exclusiveMaximum") if key in schema]
+    if not all(isinstance(value, (int, float)) for value in (*least, *most)):
+        return
+    if not least and low < min(most, default=0):
+        schema["minimum"] = low
+    if not most and high > max(least, default=0):
+        schema["maximum"] = high
+
+
+def _combines(schema: Any) -> bool:
+    """Whether parts of the schema apply to one object together: to close one of them would shut out the others' properties."""
+    if isinstance(schema, list):
+        return any(map(_combines, schema))
+    if not isinstance(schema, dict):
+        return False
+    alternatives = "properties" in schema and any(key in schema for key in ("anyOf", "oneOf"))
+    if "allOf" in schema or alternatives or ("$ref" in schema and "properties" in schema):
+        return True
+    return any(map(_combines, schema.values()))
+
+
+def first_line(text: str) -> str:
+    """The part of the parser's message that people read."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
