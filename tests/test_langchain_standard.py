@@ -38,8 +38,9 @@ class TestChatCoPeUnit(ChatModelUnitTests):
 
 class TestChatCoPeIntegration(ChatModelIntegrationTests):
     @pytest.fixture(autouse=True)
-    def _base(self, tiny: Callable[..., Path]) -> None:
+    def _bases(self, tiny: Callable[..., Path]) -> None:
         self._folder = REAL_MODEL or str(tiny("llama", context=8192))
+        self._other = str(tiny("llama", context=8192, seed=1))
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -48,6 +49,10 @@ class TestChatCoPeIntegration(ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         return {"model": self._folder, "store": "memory://standard", "max_tokens": 512, "seed": 0}
+
+    @property
+    def model_override_value(self) -> str:
+        return self._other
 
     @property
     def supports_json_mode(self) -> bool:
