@@ -68,7 +68,7 @@ def kept_job(job_dir: str | os.PathLike[str], user_id: str, digest: str) -> Iter
     lock = _locked(folder)
     try:
         yield _opened(folder, digest)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # what was published is, whatever becomes of the folder
     finally:
         os.close(lock)  # which unlocks it, as the end of a killed process does
 

@@ -131,8 +131,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
             for chunk in graph.stream({"user_id": "alice"}, stream_mode="custom"):
                 print(chunk["stage"], chunk["step"], chunk["total"])
 
-    **Stopping**: a cancelled ``ainvoke``, or a ``threading.Event`` given as ``stop_event``, ends it within one training step.
-    Nothing is then published or left behind, neither a thread nor a file; `Cancelled` is raised, or asyncio's own error:
+    **Stopping**: a cancelled ``ainvoke``, or a ``threading.Event`` given as ``stop_event``, ends it within one training step
+    (or once the base is loaded, where that is under way). Nothing is then published or left behind, neither a thread nor a
+    file; `Cancelled` is raised, or asyncio's own error:
 
         .. code-block:: python
 
