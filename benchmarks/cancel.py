@@ -154,7 +154,7 @@ def left_behind(
     now = engine.statistics()
     return [
         *[f"version {version.version}" for version in store.versions("alice")],
-        *[f"file {path}" for path in (*folder.rglob("adapter_*"), *folder.glob("staging/*"), *temporary.iterdir())],
+        *[f"file {path}" for path in (*folder.rglob("versions/*"), *folder.glob("staging/*"), *temporary.iterdir())],
         *[f"thread {thread.name}" for thread in set(threading.enumerate()) - threads],
         *["row in the engine"] * now.rows,
         *["request in the engine"] * now.waiting,

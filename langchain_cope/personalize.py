@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import CallbackManagerForChainRun, dispatch_custom_event
-from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config, patch_config
+from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
 from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool, convert_runnable_to_tool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -351,10 +351,9 @@ class _Run:
         config["metadata"] = {**ours, **config["metadata"], "user_id": self.traced_user}
         return config
 
-    def traced(self, _: Any, manager: CallbackManagerForChainRun, config: RunnableConfig) -> Any:
+    def traced(self, _: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> Any:
         """`run` as the callbacks see it: what is returned or raised here is what they are shown."""
-        self.manager = manager
-        self.config = patch_config(config, callbacks=manager.get_child())
+        self.manager, self.config = run_manager, config
         self.tell_graph = _graph_writer()
         try:
             self.result = self.run()

@@ -42,7 +42,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def left_behind(personalize: PersonalizeUser, temporary: Path, threads: set[threading.Thread]) -> list[str]:
     """Whatever a cancelled training should not have left."""
     store = AdapterStore(personalize.store)
-    adapters = Path(personalize.store).rglob("adapter_*") if Path(personalize.store).exists() else []
+    adapters = [*Path(personalize.store).rglob("versions/*"), *Path(personalize.store).glob("staging/*")]
     statistics = Engine.of(load_base(personalize.model)).statistics()
     return [
         *[f"version {version.version}" for version in store.versions("alice")],
