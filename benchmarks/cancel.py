@@ -94,7 +94,7 @@ async def run(folder: Path, num_cancels: int, seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
     stages: Counter[str] = Counter()
     left: list[str] = []
-    ends: list[float] = []
+    ends: list[tuple[float, str]] = []
     idle: list[float] = []
     num_too_late = 0
     while len(ends) < num_cancels:
@@ -105,14 +105,14 @@ async def run(folder: Path, num_cancels: int, seed: int) -> dict[str, Any]:
             num_too_late += 1
             store.delete_version("alice", (await task).version)
             continue
-        cancelled = time.perf_counter()
+        cancelled, stage = time.perf_counter(), steps.stage
         task.cancel()
         try:
             await task
             left.append("the task was not cancelled")
         except asyncio.CancelledError:
-            ends.append(time.perf_counter() - cancelled)
-        stages[steps.stage] += 1
+            ends.append((time.perf_counter() - cancelled, stage))
+        stages[stage] += 1
         idle.append(await until_idle(Engine.of(base)) - cancelled)
         left += left_behind(store, folder / "store", temporary, threads, Engine.of(base))
     await train(personalize, store)
@@ -124,8 +124,9 @@ async def run(folder: Path, num_cancels: int, seed: int) -> dict[str, Any]:
         "done_first": num_too_late,
         "run_seconds": round(seconds, 2),
         "longest_step_ms": round(longest * 1000, 1),
-        "cancel_ms_median": round(statistics.median(ends) * 1000, 1),
-        "cancel_ms_max": round(max(ends) * 1000, 1),
+        "cancel_ms_median": round(statistics.median(seconds for seconds, _ in ends) * 1000, 1),
+        "cancel_ms_max": round(max(ends)[0] * 1000, 1),
+        "slowest_in": max(ends)[1],
         "idle_ms_max": round(max(idle) * 1000, 1),
         "left": left,
         "same_adapter_afterwards": same,

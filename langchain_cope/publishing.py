@@ -26,8 +26,10 @@ class Outcome:
     version: AdapterVersion | None
     """None where it refused."""
     reason: str
+    published_now: bool = False
+    """False also where this job had published it before it was interrupted."""
     replaced: str | None = None
-    """What was active before."""
+    """What was active before, where it was published now."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Publisher:
             if self.should_stop():
                 raise Cancelled("stopped on request before publishing; nothing was published")
             try:
-                return Outcome(self._publish(active), reason, active)
+                return Outcome(self._publish(active), reason, published_now=True, replaced=active)
             except PublishConflictError:
                 continue  # someone published meanwhile: judge against that one
         raise PublishConflictError(
@@ -71,8 +73,8 @@ class Publisher:
         )
 
     def withdraw(self, outcome: Outcome) -> None:
-        """Take back what was published, and make active again what was before."""
-        if outcome.version is None:
+        """Take back what was published now, and make active again what was before."""
+        if outcome.version is None or not outcome.published_now:
             return
         if outcome.replaced is not None and self.store.active(self.user) == outcome.version.version:
             self.store.activate(self.user, outcome.replaced)

@@ -91,6 +91,7 @@ def train_user(
         )
     if recipe.max_new_tokens is None:
         recipe = replace(recipe, max_new_tokens=max(len(item.completion_ids) for item in items))
+    folder.mkdir(parents=True, exist_ok=True)
     result = TrainingResult(folder / "sft", folder / "dpo", recipe, notes=notes)
     _run(engine, items, result, lambda name: Watch(name, on_progress, should_stop), stage)
     return result
