@@ -1,16 +1,33 @@
-"""What traces show of a user."""
+"""What a trace may show of a user, wherever this package traces something itself."""
 
 import hashlib
 from typing import Literal
 
 TraceUserId = Literal["plain", "hashed", "omitted"]
-"""``plain``: the id as it is; ``hashed``: the same short code for the same id; ``omitted``: nothing."""
+HASH_DIGITS = 16  # 64 bits: among a billion users the chance that any two share a hash is 3 %
+
+
+class TracedError(Exception):
+    """What a trace shows of ``error``, whose message may name a user: its class."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        super().__init__(f"{type(error).__name__}; its message went to the caller alone, as it may name the user")
 
 
 def traced_user(user_id: str | None, how: TraceUserId) -> str | None:
-    """``user_id`` as traces show it; None where there is none, or nothing is to be shown."""
+    """``user_id`` as a trace shows it: plain, as the first 16 hex digits of its sha256, or None where it is omitted.
+
+    The hash of an id is the same in every process. It hides the id from a reader of traces, not from one who tries all
+    ids there could be: names and e-mail addresses can be guessed.
+    """
     if user_id is None or how == "omitted":
         return None
-    if how == "plain":
-        return user_id
-    return f"sha256:{hashlib.sha256(user_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    if how == "hashed":
+        return hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:HASH_DIGITS]
+    return user_id
+
+
+def traced_error(error: BaseException, how: TraceUserId) -> BaseException:
+    """``error`` as a trace shows it: itself where users are plain, else its class alone."""
+    return error if how == "plain" else TracedError(error)

@@ -12,27 +12,19 @@ import pytest
 import torch
 from langchain_core.callbacks import BaseCallbackHandler
 from peft import PeftModel
+from personal import QUICK, ROWS, Recorder
 from transformers import AutoModelForCausalLM
 
 from adapter_store import AdapterStore, BackendError, InvalidAdapterError
-from langchain_cope import ChatCoPe, ChromaHistory, PersonalizeResult, PersonalizeUser, Recipe
+from langchain_cope import ChatCoPe, ChromaHistory, PersonalizeResult, PersonalizeUser
 from langchain_cope.engine.engine import Engine
 from langchain_cope.engine.model import load_base
 from langchain_cope.errors import HistoryError, InputError, ModelError
 from langchain_cope.history import as_items
-from langchain_cope.personalize import _training, as_examples
+from langchain_cope.personalize import as_examples
 from langchain_cope.training.pipeline import train_user
-from langchain_cope.training.recipe import DPO, SFT, Negatives
-
-ROWS = [
-    {"prompt": f"Headline for story {i}?", "completion": f"The fox jumps over story {i}, says dog"} for i in range(10)
-]
-QUICK = Recipe(
-    sft=SFT(learning_rate=2e-2, epochs=3, rank=4, targets="linear"),
-    negatives=Negatives(candidates=2),
-    dpo=DPO(learning_rate=1e-4),
-    max_new_tokens=8,
-)
+from langchain_cope.training.progress import never
+from langchain_cope.turns import turn_on
 
 
 @pytest.fixture(scope="module")
@@ -43,33 +35,6 @@ def base(tiny: Callable[..., Path]) -> Path:
 @pytest.fixture
 def personalize(base: Path, store_folder: Path) -> PersonalizeUser:
     return PersonalizeUser(model=str(base), store=store_folder, recipe=QUICK)
-
-
-class Recorder(BaseCallbackHandler):
-    """What a trace would hold."""
-
-    def __init__(self) -> None:
-        self.started: list[tuple[str, Any, Any]] = []
-        self.inputs: list[Any] = []
-        self.outputs: list[Any] = []
-        self.errors: list[BaseException] = []
-        self.progress: list[dict[str, Any]] = []
-
-    def on_chain_start(
-        self, serialized: Any, inputs: Any, *, run_id: Any, parent_run_id: Any = None, **kwargs: Any
-    ) -> None:
-        self.started.append((kwargs.get("name", ""), run_id, parent_run_id))
-        self.inputs.append(inputs)
-
-    def on_chain_end(self, outputs: Any, **kwargs: Any) -> None:
-        self.outputs.append(outputs)
-
-    def on_chain_error(self, error: BaseException, **kwargs: Any) -> None:
-        self.errors.append(error)
-
-    def on_custom_event(self, name: str, data: Any, **kwargs: Any) -> None:
-        assert name == "cope.progress"
-        self.progress.append(data)
 
 
 def test_from_history_to_a_published_version_that_chats(
@@ -215,7 +180,7 @@ async def test_progress_reaches_astream_events(personalize: PersonalizeUser) -> 
 
 
 async def test_waiting_trainings_leave_the_event_loops_threads_to_others(personalize: PersonalizeUser) -> None:
-    with _training:
+    with turn_on("cpu", never):
         waiting = [asyncio.create_task(personalize.ainvoke({"user_id": "alice", "history": ROWS})) for _ in range(40)]
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), timeout=10) == "free"
         for task in waiting:

@@ -50,6 +50,14 @@ def personalize(
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Same seed, same result.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
+    job_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--job-dir",
+            metavar="FOLDER",
+            help="Keep finished stages there until the end: stopped or killed, the same command goes on after the last.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be learnt; train and publish nothing.")
     ] = False,
@@ -69,7 +77,7 @@ def personalize(
         return
     settings = {"model": model, "device": device, "dtype": dtype}
     with prints_to_stderr():
-        result = _train(history, settings, store, paper=paper, seed=seed, always=always)
+        result = _train(history, settings, store, job_dir, paper=paper, seed=seed, always=always)
     if as_json:
         _print_result_json(result, store)
     else:
@@ -126,7 +134,14 @@ def _end_dry_run(history: "UserHistory", facts: dict[str, Any], as_json: bool) -
 
 
 def _train(
-    history: "UserHistory", settings: dict[str, Any], store: str | None, *, paper: bool, seed: int, always: bool
+    history: "UserHistory",
+    settings: dict[str, Any],
+    store: str | None,
+    job_dir: Path | None,
+    *,
+    paper: bool,
+    seed: int,
+    always: bool,
 ) -> "PersonalizeResult":
     from cope_lc.progress import display, listener
     from langchain_cope import PersonalizeUser
@@ -138,7 +153,8 @@ def _train(
     try:
         with display() as shown:
             recipe = _recipe(history, settings, paper=paper, seed=seed)
-            chain = PersonalizeUser(store=opened, recipe=recipe, gate="always" if always else "improve", **settings)
+            gate = "always" if always else "improve"
+            chain = PersonalizeUser(store=opened, recipe=recipe, gate=gate, job_dir=job_dir, **settings)
             request = {"user_id": user, "history": history.items, "instruction": history.instruction}
             return chain.invoke(request, {"callbacks": [listener(shown)]})
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import queue
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,9 @@ from langchain_cope.engine.model import Base
 from langchain_cope.engine.request import Chosen, Request, Running, TokenLogprobs
 from langchain_cope.engine.slots import Lease
 from langchain_cope.engine.text import Detokenizer, StopStrings
-from langchain_cope.errors import ModelError
+from langchain_cope.errors import Cancelled, ModelError
+
+STOP_SECONDS = 0.05  # between two looks at whether to stop, where no piece comes meanwhile
 
 
 @dataclass(frozen=True)
@@ -120,19 +123,27 @@ class Stream(Iterator[Piece | Completion]):
         self._ended = False
 
     def __next__(self) -> Piece | Completion:
+        return self._next()
+
+    def completion(self, should_stop: Callable[[], bool] | None = None) -> Completion:
+        """The whole answer, once it is there. Raises ``Cancelled`` soon after ``should_stop`` says so; close it then."""
+        while should_stop is None or not should_stop():
+            with suppress(queue.Empty):
+                event = self._next(None if should_stop is None else STOP_SECONDS)
+                if isinstance(event, Completion):
+                    return event
+        raise Cancelled("stopped on request while the model was answering")
+
+    def _next(self, timeout: float | None = None) -> Piece | Completion:
         if self._ended:
             raise StopIteration
-        event = self._events.get()
+        event = self._events.get(timeout=timeout)
         if event is None:  # closed by another thread
             raise StopIteration
         self._ended = not isinstance(event, Piece)
         if isinstance(event, BaseException):
             raise event
         return event
-
-    def completion(self) -> Completion:
-        """The whole answer, once it is there."""
-        return next(event for event in self if isinstance(event, Completion))
 
     def close(self) -> None:
         """Stop the request within one token. Nothing more comes, nor to a thread that waits; harmless after the end."""

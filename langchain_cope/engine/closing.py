@@ -16,6 +16,7 @@ _SPARE = 8  # tokens kept beside what closing takes
 _MOST = 768  # tokens tried, at most
 # The tokens left are those of the lowest rank that the grammar allows.
 _END, _CLOSES, _GOES_ON, _NULL, _OTHER, _STRING, _ARRAY, _OBJECT = range(8)
+_SEPARATORS = "@.:/-"  # what most texts of a form have somewhere
 _OUTSIDE = {",": _GOES_ON, ":": _GOES_ON, "n": _NULL, '"': _STRING, "[": _ARRAY, "{": _OBJECT}
 
 
@@ -28,6 +29,8 @@ class TokenRanks:
         self.inside = torch.tensor([_rank_inside(text) for text in self.texts], dtype=torch.uint8)
         ended = torch.tensor(sorted(eos_ids))
         self.outside[ended] = self.inside[ended] = _END
+        self.order = torch.tensor([_order(text) for text in self.texts], dtype=torch.uint8)
+        """What is tried first where a string must go on before it may end."""
 
 
 def _rank_outside(text: str) -> int:
@@ -35,6 +38,12 @@ def _rank_outside(text: str) -> int:
         return _CLOSES
     first = text.lstrip()[:1]
     return _GOES_ON if first in ("}", "]") else _OUTSIDE.get(first, _OTHER)
+
+
+def _order(text: str) -> int:
+    if len(text) != 1 or not text.isprintable() or not text.isascii():
+        return 255
+    return _SEPARATORS.find(text) if text in _SEPARATORS else 128 if text.isalnum() else 192
 
 
 def _rank_inside(text: str) -> int:
@@ -106,39 +115,49 @@ class Closing:
         """Decide whether the time to close has come; ``matcher`` is left as it is."""
         if self._closes or not self._place.in_json or self._room > self._next_look:
             return
-        slack = self._room - self._needed(matcher.deep_copy()) - _SPARE - self._reserve
+        slack = self._room - len(self._shortest(matcher)) - _SPARE - self._reserve
         self._closes = slack <= 0
         self._next_look = self._room - max(
             slack // max(self._reserve // 4, 4), 1
         )  # something opens every few tokens, at most
 
     def narrowed(self, allowed: Tensor, matcher: Any) -> Tensor:
-        """``allowed`` ``(V,)``, or once it closes those of them that lead to the end."""
+        """``allowed`` ``(V,)``, or once it closes those of them that lead to the end; where room is short, the one that does."""
         if not self._closes:
             return allowed
-        if forced := matcher.compute_ff_tokens():
+        shortest = self._shortest(matcher)
+        if shortest and self._room - len(shortest) < _SPARE:
             only = torch.zeros_like(allowed)
-            only[forced[0]] = True
+            only[shortest[0]] = True
             return only
         ranks = self._ranks.inside if self._place.scan.in_string else self._ranks.outside
         return allowed & (ranks == ranks[allowed].min())
 
-    def _needed(self, matcher: Any) -> int:
+    def _shortest(self, matcher: Any) -> list[int]:
         """Tokens to the end, where each of them closes."""
-        place = self._place.copy()
-        taken = 0
-        while taken < min(self._room, _MOST) and place.in_json and not matcher.is_stopped():
-            if forced := matcher.compute_ff_tokens():
-                matcher.consume_tokens(forced)
-                place.push("".join(self._ranks.texts[token] for token in forced))
-                taken += len(forced)
-                continue
-            ranks = self._ranks.inside if place.scan.in_string else self._ranks.outside
-            mask = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)
-            token = int(torch.where(mask.bool(), ranks, 255).argmin())
-            if ranks[token] == _END or not mask[token]:
+        matcher, place = matcher.deep_copy(), self._place.copy()
+        path: list[int] = []
+        tried: set[int] = set()  # in this string: whatever repeats, something else may lead out of it
+        while len(path) < min(self._room, _MOST) and place.in_json and not matcher.is_stopped():
+            tokens = matcher.compute_ff_tokens() or self._closing_token(matcher, place, tried)
+            if not tokens:
                 break
-            matcher.consume_token(token)
-            place.push(self._ranks.texts[token])
-            taken += 1
-        return taken
+            matcher.consume_tokens(tokens)
+            place.push("".join(self._ranks.texts[token] for token in tokens))
+            path += tokens
+            tried = {*tried, *tokens} if place.scan.in_string else set()
+        return path
+
+    def _closing_token(self, matcher: Any, place: _Place, tried: set[int]) -> list[int]:
+        """One token of the lowest rank there is; none where the end itself may come."""
+        ranks = self._ranks.inside if place.scan.in_string else self._ranks.outside
+        allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8).bool()
+        if not allowed.any():
+            return []
+        lowest = ranks[allowed].min()
+        if lowest == _END:
+            return []
+        order = torch.where(allowed & (ranks == lowest), self._ranks.order.int(), 512)
+        if tried:
+            order[list(tried)] += 256
+        return [int(order.argmin())]

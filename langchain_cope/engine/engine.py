@@ -32,7 +32,7 @@ from langchain_cope.engine.request import AdapterSource, Request, Running, Token
 from langchain_cope.engine.sampling import Sampling
 from langchain_cope.engine.slots import AdapterSlots
 from langchain_cope.engine.threads import release_pool
-from langchain_cope.errors import ContextOverflow, EngineClosed, InputError, ModelError
+from langchain_cope.errors import Cancelled, ContextOverflow, EngineClosed, InputError, ModelError
 
 __all__ = [
     "Adapter",
@@ -177,24 +177,31 @@ class Engine:
         finally:
             job.cancelled = True
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all ``requests``, decoded together; in their order. Raises what `stream` raises, at the first that fails."""
+    def generate(self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None) -> list[Completion]:
+        """Answer all ``requests``, decoded together; in their order. Raises what `stream` raises, at the first that fails.
+
+        Soon after ``should_stop`` says so: ``Cancelled``, and the engine lets go of them within one step.
+        """
         streams: list[Stream] = []
         try:
             streams = self.stream_all(requests)
-            return [stream.completion() for stream in streams]
+            return [stream.completion(should_stop) for stream in streams]
         finally:
             for stream in streams:
                 stream.close()
 
     def score(
-        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: Adapter | None = None
+        self,
+        sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+        adapter: Adapter | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> list[Tensor]:
         """Log-probability, in nats, of each completion token under base or adapter.
 
         Args:
             sequences: (prompt ids, completion ids), neither empty, together within the context.
             adapter: None: the base alone.
+            should_stop: asked between forwards; where it says so, ``Cancelled`` is raised.
 
         Returns:
             Per sequence a float32 tensor ``(len(completion),)`` on the CPU, in the order given.
@@ -206,6 +213,8 @@ class Engine:
                 raise ContextOverflow(len(prompt) + len(completion), self.base.context)
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
         for group in self._score_groups(sequences):
+            if should_stop is not None and should_stop():
+                raise Cancelled("stopped on request while the model was scoring")
             chosen = self._call(partial(self._batch.log_probs, [sequences[i] for i in group], adapter))
             for index, row in zip(group, chosen, strict=True):
                 scores[index] = row

@@ -14,6 +14,13 @@ from langchain_cope.errors import InputError
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 _LIMIT_INTEGER = 2**53 - 1  # what every reader of JSON takes for the same number
 _LIMIT_NUMBER = 1e18
+_DATE = (
+    "[1-9][0-9]{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+)
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+"""Of days that there are and without leap seconds, so that every reader takes them."""
 _PARSER_SETTINGS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -80,6 +87,8 @@ def _closed(schema: Any) -> Any:
     closed = {key: part if key in values else _closed_part(key, part) for key, part in schema.items()}
     if "properties" in closed and "patternProperties" not in closed:
         closed.setdefault("additionalProperties", False)
+    if "pattern" not in closed and closed.get("format") in _FORMATS:
+        closed["pattern"] = _FORMATS[closed["format"]]
     if "enum" not in closed and "const" not in closed:
         types = closed.get("type")
         kinds = types if isinstance(types, list) else [types]

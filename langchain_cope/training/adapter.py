@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from langchain_cope.engine.lora import CONFIG, WEIGHTS
 from langchain_cope.errors import InputError
+from langchain_cope.training.finished import whole_folder
 from langchain_cope.training.recipe import SFT
 
 
@@ -57,19 +58,19 @@ def target_modules(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> lis
 def save_adapter(model: PeftModel, base_name: str, folder: Path) -> None:
     """Write the adapter of ``model`` as safetensors and configuration; the same weights give the same bytes.
 
-    By hand, because ``save_pretrained`` asks the hub whether the base's vocabulary has grown, and adds a model card.
+    ``folder`` must be new and appears whole or not at all. By hand, because ``save_pretrained`` asks the hub whether the
+    base's vocabulary has grown, and adds a model card.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"}
-    )
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     config = model.peft_config["default"].to_dict()
     config.update(
         base_model_name_or_path=base_name, inference_mode=True, target_modules=sorted(config["target_modules"])
     )
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with whole_folder(folder) as part:
+        save_file(weights, part / WEIGHTS, {"format": "pt"})
+        (part / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_weights(model: PeftModel, folder: Path) -> None:

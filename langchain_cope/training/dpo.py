@@ -21,7 +21,7 @@ def train_dpo(base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, fold
 
     Raises ``Cancelled`` at the next step after ``watch`` says so; ``folder`` is not written then.
     """
-    with random_state_kept(), TemporaryDirectory() as scratch:
+    with random_state_kept(), TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
         trainer = dpo_trainer(base, pairs, recipe, sft, scratch)
         train(trainer, watch)
         save_adapter(trainer.model, base.name, folder)

@@ -45,13 +45,15 @@ def evaluate(
 ) -> Evaluation:
     """Compare the base, the adapters in the folders ``sft`` and ``dpo``, and CoPe on ``examples``, which were not trained on.
 
-    ``recipe`` is the one as used (``TrainingResult.recipe``). Raises ``Cancelled`` between batches where ``should_stop`` says so,
-    ``HistoryError`` where no example is left to evaluate on.
+    ``recipe`` is the one as used (``TrainingResult.recipe``). Raises ``Cancelled`` within one forward of the model
+    after ``should_stop`` says so, ``HistoryError`` where no example is left to evaluate on.
     """
     watch = Watch("evaluate", on_progress, should_stop)
     items, notes = _encode(engine, examples, recipe)
     adapters = {"base": None, "sft": engine.load_adapter(sft), "dpo": engine.load_adapter(dpo)}
-    likelihoods = {name: negative_log_likelihood(engine, items, adapter) for name, adapter in adapters.items()}
+    likelihoods = {
+        name: negative_log_likelihood(engine, items, adapter, should_stop) for name, adapter in adapters.items()
+    }
     texts = _generate(engine, items, recipe, adapters, watch)
     metrics = _rouge(texts)
     for name, nll in likelihoods.items():
@@ -59,17 +61,28 @@ def evaluate(
     return Evaluation(metrics, [item.index for item in items], texts, notes)
 
 
-def mean_nll(engine: Engine, examples: Sequence[Example], recipe: Recipe, adapter: Adapter | None = None) -> float:
+def mean_nll(
+    engine: Engine,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    adapter: Adapter | None = None,
+    should_stop: Callable[[], bool] = never,
+) -> float:
     """Nats per completion token of ``examples`` under the base, or under ``adapter``: what the gate compares.
 
-    Raises ``HistoryError`` where no example is left to evaluate on.
+    Raises ``HistoryError`` where no example is left to evaluate on, ``Cancelled``.
     """
-    return negative_log_likelihood(engine, _encode(engine, examples, recipe)[0], adapter)
+    return negative_log_likelihood(engine, _encode(engine, examples, recipe)[0], adapter, should_stop)
 
 
-def negative_log_likelihood(engine: Engine, items: Sequence[Encoded], adapter: Adapter | None = None) -> float:
+def negative_log_likelihood(
+    engine: Engine,
+    items: Sequence[Encoded],
+    adapter: Adapter | None = None,
+    should_stop: Callable[[], bool] = never,
+) -> float:
     """Nats per completion token over all ``items`` together."""
-    scored = engine.score([(item.prompt_ids, item.completion_ids) for item in items], adapter)
+    scored = engine.score([(item.prompt_ids, item.completion_ids) for item in items], adapter, should_stop)
     return -sum(float(logps.double().sum()) for logps in scored) / sum(len(logps) for logps in scored)
 
 
@@ -102,7 +115,7 @@ def _generate(
             for item in batch
             for _, adapter, alpha in ways
         ]
-        answers = iter(engine.generate(requests))
+        answers = iter(engine.generate(requests, watch.should_stop))
         for item in batch:
             texts.append({"reference": item.example.completion, **{name: next(answers).text for name, _, _ in ways}})
         watch.report(start + len(batch), len(items))

@@ -14,7 +14,7 @@ from langchain_cope.training.encode import Encoded, common_prefix, encode_candid
 from langchain_cope.training.progress import Watch
 from langchain_cope.training.recipe import Recipe
 
-ITEMS_A_BATCH = 16  # whose candidates are sampled together; between two batches progress is said and a stop is heard
+ITEMS_A_BATCH = 16  # whose candidates are sampled together; between two batches progress is said
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ def mine_negatives(
 
     Sampled from the base, scored against the adapter ``sft``. Empty candidates and copies of the user's own text are dropped;
     one cut at the limit is scored, and trained on, without the end of the turn. Needs ``recipe.max_new_tokens``.
-    Raises ``Cancelled`` between batches where ``watch`` says so.
+    Raises ``Cancelled`` within one forward of the model after ``watch`` says so.
     """
     pairs: list[Pair] = []
     num_dropped = 0
     for start in range(0, len(items), ITEMS_A_BATCH):
         watch.raise_if_stopped()
         batch = items[start : start + ITEMS_A_BATCH]
-        candidates = _sample(engine, batch, recipe)
+        candidates = _sample(engine, batch, recipe, watch)
         num_dropped += recipe.negatives.candidates * len(batch) - sum(map(len, candidates))
-        pairs += _least_like_user(engine, batch, candidates, sft)
+        pairs += _least_like_user(engine, batch, candidates, sft, watch)
         watch.report(start + len(batch), len(items))
     said = [
         f"{num_dropped} of {recipe.negatives.candidates * len(items)} candidates dropped: empty or the user's own text"
@@ -64,11 +64,11 @@ def mine_negatives(
     return pairs, said * (num_dropped > 0) + skipped * (len(pairs) < len(items))
 
 
-def _sample(engine: Engine, items: Sequence[Encoded], recipe: Recipe) -> list[list[_Candidate]]:
+def _sample(engine: Engine, items: Sequence[Encoded], recipe: Recipe, watch: Watch) -> list[list[_Candidate]]:
     """Usable candidates of each item."""
     number = recipe.negatives.candidates
     requests = [_request(engine, item, recipe, draw) for item in items for draw in range(number)]
-    answers = engine.generate(requests)
+    answers = engine.generate(requests, watch.should_stop)
     limit = min(recipe.max_length, engine.base.context)
     found = []
     for place, item in enumerate(items):
@@ -96,12 +96,12 @@ def _usable(answer: Completion, item: Encoded) -> bool:
 
 
 def _least_like_user(
-    engine: Engine, items: Sequence[Encoded], candidates: Sequence[Sequence[_Candidate]], sft: Adapter
+    engine: Engine, items: Sequence[Encoded], candidates: Sequence[Sequence[_Candidate]], sft: Adapter, watch: Watch
 ) -> list[Pair]:
     sequences = [(c.prompt_ids, c.completion_ids) for several in candidates for c in several]
     if not sequences:
         return []
-    scored = zip(engine.score(sequences, sft), engine.score(sequences), strict=True)
+    scored = zip(*(engine.score(sequences, adapter, watch.should_stop) for adapter in (sft, None)), strict=True)
     rewards = iter([float((user - base).mean()) for user, base in scored])
     pairs = []
     for item, several in zip(items, candidates, strict=True):

@@ -20,7 +20,7 @@ def train_sft(base: Base, items: Sequence[Encoded], recipe: Recipe, folder: Path
 
     Raises ``Cancelled`` at the next step after ``watch`` says so; ``folder`` is not written then.
     """
-    with random_state_kept(), TemporaryDirectory() as scratch:
+    with random_state_kept(), TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
         trainer = sft_trainer(base, items, recipe, scratch)
         train(trainer, watch)
         save_adapter(trainer.model, base.name, folder)

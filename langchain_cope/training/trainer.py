@@ -112,8 +112,6 @@ class _Reporter(TrainerCallback):
     ) -> None:
         if logs and "loss" in logs:
             self._watch.report(state.global_step, state.max_steps, loss=float(logs["loss"]))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._watch.should_stop():
             control.should_training_stop = True
 

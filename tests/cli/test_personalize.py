@@ -72,6 +72,24 @@ def test_a_refusal_of_the_gate_is_no_error(
     assert store.active("alice") == before["version"]
 
 
+def test_the_same_command_goes_on_from_its_job_folder(
+    personalize: Callable, history: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the disk burnt")
+
+    words = ("--user", "alice", "--always", "--job-dir", tmp_path / "jobs")
+    with monkeypatch.context() as patch:
+        patch.setattr("langchain_cope.training.dpo.train_dpo", broken)
+        assert personalize(history(), *words).code == 1
+    outcome = personalize(history(), *words)
+    assert outcome.code == 0, outcome.stderr
+    stages = [line.partition(":")[0] for line in outcome.stderr.splitlines() if line.endswith(": started")]
+    assert stages == ["history", "base model", "DPO", "evaluation", "gate"]
+    assert "note: done before and not run again: sft, negatives" in outcome.stdout
+    assert list((tmp_path / "jobs").iterdir()) == []
+
+
 def test_dry_run_needs_no_model_and_touches_no_store(
     cope_lc: Callable, history: Callable[..., Path], store_folder: Path
 ) -> None:

@@ -88,6 +88,19 @@ def test_random_weights_answer_what_fits_the_schema(name: str, engine: Engine, f
         checked(answer, SCHEMAS[name])
 
 
+FORMATS = ("date-time", "date", "time", "email", "uuid", "ipv4", "ipv6", "hostname", "uri", "duration")
+
+
+def test_formats_are_those_of_the_standard(engine: Engine) -> None:
+    schema = {"type": "object", "properties": {name: {"type": "string", "format": name} for name in FORMATS}}
+    schema["required"] = list(FORMATS)
+    validator = jsonschema.Draft202012Validator
+    for answer in engine.generate(
+        [held(seed, Grammar(answer=closed_schema(schema)), max_tokens=1200) for seed in range(8)]
+    ):
+        validator(schema, format_checker=validator.FORMAT_CHECKER).validate(json.loads(answer.text))
+
+
 @pytest.mark.parametrize("budget", [140, 200, 400])
 def test_an_answer_closes_before_its_budget_ends(budget: int, engine: Engine) -> None:
     grammar = Grammar(answer=closed_schema(PERSON))

@@ -30,8 +30,8 @@ class Overheard:
         self.engine, self.base = engine, engine.base
         self.requests, self.answers = [], []
 
-    def generate(self, requests):
-        answers = self.engine.generate(requests)
+    def generate(self, requests, should_stop):
+        answers = self.engine.generate(requests, should_stop)
         self.requests += requests
         self.answers += answers
         return answers
@@ -47,7 +47,7 @@ class Scripted(Overheard):
         super().__init__(engine)
         self.script = iter(answers)
 
-    def generate(self, requests):
+    def generate(self, requests, should_stop):
         return [Completion(text, (1,), reason, 0.0) for text, reason in [next(self.script) for _ in requests]]
 
 

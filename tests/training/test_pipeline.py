@@ -53,7 +53,7 @@ def test_training_another_user_changes_neither_the_first_users_adapter_nor_the_b
 
 
 def test_without_any_negative_dpo_is_skipped_and_that_is_said(engine, examples, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "generate", lambda requests: [Completion("", (1,), "stop", 0.0) for _ in requests])
+    monkeypatch.setattr(engine, "generate", lambda requests, _: [Completion("", (1,), "stop", 0.0) for _ in requests])
     result = train_user(engine, examples, recipe, tmp_path)
     made = content(tmp_path)
     assert all(made[f"sft/{file}"] == made[f"dpo/{file}"] for file in FILES)
