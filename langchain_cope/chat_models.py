@@ -11,20 +11,23 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.exceptions import ContextOverflowError, ModelNotFoundError, ModelTimeoutError
 from langchain_core.language_models import LanguageModelInput, ModelProfile
-from langchain_core.language_models.chat_models import BaseChatModel, agenerate_from_stream, generate_from_stream
+from langchain_core.language_models.chat_models import (
+    BaseChatModel,
+    _ChatModelBinding,
+    agenerate_from_stream,
+    generate_from_stream,
+)
 from langchain_core.load import dumpd
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, SecretStr, field_validator
 
 from adapter_store import AdapterStore, AdapterVersion
@@ -36,8 +39,9 @@ from langchain_cope.profile import profile_of
 from langchain_cope.replies import ReplyStream
 from langchain_cope.stores import open_store
 from langchain_cope.structured_output import Method, structured_output
-from langchain_cope.tools import TOOL_OPTIONS, ToolUse
+from langchain_cope.tools import TOOL_OPTIONS, ToolUse, described_tool
 from langchain_cope.tracing import TraceUserId, traced_user
+from langchain_cope.users import PinnedUser, user_of_run
 
 if TYPE_CHECKING:
     from langchain_cope.engine.engine import AdapterSource, Completion, Engine, Piece, Request
@@ -64,28 +68,6 @@ class ChatModelNotFound(ModelNotFound, ModelNotFoundError):  # noqa: N818
     """No base of that name: ours, and core's, which fallbacks act on."""
 
 
-class PinnedUser:
-    """The user of one call and the adapter version that answers, fixed before anything else happens."""
-
-    def __init__(self, user_id: str | None, version: AdapterVersion | None, shown: str | None) -> None:
-        self.user_id = user_id
-        self.version = version
-        self.shown = shown
-        """The user as traces may show it."""
-
-    @property
-    def key(self) -> tuple[str | None, ...]:
-        """For caches: two users, or two versions of one, never share it."""
-        return self.user_id, getattr(self.version, "version", None), getattr(self.version, "digest", None)
-
-    def to_dict(self) -> dict[str, str | None]:
-        """What tracers write down of it."""
-        return {"user_id": self.shown, "adapter_version": getattr(self.version, "version", None)}
-
-    def __repr__(self) -> str:
-        return f"PinnedUser({self.to_dict()})"
-
-
 @dataclass(frozen=True)
 class _Call:
     """One call, ready to run."""
@@ -108,8 +90,8 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             chat.invoke("Write a headline for: …")
             chat.invoke("…", {"configurable": {"user_id": "bob"}})
 
-    The user of a call: the keyword ``user_id``, else ``config["configurable"]["user_id"]``, else the constructor's. None is the
-    base alone.
+    The user of a call: the keyword ``user_id``, else that of the agent's run (`CoPeUserMiddleware`), else
+    ``config["configurable"]["user_id"]``, else the constructor's. None is the base alone.
 
     Errors: ``InputError`` and the store's ``InvalidAdapterError`` for what was given, ``ChatModelNotFound`` for a base that is not
     there, ``ChatContextOverflow`` for a prompt that does not fit, ``adapter_store.AdapterStoreError`` for a store or an adapter
@@ -190,7 +172,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         shown = pinned.to_dict() if isinstance(pinned, PinnedUser) else {}
         return {**params, "user_id": traced_user(self.user_id, self.trace_user_id), **shown}
 
-    @cached_property
+    @property
     def _serialized(self) -> dict[str, Any]:
         found: dict[str, Any] = copy.deepcopy(dumpd(self))
         if "user_id" in found.get("kwargs", {}):
@@ -250,7 +232,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         Calls are valid whatever the weights are; under ``auto`` every call that is begun is. What the token budget cuts off is in
         ``invalid_tool_calls``. Raises ``InputError`` for a schema that no answer can be held to, by the keyword.
         """
-        given = {"tools": [convert_to_openai_tool(tool) for tool in tools], "tool_choice": tool_choice}
+        given = {"tools": [described_tool(tool) for tool in tools], "tool_choice": tool_choice}
         if parallel_tool_calls is not None:
             given["parallel_tool_calls"] = parallel_tool_calls
         ToolUse.of({**given, **kwargs}).grammar()
@@ -280,6 +262,14 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         if kwargs:
             raise InputError(f"with_structured_output knows no option {', '.join(sorted(kwargs))}")
         return structured_output(self, schema, method, include_raw)
+
+    def bind(self, **kwargs: Any) -> "BoundChat":
+        """The model with these options in every call, tools and structured output bound later included."""
+        return BoundChat(bound=self, kwargs=kwargs)
+
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> "BoundChat":
+        """The model with this configuration in every call; see `bind`."""
+        return BoundChat(bound=self, config={**(config or {}), **kwargs})
 
     # ── the user of a call, resolved once ──
 
@@ -360,7 +350,9 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             return kwargs
         config = ensure_config(config)
         configured = config.get("configurable") or {}
-        user = _checked_user(kwargs["user_id"] if "user_id" in kwargs else configured.get("user_id", self.user_id))
+        otherwise = configured.get("user_id", self.user_id)
+        of_run = user_of_run.get()
+        user = _checked_user(kwargs["user_id"] if "user_id" in kwargs else otherwise if of_run is None else of_run[0])
         if self.authorize is not None:
             self.authorize(user, config)
         version = self._resolve(user, kwargs.get("adapter_version", self.adapter_version), kwargs)
@@ -483,7 +475,9 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             "alpha": request.alpha,
             "tau": request.tau,
         }
-        reply = ReplyStream(engine.base.reply_format.template, prefix=prefix, with_calls=bool(use.tools))
+        whole = use.schema is not None and not use.tools
+        template = engine.base.reply_format.template
+        reply = ReplyStream(template, prefix=prefix, with_calls=bool(use.tools), whole=whole)
         return _Call(engine, request, metadata, reply)
 
     def _adapter(self, version: AdapterVersion) -> "AdapterSource":
@@ -508,6 +502,30 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     def _stops(self, stop: list[str] | None) -> list[str]:
         chosen = stop if stop is not None else self.stop
         return [chosen] if isinstance(chosen, str) else list(chosen or [])
+
+
+class BoundChat(_ChatModelBinding):  # type: ignore[no-redef]
+    """A `ChatCoPe` with options or a configuration.
+
+    Unlike core's bindings it keeps them when tools or a schema are bound to it: else the user would be lost on the way.
+    """
+
+    bound: ChatCoPe
+
+    def bind_tools(self, tools: Sequence[Any], **options: Any) -> Runnable[LanguageModelInput, AIMessage]:
+        """See `ChatCoPe.bind_tools`."""
+        bound = self.bound.bind_tools(tools, **options)
+        assert isinstance(bound, BoundChat)
+        return BoundChat(bound=self.bound, kwargs={**self.kwargs, **bound.kwargs}, config=self.config)
+
+    def with_structured_output(
+        self, schema: Any = None, *, method: Method = "json_schema", include_raw: bool = False, **options: Any
+    ) -> Runnable[LanguageModelInput, Any]:
+        """See `ChatCoPe.with_structured_output`."""
+        self.bound.with_structured_output(
+            schema, method=method, include_raw=include_raw, **options
+        )  # checks the options
+        return structured_output(self, schema, method, include_raw)
 
 
 def _checked_user(user: str | None) -> str | None:

@@ -9,7 +9,8 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMe
 from langchain_cope.errors import InputError
 
 _READ_ELSEWHERE = {  # what a message's own fields say as well, or what nobody is shown twice
-    "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "reasoning", "thinking", "redacted_thinking",
+    "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call",
+    "reasoning", "thinking", "redacted_thinking",
 }  # fmt: skip
 
 
@@ -101,13 +102,13 @@ def _joined(content: Any) -> str:
     if isinstance(content, str):
         return content
     texts = []
-    for block in content:
+    for block in content or ():
         if isinstance(block, str):
             texts.append(block)
         elif block.get("type") == "text":
             texts.append(str(block.get("text", "")))
         elif block.get("type") in ("json", "non_standard"):
-            texts.append(json.dumps(block.get("json", block.get("value")), ensure_ascii=False))
+            texts.append(json.dumps(block.get("json", block.get("value")), ensure_ascii=False, default=str))
         else:
             raise InputError(f"a message holds {block.get('type')!s} content; the base reads text only")
     return "".join(texts)

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from langchain_cope.errors import InputError
+from langchain_cope.users import user_of_run
 
 try:
     from langchain.agents.middleware import AgentMiddleware
@@ -26,8 +27,9 @@ class CoPeUserMiddleware(AgentMiddleware[Any, Any]):
             agent = create_agent(ChatCoPe(), tools, middleware=[CoPeUserMiddleware()], context_schema=Context)
             agent.invoke({"messages": [("user", "…")]}, context=Context(user_id="alice"))
 
-    The context is the app's own: unlike ``configurable`` no client sends it, and no trace copies it. Raises ``InputError`` for a
-    run without a user, so that nobody is answered in another's manner by mistake; None as the user is the base alone.
+    The context is the app's own: unlike ``configurable`` no client sends it, and no trace copies it. Models of other providers, in
+    a fallback say, are told nothing of it. Raises ``InputError`` for a run without a user, so that nobody is answered in another's
+    manner by mistake; None as the user is the base alone.
     """
 
     def __init__(self, field: str = "user_id") -> None:
@@ -39,24 +41,27 @@ class CoPeUserMiddleware(AgentMiddleware[Any, Any]):
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any]:
         """Call the model as the run's user."""
-        return handler(self._as_user(request))
+        token = user_of_run.set(self._user(request))
+        try:
+            return handler(request)
+        finally:
+            user_of_run.reset(token)
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any]:
         """`wrap_model_call` for an event loop."""
-        return await handler(self._as_user(request))
+        token = user_of_run.set(self._user(request))
+        try:
+            return await handler(request)
+        finally:
+            user_of_run.reset(token)
 
-    def _as_user(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
+    def _user(self, request: ModelRequest[Any]) -> tuple[str | None]:
         context = getattr(request.runtime, "context", None)
-        missing = object()
-        found = (
-            context.get(self._field, missing)
-            if isinstance(context, Mapping)
-            else getattr(context, self._field, missing)
-        )
-        if found is missing:
+        known: Any = context if isinstance(context, Mapping) else vars(context) if hasattr(context, "__dict__") else {}
+        if self._field not in known:
             raise InputError(
                 f"the run's context has no {self._field!r}: give create_agent a context_schema with it, and each run a context"
             )
-        return request.override(model_settings={**request.model_settings, "user_id": found})
+        return (known[self._field],)

@@ -6,10 +6,10 @@ from typing import Any
 
 from langchain_core.language_models import ModelProfile
 
+from langchain_cope.engine.context import context_of
 from langchain_cope.engine.grammar import can_constrain
 
 _STARTER = Path(__file__).parent / "starter"
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def profile_of(model: str, revision: str | None, max_tokens: int) -> ModelProfile | None:
@@ -19,8 +19,6 @@ def profile_of(model: str, revision: str | None, max_tokens: int) -> ModelProfil
         return None
     tokenizer = _read(model, revision, "tokenizer_config.json") or {}
     text: dict[str, Any] = config.get("text_config") or config
-    limits = [text.get(name) for name in _CONTEXT] + [tokenizer.get("model_max_length")]
-    real = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 10**9]
     profile = ModelProfile(
         name=model,
         open_weights=True,
@@ -36,8 +34,8 @@ def profile_of(model: str, revision: str | None, max_tokens: int) -> ModelProfil
         tool_call_streaming=True,
         structured_output=can_constrain(),
     )
-    if real:
-        profile["max_input_tokens"] = min(real) - 1  # at least one is left for the answer
+    if context := context_of(text, tokenizer.get("model_max_length")):
+        profile["max_input_tokens"] = context - 1  # at least one is left for the answer
     return profile
 
 

@@ -6,24 +6,21 @@ from typing import Any, Literal
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.runnables import Runnable, RunnableGenerator, RunnableMap, RunnablePassthrough
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from langchain_cope.errors import InputError
+from langchain_cope.tools import described_tool, json_schema
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
 _METHODS = ("json_schema", "function_calling", "json_mode")
 
 
-def structured_output(
-    model: BaseChatModel, schema: Any, method: str, include_raw: bool
-) -> Runnable[LanguageModelInput, Any]:
-    """``model`` bound to ``schema`` and followed by what makes an object of its answer.
+def structured_output(model: Any, schema: Any, method: str, include_raw: bool) -> Runnable[LanguageModelInput, Any]:
+    """``model``, a chat model or a binding of one, bound to ``schema`` and followed by what makes an object of its answer.
 
     Raises ``InputError`` for a method that there is not, a schema that is missing or that no answer can be held to.
     """
@@ -36,7 +33,7 @@ def structured_output(
     parser: Any
     bound: Any
     if method == "function_calling":
-        name = convert_to_openai_tool(schema)["function"]["name"]
+        name = described_tool(schema)["function"]["name"]
         bound = model.bind_tools([schema], tool_choice=name, parallel_tool_calls=False, **described)
         parser = (
             PydanticToolsParser(tools=[schema], first_tool_only=True)
@@ -53,7 +50,7 @@ def structured_output(
 def _response_format(schema: Any) -> dict[str, Any]:
     if schema is None:
         return {"type": "json_object"}
-    described = convert_to_json_schema(schema)
+    described = json_schema(schema)
     from langchain_cope.engine.grammar import closed_schema
 
     closed_schema(described)  # refuses, now and not at the first call, what no answer can be held to
@@ -86,6 +83,6 @@ def _checked(message: BaseMessage, text: str) -> str:
     text += str(message.text)
     if message.response_metadata.get("finish_reason") == "length":
         raise OutputParserException(
-            "the answer was cut at max_tokens before it was whole: raise max_tokens or ask for less", text
+            "the answer was cut at max_tokens before it was whole: raise max_tokens or ask for less", llm_output=text
         )
     return text

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from pydantic import BaseModel
+from pydantic.v1 import BaseModel as BaseModelV1
 
 from langchain_cope.errors import InputError
 from langchain_cope.messages import without_tool_roles
@@ -42,7 +44,7 @@ class ToolUse:
     @classmethod
     def of(cls, options: dict[str, Any]) -> "ToolUse":
         """From a call's keywords, of which it takes `TOOL_OPTIONS`. Raises ``InputError`` for what they cannot mean."""
-        tools = tuple(convert_to_openai_tool(tool) for tool in options.get("tools") or ())
+        tools = tuple(described_tool(tool) for tool in options.get("tools") or ())
         choice = _choice(options.get("tool_choice"), [tool["function"]["name"] for tool in tools])
         several = options.get("parallel_tool_calls")
         schema, shows = _response_schema(options.get("response_format"))
@@ -86,6 +88,47 @@ class ToolUse:
         return without_tool_roles(shown), ()
 
 
+def described_tool(tool: Any) -> dict[str, Any]:
+    """``tool`` in OpenAI's form. Raises ``InputError`` for what is no tool, or a tool without a proper name."""
+    try:
+        described = convert_to_openai_tool(tool)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"a tool is a function, a class, a LangChain tool or a schema, not {tool!r}: {error}"
+        ) from error
+    function = described.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name.isprintable() or not name:
+        raise InputError(
+            f"a tool needs a name that can be printed, but this is {tool!r}: only functions can be called here"
+        )
+    if schema := _schema_of_class(tool):  # core's own way loses what refers to itself
+        function = {**function, "parameters": {k: v for k, v in schema.items() if k not in ("title", "description")}}
+    return {**described, "function": function}
+
+
+def json_schema(schema: Any) -> dict[str, Any]:
+    """The JSON schema of a Pydantic class, a TypedDict, a function in OpenAI's form, or a JSON schema as it is."""
+    if found := _schema_of_class(schema):
+        return found
+    if isinstance(schema, dict) and not ("parameters" in schema or "function" in schema):
+        return schema
+    try:
+        return convert_to_json_schema(schema)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"a schema is a Pydantic class, a TypedDict or a JSON schema, not {schema!r}: {error}"
+        ) from error
+
+
+def _schema_of_class(kind: Any) -> dict[str, Any] | None:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind.model_json_schema()
+    if isinstance(kind, type) and issubclass(kind, BaseModelV1):
+        return kind.schema()
+    return None
+
+
 def _closed(function: dict[str, Any], closed_schema: Any) -> str:
     schema = function.get("parameters") or {"type": "object", "properties": {}}
     try:
@@ -97,7 +140,8 @@ def _closed(function: dict[str, Any], closed_schema: Any) -> str:
 def _choice(choice: Any, names: Sequence[str]) -> str:
     """One of ``auto``, ``any``, ``none`` or a name that is among ``names``."""
     if isinstance(choice, dict):
-        choice = choice.get("function", choice).get("name", choice)
+        inner = choice.get("function", choice)
+        choice = inner.get("name", choice) if isinstance(inner, dict) else inner
     if choice is None or choice is False:
         return "auto"
     if choice is True or choice == "required":
@@ -126,12 +170,11 @@ def _response_schema(response_format: Any) -> tuple[dict[str, Any] | None, bool]
         if not isinstance(schema, dict):
             raise InputError("response_format of type json_schema needs {'json_schema': {'schema': {…}}}")
         return schema, True
-    try:
-        return convert_to_json_schema(response_format), True
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"response_format must be a JSON schema, a Pydantic class or OpenAI's form, not {response_format!r}"
-        ) from error
+    if isinstance(response_format, (dict, type)):
+        return json_schema(response_format), True
+    raise InputError(
+        f"response_format must be a JSON schema, a Pydantic class or OpenAI's form, not {response_format!r}"
+    )
 
 
 def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

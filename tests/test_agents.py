@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelFallbackMiddleware, ModelRetryMiddleware, SummarizationMiddleware
+from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -144,7 +145,7 @@ def test_stock_middleware_works_beside_it(chat: ChatCoPe) -> None:
         CoPeUserMiddleware(),
         SummarizationMiddleware(chat, trigger=("fraction", 0.9), keep=("messages", 4)),
         ModelRetryMiddleware(max_retries=1),
-        ModelFallbackMiddleware(chat),
+        ModelFallbackMiddleware(GenericFakeChatModel(messages=iter([]))),
     ]
     agent: Any = create_agent(chat, TOOLS, middleware=middleware, context_schema=Context)
     state = agent.invoke({"messages": [("user", "What is 2 and 3?")]}, context=Context("alice"))

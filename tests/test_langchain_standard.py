@@ -18,7 +18,7 @@ from langchain_cope import ChatCoPe
 
 REAL_MODEL = os.environ.get("COPE_TEST_MODEL")
 understands = pytest.mark.xfail(
-    REAL_MODEL is None, reason="an untrained base does not understand that it is to call this tool", strict=False
+    REAL_MODEL is None, reason="an untrained base does not understand that it is to call this tool", strict=True
 )
 
 

@@ -55,6 +55,15 @@ REPLIES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "cut in a string": ('<tool_call>\n{"name": "add", "arguments": {"a": "xy', ("", None, [], ['{"a": "xy"]'])),
     "cut in a list": ('<tool_call>\n{"name": "add", "arguments": {"a": [1', ("", None, [], ['{"a": [1}'])),
     "cut after the arguments": ('<tool_call>\n{"name": "add", "arguments": {"a": 1}', ("", None, [("add", {"a": 1})], [])),
+    "text after a call": (f"{ADD}\nHello there.\n\nBye", ("Hello there.\n\nBye", None, [PARSED], [])),
+    "a mark in a string": (
+        f"{call('f', {'a': 'x </tool_call> y', 'b': '<'})}\n{ADD} so",
+        ("so", None, [("f", {"a": "x </tool_call> y", "b": "<"}), PARSED], []),
+    ),
+    "a mark in a string, cut": (
+        '<tool_call>\n{"name": "f", "arguments": {"a": "x</tool_call>y',
+        ("", None, [], ['{"a": "x</tool_call>y"]']),
+    ),
     "cut before the arguments": ('<tool_call>\n{"name": "ad', ("", None, [], ['{"name": "ad"]'])),
 }  # fmt: skip
 
@@ -108,6 +117,13 @@ def test_a_response_template_of_the_tokenizers_own_comes_first(tmp_path: Any) ->
     assert not found.native_tools
     assert found.uses("[THINK]")
     assert facts(message(found.template, [f"[THINK]a[/THINK]b{ADD}"])) == ("b", "a", [PARSED], [])
+
+
+def test_an_answer_that_is_held_is_taken_as_it_is(template: dict[str, Any]) -> None:
+    stream = ReplyStream(template, prefix="", with_calls=False, whole=True)
+    text = '{"tag": "<think>x</think> <tool_call>"}'
+    chunks = [chunk for character in text for chunk in stream.push(character)] + stream.finish()
+    assert "".join(str(chunk.content) for chunk in chunks) == text
 
 
 def test_formats_that_trl_knows_are_taken_from_it(tmp_path: Any) -> None:

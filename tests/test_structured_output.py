@@ -111,6 +111,28 @@ def test_an_answer_that_was_cut_says_so(chat: ChatCoPe, schema: Any) -> None:
     assert "cut at max_tokens" in str(found["parsing_error"])
 
 
+class Node(BaseModel):
+    """A tree."""
+
+    value: int
+    children: list["Node"]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_classes_that_refer_to_themselves(chat: ChatCoPe, method: Any) -> None:
+    assert isinstance(chat.with_structured_output(Node, method=method).invoke("A tree"), Node)
+
+
+def test_json_schemas_are_taken_as_they_are(chat: ChatCoPe) -> None:
+    two = {"type": "array", "items": {"enum": [7]}, "minItems": 2, "maxItems": 2}
+    assert chat.with_structured_output(two).invoke("Two") == [7, 7]
+
+
+def test_a_stop_string_cuts_no_object(chat: ChatCoPe) -> None:
+    stopped = chat.model_copy(update={"stop": [",", "\n"]})
+    assert isinstance(stopped.with_structured_output(Item).invoke("A film"), Item)
+
+
 def test_what_cannot_be_held_to_is_refused_when_it_is_bound(chat: ChatCoPe) -> None:
     class Unique(BaseModel):
         names: set[str]

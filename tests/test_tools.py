@@ -182,6 +182,9 @@ def test_tools_count_as_tokens(chat: ChatCoPe) -> None:
         ([], {"tool_choice": "any"}, "no tools were given"),
         ([{"title": "odd", "description": "", "type": "object", "properties": {"a": {"not": {}}}}], {}, "tool 'odd'.*not"),
         ([weather], {"response_format": "json"}, "response_format"),
+        ([{"type": "web_search"}], {}, "only functions can be called"),
+        ([{"name": "a\ud800", "description": "", "parameters": {}}], {}, "name"),
+        ([weather], {"tool_choice": {"type": "function", "function": "wether"}}, "wether"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_when_it_is_bound(chat: ChatCoPe, tools: Any, options: Any, named: str) -> None:

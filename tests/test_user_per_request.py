@@ -88,6 +88,8 @@ def forms(chat: ChatCoPe) -> dict[str, Callable[[str], Any]]:
         "configurable": lambda user: chat.invoke(QUESTION, as_user(user)).content,
         "with_config": lambda user: chat.with_config(as_user(user)).invoke(QUESTION).content,
         "bind": lambda user: chat.bind(user_id=user).invoke(QUESTION).content,
+        "bind, then tools": lambda user: chat.bind(user_id=user).bind_tools([]).invoke(QUESTION).content,
+        "with_config, then tools": lambda user: chat.with_config(as_user(user)).bind_tools([]).invoke(QUESTION).content,
         "bind_tools": lambda user: chat.bind_tools([]).invoke(QUESTION, as_user(user)).content,
         "a chain": lambda user: parsed.invoke({"question": QUESTION}, as_user(user)),
         "a nested call": lambda user: inner.invoke(QUESTION, as_user(user)).content,
@@ -191,10 +193,19 @@ def _as_tracers_do(thing: Any) -> Any:
     return repr(thing)
 
 
+def test_a_schema_bound_to_a_binding_keeps_the_user(chat: ChatCoPe) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
+    for bound in (chat.bind(user_id="bob"), chat.with_config(as_user("bob"))):
+        found = bound.with_structured_output(schema, include_raw=True).invoke(QUESTION, max_tokens=40)
+        assert found["raw"].response_metadata["user_id"] == "bob"
+
+
 @pytest.mark.parametrize(("how", "shown"), [("plain", "alice"), ("hashed", "2bd806c97f0e00af"), ("omitted", None)])
 def test_traces_show_the_user_as_they_are_told(how: Any, shown: str | None, chat: ChatCoPe) -> None:
     recorder = Recorder()
-    traced = chat.model_copy(update={"trace_user_id": how, "user_id": "alice"})
+    named = chat.model_copy(update={"user_id": "alice"})
+    assert "alice" in str(named._serialized)
+    traced = named.model_copy(update={"trace_user_id": how})
     message = traced.invoke(QUESTION, {"callbacks": [recorder]})
     list(traced.bind(user_id="alice").stream(QUESTION, {"callbacks": [recorder]}))
     assert message.response_metadata["user_id"] == shown

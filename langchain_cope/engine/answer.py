@@ -71,7 +71,8 @@ class Job(Running):
         ended = eos or (self.constraint is not None and self.constraint.done)
         if ended or full:
             piece += self._detokenizer.flush()
-        text = self._stops.push(piece)
+        held = self.constraint is not None and self.constraint.in_json  # where stop strings would break what is held
+        text = self._stops.flush() + piece if held else self._stops.push(piece)
         if (ended or full) and not self._stops.stopped:
             text += self._stops.flush()
         self._send(text, chosen)

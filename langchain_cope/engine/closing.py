@@ -4,7 +4,8 @@ How many tokens that takes is tried on a copy of the parser, seldom while there 
 may still be opened meanwhile, an object in a list or another call, takes a reserve.
 """
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ _SPARE = 8  # tokens kept beside what closing takes
 _MOST = 768  # tokens tried, at most
 # The tokens left are those of the lowest rank that the grammar allows.
 _END, _CLOSES, _GOES_ON, _NULL, _OTHER, _STRING, _ARRAY, _OBJECT = range(8)
+_MOST_WAYS = 8  # of which each is tried
+_NEVER = 1 << 30
+_NUMBER = "0123456789.+-eE"
 _SEPARATORS = "@.:/-"  # what most texts of a form have somewhere
-_OUTSIDE = {",": _GOES_ON, ":": _GOES_ON, "n": _NULL, '"': _STRING, "[": _ARRAY, "{": _OBJECT}
+_OUTSIDE = {",": _GOES_ON, ":": _GOES_ON, "n": _NULL, "-": _STRING, '"': _STRING, "[": _ARRAY, "{": _OBJECT}
 
 
 class TokenRanks:
@@ -92,18 +96,26 @@ class Closing:
         self._reserve = reserve
         self._place = _Place(marked, begin, end)
         self._closes = False
+        self._path: list[int] = []
+        """The shortest way to the end from here, where it is known."""
         self._next_look = room  # room left at which to look ahead again
 
+    @property
+    def in_json(self) -> bool:
+        """Whether the answer so far ends within JSON, marks of a call included."""
+        return self._place.in_json
+
     def foreseeable(self, draft: list[int]) -> list[int]:
-        """The beginning of ``draft`` after none of whose tokens, but the last, this would look ahead or close."""
+        """The beginning of ``draft`` after none of whose tokens this would look ahead or close."""
         if self._place.in_json:
-            return [] if self._closes else draft[: max(self._room - self._next_look, 0)]
+            return [] if self._closes else draft[: max(self._room - self._next_look - 1, 0)]
         mark = next((place for place, token in enumerate(draft) if ">" in self._ranks.texts[token]), len(draft))
-        return draft[: mark + 1]  # a call may begin there
+        return draft[:mark]  # a call may begin there
 
     def push(self, token: int) -> None:
         """The answer went on with ``token``."""
         self._room -= 1
+        self._path = self._path[1:] if self._path[:1] == [token] else []
         before = self._place.in_json
         self._place.push(self._ranks.texts[token])
         if self._place.in_json and not before:
@@ -115,40 +127,64 @@ class Closing:
         """Decide whether the time to close has come; ``matcher`` is left as it is."""
         if self._closes or not self._place.in_json or self._room > self._next_look:
             return
-        slack = self._room - len(self._shortest(matcher)) - _SPARE - self._reserve
+        self._path = self._shortest(matcher)
+        slack = self._room - len(self._path) - _SPARE - self._reserve
         self._closes = slack <= 0
         self._next_look = self._room - max(
             slack // max(self._reserve // 4, 4), 1
         )  # something opens every few tokens, at most
 
     def narrowed(self, allowed: Tensor, matcher: Any) -> Tensor:
-        """``allowed`` ``(V,)``, or once it closes those of them that lead to the end; where room is short, the one that does."""
+        """``allowed`` ``(V,)``, or once it closes those of them that lead to the end in time.
+
+        Where the way parts (values of an enumeration, names of tools) the model goes on choosing, among those that still fit.
+        """
         if not self._closes:
             return allowed
-        shortest = self._shortest(matcher)
-        if shortest and self._room - len(shortest) < _SPARE:
-            only = torch.zeros_like(allowed)
-            only[shortest[0]] = True
-            return only
+        self._path = self._path or self._shortest(matcher)
+        left = self._room - len(self._path) - _SPARE
+        if self._path and matcher.compute_ff_tokens():
+            return self._only(allowed, self._path[:1])
         ranks = self._ranks.inside if self._place.scan.in_string else self._ranks.outside
-        return allowed & (ranks == ranks[allowed].min())
+        lowest = allowed & (ranks == ranks[allowed].min())
+        tokens = lowest.nonzero().flatten().tolist()
+        if not self._path:  # the end may come
+            return lowest
+        if len(tokens) > _MOST_WAYS:
+            return lowest if left >= self._reserve else self._only(allowed, self._path[:1])
+        return self._only(allowed, [token for token in tokens if self._fits(matcher, token)] or self._path[:1])
 
-    def _shortest(self, matcher: Any) -> list[int]:
-        """Tokens to the end, where each of them closes."""
+    def _only(self, allowed: Tensor, tokens: list[int]) -> Tensor:
+        only = torch.zeros_like(allowed)
+        only[tokens] = True
+        return only
+
+    def _fits(self, matcher: Any, token: int) -> bool:
+        """Whether the end can be reached with ``token`` as the next one."""
+        return len(self._shortest(matcher, [token])) <= self._room
+
+    def _shortest(self, matcher: Any, first: Sequence[int] = ()) -> list[int]:
+        """Tokens to the end, ``first`` and then only such as close."""
         matcher, place = matcher.deep_copy(), self._place.copy()
         path: list[int] = []
-        tried: set[int] = set()  # in this string: whatever repeats, something else may lead out of it
-        while len(path) < min(self._room, _MOST) and place.in_json and not matcher.is_stopped():
-            tokens = matcher.compute_ff_tokens() or self._closing_token(matcher, place, tried)
+        # In this string or number: where something could go on for ever, something else leads out of it.
+        tried: Counter[int] = Counter()
+        while len(path) <= min(self._room, _MOST) and place.in_json and not matcher.is_stopped():
+            tokens = first if not path and first else matcher.compute_ff_tokens()
+            tokens = list(tokens) or self._closing_token(matcher, place, tried)
             if not tokens:
                 break
             matcher.consume_tokens(tokens)
-            place.push("".join(self._ranks.texts[token] for token in tokens))
+            text = "".join(self._ranks.texts[token] for token in tokens)
+            place.push(text)
             path += tokens
-            tried = {*tried, *tokens} if place.scan.in_string else set()
+            if '"' not in text and (place.scan.in_string or not text.strip(_NUMBER)):
+                tried.update(tokens)
+            else:
+                tried.clear()
         return path
 
-    def _closing_token(self, matcher: Any, place: _Place, tried: set[int]) -> list[int]:
+    def _closing_token(self, matcher: Any, place: _Place, tried: Counter[int]) -> list[int]:
         """One token of the lowest rank there is; none where the end itself may come."""
         ranks = self._ranks.inside if place.scan.in_string else self._ranks.outside
         allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8).bool()
@@ -157,7 +193,7 @@ class Closing:
         lowest = ranks[allowed].min()
         if lowest == _END:
             return []
-        order = torch.where(allowed & (ranks == lowest), self._ranks.order.int(), 512)
+        order = torch.where(allowed & (ranks == lowest), self._ranks.order.int(), _NEVER)
         if tried:
-            order[list(tried)] += 256
+            order[list(tried)] += 256 * torch.tensor(list(tried.values()), dtype=torch.int32)
         return [int(order.argmin())]

@@ -7,8 +7,7 @@ among what is allowed and is never empty.
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 _vocabularies: "WeakKeyDictionary[Base, _Vocabulary]" = WeakKeyDictionary()
 _lock = threading.Lock()
+_MOST_RESERVES = 256
 
 
 class Constraint:
@@ -33,7 +33,8 @@ class Constraint:
     def __init__(self, matcher: Any, vocabulary: "_Vocabulary", grammar: Grammar, room: int) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
-        reserve = _reserve(grammar, vocabulary)
+        self._stuck = False
+        reserve = vocabulary.reserve(grammar)
         self._closing = Closing(vocabulary.ranks, room, reserve, marked=grammar.text, begin=CALL_BEGIN, end=CALL_END)
         self._closing.look_ahead(matcher)
 
@@ -45,7 +46,14 @@ class Constraint:
     @property
     def error(self) -> str:
         """Why the parser gave up (a schema too complex, say); empty where it did not."""
-        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+        if self._matcher.is_error():
+            return str(self._matcher.get_error())
+        return "nothing fits the schema" if self._stuck else ""
+
+    @property
+    def in_json(self) -> bool:
+        """Whether the answer so far ends within JSON, where stop strings are no stops."""
+        return self._closing.in_json
 
     def mask(self, drafted: Sequence[int] = ()) -> Tensor:
         """Which tokens may come next, after ``drafted``: bool ``(V,)`` on the CPU, at least one of them true."""
@@ -55,6 +63,7 @@ class Constraint:
         if drafted:
             self._matcher.rollback(len(drafted))
         if self.error or not bool(allowed.any()):
+            self._stuck = True
             allowed = torch.zeros_like(allowed)
             allowed[list(self._vocabulary.eos_ids)] = True
             return allowed
@@ -86,6 +95,23 @@ class _Vocabulary:
     """Marks of calls that are special tokens, which a grammar names in another way than text."""
     markers: tuple[int, ...]
     """Special tokens that free text may hold."""
+    reserves: dict[Grammar, int] = field(default_factory=dict)
+
+    def reserve(self, grammar: Grammar) -> int:
+        """Tokens of the largest thing that an answer may open."""
+        if grammar not in self.reserves:
+            if len(self.reserves) >= _MOST_RESERVES:
+                self.reserves.clear()
+            texts = [text for _, schema in grammar.calls for text in shortest_texts(json.loads(schema))]
+            names = [f'{CALL_BEGIN}\n{{"name": "{name}", "arguments": }}\n{CALL_END}' for name, _ in grammar.calls]
+            if grammar.answer is not None:
+                texts += shortest_texts(json.loads(grammar.answer))
+            longest = [max((self._size(text) for text in several), default=0) for several in (texts, names)]
+            self.reserves[grammar] = sum(longest)
+        return self.reserves[grammar]
+
+    def _size(self, text: str) -> int:
+        return len(self.tokenizer.tokenize_str(text))
 
 
 def compile_grammar(grammar: Grammar, base: "Base", room: int) -> Constraint:
@@ -125,27 +151,23 @@ def _make_vocabulary(base: "Base") -> _Vocabulary:
     return _Vocabulary(tokenizer, TokenRanks(tokenizer, eos_ids), eos_ids, frozenset(special), markers)
 
 
-@lru_cache(maxsize=256)
-def _reserve(grammar: Grammar, vocabulary: _Vocabulary) -> int:
-    """Tokens of the largest thing that an answer may open."""
-    texts = [text for _, schema in grammar.calls for text in shortest_texts(json.loads(schema))]
-    names = [f'{CALL_BEGIN}\n{{"name": "{name}", "arguments": }}\n{CALL_END}' for name, _ in grammar.calls]
-    if grammar.answer is not None:
-        texts += shortest_texts(json.loads(grammar.answer))
-    longest = max((len(vocabulary.tokenizer.tokenize_str(text)) for text in texts), default=0)
-    return longest + max((len(vocabulary.tokenizer.tokenize_str(name)) for name in names), default=0)
-
-
 def _lark(grammar: Grammar, vocabulary: _Vocabulary) -> str:
     """The grammar in llguidance's dialect of Lark."""
     begin, end = (mark if mark in vocabulary.special else _literal(mark) for mark in (CALL_BEGIN, CALL_END))
     lines = ["%llguidance {}"]
     if grammar.text:
-        pieces = ["tag"] if grammar.calls else []
+        pieces = ["tag"] if grammar.calls and grammar.several else []
         if vocabulary.markers:
             pieces.append("marker")
             lines.append(f"marker: TEXT <[{','.join(map(str, vocabulary.markers))}]>")
-        lines += [f"start: ({' | '.join(pieces)})* tail" if pieces else "start: tail", "tail: TEXT", r"TEXT: /(.|\n)*/"]
+        ends = ["tail", *(["tag BLANK"] if grammar.calls and not grammar.several else [])]
+        before = f"({' | '.join(pieces)})* " if pieces else ""
+        lines += [
+            f"start: {before}({' | '.join(ends)})",
+            "tail: TEXT",
+            r"TEXT: /(.|\n)*/",
+            r"BLANK: /\s*/",
+        ]
         if begin == CALL_BEGIN:
             lines.append(f'tag: TEXT {begin} "\\n" call "\\n" {end}')
         else:

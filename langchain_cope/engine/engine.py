@@ -167,7 +167,7 @@ class Engine:
             with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = self._submit(request, sink)
+        job = self._submit(request, sink) if request.grammar is None else await self._submit_elsewhere(request, sink)
         try:
             while not isinstance(event := await events.get(), Completion):
                 if isinstance(event, BaseException):
@@ -176,6 +176,15 @@ class Engine:
             yield event
         finally:
             job.cancelled = True
+
+    async def _submit_elsewhere(self, request: Request, sink: Callable[[Event], None]) -> Job:
+        """`_submit` without blocking the event loop: a grammar takes its time to compile."""
+        submitted = asyncio.get_running_loop().run_in_executor(None, self._submit, request, sink)
+        try:
+            return await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(_cancel)
+            raise
 
     def generate(self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None) -> list[Completion]:
         """Answer all ``requests``, decoded together; in their order. Raises what `stream` raises, at the first that fails.
@@ -514,6 +523,12 @@ def _failure(what: str, error: Exception) -> ModelError:
     failure = ModelError(f"{what}: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
+
+
+def _cancel(submitted: "asyncio.Future[Job]") -> None:
+    """Give up a job whose caller has gone."""
+    if not submitted.cancelled() and submitted.exception() is None:
+        submitted.result().cancelled = True
 
 
 @atexit.register

@@ -19,6 +19,9 @@ _DATE = (
     "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
 )
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_KNOWN_FORMATS = (
+    "date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri",
+)  # fmt: skip
 _FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 """Of days that there are and without leap seconds, so that every reader takes them."""
 _PARSER_SETTINGS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -51,11 +54,14 @@ def closed_schema(schema: dict[str, Any]) -> str:
     parser = llguidance().LLMatcher
     try:
         schema = json.loads(json.dumps(schema))
+        if not isinstance(schema, dict):
+            raise InputError(f"a JSON schema is an object, not {type(schema).__name__}")
+        closed = _closed(schema, closes=not _combines(schema))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"a JSON schema is needed, but this one cannot be written as JSON: {error}") from error
-    if not isinstance(schema, dict):
-        raise InputError(f"a JSON schema is an object, not {type(schema).__name__}")
-    closed = _closed(schema) if not _combines(schema) else schema
+        if isinstance(error, InputError):
+            raise
+        what = "is nested too deep" if isinstance(error, RecursionError) else f"cannot be written as JSON: {error}"
+        raise InputError(f"a JSON schema is needed, but this one {what}") from error
     text = json.dumps({**closed, "x-guidance": _PARSER_SETTINGS})
     refused, messages = parser.validate_grammar_with_warnings(parser.grammar_from_json_schema(text))
     if refused:
@@ -77,16 +83,20 @@ def llguidance() -> Any:
     return found
 
 
-def _closed(schema: Any) -> Any:
-    """``schema`` with ends to its objects and numbers, at every depth."""
+def _closed(schema: Any, closes: bool) -> Any:
+    """``schema`` with ends to its numbers, and if it ``closes`` to its objects, at every depth; formats made plain."""
     if isinstance(schema, list):
-        return [_closed(part) for part in schema]
+        return [_closed(part, closes) for part in schema]
     if not isinstance(schema, dict):
         return schema
     values = ("enum", "const", "default", "examples", "example")  # instances, not schemas
-    closed = {key: part if key in values else _closed_part(key, part) for key, part in schema.items()}
-    if "properties" in closed and "patternProperties" not in closed:
+    closed = {key: part if key in values else _closed_part(key, part, closes) for key, part in schema.items()}
+    if isinstance(names := closed.get("propertyNames"), dict) and isinstance(names.get("enum"), list):
+        _spell_out_names(closed, closed.pop("propertyNames")["enum"])
+    if closes and "properties" in closed and "patternProperties" not in closed:
         closed.setdefault("additionalProperties", False)
+    if "format" in closed and closed["format"] not in _KNOWN_FORMATS:
+        del closed["format"]  # JSON Schema takes it for a note
     if "pattern" not in closed and closed.get("format") in _FORMATS:
         closed["pattern"] = _FORMATS[closed["format"]]
     if "enum" not in closed and "const" not in closed:
@@ -99,11 +109,19 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
-def _closed_part(key: str, part: Any) -> Any:
+def _spell_out_names(schema: dict[str, Any], names: list[Any]) -> None:
+    """Properties of these names instead of a rule for names."""
+    value = schema.get("additionalProperties", True)
+    known = schema.get("properties", {})
+    schema["properties"] = {name: known.get(name, value) for name in names if isinstance(name, str)}
+    schema["additionalProperties"] = False
+
+
+def _closed_part(key: str, part: Any, closes: bool) -> Any:
     named = key in ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
     if named and isinstance(part, dict):  # names of the user's own, with a schema each
-        return {name: _closed(inner) for name, inner in part.items()}
-    return _closed(part)
+        return {name: _closed(inner, closes) for name, inner in part.items()}
+    return _closed(part, closes)
 
 
 def _bound(schema: dict[str, Any], low: float, high: float) -> None:
@@ -132,4 +150,5 @@ def _combines(schema: Any) -> bool:
 
 def first_line(text: str) -> str:
     """The part of the parser's message that people read."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+    return line.partition(" Enable '")[0].rstrip(".")

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from langchain_cope.engine.context import context_of
 from langchain_cope.engine.fingerprint import fingerprint_of
 from langchain_cope.engine.fuse import lay_side_by_side
 from langchain_cope.engine.lora import CONFIG, WEIGHTS
@@ -201,7 +202,8 @@ def _load(
             name,
         )
     recorded = None if quantization is None else str(getattr(quantization, "to_dict", lambda: quantization)())
-    return Base(name, source, revision, tokenizer, model, _context(config, tokenizer), adapter_folder, recorded)
+    context = context_of(config.get_text_config().to_dict(), tokenizer.model_max_length) or 10**6
+    return Base(name, source, revision, tokenizer, model, context, adapter_folder, recorded)
 
 
 def _choose_device(device: str | torch.device | None) -> str:
@@ -284,21 +286,6 @@ def _merge(model: Any, task_adapter: Path, quantization: Any) -> Any:
         return PeftModel.from_pretrained(model, task_adapter).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"the task adapter {str(task_adapter)!r} cannot be merged into this base: {error}") from error
-
-
-def _context(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The smaller of what the model and the tokenizer say, where they say something real."""
-    text = config.get_text_config()
-    limits = [getattr(text, field, None) for field in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    limits.append(tokenizer.model_max_length)
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        # Beyond this length such a model turns every row of a batch by other angles: one user's prompt would change all answers.
-        limits.append(
-            rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
-        )
-    real = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
-    return min(real, default=10**6)
 
 
 def _explain(name: str, source: str, error: Exception) -> Exception:

@@ -17,7 +17,7 @@ THOUGHT, CALLS, ANSWER = "thought", "calls", "answer"
 """Fields of `ReplyFormat.template`."""
 _THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT: dict[str, Any] = {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text"}
-_CALLS: dict[str, Any] = {"open": CALL_BEGIN, "close_pattern": CALL_END + r"\s*", "repeats": True, "content": "text"}
+_CALLS: dict[str, Any] = {"open": CALL_BEGIN, "close": CALL_END, "repeats": True, "content": "text"}
 _ANSWER: dict[str, Any] = {"content": "text"}
 _ENDS = ("open", "open_pattern", "close", "close_pattern")
 _OTHER_CALLS = ("<function=", "<arg_key>")  # XML in calls: marked in the same way, but no JSON
@@ -55,6 +55,11 @@ def reply_format_of(tokenizer: PreTrainedTokenizerBase) -> ReplyFormat:
         fields[name] = {**{key: field[key] for key in _ENDS if key in field}, "content": "text"}
     anchors = {key: known[key] for key in ("start_anchor", "start_anchor_pattern") if key in known}
     return ReplyFormat({**anchors, "fields": fields}, native)
+
+
+def only_answer() -> dict[str, Any]:
+    """A template for replies that are nothing but an answer, whatever marks they hold."""
+    return {"start_anchor": "\0", "fields": {ANSWER: _ANSWER}}
 
 
 def _known_to_trl(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:

@@ -18,12 +18,14 @@ _FORMATS = {
 }
 _PARTS = ("properties", "patternProperties", "$defs", "definitions")
 _DEPTH = 12
+_LONGEST = 4000
 
 
 def shortest_texts(schema: dict[str, Any]) -> Iterator[str]:
-    """A short value of ``schema`` and of every schema within it, as JSON text."""
+    """A short value of ``schema`` and of every schema within it, as JSON text of `_LONGEST` characters at most."""
+    known: dict[tuple[int, int], str] = {}
     for part in _within(schema):
-        yield _shortest(part, schema, _DEPTH)
+        yield _shortest(part, schema, _DEPTH, known)
 
 
 def _within(schema: Any) -> Iterator[dict[str, Any]]:
@@ -39,31 +41,39 @@ def _within(schema: Any) -> Iterator[dict[str, Any]]:
                 yield from _within(part)
 
 
-def _shortest(schema: Any, root: dict[str, Any], depth: int) -> str:
+def _shortest(schema: Any, root: dict[str, Any], depth: int, known: dict[tuple[int, int], str]) -> str:
+    key = id(schema), depth
+    if key not in known:
+        known[key] = _made(schema, root, depth, known)[:_LONGEST]
+    return known[key]
+
+
+def _made(schema: Any, root: dict[str, Any], depth: int, known: dict[tuple[int, int], str]) -> str:
     if not isinstance(schema, dict) or depth == 0:
         return "null"
+
+    def shortest(part: Any) -> str:
+        return _shortest(part, root, depth - 1, known)
+
     if "$ref" in schema:
-        return _shortest(_resolved(str(schema["$ref"]), root), root, depth - 1)
+        return shortest(_resolved(str(schema["$ref"]), root))
     if "const" in schema or schema.get("enum"):
         values = [schema["const"]] if "const" in schema else schema["enum"]
         return min((json.dumps(value, ensure_ascii=False) for value in values), key=len)
     for key in ("anyOf", "oneOf"):
         if schema.get(key):
-            return min((_shortest(part, root, depth - 1) for part in schema[key]), key=len)
+            return min(map(shortest, schema[key]), key=len)
     kinds = schema.get("type", "object" if "properties" in schema else "null")
     kind = "null" if "null" in kinds else kinds[0] if isinstance(kinds, list) else kinds
     if kind == "object":
         properties = schema.get("properties", {})
-        parts = [
-            f"{json.dumps(name)}: {_shortest(properties.get(name), root, depth - 1)}"
-            for name in schema.get("required", ())
-        ]
+        parts = [f"{json.dumps(name)}: {shortest(properties.get(name))}" for name in schema.get("required", ())]
         return "{" + ", ".join(parts) + "}"
     if kind == "array":
-        items = [schema.get("items")] * min(int(schema.get("minItems", 0)), 64)
-        return "[" + ", ".join(_shortest(item, root, depth - 1) for item in items) + "]"
+        item = shortest(schema.get("items")) + ", "
+        return "[" + item * min(int(schema.get("minItems", 0)), _LONGEST // len(item) + 1) + "]"
     if kind == "string":
-        text = _FORMATS.get(str(schema.get("format")), "a" * min(int(schema.get("minLength", 0)), 256))
+        text = _FORMATS.get(str(schema.get("format")), "a" * min(int(schema.get("minLength", 0)), _LONGEST))
         return json.dumps(text + "a" * 8 * ("pattern" in schema))
     if kind in ("integer", "number"):
         return max((str(schema[key]) for key in ("minimum", "exclusiveMinimum") if schema.get(key, 0) > 0), default="0")

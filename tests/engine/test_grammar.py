@@ -10,6 +10,7 @@ import pytest
 import torch
 from engine.test_speculation import _Always
 
+from langchain_cope.engine.constraint import compile_grammar
 from langchain_cope.engine.engine import Completion, Engine, EngineOptions, Request, Sampling
 from langchain_cope.engine.grammar import CALL_BEGIN, CALL_END, Grammar, closed_schema
 from langchain_cope.engine.model import load_base
@@ -50,6 +51,13 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "union": {"anyOf": [{"type": "string"}, {"type": "integer"}, {"$ref": "#/$defs/Place"}], "$defs": PERSON["$defs"]},
     "number": {"type": "number"},
 }  # fmt: skip
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"anyOf": [schema]}
+    return schema
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +104,7 @@ def test_formats_are_those_of_the_standard(engine: Engine) -> None:
     schema["required"] = list(FORMATS)
     validator = jsonschema.Draft202012Validator
     for answer in engine.generate(
-        [held(seed, Grammar(answer=closed_schema(schema)), max_tokens=1200) for seed in range(8)]
+        [held(seed, Grammar(answer=closed_schema(schema)), max_tokens=1200) for seed in range(3)]
     ):
         validator(schema, format_checker=validator.FORMAT_CHECKER).validate(json.loads(answer.text))
 
@@ -158,7 +166,7 @@ def test_forced_calls_are_valid(marks: tuple[str, ...], tiny: Tiny) -> None:
     single, several = set(), set()
     for answer in engine.generate([held(seed, Grammar(calls, several=False), max_tokens=200) for seed in range(8)]):
         single.add(len(calls_of(answer.text)))
-    for answer in engine.generate([held(seed, Grammar(calls), max_tokens=300) for seed in range(16)]):
+    for answer in engine.generate([held(seed, Grammar(calls), max_tokens=600) for seed in range(16)]):
         several.add(len(calls_of(answer.text)))
     engine.close()
     assert single == {1}
@@ -176,6 +184,40 @@ def calls_of(text: str) -> list[Any]:
         jsonschema.validate(call["arguments"], PERSON if call["name"] == "find_person" else {"required": ["a"]})
         found.append(call)
     return found
+
+
+def test_one_call_at_most_in_free_text_where_several_are_not_allowed(engine: Engine) -> None:
+    calls = (("ping", closed_schema({"type": "object", "properties": {}})),)
+    call = '<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>'
+    for several, allowed in ((True, 2), (False, 1)):
+        constraint = compile_grammar(Grammar(calls, several, text=True), engine.base, room=500)
+        ids = engine.base.tokenizer.encode(f"So {call}\n{call}", add_special_tokens=False)
+        kept = ids[: constraint._matcher.validate_tokens(ids)]
+        assert engine.base.tokenizer.decode(kept).count("</tool_call>") == allowed
+
+
+def test_stop_strings_do_not_cut_what_is_held(engine: Engine) -> None:
+    schema = {"type": "array", "items": {"enum": ["a, b"]}, "minItems": 3, "maxItems": 3}
+    answer = engine.generate([held(0, Grammar(answer=closed_schema(schema)), stop=(",", "]"))])[0]
+    assert json.loads(answer.text) == ["a, b"] * 3
+
+
+def test_masks_after_a_draft_are_those_after_the_tokens_themselves(engine: Engine) -> None:
+    grammar = Grammar(answer=closed_schema(PERSON))
+    for seed in range(3):
+        ids = list(engine.generate([held(seed, grammar, max_tokens=260)])[0].token_ids)
+        plain = compile_grammar(grammar, engine.base, room=260)
+        masks = []
+        for token in ids:
+            masks.append(plain.mask())
+            plain.push(token)
+        drafting = compile_grammar(grammar, engine.base, room=260)
+        for place, token in enumerate(ids):
+            draft = drafting.possible(ids[place : place + 8])
+            for size in range(len(draft) + 1):
+                if place + size < len(masks):
+                    assert torch.equal(drafting.mask(draft[:size]), masks[place + size])
+            drafting.push(token)
 
 
 def test_in_free_text_a_call_that_is_begun_is_valid(tiny: Tiny) -> None:
@@ -207,8 +249,10 @@ def test_in_free_text_a_call_that_is_begun_is_valid(tiny: Tiny) -> None:
     [
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"not": {"type": "string"}}, "not"),
-        ({"type": "object", "properties": {"a": {"type": "string", "format": "colour"}}}, "colour"),
         ({"type": "object", "propertyNames": {"maxLength": 3}}, "propertyNames"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf constraints are not supported. Leave"),
+        (json.loads("[" * 300 + "]" * 300), "is an object"),
+        (nested(600), "nested too deep"),
         ({"if": {"type": "string"}, "then": {"minLength": 2}}, "if"),
         ({"type": "object", "properties": {"a": {"$ref": "https://example.org/a"}}}, "example.org"),
         ({"type": "nonsense"}, "nonsense"),
@@ -228,6 +272,9 @@ def test_objects_are_closed_where_that_shuts_nothing_out_and_numbers_have_ends()
     assert "additionalProperties" not in json.loads(closed_schema({"type": "object"}))
     both = {"allOf": [{"type": "object", "properties": {"a": {}}}, {"type": "object", "properties": {"b": {}}}]}
     assert "additionalProperties" not in closed_schema(both)
+    keyed = {"type": "object", "propertyNames": {"enum": ["a"]}, "additionalProperties": {"type": "null"}}
+    assert json.loads(closed_schema(keyed))["properties"] == {"a": {"type": "null"}}
+    assert "format" not in json.loads(closed_schema({"type": "string", "format": "path"}))
     named = {
         "type": "object",
         "properties": {"properties": {"type": "object", "properties": {}}, "enum": {"type": "string"}},
