@@ -346,9 +346,10 @@ class _Run:
 
     def traced_config(self, config: RunnableConfig) -> RunnableConfig:
         """``config`` with this call's metadata, which its child runs share."""
-        ours = {"base_model": self.settings.model, "gate": self.settings.gate}
         # The user is said even where it is None: what is missing core fills in from the configurable and the parent run.
-        config["metadata"] = {**ours, **config["metadata"], "user_id": self.traced_user}
+        ours = {"base_model": self.settings.model, "gate": self.settings.gate, "user_id": self.traced_user}
+        theirs = {key: value for key, value in config["metadata"].items() if (key, value) != ("user_id", self.user)}
+        config["metadata"] = {**ours, **theirs}
         return config
 
     def traced(self, _: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> Any:
