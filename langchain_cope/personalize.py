@@ -178,6 +178,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
     """A folder for unfinished runs, each user's in a folder of its own. It holds what users wrote: keep it private."""
     samples: bool = True
     """Whether the result holds the held-out items with every model's answer. A tool's result never does."""
+    authorize: Callable[[str, RunnableConfig], None] | None = Field(default=None, exclude=True, repr=False)
+    """Called with the user and the configuration of every call before anything is read, trained or traced for it. What it raises,
+    the call raises: check here that whoever asks may have that user personalized."""
     trace_user_id: TraceUserId = "plain"
     """How runs, metadata and events name the user: ``plain``, ``hashed`` or ``omitted``. Error messages may name the user: unless
     it is plain, a trace shows of an error its class alone."""
@@ -310,6 +313,8 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
         config = ensure_config(config)
         request = _checked(given)
         user = _whom(request, config)
+        if self.authorize is not None:
+            self.authorize(user, config)
         events = [event for event in (stop_event, cancelled) if event is not None]
         run = _Run(self, request, user, lambda: any(event.is_set() for event in events))
         try:
