@@ -23,6 +23,8 @@ class Example:
 
     prompt: list[Message]
     completion: str
+    rejected: tuple[str, ...] = ()
+    """Answers that the user liked less: DPO's other sides, in place of a mined one."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ def fit(base: Base, examples: Sequence[Example], max_length: int, max_words: int
 
 def _fit_one(base: Base, index: int, example: Example, limit: int, max_words: int) -> Encoded:
     prompt = [{**message, "content": _first_words(message["content"], max_words)} for message in example.prompt]
-    cut = Example(prompt, _first_words(example.completion, max_words))
-    cuts = {"words"} if cut != Example(list(example.prompt), example.completion) else set()
+    rejected = tuple(_first_words(answer, max_words) for answer in example.rejected)
+    cut = Example(prompt, _first_words(example.completion, max_words), rejected)
+    cuts = {"words"} if cut != replace(example, prompt=list(example.prompt)) else set()
     prompt_ids, completion_ids = encode(base, cut.prompt, cut.completion)
     if len(prompt_ids) + len(completion_ids) > limit:
         room = max(limit - len(completion_ids), limit // SMALLEST_PROMPT_SHARE)

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Negative:
-    """The mined negative of the item at ``index`` of the history."""
+    """What DPO preferred the item at ``index`` of the history to."""
 
     index: int
     text: str
-    reward: float
-    """Mean nats a token by which SFT finds it likelier than the base does; the lowest of the item's candidates."""
+    reward: float | None
+    """Mean nats a token by which SFT finds it likelier than the base does, the lowest of the item's candidates; None where the
+    history itself said what was rejected."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def train_user(
 ) -> TrainingResult:
     """Train one user's adapter on ``examples`` and leave it in ``folder/sft`` and ``folder/dpo``.
 
+    Where an example says what was rejected, DPO takes those pairs as they are; for the others a negative is mined.
     The base is neither copied nor changed, and the process's random state is as it was. ``on_progress`` is called on this thread.
     ``stage`` is entered with the name of each stage ("sft", "negatives", "dpo") and left when it ends.
     Where no item has a usable negative, DPO is skipped and both folders hold the same adapter.
@@ -98,15 +100,18 @@ def _run(
     stage: Callable[[str], AbstractContextManager[object]],
 ) -> None:
     from langchain_cope.training.dpo import train_dpo
-    from langchain_cope.training.negatives import mine_negatives
+    from langchain_cope.training.negatives import given_pairs, mine_negatives
     from langchain_cope.training.sft import train_sft
 
     with stage("sft"), _timed(result, "sft"):
         train_sft(engine.base, items, result.recipe, result.sft, watch("sft"))
     with stage("negatives"), _timed(result, "negatives"):
         adapter = engine.load_adapter(result.sft)
-        pairs, said = mine_negatives(engine, items, result.recipe, adapter, watch("negatives"))
-    result.notes.extend(said)
+        unpaired = [item for item in items if not item.example.rejected]
+        mined, said = mine_negatives(engine, unpaired, result.recipe, adapter, watch("negatives"))
+        given, also_said = given_pairs(engine.base, items, result.recipe)
+        pairs = sorted([*mined, *given], key=lambda pair: pair.index)
+    result.notes.extend([*said, *also_said])
     result.negatives.extend(Negative(pair.index, pair.rejected, pair.reward) for pair in pairs)
     with stage("dpo"), _timed(result, "dpo"):
         if pairs:
