@@ -6,6 +6,7 @@
     {"prompt": …, "chosen": …, "rejected": …}                             TRL; without prompt it is what both begin with
     {"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]}     OpenAI
     {"prompt": …, "answer": …, "score": 1 or 0, "correction": …}          feedback, in LangSmith's words
+    {"inputs": {…}, "outputs": {…}, "score": …, "correction": …}          the same on a run that LangSmith traced
 
 Prompts are texts or messages; answers are texts, a message, or assistant messages.
 """
@@ -87,6 +88,35 @@ def feedback_rows(row: Row, where: str) -> list[Located]:
     if liked or correction:
         return _made(row, where, row["prompt"], answer)
     return _made(row, where, row["prompt"], None, [answer]) if liked is False else []
+
+
+def traced_rows(row: Row, where: str) -> list[Located]:
+    """What a user thought of a traced run: of a chat model or an agent, or of a chain that makes one text of one."""
+    inputs, outputs = (checked_row(row[key], f"{where}: {key}") for key in ("inputs", "outputs"))
+    prompt = _unwrapped(inputs["messages"]) if "messages" in inputs else _only_value(inputs, "inputs", where)
+    if "generations" in outputs:
+        generation = checked_row(_first(_unwrapped(outputs["generations"])), f"{where}: outputs: generations")
+        answer = generation.get("message") or generation.get("text")
+    elif "messages" in outputs:
+        answer = _first(list(reversed(_list(outputs["messages"], "outputs: messages", where))))
+    else:
+        answer = _only_value(outputs, "outputs", where)
+    return feedback_rows({**row, "prompt": prompt, "answer": answer}, where)
+
+
+def _unwrapped(value: Any) -> Any:
+    """The one list in a batch of one: a trace has both messages and generations as lists of lists."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list) else value
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else None
+
+
+def _only_value(values: Row, what: str, where: str) -> Any:
+    if len(values) != 1:
+        raise HistoryError(f"{where}: {what} must hold messages, or one text and nothing else; found {named(values)}")
+    return next(iter(values.values()))
 
 
 def _verdict(score: Any, where: str) -> bool | None:

@@ -22,6 +22,7 @@ from langchain_cope.history_pairs import (
     pair_rows,
     preference_rows,
     text_rows,
+    traced_rows,
 )
 
 Row = Mapping[str, Any]
@@ -53,6 +54,8 @@ FORMATS = (
     Format("chosen and rejected", ("chosen", "rejected"), preference_rows),
     Format("feedback", ("prompt", "answer", "score"), feedback_rows),
     Format("feedback", ("prompt", "answer", "correction"), feedback_rows),
+    Format("feedback on traced runs", ("inputs", "outputs", "score"), traced_rows),
+    Format("feedback on traced runs", ("inputs", "outputs", "correction"), traced_rows),
     Format("ShareGPT", ("conversations",), _chat("conversations"), "assistant"),
     _LANGCHAIN,
     Format("OpenAI messages", ("messages",), _chat("messages"), "assistant"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.load import dumpd
 from langchain_core.messages import (
     AIMessage,
@@ -18,6 +19,10 @@ from langchain_core.messages import (
     ToolMessage,
     messages_to_dict,
 )
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
+from langchain_core.tracers import BaseTracer, Run
 
 from langchain_cope import history
 from langchain_cope.errors import HistoryError
@@ -277,6 +282,36 @@ def test_an_edited_answer_is_chosen_and_the_original_rejected(correction: object
     assert (item.messages, (item.completion, item.rejected)) == ([user("q")], expected)
 
 
+class Traces(BaseTracer):
+    """Runs as LangSmith gets them."""
+
+    def __init__(self) -> None:
+        super().__init__(_schema_format="original+chat")
+        self.runs: list[Run] = []
+
+    def _persist_run(self, run: Run) -> None:
+        self.runs.append(run)
+
+
+def test_feedback_on_runs_as_langchain_traces_them() -> None:
+    traces = Traces()
+    model = GenericFakeChatModel(messages=iter(["first", "second", "third"]))
+    model.invoke([SystemMessage("s"), HumanMessage("q")], {"callbacks": [traces]})
+    chain = ChatPromptTemplate.from_template("say {x}") | model | StrOutputParser()
+    chain.invoke({"x": "it"}, {"callbacks": [traces]})
+    RunnableLambda(lambda given: {"messages": [*given["messages"], model.invoke("so?")]}).invoke(
+        {"messages": [HumanMessage("agent?")]}, {"callbacks": [traces]}
+    )
+    rows = [{"inputs": run.inputs, "outputs": run.outputs, "score": 0, "correction": "edited"} for run in traces.runs]
+    read = as_history(rows)
+    assert contents(read) == [
+        ([{"role": "system", "content": "s"}, user("q")], "edited", ("first",)),
+        ("it", "edited", ("second",)),
+        ([user("agent?")], "edited", ("third",)),
+    ]
+    assert read.formats == {"feedback on traced runs": 3}
+
+
 # LangChain
 
 
@@ -393,7 +428,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (_without(SOUND, "current_node"), r":2: a mapping without current_node; expected the name of"),
     ({**SOUND, "current_node": "n9"}, r":2: current_node is 'n9', which is none of the 3 nodes"),
     ({**SOUND, "current_node": 5}, r":2: current_node is 5, which is none of"),
-    ({**SOUND, "current_node": DEEP}, r":2: current_node is \[\[.*\.\.\., which is none of"),
+    ({**SOUND, "current_node": DEEP}, r":2: current_node is \[\[.*, which is none of"),
     ({**SOUND, "mapping": []}, r":2: mapping: expected an object with named fields, found list"),
     ({**SOUND, "mapping": {"n1": 5}}, r":2: mapping\['n1'\]: expected an object with named fields, found int"),
     (_without(SOUND, "mapping", "n0", "message", "author"), r":2: mapping\['n0'\]: author: expected an object"),
@@ -439,6 +474,9 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": "q", "answer": "", "score": 1}, r":2: answer is blank"),
     ({"prompt": "", "answer": "a", "score": 1}, r":2: feedback without prompt"),
     ({"prompt": "q", "answer": "a", "correction": {"x": "1", "y": "2"}}, r":2: correction must be a text or hold one; found 'x'"),
+    ({"inputs": {"a": 1, "b": 2}, "outputs": {"o": "x"}, "score": 1}, r":2: inputs must hold messages, or one text"),
+    ({"inputs": {"a": "q"}, "outputs": [], "score": 1}, r":2: outputs: expected an object with named fields, found list"),
+    ({"inputs": {"a": "q"}, "outputs": {"generations": []}, "score": 1}, r":2: outputs: generations: expected an object"),
     ({"text": 5}, r":2: text must be text, not int"),
     ([1, 2], r":2: expected an object with named fields, found list"),
 ]  # fmt: skip
