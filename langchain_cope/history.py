@@ -91,13 +91,13 @@ def read_users(
     return [_read_user(user_id, rows, target, instruction) for user_id, rows in _users(path).items()]
 
 
-def as_items(rows: Sequence[Mapping[str, Any] | Item], target: Target | None = None) -> list[Item]:
+def as_items(rows: Sequence[Any], target: Target | None = None) -> list[Item]:
     """Return the items of rows that are already in memory; see ``as_history``."""
     return as_history(rows, target=target).items
 
 
 def as_history(
-    rows: Sequence[Mapping[str, Any] | Item],
+    rows: Sequence[Any],
     *,
     target: Target | None = None,
     user_id: str | None = None,

@@ -45,8 +45,7 @@ def test_it_is_a_chat_history_and_what_the_user_wrote_is_in_chroma(history: Chro
     assert chat.messages == TURNS
     found = history.fetch("ann")
     assert [(item.messages, item.completion) for item in found] == [
-        (item.messages, item.completion)
-        for item in as_items(TURNS)  # type: ignore[arg-type]
+        (item.messages, item.completion) for item in as_items(TURNS)
     ]
     assert {item.conversation for item in found} == {"1"}
     assert all(item.created_at for item in found)

@@ -332,7 +332,7 @@ def test_langchain_messages_of_every_kind_are_read_as_objects_and_as_one_list(tm
     path.write_text(json.dumps(messages_to_dict(messages)))
     line = tmp_path / "chat.jsonl"
     line.write_text(json.dumps(messages_to_dict(messages)) + "\n" + json.dumps(messages_to_dict(SAID)))
-    assert contents(as_history(messages)) == expected  # type: ignore[arg-type]
+    assert contents(as_history(messages)) == expected
     assert contents(read_history(path, user_id="ann")) == expected
     both = read_history(line, user_id="ann")
     assert (contents(both), both.formats) == ([*expected, *LOG], {"LangChain messages": 2})
