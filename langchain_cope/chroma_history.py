@@ -89,7 +89,7 @@ class ChromaHistory:
             for start in range(0, len(records), batch):
                 ids, documents, metadatas = zip(*records[start : start + batch], strict=True)
                 vectors = [[0.0]] * len(ids) if _is_ours(collection) else self._embed(list(documents))
-                collection.delete(ids=withdrawn[start : start + batch])
+                collection.delete(ids=list(dict.fromkeys(withdrawn[start : start + batch])))
                 collection.add(ids=list(ids), documents=list(documents), metadatas=list(metadatas), embeddings=vectors)
 
     def fetch(self, user_id: str) -> list[Item]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from langchain_cope.errors import HistoryError
 from langchain_cope.history_items import Item, Message, Target, checked_name, checked_text, parse_time, shown
@@ -255,7 +255,7 @@ def content_text(content: Any, where: str) -> tuple[str, int]:
     return "\n".join(texts), len(content) - len(texts)
 
 
-def is_role(role: Any) -> bool:
+def is_role(role: Any) -> TypeGuard[str]:
     """Whether a message may have that role."""
     return isinstance(role, str) and role in _ROLES
 

@@ -62,8 +62,7 @@ def personalize(
     from langchain_cope.history import read_history
 
     with prints_to_stderr():
-        side = target.value if target else None
-        history = read_history(file, target=side, user_id=user, instruction=instruction)
+        history = read_history(file, target=target.value if target else None, user_id=user, instruction=instruction)
         facts = _facts(history)
     if not as_json:
         _show_history(history, facts)
