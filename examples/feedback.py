@@ -1,6 +1,6 @@
 """An app that learns from edits: robin corrects what the model wrote; the edits are chosen, the originals rejected.
 
-Run: python examples/feedback.py (about a minute on two CPU cores)
+Run: python examples/feedback.py (a few minutes on two CPU cores)
 """
 
 import json

@@ -19,6 +19,8 @@ from langchain_cope.history_items import Item, Message, Target, checked_name, ch
 MESSAGE_INSTRUCTION = "Write the next message in your own words."
 TEXT_INSTRUCTION = "Write a text in your own style."
 
+TURNS_KEPT = 199
+"""Turns of a conversation in a prompt, the newest; odd, so that with a user's turn at its end it begins with one."""
 TIME_KEYS = ("created_at", "date", "timestamp")
 """Where a row may carry its time."""
 Located = tuple[str, Any]
@@ -73,6 +75,7 @@ class RowReader:
     num_joined: int = 0
     num_other_parts: int = 0
     num_weightless: int = 0
+    num_shortened: int = 0
     disliked: list[Disliked] = field(default_factory=list)
     """After ``read_all``: the disliked answers for which no item has the same prompt."""
     conversations: dict[str, str] = field(default_factory=dict)
@@ -98,6 +101,10 @@ class RowReader:
             said.append(f"turns joined to the one before, so that roles alternate: {self.num_joined}")
         if self.num_other_parts:
             said.append(f"parts of messages left out because they are no text: {self.num_other_parts}")
+        if self.num_shortened:
+            said.append(
+                f"prompts that hold only the newest {TURNS_KEPT} turns before the completion: {self.num_shortened}"
+            )
         if self.num_weightless:
             said.append(f"turns of weight 0, which are context and not learnt: {self.num_weightless}")
         if self.disliked:
@@ -189,7 +196,10 @@ class RowReader:
         items = []
         for index, turn in enumerate(dialogue):
             if turn.role == self.target and turn.learnt:
-                prompt = self._prompt(systems[: num_systems[index]], plain[:index], MESSAGE_INSTRUCTION)
+                # Else a conversation of n turns would hold n² / 2 of them, and no model could read them.
+                before = plain[max(0, index - TURNS_KEPT) : index]
+                self.num_shortened += index > TURNS_KEPT
+                prompt = self._prompt(systems[: num_systems[index]], before, MESSAGE_INSTRUCTION)
                 items.append(self._item(row, prompt, turn.text, where))
         self.num_weightless += sum(turn.role == self.target and not turn.learnt for turn in dialogue)
         return items

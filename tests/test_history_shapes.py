@@ -399,6 +399,18 @@ def test_a_long_conversation_is_followed_to_its_root() -> None:
     assert len(as_items([row])) == 1_500
 
 
+@pytest.mark.parametrize("target", ["user", "assistant"])
+def test_a_prompt_holds_the_newest_turns_of_a_very_long_conversation(target: str) -> None:
+    messages = [user(f"u{n}") if n % 2 == 0 else assistant(f"a{n}") for n in range(3_000)]
+    read = as_history([{"messages": messages}], target=target)  # type: ignore[arg-type]
+    assert len(read.items) == 1_500
+    assert max(len(item.messages) for item in read.items) == 199
+    last = read.items[-1].messages
+    assert (len(last), last[0]["role"], last[-1]["role"]) == (199, "user", "user")
+    assert last[-1]["content"] == ("a2997" if target == "user" else "u2998")
+    assert any(note.startswith("prompts that hold only the newest 199 turns") for note in read.notes)
+
+
 def _text(text: str) -> dict[str, Any]:
     return {"content_type": "text", "parts": [text]}
 
