@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from time import time_ns
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -23,6 +24,9 @@ from langchain_cope.history_shapes import convert, in_memory
 Embed = Callable[[list[str]], Sequence[Sequence[float]]]
 """Vectors for texts: an embedding function of Chroma's, or ``embed_documents`` of LangChain's Embeddings."""
 
+_connecting = (
+    Lock()
+)  # chromadb shares what a folder's clients have in common, and one that is half made breaks the others
 _MARK = {"made_by": "langchain-cope history"}
 _PAGE = 1000
 _Record = tuple[str, str, dict[str, Any]]
@@ -237,8 +241,9 @@ class ChromaHistory:
     @contextmanager
     def _chroma(self) -> Iterator[Any]:
         try:
-            if self._client is None:
-                self._client = _connect(self.source)
+            with _connecting:
+                if self._client is None:
+                    self._client = _connect(self.source)
             yield self._client
         except HistoryError:
             raise

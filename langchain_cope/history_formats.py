@@ -20,7 +20,8 @@ MESSAGE_INSTRUCTION = "Write the next message in your own words."
 TEXT_INSTRUCTION = "Write a text in your own style."
 
 TURNS_KEPT = 199
-"""Turns of a conversation in a prompt, the newest; odd, so that with a user's turn at its end it begins with one."""
+"""The newest turns of a conversation in a prompt; odd, so that with a user's turn at its end it begins with one. Of system messages
+as many, the oldest."""
 TIME_KEYS = ("created_at", "date", "timestamp")
 """Where a row may carry its time."""
 Located = tuple[str, Any]
@@ -39,8 +40,12 @@ _TEXT_PARTS = {"text", "input_text", "output_text"}
 
 class _Turn(NamedTuple):
     role: str
-    text: str
+    texts: list[str]
     learnt: bool = True
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(self.texts)
 
     @property
     def message(self) -> Message:
@@ -198,8 +203,9 @@ class RowReader:
             if turn.role == self.target and turn.learnt:
                 # Else a conversation of n turns would hold n² / 2 of them, and no model could read them.
                 before = plain[max(0, index - TURNS_KEPT) : index]
+                before_all = systems[: min(num_systems[index], TURNS_KEPT)]
                 self.num_shortened += index > TURNS_KEPT
-                prompt = self._prompt(systems[: num_systems[index]], before, MESSAGE_INSTRUCTION)
+                prompt = self._prompt(before_all, before, MESSAGE_INSTRUCTION)
                 items.append(self._item(row, prompt, turn.text, where))
         self.num_weightless += sum(turn.role == self.target and not turn.learnt for turn in dialogue)
         return items
@@ -222,8 +228,9 @@ class RowReader:
         """Add a turn, or join it to the last one of the same role; True if there is one turn more."""
         if dialogue and dialogue[-1].role == turn.role:
             last = dialogue[-1]
+            last.texts.extend(turn.texts)
             # What is not to be learnt must not be learnt as part of something else.
-            dialogue[-1] = _Turn(turn.role, f"{last.text}\n\n{turn.text}", last.learnt and turn.learnt)
+            dialogue[-1] = last._replace(learnt=last.learnt and turn.learnt)
             self.num_joined += 1
             return False
         dialogue.append(turn)
@@ -246,7 +253,7 @@ class RowReader:
             if role == "tool":
                 role = "user" if self.target == "assistant" else ""
             if role and text.strip():
-                turns.append(_Turn(role, text, learnt))
+                turns.append(_Turn(role, [text], learnt))
         return turns
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,14 @@ def test_a_path_that_is_no_folder_and_a_bad_collection_name_are_refused(tmp_path
 def test_the_module_is_imported_without_chromadb() -> None:
     code = "import sys, langchain_cope.history; sys.exit(any(m in sys.modules for m in ('chromadb', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_many_threads_that_use_a_history_for_the_first_time_at_once_lose_nothing(history: ChromaHistory) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda number: history.add(f"user {number % 4}", [item(number)]), range(32)))
+    for user in range(4):
+        found = {found.prompt for found in history.fetch(f"user {user}")}
+        assert found == {f"question {number}" for number in range(user, 32, 4)}
 
 
 def test_pairs_come_back_with_what_was_rejected(history: ChromaHistory) -> None:

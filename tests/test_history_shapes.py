@@ -411,6 +411,16 @@ def test_a_prompt_holds_the_newest_turns_of_a_very_long_conversation(target: str
     assert any(note.startswith("prompts that hold only the newest 199 turns") for note in read.notes)
 
 
+def test_a_hundred_thousand_turns_of_one_side_or_of_the_system_are_read() -> None:
+    one_side = [user("x" * 100) for _ in range(100_000)]
+    (item,) = as_items([{"messages": [*one_side, assistant("a")]}])
+    assert len(item.messages[0]["content"]) == 102 * 100_000 - 2
+    systems = [
+        message for n in range(5_000) for message in ({"role": "system", "content": "s"}, user("q"), assistant(f"{n}"))
+    ]
+    assert as_items([{"messages": systems}])[-1].messages[0]["content"] == "\n\n".join("s" * 199)
+
+
 def _text(text: str) -> dict[str, Any]:
     return {"content_type": "text", "parts": [text]}
 
