@@ -11,7 +11,7 @@ from langchain_cope.errors import HistoryError
 from langchain_cope.history_formats import Located, checked_row
 from langchain_cope.history_items import shown
 
-_SPOKEN = {"text", "multimodal_text"}  # the others are thoughts, code for tools, what tools returned, settings
+_SPOKEN = ("text", "multimodal_text")  # the others are thoughts, code for tools, what tools returned, settings
 
 
 def chatgpt_rows(row: Mapping[str, Any], where: str) -> list[Located]:

@@ -35,7 +35,7 @@ _ROLES = {
     "function": "tool",
 }
 _SWAPPED = {"user": "assistant", "assistant": "user"}
-_TEXT_PARTS = {"text", "input_text", "output_text"}
+_TEXT_PARTS = ("text", "input_text", "output_text")  # no set: what stands in a file may not be hashable
 
 
 class _Turn(NamedTuple):
@@ -320,15 +320,13 @@ def _name_conversations(rows: Sequence[Located]) -> dict[str, str]:
     Logs often repeat a conversation from its beginning in each row. A row that begins with all messages of another
     row therefore shares that row's name, provided that more than a greeting is common to both.
     """
-    conversations = {
-        where: row["messages"]
-        for where, row in rows
-        if isinstance(row, Mapping) and isinstance(row.get("messages"), list)
-    }
-    try:
-        digests = {where: _prefix_digests(messages) for where, messages in conversations.items()}
-    except RecursionError:
-        raise HistoryError("a message nested too deeply") from None
+    digests: dict[str, list[str]] = {}
+    for where, row in rows:
+        if isinstance(row, Mapping) and isinstance(row.get("messages"), list):
+            try:
+                digests[where] = _prefix_digests(row["messages"])
+            except RecursionError:
+                raise HistoryError(f"{where}: a message nested too deeply") from None
     whole = {prefixes[-1] for prefixes in digests.values()}
     return {where: next(digest for digest in found if digest in whole) for where, found in digests.items()}
 

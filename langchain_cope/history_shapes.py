@@ -101,7 +101,10 @@ def convert(rows: Sequence[Located], target: Target | None = None) -> Converted:
         )
     empty: Counter[str] = Counter()
     for where, row, kind in found:
-        given = kind.rows(row, where)
+        try:
+            given = kind.rows(row, where)
+        except RecursionError:  # from comparing two sides of a pair, say
+            raise HistoryError(f"{where}: nested too deeply") from None
         if kind.is_log:
             given = [(here, one) for here, one in given if not _is_silent(one, made.target, here)]
         made.rows += given

@@ -1,13 +1,14 @@
 """Every format that people have is recognised by its shape, named, and read as what its makers meant."""
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.load import dumpd
@@ -411,12 +412,12 @@ def test_a_prompt_holds_the_newest_turns_of_a_very_long_conversation(target: str
     assert any(note.startswith("prompts that hold only the newest 199 turns") for note in read.notes)
 
 
-def test_a_hundred_thousand_turns_of_one_side_or_of_the_system_are_read() -> None:
-    one_side = [user("x" * 100) for _ in range(100_000)]
+def test_tens_of_thousands_of_turns_of_one_side_or_of_the_system_are_read() -> None:
+    one_side = [user("x" * 100) for _ in range(30_000)]
     (item,) = as_items([{"messages": [*one_side, assistant("a")]}])
-    assert len(item.messages[0]["content"]) == 102 * 100_000 - 2
+    assert len(item.messages[0]["content"]) == 102 * 30_000 - 2
     systems = [
-        message for n in range(5_000) for message in ({"role": "system", "content": "s"}, user("q"), assistant(f"{n}"))
+        message for n in range(3_000) for message in ({"role": "system", "content": "s"}, user("q"), assistant(f"{n}"))
     ]
     assert as_items([{"messages": systems}])[-1].messages[0]["content"] == "\n\n".join("s" * 199)
 
@@ -529,10 +530,49 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(row=st.dictionaries(KEYS, VALUES, max_size=6))
 def test_whatever_a_row_holds_it_is_read_or_refused(row: dict[str, Any]) -> None:
     with suppress(HistoryError):
         assert all(item.completion.strip() and item.messages for item in as_items([row]))
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in inner:
+        yield (*path, key)
+        yield from _places(below, (*path, key))
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), sound=st.sampled_from([row for _, row, _ in FORMATS]), target=st.sampled_from([None, "user"]))
+def test_a_sound_row_with_anything_in_any_place_is_read_or_refused(data: Any, sound: Any, target: Any) -> None:
+    row = json.loads(json.dumps(sound))
+    *path, last = data.draw(st.sampled_from(list(_places(row))))
+    inner = row
+    for key in path:
+        inner = inner[key]
+    inner[last] = data.draw(VALUES)
+    with suppress(HistoryError):
+        assert all(item.completion.strip() and item.messages for item in as_items([row], target))
+
+
+@pytest.mark.parametrize("depth", [200, 900, 960, 985])
+def test_what_is_nested_at_the_limit_is_refused_with_its_line(tmp_path: Path, depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    message = f'[{{"role": "assistant", "content": {deep}}}]'
+    path = tmp_path / "user.jsonl"
+    for row in (
+        f'{{"messages": {message}}}',
+        f'{{"chosen": {message}, "rejected": {message}}}',
+        f'{{"prompt": {deep}, "answer": "a", "score": 1}}',
+        f'{{"prompt": "q", "answer": "a", "score": {deep}}}',
+        f'{{"mapping": {{"a": {deep}}}, "current_node": "a"}}',
+        f'{{"messages": [{{"type": "human", "content": {deep}}}]}}',
+    ):
+        path.write_text(row)
+        with pytest.raises(HistoryError, match=r"user\.jsonl:1: "):
+            read_history(path, user_id="ann")
 
 
 # Hostile files
