@@ -42,6 +42,16 @@ class _Candidate:
     completion_ids: list[int]
 
 
+def make_pairs(
+    engine: Engine, items: Sequence[Encoded], recipe: Recipe, sft: Adapter, watch: Watch
+) -> tuple[list[Pair], list[str]]:
+    """The pairs of all items, in order: those that are given, and a mined one for every item of which none is."""
+    unpaired = [item for item in items if not item.example.rejected]
+    mined, notes = mine_negatives(engine, unpaired, recipe, sft, watch)
+    given, also = given_pairs(engine.base, items, recipe)
+    return sorted([*mined, *given], key=lambda pair: pair.index), [*notes, *also]
+
+
 def given_pairs(base: Base, items: Sequence[Encoded], recipe: Recipe) -> tuple[list[Pair], list[str]]:
     """A pair for every answer that the items say was rejected, in order, and in words for people what was left out.
 

@@ -100,18 +100,15 @@ def _run(
     stage: Callable[[str], AbstractContextManager[object]],
 ) -> None:
     from langchain_cope.training.dpo import train_dpo
-    from langchain_cope.training.negatives import given_pairs, mine_negatives
+    from langchain_cope.training.negatives import make_pairs
     from langchain_cope.training.sft import train_sft
 
     with stage("sft"), _timed(result, "sft"):
         train_sft(engine.base, items, result.recipe, result.sft, watch("sft"))
     with stage("negatives"), _timed(result, "negatives"):
         adapter = engine.load_adapter(result.sft)
-        unpaired = [item for item in items if not item.example.rejected]
-        mined, said = mine_negatives(engine, unpaired, result.recipe, adapter, watch("negatives"))
-        given, also_said = given_pairs(engine.base, items, result.recipe)
-        pairs = sorted([*mined, *given], key=lambda pair: pair.index)
-    result.notes.extend([*said, *also_said])
+        pairs, said = make_pairs(engine, items, result.recipe, adapter, watch("negatives"))
+    result.notes.extend(said)
     result.negatives.extend(Negative(pair.index, pair.rejected, pair.reward) for pair in pairs)
     with stage("dpo"), _timed(result, "dpo"):
         if pairs:
