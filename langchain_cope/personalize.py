@@ -168,8 +168,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
     """None: ``Recipe.for_model(base, history)``."""
     history: Any = None
     """A ``ChromaHistory`` that a request without a history is filled from."""
-    target: Target = "assistant"
-    """Whose turns are learnt where the rows of a request are conversations; what Chroma holds was divided when it was added."""
+    target: Target | None = None
+    """Whose turns are learnt where the rows of a request are conversations; None: as is usual for their format. What Chroma holds
+    was divided when it was added."""
     gate: Literal["improve", "always"] = "improve"
     """``improve``: publish where the mean held-out NLL is lower than the active version's, else the base's; ``always``: publish."""
     min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -511,7 +512,7 @@ def as_examples(items: Sequence[Item]) -> "list[Example]":
     """The items as the training chain takes them."""
     from langchain_cope.training.encode import Example
 
-    return [Example(item.messages, item.completion) for item in items]
+    return [Example(item.messages, item.completion, item.rejected) for item in items]
 
 
 def _checked(given: PersonalizeRequest | dict[str, Any]) -> PersonalizeRequest:
