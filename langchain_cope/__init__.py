@@ -1,16 +1,19 @@
 """Every user answered in that user's own manner, on one local base model (CoPe).
 
-`ChatCoPe` chats, `PersonalizeUser` trains; everything else is imported from its own module. Names are loaded when first used,
-so that importing the package costs nothing.
+`ChatCoPe` chats, `PersonalizeUser` trains; histories come from files (`read_history`), rows (`as_history`), Chroma
+(`ChromaHistory`) and an app's chats (`RecordedChatHistory`). Everything else is imported from its own module. Names are loaded when
+first used, so that importing the package costs nothing.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from langchain_cope.chat_history import RecordedChatHistory
     from langchain_cope.chat_models import ChatCoPe
     from langchain_cope.chroma_history import ChromaHistory
     from langchain_cope.engine.options import EngineOptions
+    from langchain_cope.history import Item, UserHistory, as_history, read_history
     from langchain_cope.middleware import CoPeUserMiddleware
     from langchain_cope.personalize import PersonalizeResult, PersonalizeUser
     from langchain_cope.training.recipe import Recipe
@@ -20,18 +23,28 @@ _MODULES = {
     "ChromaHistory": "chroma_history",
     "CoPeUserMiddleware": "middleware",
     "EngineOptions": "engine.options",
+    "Item": "history",
     "PersonalizeResult": "personalize",
     "PersonalizeUser": "personalize",
     "Recipe": "training.recipe",
+    "RecordedChatHistory": "chat_history",
+    "UserHistory": "history",
+    "as_history": "history",
+    "read_history": "history",
 }
 __all__ = [
     "ChatCoPe",
     "ChromaHistory",
     "CoPeUserMiddleware",
     "EngineOptions",
+    "Item",
     "PersonalizeResult",
     "PersonalizeUser",
     "Recipe",
+    "RecordedChatHistory",
+    "UserHistory",
+    "as_history",
+    "read_history",
 ]
 
 

@@ -11,21 +11,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from time import time_ns
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history_formats import RowReader, in_memory
-from langchain_cope.history_items import Item, UserHistory, checked_name, in_order, settle
+from langchain_cope.history_formats import Disliked, RowReader
+from langchain_cope.history_items import Item, Target, UserHistory, checked_name, in_order, settle
+from langchain_cope.history_shapes import convert, in_memory
 
 Embed = Callable[[list[str]], Sequence[Sequence[float]]]
 """Vectors for texts: an embedding function of Chroma's, or ``embed_documents`` of LangChain's Embeddings."""
 
+_connecting = (
+    Lock()
+)  # chromadb shares what a folder's clients have in common, and one that is half made breaks the others
 _MARK = {"made_by": "langchain-cope history"}
 _PAGE = 1000
+_Record = tuple[str, str, dict[str, Any]]
 _ADDED = "added"  # nanoseconds since 1970, plus the place in the call: the order in which items were added
 _MESSAGES = "prompt_is_messages"
+_REJECTED = "cope_rejected"  # a JSON list of texts
+_DISLIKED = "cope_disliked"  # the document is an answer that the user did not like, not one of the user's
 
 
 class ChromaHistory:
@@ -65,13 +73,17 @@ class ChromaHistory:
     def __repr__(self) -> str:
         return f"ChromaHistory({self._place()}, collection={self.collection!r})"
 
-    def add(self, user_id: str, items: Sequence[Item | Mapping[str, Any]]) -> None:
-        """Add items, or rows of the forms that ``as_items`` takes.
+    def add(self, user_id: str, items: Any, *, target: Target | None = None) -> None:
+        """Add Items, rows of any format that ``as_history`` reads, or a conversation as LangChain's messages.
 
-        What the user has already, prompt and completion alike, stays as it is.
+        A chat history of LangChain's (what has ``messages``) is such a conversation. ``target`` says whose turns are
+        learnt, as for ``as_history``. What the user has already, prompt and completion alike, stays as it is. A
+        disliked answer is kept until there is a liked one to the same prompt; the later word on an answer counts.
         """
         owner = checked_name(user_id, "the user id", "user_id")
-        records = self._records(owner, RowReader(instruction=self.instruction).read_all(in_memory(items, owner)))
+        found = convert(in_memory(items, owner), target)
+        reader = RowReader(found.target or "assistant", self.instruction)
+        records, withdrawn = self._records(owner, reader.read_all(found.rows), reader.disliked)
         with self._chroma() as client:
             collection = client.get_or_create_collection(
                 self.collection, embedding_function=None, metadata=None if self.embedding_function else _MARK
@@ -81,6 +93,7 @@ class ChromaHistory:
             for start in range(0, len(records), batch):
                 ids, documents, metadatas = zip(*records[start : start + batch], strict=True)
                 vectors = [[0.0]] * len(ids) if _is_ours(collection) else self._embed(list(documents))
+                collection.delete(ids=list(dict.fromkeys(withdrawn[start : start + batch])))
                 collection.add(ids=list(ids), documents=list(documents), metadatas=list(metadatas), embeddings=vectors)
 
     def fetch(self, user_id: str) -> list[Item]:
@@ -88,17 +101,20 @@ class ChromaHistory:
 
         Empty for an unknown user, and for a collection that does not exist yet; ``history`` says which.
         """
-        return in_order(self._read(user_id, RowReader(instruction=self.instruction)))
+        return in_order(RowReader(instruction=self.instruction).read_all(self._rows(user_id)))
 
     def history(self, user_id: str) -> UserHistory:
         """Return the user's items as a history, without duplicates and with notes on what was decided."""
         reader = RowReader(instruction=self.instruction)
-        items = self._read(user_id, reader)
+        items = reader.read_all(self._rows(user_id))
         notes = reader.notes() if items else [self._why_empty(user_id)]
         return settle(user_id, items, instruction=reader.used_instruction, notes=notes)
 
     def count(self, user_id: str) -> int:
-        """Return how many items the user has; 0 for an unknown user or a collection that does not exist yet."""
+        """Return how many items the user has, disliked answers that wait for a liked one included.
+
+        0 for an unknown user or a collection that does not exist yet.
+        """
         return sum(len(page["ids"]) for page in self._pages(user_id, include=[]))
 
     def delete_user(self, user_id: str) -> int:
@@ -114,11 +130,19 @@ class ChromaHistory:
                 collection.delete(where=self._where(user_id))
         return num_items
 
-    def _records(self, user_id: str, items: Sequence[Item]) -> list[tuple[str, str, dict[str, Any]]]:
-        """(id, document, metadata) of each item; the id is that of the user, prompt and completion."""
+    def _records(
+        self, user_id: str, items: Sequence[Item], disliked: Sequence[Disliked]
+    ) -> tuple[list[_Record], list[str]]:
+        """(id, document, metadata) of each item, and the ids of what the new ones take back.
+
+        The id is that of the user, prompt and completion, of what was rejected, and of whether the user liked it.
+        """
         added = time_ns()
-        records: dict[str, tuple[str, str, dict[str, Any]]] = {}
-        for index, item in enumerate(items):
+        records: dict[str, _Record] = {}
+        withdrawn: dict[str, str] = {}
+        kept = [(item, False) for item in items]
+        kept += [(Item(prompt=one.prompt, completion=one.answer), True) for one in disliked]
+        for index, (item, is_disliked) in enumerate(kept):
             is_text = isinstance(item.prompt, str)
             metadata: dict[str, Any] = {
                 self.user_key: user_id,
@@ -130,27 +154,38 @@ class ChromaHistory:
                 metadata[self.created_at_key] = item.created_at.isoformat()
             if item.conversation is not None:
                 metadata["conversation"] = item.conversation
-            identity = hashlib.sha256(json.dumps([user_id, item.key]).encode()).hexdigest()
+            if item.rejected:
+                metadata[_REJECTED] = json.dumps(item.rejected)
+            if is_disliked:
+                metadata[_DISLIKED] = True
+            identity = _identity(user_id, item, is_disliked)
             records.setdefault(identity, (identity, item.completion, metadata))
-        return list(records.values())
+            withdrawn.setdefault(
+                identity, _identity(user_id, item.model_copy(update={"rejected": ()}), not is_disliked)
+            )
+        return list(records.values()), list(withdrawn.values())
 
-    def _read(self, user_id: str, reader: RowReader) -> list[Item]:
+    def _rows(self, user_id: str) -> list[tuple[str, dict[str, Any]]]:
+        """The user's records as located rows, in the order in which they were added."""
         found = []
         for page in self._pages(user_id, include=["documents", "metadatas"]):
             for identity, document, metadata in zip(page["ids"], page["documents"], page["metadatas"], strict=True):
                 if document and not document.isspace():  # others may keep records of vectors alone
                     row = self._row(document, metadata)
-                    item = reader.read(row, f"Chroma {self.collection} {identity}")[0]
-                    found.append((metadata.get(_ADDED, 0), item))
-        return [item for _, item in sorted(found, key=lambda pair: pair[0])]
+                    found.append((metadata.get(_ADDED, 0), (f"Chroma {self.collection} {identity}", row)))
+        return [located for _, located in sorted(found, key=lambda pair: pair[0])]
 
     def _row(self, document: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
         prompt = metadata.get(self.prompt_key)
+        row = {"prompt": json.loads(prompt) if prompt is not None and metadata.get(_MESSAGES) else prompt}
+        if metadata.get(_DISLIKED):
+            return {**row, "rejected": [document]}
         return {
-            "prompt": json.loads(prompt) if prompt is not None and metadata.get(_MESSAGES) else prompt,
+            **row,
             "completion": document,
             "created_at": metadata.get(self.created_at_key),
             "conversation": metadata.get("conversation"),
+            "rejected": json.loads(metadata[_REJECTED]) if _REJECTED in metadata else (),
         }
 
     def _pages(self, user_id: str, include: list[str]) -> Iterator[Mapping[str, Any]]:
@@ -206,13 +241,21 @@ class ChromaHistory:
     @contextmanager
     def _chroma(self) -> Iterator[Any]:
         try:
-            if self._client is None:
-                self._client = _connect(self.source)
+            with _connecting:
+                if self._client is None:
+                    self._client = _connect(self.source)
             yield self._client
         except HistoryError:
             raise
         except Exception as error:  # chromadb raises its own errors, ValueError, httpx's and the operating system's
             raise HistoryError(f"Chroma at {self._place()}: {error}") from error
+
+
+def _identity(user_id: str, item: Item, is_disliked: bool) -> str:
+    parts: list[Any] = [user_id, item.key]
+    parts += [item.rejected] if item.rejected else []
+    parts += [_DISLIKED] if is_disliked else []
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _is_ours(collection: Any) -> bool:

@@ -1,21 +1,27 @@
-"""How one row, in any format people have, becomes items.
+"""How rows become items, once ``history_shapes`` has put every format into one of three forms.
 
-A row is a mapping: ``{"prompt", "completion"}``, a conversation ``{"messages"}``, or a profile entry of the LaMP and
-LongLaMP benchmarks. Knows no files: ``where`` ("user.jsonl:3") is only what an error names.
+    {"messages": [{"role", "content", "weight"}, …]}    a conversation; one item a target turn
+    {"prompt", "completion", "rejected": [text, …]}     one item; without rejected answers, or with some
+    {"prompt", "rejected": [text, …]}                   answers that were disliked, and none that was liked
+
+A prompt is a text or messages. Knows no files: ``where`` ("user.jsonl:3") is only what an error names.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history_items import Item, Message, Target, checked_name, checked_text, parse_time
+from langchain_cope.history_items import Item, Message, Target, checked_name, checked_text, parse_time, shown
 
 MESSAGE_INSTRUCTION = "Write the next message in your own words."
 TEXT_INSTRUCTION = "Write a text in your own style."
 
+TURNS_KEPT = 199
+"""The newest turns of a conversation in a prompt; odd, so that with a user's turn at its end it begins with one. Of system messages
+as many, the oldest."""
 TIME_KEYS = ("created_at", "date", "timestamp")
 """Where a row may carry its time."""
 Located = tuple[str, Any]
@@ -29,7 +35,30 @@ _ROLES = {
     "function": "tool",
 }
 _SWAPPED = {"user": "assistant", "assistant": "user"}
-_TEXT_PARTS = {"text", "input_text", "output_text"}
+_TEXT_PARTS = ("text", "input_text", "output_text")  # no set: what stands in a file may not be hashable
+
+
+class _Turn(NamedTuple):
+    role: str
+    texts: list[str]
+    learnt: bool = True
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(self.texts)
+
+    @property
+    def message(self) -> Message:
+        return {"role": self.role, "content": self.text}
+
+
+class Disliked(NamedTuple):
+    """An answer that the user did not like, and nothing that the user liked better."""
+
+    prompt: str | list[Message]
+    answer: str
+    num_before: int
+    """How many items had been read: what those say was said earlier."""
 
 
 @dataclass
@@ -40,7 +69,8 @@ class RowReader:
     swapped: the model takes the user's part, so the user's own earlier turns become "assistant" and the assistant's
     become "user", and the prompt alternates and ends in a "user" turn as chat templates want it. A prompt that would be
     empty or begin with an "assistant" turn gets ``instruction`` as first user turn. In a prompt/completion row the
-    completion is what the user wrote, whatever the target.
+    completion is what the user wrote, whatever the target. A row or turn of ``weight`` 0 is not learnt; the turn stays
+    in the prompts of those that are.
     """
 
     target: Target = "assistant"
@@ -49,24 +79,23 @@ class RowReader:
     num_instructed: int = 0
     num_joined: int = 0
     num_other_parts: int = 0
+    num_weightless: int = 0
+    num_shortened: int = 0
+    disliked: list[Disliked] = field(default_factory=list)
+    """After ``read_all``: the disliked answers for which no item has the same prompt."""
     conversations: dict[str, str] = field(default_factory=dict)
 
-    def read(self, row: Any, where: str) -> list[Item]:
-        """Return the items of one row, oldest first; raise HistoryError that names ``where`` and what is wrong."""
-        row = checked_row(row, where)
-        if "messages" in row:
-            return self._conversation(row, where)
-        if "completion" in row:
-            return [self._pair(row, where)]
-        raise HistoryError(
-            f"{where}: no text to learn from: expected the keys prompt and completion, or messages, "
-            f"or user_id with history or profile; found {named(row)}"
-        )
-
     def read_all(self, rows: Sequence[Located]) -> list[Item]:
-        """Return the items of all rows, in order; items of one conversation share its name."""
+        """Return the items of all rows, in order; items of one conversation share its name.
+
+        Raises HistoryError that names ``where`` and what is wrong.
+        """
         self.conversations = _name_conversations(rows)
-        return [item for where, row in rows for item in self.read(row, where)]
+        self.disliked = []
+        items: list[Item] = []
+        for where, row in rows:
+            items += self._read(checked_row(row, where), where, len(items))
+        return self._paired(items)
 
     def notes(self) -> list[str]:
         """Sentences on what was decided while reading."""
@@ -77,7 +106,49 @@ class RowReader:
             said.append(f"turns joined to the one before, so that roles alternate: {self.num_joined}")
         if self.num_other_parts:
             said.append(f"parts of messages left out because they are no text: {self.num_other_parts}")
+        if self.num_shortened:
+            said.append(
+                f"prompts that hold only the newest {TURNS_KEPT} turns before the completion: {self.num_shortened}"
+            )
+        if self.num_weightless:
+            said.append(f"turns of weight 0, which are context and not learnt: {self.num_weightless}")
+        if self.disliked:
+            said.append(f"disliked answers left out, as no liked one has the same prompt: {len(self.disliked)}")
         return said
+
+    def _read(self, row: Mapping[str, Any], where: str, num_before: int) -> list[Item]:
+        if not _is_learnt(row.get("weight"), where):
+            self.num_weightless += 1
+            return []
+        if "messages" in row:
+            return self._conversation(row, where)
+        if "completion" in row:
+            return [self._pair(row, where)]
+        prompt = self._prompt_of(row, where)
+        self.disliked += [Disliked(prompt, answer, num_before) for answer in self._rejected(row, where)]
+        return []
+
+    def _paired(self, items: list[Item]) -> list[Item]:
+        """Give each disliked answer to the newest item of the same prompt; one that was liked before, it takes back."""
+        if not self.disliked:
+            return items
+        known = {(_prompt_key(d.prompt), d.answer): d.num_before for d in self.disliked}
+        kept = [
+            item
+            for place, item in enumerate(items)
+            if place >= known.get((_prompt_key(item.prompt), item.completion), 0)
+        ]
+        newest = {_prompt_key(item.prompt): place for place, item in enumerate(kept)}
+        liked = {(_prompt_key(item.prompt), item.completion) for item in kept}
+        unmatched = []
+        for disliked in self.disliked:
+            key = _prompt_key(disliked.prompt)
+            if (place := newest.get(key)) is None:
+                unmatched.append(disliked)
+            elif (key, disliked.answer) not in liked:  # else it was liked later on
+                kept[place] = kept[place].with_rejected([disliked.answer])
+        self.disliked = unmatched
+        return kept
 
     def instructed(self, default: str = TEXT_INSTRUCTION) -> str:
         """Return the fixed instruction, which is one and the same for all items of this user."""
@@ -89,34 +160,54 @@ class RowReader:
         completion = checked_text(row["completion"], "completion", where)
         if not completion.strip():
             raise HistoryError(f"{where}: completion is blank: there is nothing to learn from")
+        item = self._item(row, self._prompt_of(row, where), completion, where)
+        return item.with_rejected(self._rejected(row, where)) if row.get("rejected") else item
+
+    def _prompt_of(self, row: Mapping[str, Any], where: str) -> str | list[Message]:
         prompt = row.get("prompt")
         if isinstance(prompt, str) or prompt is None:
             text = checked_text(prompt or "", "prompt", where)
-            return self._item(row, text if text.strip() else self.instructed(), completion, where)
-        systems, dialogue = self._dialogue(prompt, where, what="prompt")
-        if dialogue and dialogue[-1]["role"] == "assistant":
+            return text if text.strip() else self.instructed()
+        systems: list[str] = []
+        dialogue: list[_Turn] = []
+        for turn in self._turns(prompt, where, "prompt"):
+            if turn.role == "system":
+                systems.append(turn.text)
+            else:
+                self._append(dialogue, turn)
+        if dialogue and dialogue[-1].role == "assistant":
             raise HistoryError(f"{where}: prompt ends in an assistant turn, so the completion answers nobody")
-        return self._item(row, self._prompt(systems, dialogue, TEXT_INSTRUCTION), completion, where)
+        return self._prompt(systems, [turn.message for turn in dialogue], TEXT_INSTRUCTION)
+
+    def _rejected(self, row: Mapping[str, Any], where: str) -> list[str]:
+        answers = row.get("rejected")
+        if not isinstance(answers, list | tuple):
+            raise HistoryError(f"{where}: rejected must be a list of texts, not {type(answers).__name__}")
+        return [checked_text(answer, "rejected", where) for answer in answers]
 
     def _conversation(self, row: Mapping[str, Any], where: str) -> list[Item]:
         systems: list[str] = []
-        dialogue: list[Message] = []
+        dialogue: list[_Turn] = []
         num_systems: list[int] = []  # how many system messages came before each turn
-        for message in self._messages(row["messages"], where, "messages"):
-            if message["role"] == "system":
-                systems.append(message["content"])
-            elif self._append(dialogue, message):
+        for turn in self._turns(row["messages"], where, "messages"):
+            if turn.role == "system":
+                systems.append(turn.text)
+            elif self._append(dialogue, turn):
                 num_systems.append(len(systems))
-        swap = self.target == "user"
+        if all(turn.role != self.target for turn in dialogue):
+            roles = ", ".join(dict.fromkeys(turn.role for turn in dialogue)) or "none"
+            raise HistoryError(f"{where}: no {self.target} turn with text in messages; roles with text: {roles}")
+        plain = [swapped(turn.message) if self.target == "user" else turn.message for turn in dialogue]
         items = []
         for index, turn in enumerate(dialogue):
-            if turn["role"] == self.target:
-                before = [swapped(earlier) for earlier in dialogue[:index]] if swap else dialogue[:index]
-                prompt = self._prompt(systems[: num_systems[index]], before, MESSAGE_INSTRUCTION)
-                items.append(self._item(row, prompt, turn["content"], where))
-        if not items:
-            roles = ", ".join(dict.fromkeys(turn["role"] for turn in dialogue)) or "none"
-            raise HistoryError(f"{where}: no {self.target} turn with text in messages; roles with text: {roles}")
+            if turn.role == self.target and turn.learnt:
+                # Else a conversation of n turns would hold n² / 2 of them, and no model could read them.
+                before = plain[max(0, index - TURNS_KEPT) : index]
+                before_all = systems[: min(num_systems[index], TURNS_KEPT)]
+                self.num_shortened += index > TURNS_KEPT
+                prompt = self._prompt(before_all, before, MESSAGE_INSTRUCTION)
+                items.append(self._item(row, prompt, turn.text, where))
+        self.num_weightless += sum(turn.role == self.target and not turn.learnt for turn in dialogue)
         return items
 
     def _prompt(self, systems: Sequence[str], dialogue: list[Message], default: str) -> str | list[Message]:
@@ -133,58 +224,70 @@ class RowReader:
         conversation = self.conversations.get(where) if named is None else checked_name(named, "conversation", where)
         return Item(prompt=prompt, completion=completion, created_at=parse_time(time, where), conversation=conversation)
 
-    def _dialogue(self, messages: Any, where: str, what: str) -> tuple[list[str], list[Message]]:
-        systems: list[str] = []
-        dialogue: list[Message] = []
-        for message in self._messages(messages, where, what):
-            if message["role"] == "system":
-                systems.append(message["content"])
-            else:
-                self._append(dialogue, message)
-        return systems, dialogue
-
-    def _append(self, dialogue: list[Message], message: Message) -> bool:
+    def _append(self, dialogue: list[_Turn], turn: _Turn) -> bool:
         """Add a turn, or join it to the last one of the same role; True if there is one turn more."""
-        if dialogue and dialogue[-1]["role"] == message["role"]:
-            joined = f"{dialogue[-1]['content']}\n\n{message['content']}"
-            dialogue[-1] = {"role": message["role"], "content": joined}
+        if dialogue and dialogue[-1].role == turn.role:
+            last = dialogue[-1]
+            last.texts.extend(turn.texts)
+            # What is not to be learnt must not be learnt as part of something else.
+            dialogue[-1] = last._replace(learnt=last.learnt and turn.learnt)
             self.num_joined += 1
             return False
-        dialogue.append(message)
+        dialogue.append(turn)
         return True
 
-    def _messages(self, messages: Any, where: str, what: str) -> list[Message]:
+    def _turns(self, messages: Any, where: str, what: str) -> list[_Turn]:
         """Check and flatten messages; what a tool answered is a user turn, or left out where the user is the target."""
         if not isinstance(messages, list):
             raise HistoryError(f"{where}: {what} must be a list, not {type(messages).__name__}")
-        plain = []
+        turns = []
         for index, message in enumerate(messages):
             here = f"{where}: {what}[{index}]"
             role = checked_row(message, here).get("role")
-            if not isinstance(role, str) or role not in _ROLES:
-                raise HistoryError(f"{here} has the role {role!r:.60}; known roles: {', '.join(_ROLES)}")
+            if not is_role(role):
+                raise HistoryError(f"{here} has the role {shown(role)}; known roles: {', '.join(_ROLES)}")
             role = _ROLES[role]
-            text = self._content(message.get("content"), here)
+            text, num_other_parts = content_text(message.get("content"), here)
+            self.num_other_parts += num_other_parts
+            learnt = _is_learnt(message.get("weight"), here)
             if role == "tool":
                 role = "user" if self.target == "assistant" else ""
             if role and text.strip():
-                plain.append({"role": role, "content": text})
-        return plain
+                turns.append(_Turn(role, [text], learnt))
+        return turns
 
-    def _content(self, content: Any, where: str) -> str:
-        if content is None:  # a turn that only calls tools
-            return ""
-        if not isinstance(content, list):
-            return checked_text(content, "content", where)
-        texts = []
-        for part in content:
-            if isinstance(part, str):
-                texts.append(checked_text(part, "content", where))
-            elif checked_row(part, where).get("type") in _TEXT_PARTS:
-                texts.append(checked_text(part.get("text"), "content", where))
-            else:
-                self.num_other_parts += 1
-        return "\n".join(texts)
+
+def content_text(content: Any, where: str) -> tuple[str, int]:
+    """Return the text of a message's content, and how many of its parts are none (images, thoughts, calls)."""
+    if content is None:  # a turn that only calls tools
+        return "", 0
+    if not isinstance(content, list):
+        return checked_text(content, "content", where), 0
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(checked_text(part, "content", where))
+        elif checked_row(part, where).get("type") in _TEXT_PARTS:
+            texts.append(checked_text(part.get("text"), "content", where))
+    return "\n".join(texts), len(content) - len(texts)
+
+
+def is_role(role: Any) -> TypeGuard[str]:
+    """Whether a message may have that role."""
+    return isinstance(role, str) and role in _ROLES
+
+
+def _is_learnt(weight: Any, where: str) -> bool:
+    """OpenAI's two weights: 1, also where there is none, is learnt, 0 is not."""
+    if weight is None or (isinstance(weight, int | float) and weight == 1):
+        return True
+    if isinstance(weight, int | float) and weight == 0:
+        return False
+    raise HistoryError(f"{where}: the weight is {shown(weight)}; expected 1 (learnt) or 0 (context that is not learnt)")
+
+
+def _prompt_key(prompt: str | list[Message]) -> str:
+    return Item(prompt=prompt, completion="").key
 
 
 def swapped(turn: Message) -> Message:
@@ -205,22 +308,6 @@ def named(row: Mapping[str, Any]) -> str:
     return ", ".join(keys) + (", …" if len(row) > 10 else "") if keys else "none"
 
 
-def in_memory(rows: Sequence[Mapping[str, Any] | Item], user_id: str | None = None) -> list[Located]:
-    """Locate rows that are already in memory as "history[3]"; raise HistoryError where two users meet."""
-    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
-        raise HistoryError(f"history must be a list of rows, not {type(rows).__name__}")
-    located = []
-    for index, row in enumerate(rows):
-        where = f"history[{index}]"
-        plain = row.model_dump() if isinstance(row, Item) else checked_row(row, where)
-        owner = owner_of(plain, where)
-        user_id = user_id or owner
-        if owner not in (None, user_id):
-            raise HistoryError(f"{where}: belongs to the user {owner!r:.80}, not to {user_id!r:.80}")
-        located.append((where, plain))
-    return located
-
-
 def owner_of(row: Mapping[str, Any], where: str, keys: Sequence[str] = ("user_id", "user")) -> str | None:
     """Return the user that a row names, None where it names none."""
     value = next((row[key] for key in keys if row.get(key) is not None), None)
@@ -233,15 +320,13 @@ def _name_conversations(rows: Sequence[Located]) -> dict[str, str]:
     Logs often repeat a conversation from its beginning in each row. A row that begins with all messages of another
     row therefore shares that row's name, provided that more than a greeting is common to both.
     """
-    conversations = {
-        where: row["messages"]
-        for where, row in rows
-        if isinstance(row, Mapping) and isinstance(row.get("messages"), list)
-    }
-    try:
-        digests = {where: _prefix_digests(messages) for where, messages in conversations.items()}
-    except RecursionError:
-        raise HistoryError("a message nested too deeply") from None
+    digests: dict[str, list[str]] = {}
+    for where, row in rows:
+        if isinstance(row, Mapping) and isinstance(row.get("messages"), list):
+            try:
+                digests[where] = _prefix_digests(row["messages"])
+            except RecursionError:
+                raise HistoryError(f"{where}: a message nested too deeply") from None
     whole = {prefixes[-1] for prefixes in digests.values()}
     return {where: next(digest for digest in found if digest in whole) for where, found in digests.items()}
 

@@ -1,13 +1,15 @@
 """What a history is: items of one user, oldest first, each a prompt and what the user wrote.
 
-Knows no files and no database: ``history_formats`` turns rows into items, ``history`` reads files, ``chroma_history``
-a Chroma. All of them end in ``settle``, which puts items in order and removes duplicates.
+Knows no files and no database: ``history_shapes`` recognises rows, ``history_formats`` turns them into items,
+``history`` reads files, ``chroma_history`` a Chroma. All end in ``settle``, which puts items in order and removes
+duplicates.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from reprlib import Repr
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
@@ -21,13 +23,18 @@ Target = Literal["assistant", "user"]
 
 _DATE = re.compile(r"(\d{4})(?:-(\d{1,2}))?(?:-(\d{1,2}))?")
 _DATETIME = TypeAdapter(datetime)
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 2  # what stands in a file may be nested deeper than repr() can follow
 
 
 class Item(BaseModel):
     """One thing the user wrote, and what it answers.
 
     ``prompt`` is a text (one user message) or messages that end in a user turn; a ``created_at`` without a time zone
-    is taken as UTC; items of one ``conversation`` are never split between training and held-out items.
+    is taken as UTC; items of one ``conversation`` are never split between training and held-out items. ``rejected``
+    are answers to the prompt that the user liked less than the completion: DPO takes each of these pairs as it is, and
+    no negative is mined for the item.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +43,7 @@ class Item(BaseModel):
     completion: str
     created_at: datetime | None = None
     conversation: str | None = None
+    rejected: tuple[str, ...] = ()
 
     @field_validator("created_at")
     @classmethod
@@ -52,19 +60,34 @@ class Item(BaseModel):
         """The same for two items exactly when prompt and completion are the same."""
         return json.dumps([self.messages, self.completion], sort_keys=True)
 
+    def with_rejected(self, answers: Iterable[str]) -> "Item":
+        """The item with ``answers`` among the rejected ones, each once; the completion itself is none of them."""
+        rejected = dict.fromkeys([*self.rejected, *answers])
+        rejected.pop(self.completion, None)
+        return self.model_copy(update={"rejected": tuple(rejected)})
+
 
 class UserHistory(BaseModel):
     """One user's items, oldest first, without duplicates.
 
     ``queries`` are newer items that are never trained on. ``instruction`` is the fixed text that stands in where an
-    item had no prompt, None where none was needed. ``notes`` are sentences for people on what was decided.
+    item had no prompt, None where none was needed. ``formats`` counts the rows of each format that was found, and
+    ``target`` is whose turns of conversations were learnt, None where there were none. ``notes`` are sentences for
+    people on what was decided.
     """
 
     user_id: str | None
     items: list[Item]
     queries: list[Item] = []
     instruction: str | None = None
+    formats: dict[str, int] = {}
+    target: Target | None = None
     notes: list[str] = []
+
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs of a chosen and a rejected answer the items hold."""
+        return sum(len(item.rejected) for item in self.items)
 
 
 def settle(
@@ -73,9 +96,14 @@ def settle(
     *,
     queries: Sequence[Item] = (),
     instruction: str | None = None,
+    formats: Mapping[str, int] | None = None,
+    target: Target | None = None,
     notes: Sequence[str] = (),
 ) -> UserHistory:
-    """Order the items by ``created_at`` where all have one, drop exact duplicates (the oldest stays), and say so."""
+    """Order the items by ``created_at`` where all have one, drop exact duplicates (the oldest stays), and say so.
+
+    Items that differ only in what was rejected become one.
+    """
     said = list(notes)
     num_dated = sum(item.created_at is not None for item in items)
     ordered = in_order(items)
@@ -83,12 +111,25 @@ def settle(
         found = f"only {num_dated} of {len(items)} items have" if num_dated else "the items have no"
         said.append(f"{found} created_at: their order is taken as oldest first")
     oldest: dict[str, Item] = {}
+    num_duplicates = 0
     for item in ordered:
-        oldest.setdefault(item.key, item)
+        key = item.key
+        known = oldest.setdefault(key, item)
+        if known is not item:
+            oldest[key] = known.with_rejected(item.rejected)
+            num_duplicates += oldest[key] == known
     unique = list(oldest.values())
-    if len(unique) < len(ordered):
-        said.append(f"{_count(len(ordered) - len(unique), 'exact duplicate')} removed, {len(unique)} items left")
-    return UserHistory(user_id=user_id, items=unique, queries=list(queries), instruction=instruction, notes=said)
+    if num_duplicates:
+        said.append(f"{_count(num_duplicates, 'exact duplicate')} removed, {len(unique)} items left")
+    return UserHistory(
+        user_id=user_id,
+        items=unique,
+        queries=list(queries),
+        instruction=instruction,
+        formats=dict(formats or {}),
+        target=target,
+        notes=said,
+    )
 
 
 def in_order(items: Sequence[Item]) -> list[Item]:
@@ -109,11 +150,19 @@ def parse_time(value: Any, where: str) -> datetime | None:
             return datetime(year, month, day, tzinfo=UTC)
         parsed = _DATETIME.validate_python(value)
     except (ValidationError, ValueError):
-        shown = f"{value!r:.60}" if not isinstance(value, int) else "a number out of range"
+        found = "a number out of range" if isinstance(value, int) else shown(value)
         raise HistoryError(
-            f"{where}: the time is {shown}; expected ISO 8601 (2024-05-31T12:00:00Z), a date or unix seconds"
+            f"{where}: the time is {found}; expected ISO 8601 (2024-05-31T12:00:00Z), a date or unix seconds"
         ) from None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+def shown(value: Any) -> str:
+    """Return a value that was found, whatever it is, short enough for a message."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a number of more digits than Python prints
+        return type(value).__name__
 
 
 def checked_text(value: Any, what: str, where: str) -> str:

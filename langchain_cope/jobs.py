@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from langchain_cope.training.encode import Example
 
 FORMAT = 1  # of what the stages leave behind; another one starts anew
+FACTS = "job.json"
 STAGES = {"sft": "sft", "negatives.json": "negatives", "dpo": "dpo", "evaluation.json": "evaluate"}
 
 
@@ -68,7 +69,8 @@ def kept_job(job_dir: str | os.PathLike[str], user_id: str, digest: str) -> Iter
     lock = _locked(folder)
     try:
         yield _opened(folder, digest)
-        shutil.rmtree(folder, ignore_errors=True)  # what was published is, whatever becomes of the folder
+        (folder / FACTS).unlink()  # first: what is left of a folder without it is never gone on with
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)  # which unlocks it, as the end of a killed process does
 
@@ -102,9 +104,11 @@ def _locked(folder: Path) -> int:
 
 
 def _opened(folder: Path, digest: str) -> Job:
-    facts = folder / "job.json"
+    facts = folder / FACTS
     kept = read_json(facts) if facts.exists() else {}
     resumed = kept.get("digest") == digest
+    if not resumed:
+        facts.unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.name.startswith(".") or not resumed:  # left by a process that was killed, or of another input
             shutil.rmtree(path) if path.is_dir() else path.unlink()

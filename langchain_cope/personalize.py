@@ -168,8 +168,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
     """None: ``Recipe.for_model(base, history)``."""
     history: Any = None
     """A ``ChromaHistory`` that a request without a history is filled from."""
-    target: Target = "assistant"
-    """Whose turns are learnt where the rows of a request are conversations; what Chroma holds was divided when it was added."""
+    target: Target | None = None
+    """Whose turns are learnt where the rows of a request are conversations; None: as is usual for their format. What Chroma holds
+    was divided when it was added."""
     gate: Literal["improve", "always"] = "improve"
     """``improve``: publish where the mean held-out NLL is lower than the active version's, else the base's; ``always``: publish."""
     min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -178,6 +179,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
     """A folder for unfinished runs, each user's in a folder of its own. It holds what users wrote: keep it private."""
     samples: bool = True
     """Whether the result holds the held-out items with every model's answer. A tool's result never does."""
+    authorize: Callable[[str, RunnableConfig], None] | None = Field(default=None, exclude=True, repr=False)
+    """Called with the user and the configuration of every call before anything is read, trained or traced for it. What it raises,
+    the call raises: check here that whoever asks may have that user personalized."""
     trace_user_id: TraceUserId = "plain"
     """How runs, metadata and events name the user: ``plain``, ``hashed`` or ``omitted``. Error messages may name the user: unless
     it is plain, a trace shows of an error its class alone."""
@@ -310,6 +314,8 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
         config = ensure_config(config)
         request = _checked(given)
         user = _whom(request, config)
+        if self.authorize is not None:
+            self.authorize(user, config)
         events = [event for event in (stop_event, cancelled) if event is not None]
         run = _Run(self, request, user, lambda: any(event.is_set() for event in events))
         try:
@@ -346,9 +352,10 @@ class _Run:
 
     def traced_config(self, config: RunnableConfig) -> RunnableConfig:
         """``config`` with this call's metadata, which its child runs share."""
-        ours = {"base_model": self.settings.model, "gate": self.settings.gate}
         # The user is said even where it is None: what is missing core fills in from the configurable and the parent run.
-        config["metadata"] = {**ours, **config["metadata"], "user_id": self.traced_user}
+        ours = {"base_model": self.settings.model, "gate": self.settings.gate, "user_id": self.traced_user}
+        theirs = {key: value for key, value in config["metadata"].items() if (key, value) != ("user_id", self.user)}
+        config["metadata"] = {**ours, **theirs}
         return config
 
     def traced(self, _: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> Any:
@@ -505,7 +512,7 @@ def as_examples(items: Sequence[Item]) -> "list[Example]":
     """The items as the training chain takes them."""
     from langchain_cope.training.encode import Example
 
-    return [Example(item.messages, item.completion) for item in items]
+    return [Example(item.messages, item.completion, item.rejected) for item in items]
 
 
 def _checked(given: PersonalizeRequest | dict[str, Any]) -> PersonalizeRequest:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import chromadb
 import pytest
 from chromadb.api.types import DefaultEmbeddingFunction
 from chromadb.config import Settings
+from langchain_core.messages import AIMessage, HumanMessage
 
 from langchain_cope.chroma_history import ChromaHistory
 from langchain_cope.errors import HistoryError
@@ -287,3 +289,62 @@ def test_a_path_that_is_no_folder_and_a_bad_collection_name_are_refused(tmp_path
 def test_the_module_is_imported_without_chromadb() -> None:
     code = "import sys, langchain_cope.history; sys.exit(any(m in sys.modules for m in ('chromadb', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_many_threads_that_use_a_history_for_the_first_time_at_once_lose_nothing(history: ChromaHistory) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda number: history.add(f"user {number % 4}", [item(number)]), range(32)))
+    for user in range(4):
+        found = {found.prompt for found in history.fetch(f"user {user}")}
+        assert found == {f"question {number}" for number in range(user, 32, 4)}
+
+
+def test_pairs_come_back_with_what_was_rejected(history: ChromaHistory) -> None:
+    rows = [{"prompt": CHAT, "chosen": "better", "rejected": text} for text in ("worse", "worst")]
+    history.add("ann", [*rows, {"prompt": "q", "completion": "a"}])
+    history.add("ann", rows[:1])
+    read = history.history("ann")
+    assert read.items == [
+        Item(prompt=CHAT, completion="better", rejected=("worse", "worst")),
+        Item(prompt="q", completion="a"),
+    ]
+    assert read.num_pairs == 2
+
+
+def test_what_is_rejected_later_is_added_to_an_item_that_is_there(history: ChromaHistory) -> None:
+    history.add("ann", [{"prompt": "q", "completion": "a"}])
+    history.add("ann", [{"prompt": "q", "answer": "b", "correction": "a"}])
+    assert history.history("ann").items == [Item(prompt="q", completion="a", rejected=("b",))]
+
+
+def test_a_disliked_answer_waits_for_a_liked_one(history: ChromaHistory) -> None:
+    history.add("ann", [{"prompt": CHAT, "answer": "bad", "score": 0}])
+    assert (history.fetch("ann"), history.count("ann")) == ([], 1)
+    history.add("ann", [{"prompt": CHAT, "answer": "good", "score": 1}])
+    history.add("bob", [{"prompt": CHAT, "answer": "bad", "score": 1}])
+    assert history.fetch("ann") == [Item(prompt=CHAT, completion="good", rejected=("bad",))]
+    assert history.fetch("bob") == [Item(prompt=CHAT, completion="bad")]
+    assert history.delete_user("ann") == 2
+    assert history.count("ann") == 0
+
+
+def test_the_last_word_on_an_answer_counts_however_often_it_changes(history: ChromaHistory) -> None:
+    for score, expected in [(1, ["a"]), (0, []), (1, ["a"]), (1, ["a"]), (0, []), (0, [])]:
+        history.add("ann", [{"prompt": "q", "answer": "a", "score": score}])
+        assert [item.completion for item in history.fetch("ann")] == expected
+        assert history.count("ann") == 1
+
+
+def test_disliked_answers_that_nothing_was_liked_instead_of_are_said(history: ChromaHistory) -> None:
+    history.add("ann", [{"prompt": "q", "answer": "bad", "score": 0}, {"prompt": "p", "completion": "c"}])
+    assert "disliked answers left out, as no liked one has the same prompt: 1" in history.history("ann").notes
+
+
+def test_langchain_messages_are_added_as_the_users_turns_or_the_assistants(history: ChromaHistory) -> None:
+    messages = [HumanMessage("hello"), AIMessage("hi"), HumanMessage("bye"), AIMessage("see you")]
+    history.add("ann", messages)
+    assert [found.completion for found in history.fetch("ann")] == ["hello", "bye"]
+    history.add("bob", [{"messages": messages}], target="assistant")
+    assert [found.completion for found in history.fetch("bob")] == ["hi", "see you"]
+    with pytest.raises(HistoryError, match="target is 'me'"):
+        history.add("ann", messages, target="me")  # type: ignore[arg-type]

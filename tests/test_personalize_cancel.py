@@ -4,11 +4,13 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.runnables import RunnableConfig, RunnablePassthrough
+from langgraph.graph import START, StateGraph
 from personal import QUICK, ROWS, Recorder
 
 from adapter_store import AdapterStore
@@ -43,11 +45,12 @@ def left_behind(personalize: PersonalizeUser, temporary: Path, threads: set[thre
     """Whatever a cancelled training should not have left."""
     store = AdapterStore(personalize.store)
     adapters = [*Path(personalize.store).rglob("versions/*"), *Path(personalize.store).glob("staging/*")]
+    started = {thread.name for thread in set(threading.enumerate()) - threads}
     statistics = Engine.of(load_base(personalize.model)).statistics()
     return [
         *[f"version {version.version}" for version in store.versions("alice")],
         *[f"file {path.name}" for path in (*adapters, *temporary.iterdir())],
-        *[f"thread {thread.name}" for thread in set(threading.enumerate()) - threads],
+        *[f"thread {name}" for name in started if not name.startswith("asyncio_")],  # the event loop's own pool
         *["rows"] * statistics.rows,
         *["waiting"] * statistics.waiting,
     ]
@@ -122,7 +125,7 @@ async def test_a_cancel_just_after_the_publish_takes_it_back(
 
 
 async def test_a_second_cancel_does_not_leave_the_training_at_work(
-    personalize: PersonalizeUser, temporary: Path
+    personalize: PersonalizeUser, temporary: Path, tmp_path: Path
 ) -> None:
     loop = asyncio.get_running_loop()
 
@@ -132,7 +135,7 @@ async def test_a_second_cancel_does_not_leave_the_training_at_work(
         loop.call_soon_threadsafe(task.cancel)
         time.sleep(0.2)
 
-    await personalize.model_copy(update={"store": "memory://other"}).ainvoke(REQUEST)
+    await personalize.model_copy(update={"store": tmp_path / "warm"}).ainvoke(REQUEST)
     threads = set(threading.enumerate())
     task = asyncio.create_task(personalize.ainvoke(REQUEST, {"callbacks": [AtEndOf("sft", cancel_twice)]}))
     with pytest.raises(asyncio.CancelledError):
@@ -140,8 +143,48 @@ async def test_a_second_cancel_does_not_leave_the_training_at_work(
     assert left_behind(personalize, temporary, threads) == []
 
 
-async def test_a_timeout_stops_it(personalize: PersonalizeUser, temporary: Path) -> None:
-    await personalize.model_copy(update={"store": "memory://another"}).ainvoke(REQUEST)
+async def consume(chunks: AsyncIterator[Any]) -> None:
+    async for _ in chunks:
+        pass
+
+
+def in_a_graph(personalize: PersonalizeUser, config: RunnableConfig) -> Coroutine[Any, Any, Any]:
+    builder = StateGraph(dict)
+    builder.add_node("learn", personalize)
+    builder.add_edge(START, "learn")
+    return consume(builder.compile().astream(REQUEST, config, stream_mode="custom"))
+
+
+def in_a_chain(personalize: PersonalizeUser, config: RunnableConfig) -> Coroutine[Any, Any, Any]:
+    return (RunnablePassthrough() | personalize.map()).ainvoke([REQUEST, {**REQUEST, "user_id": "bob"}], config)
+
+
+def streamed(personalize: PersonalizeUser, config: RunnableConfig) -> Coroutine[Any, Any, Any]:
+    return consume(personalize.astream(REQUEST, config))
+
+
+@pytest.mark.parametrize("used", [in_a_graph, in_a_chain, streamed])
+async def test_wherever_it_is_used_a_cancel_reaches_it(
+    personalize: PersonalizeUser, temporary: Path, tmp_path: Path, used: Callable[..., Coroutine[Any, Any, Any]]
+) -> None:
+    await personalize.model_copy(update={"store": tmp_path / "warm"}).ainvoke(REQUEST)
+    threads = set(threading.enumerate())
+    loop, training = asyncio.get_running_loop(), asyncio.Event()
+
+    class Listener(Recorder):
+        def on_custom_event(self, name: str, data: Any, **kwargs: Any) -> None:
+            loop.call_soon_threadsafe(training.set)
+
+    task = asyncio.create_task(used(personalize, {"callbacks": [Listener()]}))
+    await asyncio.wait_for(training.wait(), 60)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert left_behind(personalize, temporary, threads) == []
+
+
+async def test_a_timeout_stops_it(personalize: PersonalizeUser, temporary: Path, tmp_path: Path) -> None:
+    await personalize.model_copy(update={"store": tmp_path / "warm"}).ainvoke(REQUEST)
     threads = set(threading.enumerate())
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(personalize.ainvoke(REQUEST), 0.2)

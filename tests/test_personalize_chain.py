@@ -107,6 +107,20 @@ def test_the_user_comes_from_the_config_where_the_request_names_none(personalize
         personalize.invoke({"history": ROWS})
 
 
+def test_who_may_not_is_refused_before_anything_is_read(personalize: PersonalizeUser) -> None:
+    def only_oneself(user: str, config: RunnableConfig) -> None:
+        if user != config["configurable"].get("session_user"):
+            raise PermissionError(f"not for {user}")
+
+    kept, recorder = Kept(), Recorder()
+    guarded = personalize.model_copy(update={"authorize": only_oneself, "history": kept})
+    config: RunnableConfig = {"configurable": {"session_user": "alice"}, "callbacks": [recorder]}
+    with pytest.raises(PermissionError, match="not for bob"):
+        guarded.invoke({"user_id": "bob"}, config)
+    assert (kept.users, recorder.started) == ([], [])
+    assert guarded.invoke({"user_id": "alice"}, config).published
+
+
 def test_a_tool_takes_a_request_and_tells_without_quoting(personalize: PersonalizeUser) -> None:
     tool = personalize.as_tool()
     assert tool.name == "personalize_user"

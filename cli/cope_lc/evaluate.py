@@ -22,9 +22,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N users. Default: all.")
     ] = None,
-    target: Annotated[
-        Target, typer.Option("--target", help="Whose turns of a conversation are learnt.")
-    ] = Target.assistant,
+    target: Target = None,
     paper: Annotated[
         bool, typer.Option("--paper", help="Use the paper's settings, chosen for 7B models, as they are.")
     ] = False,
@@ -39,7 +37,7 @@ def evaluate(
     from langchain_cope.history import read_users
 
     with prints_to_stderr():
-        users = read_users(file, target=target.value)[:limit]
+        users = read_users(file, target=target.value if target else None)[:limit]
         _check(users, file)
         found = _evaluate_all(users, {"model": model, "device": device, "dtype": dtype}, paper=paper, seed=seed)
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 
-class Target(StrEnum):
+class Side(StrEnum):
     """Whose turns of a conversation are what the user wrote."""
 
     assistant = "assistant"
@@ -32,6 +32,14 @@ def _check_temperature(value: float) -> float:
     return value
 
 
+Target = Annotated[
+    Side | None,
+    typer.Option(
+        "--target",
+        help="Whose turns of conversations are learnt. Default: the user's in logs (ChatGPT's export, LangChain), the "
+        "assistant's in files made for training.",
+    ),
+]
 Model = Annotated[
     str, typer.Option("--model", metavar="M", help="Base model: starter, a Hugging Face id or a local path.")
 ]

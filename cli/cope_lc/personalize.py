@@ -27,7 +27,8 @@ def personalize(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="History: JSONL with prompt/completion, messages, LaMP profiles or user_id/history rows; or text, one a line.",
+            help="History, its format told by its shape: JSONL or JSON of prompt/completion, chosen/rejected, messages (OpenAI, "
+            "ShareGPT, LangChain), Alpaca, ChatGPT's conversations.json, feedback, LaMP or user_id/history rows; or .txt.",
         ),
     ],
     user: Annotated[
@@ -35,9 +36,7 @@ def personalize(
     ] = None,
     model: Model = "starter",
     store: Store = None,
-    target: Annotated[
-        Target, typer.Option("--target", help="Whose turns of a conversation are learnt.")
-    ] = Target.assistant,
+    target: Target = None,
     instruction: Annotated[
         str | None, typer.Option("--instruction", metavar="TEXT", help="Prompt of the items that have none.")
     ] = None,
@@ -59,7 +58,10 @@ def personalize(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be learnt; train and publish nothing.")
+        bool,
+        typer.Option(
+            "--preview", "--dry-run", help="Show the format found and what would be learnt; train and publish nothing."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +70,7 @@ def personalize(
     from langchain_cope.history import read_history
 
     with prints_to_stderr():
-        history = read_history(file, target=target.value, user_id=user, instruction=instruction)
+        history = read_history(file, target=target.value if target else None, user_id=user, instruction=instruction)
         facts = _facts(history)
     if not as_json:
         _show_history(history, facts)
@@ -89,7 +91,14 @@ def _facts(history: "UserHistory") -> dict[str, Any]:
     from langchain_cope.held_out import split
 
     trained, judged = split(history.items)
-    return {"num_items": len(history.items), "num_trained": len(trained), "num_held_out": len(judged)}
+    return {
+        "formats": history.formats,
+        "target": history.target,
+        "num_items": len(history.items),
+        "num_trained": len(trained),
+        "num_held_out": len(judged),
+        "num_pairs": history.num_pairs,
+    }
 
 
 def _show_history(history: "UserHistory", facts: dict[str, Any]) -> None:
@@ -102,14 +111,27 @@ def _show_history(history: "UserHistory", facts: dict[str, Any]) -> None:
         f"{name_of(history.user_id or '')}: {facts['num_items']} items, {facts['num_trained']} to train on, "
         f"the newest {facts['num_held_out']} held out to judge by",
     )
+    say(out, _found(history))
     for note in history.notes:
         say(out, f"note: {shorten(note, 400)}", "yellow")
     out.print()
     for item in history.items[:SHOWN_ITEMS]:
-        pairs(out, [("prompt", _ending(item, 160), "dim"), ("the user wrote", shorten(item.completion, 160), "")])
+        rejected = [("rejected", shorten(answer, 160), "dim") for answer in item.rejected[:SHOWN_ANSWERS]]
+        pairs(
+            out,
+            [("prompt", _ending(item, 160), "dim"), ("the user wrote", shorten(item.completion, 160), ""), *rejected],
+        )
     if len(history.items) > SHOWN_ITEMS:
         say(out, f"… and {len(history.items) - SHOWN_ITEMS} more\n", "dim")
     sys.stdout.flush()
+
+
+def _found(history: "UserHistory") -> str:
+    """The formats that were recognised, and what of them is learnt."""
+    rows = ", ".join(f"{name} ({number} row{'' if number == 1 else 's'})" for name, number in history.formats.items())
+    learnt = f"; learnt are the {history.target}'s turns" if history.target else ""
+    given = f"; {history.num_pairs} preference pairs for DPO" if history.num_pairs else ""
+    return f"found: {rows}{learnt}{given}"
 
 
 def _ending(item: "Item", limit: int) -> str:
@@ -130,7 +152,7 @@ def _end_dry_run(history: "UserHistory", facts: dict[str, Any], as_json: bool) -
             | {"instruction": history.instruction, "samples": samples}
         )
     else:
-        print("nothing was trained or published; leave out --dry-run to do so")
+        print("nothing was trained or published; leave out --preview to do so")
 
 
 def _train(

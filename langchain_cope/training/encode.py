@@ -7,13 +7,14 @@ turn included. What does not fit is cut here and said, never by a trainer in sil
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from langchain_cope.engine.model import Base
 from langchain_cope.engine.template import Message
 
 _WORD = re.compile(r"\S+")
+CHARACTERS_A_TOKEN = 100  # more than any text has; what is beyond that need not be tokenized to be cut
 SMALLEST_PROMPT_SHARE = 4  # a prompt gives way to a long completion down to this fraction (a quarter) of the limit
 
 
@@ -23,6 +24,8 @@ class Example:
 
     prompt: list[Message]
     completion: str
+    rejected: tuple[str, ...] = ()
+    """Answers that the user liked less: DPO's other sides, in place of a mined one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Encoded:
     prompt_ids: list[int]
     completion_ids: list[int]
     cuts: frozenset[str] = frozenset()
-    """What was cut: "words" (a field was longer than the recipe's ``max_words``), "prompt", "completion"."""
+    """What was cut: "characters" (a field was far longer than its tokens could be), "words" (longer than the recipe's
+    ``max_words``), "prompt", "completion"."""
 
 
 def encode(base: Base, messages: Sequence[Message], completion: str) -> tuple[list[int], list[int]]:
@@ -89,9 +93,11 @@ def fit(base: Base, examples: Sequence[Example], max_length: int, max_words: int
 
 
 def _fit_one(base: Base, index: int, example: Example, limit: int, max_words: int) -> Encoded:
-    prompt = [{**message, "content": _first_words(message["content"], max_words)} for message in example.prompt]
-    cut = Example(prompt, _first_words(example.completion, max_words))
-    cuts = {"words"} if cut != Example(list(example.prompt), example.completion) else set()
+    whole = replace(example, prompt=list(example.prompt))
+    short = _each_text(whole, lambda text: text[: limit * CHARACTERS_A_TOKEN])
+    cut = _each_text(short, lambda text: _first_words(text, max_words))
+    cuts = {"characters"} if short != whole else set()
+    cuts |= {"words"} if cut != short else set()
     prompt_ids, completion_ids = encode(base, cut.prompt, cut.completion)
     if len(prompt_ids) + len(completion_ids) > limit:
         room = max(limit - len(completion_ids), limit // SMALLEST_PROMPT_SHARE)
@@ -104,6 +110,11 @@ def _fit_one(base: Base, index: int, example: Example, limit: int, max_words: in
             cuts.add("completion")
             completion_ids = completion_ids[: max(0, limit - len(prompt_ids))]
     return Encoded(index, cut, prompt_ids, completion_ids, frozenset(cuts))
+
+
+def _each_text(example: Example, change: Callable[[str], str]) -> Example:
+    prompt: list[Message] = [{**message, "content": change(message["content"])} for message in example.prompt]
+    return Example(prompt, change(example.completion), tuple(map(change, example.rejected)))
 
 
 def _first_words(text: str, max_words: int) -> str:
@@ -141,6 +152,7 @@ def _shorten(base: Base, messages: list[Message], room: int) -> list[Message]:
 def _say(kept: Sequence[Encoded], num_examples: int, limit: int, max_words: int) -> list[str]:
     counts = Counter(cut for item in kept for cut in item.cuts)
     meanings = {
+        "characters": f"had a field of more than {limit * CHARACTERS_A_TOKEN} characters, cut there",
         "words": f"had a field of more than {max_words} words, cut there",
         "prompt": f"had a prompt too long for {limit} tokens in all, cut",
         "completion": f"had a completion too long for {limit} tokens in all, cut without its end of turn",

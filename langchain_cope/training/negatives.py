@@ -1,6 +1,8 @@
-"""What the base would write where the user wrote something else: of a few sampled answers, the one least like the user.
+"""The pairs that DPO trains on: what the user wrote, and an answer that the user rejected or would not have written.
 
-The reward of an answer is the mean over its tokens of ``log π_SFT − log π_base``; the lowest becomes the rejected side of a pair.
+Where the history says what was rejected, that is taken as it is. For all other items it is mined: of a few answers that the base
+gives, the one least like the user. The reward of an answer is the mean over its tokens of ``log π_SFT − log π_base``; the lowest
+becomes the rejected side of a pair.
 """
 
 import hashlib
@@ -9,8 +11,9 @@ from dataclasses import dataclass
 
 from langchain_cope.engine.engine import Completion, Engine, Request
 from langchain_cope.engine.lora import Adapter
+from langchain_cope.engine.model import Base
 from langchain_cope.engine.sampling import Sampling
-from langchain_cope.training.encode import Encoded, common_prefix, encode_candidate
+from langchain_cope.training.encode import Encoded, common_prefix, encode, encode_candidate
 from langchain_cope.training.progress import Watch
 from langchain_cope.training.recipe import Recipe
 
@@ -19,7 +22,7 @@ ITEMS_A_BATCH = 16  # whose candidates are sampled together; between two batches
 
 @dataclass(frozen=True)
 class Pair:
-    """An item with its mined negative, as DPO trains on it."""
+    """An item with its negative, as DPO trains on it."""
 
     index: int
     """Place of the item in the history."""
@@ -28,8 +31,8 @@ class Pair:
     rejected_ids: list[int]
     rejected: str
     """The negative as text."""
-    reward: float
-    """Of the negative: mean nats a token by which SFT finds it likelier than the base does."""
+    reward: float | None = None
+    """Of a mined negative: mean nats a token by which SFT finds it likelier than the base does."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,35 @@ class _Candidate:
     text: str
     prompt_ids: list[int]
     completion_ids: list[int]
+
+
+def make_pairs(
+    engine: Engine, items: Sequence[Encoded], recipe: Recipe, sft: Adapter, watch: Watch
+) -> tuple[list[Pair], list[str]]:
+    """The pairs of all items, in order: those that are given, and a mined one for every item of which none is."""
+    unpaired = [item for item in items if not item.example.rejected]
+    mined, notes = mine_negatives(engine, unpaired, recipe, sft, watch)
+    given, also = given_pairs(engine.base, items, recipe)
+    return sorted([*mined, *given], key=lambda pair: pair.index), [*notes, *also]
+
+
+def given_pairs(base: Base, items: Sequence[Encoded], recipe: Recipe) -> tuple[list[Pair], list[str]]:
+    """A pair for every answer that the items say was rejected, in order, and in words for people what was left out.
+
+    A rejected answer is cut like a completion: where it fills the room, it has no end of the turn.
+    """
+    limit = min(recipe.max_length, base.context)
+    pairs = []
+    for item in items:
+        for text in item.example.rejected:
+            prompt_ids, whole = encode(base, item.example.prompt, text)
+            completion_ids = whole[: max(0, limit - len(prompt_ids))]
+            if completion_ids:
+                pairs.append(_pair(item, _Candidate(text, prompt_ids, completion_ids)))
+    num_given = sum(len(item.example.rejected) for item in items)
+    said = [f"{num_given} pairs of a chosen and a rejected answer were given; no negative is mined for their items"]
+    dropped = [f"{num_given - len(pairs)} of them dropped: the prompt leaves no room for the rejected answer"]
+    return pairs, said * (num_given > 0) + dropped * (len(pairs) < num_given)
 
 
 def mine_negatives(
@@ -112,7 +144,7 @@ def _least_like_user(
     return pairs
 
 
-def _pair(item: Encoded, negative: _Candidate, reward: float) -> Pair:
+def _pair(item: Encoded, negative: _Candidate, reward: float | None = None) -> Pair:
     # Where a template renders two answers' prompts differently, DPO's prompt is what the two share, as in TRL.
     shared = common_prefix(item.prompt_ids, negative.prompt_ids)
     return Pair(

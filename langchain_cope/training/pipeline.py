@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Negative:
-    """The mined negative of the item at ``index`` of the history."""
+    """What DPO preferred the item at ``index`` of the history to."""
 
     index: int
     text: str
-    reward: float
-    """Mean nats a token by which SFT finds it likelier than the base does; the lowest of the item's candidates."""
+    reward: float | None
+    """Mean nats a token by which SFT finds it likelier than the base does, the lowest of the item's candidates; None where the
+    history itself said what was rejected."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def train_user(
 ) -> TrainingResult:
     """Train one user's adapter on ``examples`` and leave it in ``folder/sft`` and ``folder/dpo``.
 
+    Where an example says what was rejected, DPO takes those pairs as they are; for the others a negative is mined.
     The base is neither copied nor changed, and the process's random state is as it was. ``on_progress`` is called on this thread.
     ``stage`` is entered with the name of each stage ("sft", "negatives", "dpo") and left when it ends.
     Where no item has a usable negative, DPO is skipped and both folders hold the same adapter. Stages that ``folder`` holds the
@@ -127,9 +129,9 @@ def _run(
 
 
 def _mine(engine: "Engine", items: "Sequence[Encoded]", result: TrainingResult, watch: Watch, file: Path) -> None:
-    from langchain_cope.training.negatives import mine_negatives
+    from langchain_cope.training.negatives import make_pairs
 
-    pairs, notes = mine_negatives(engine, items, result.recipe, engine.load_adapter(result.sft), watch)
+    pairs, notes = make_pairs(engine, items, result.recipe, engine.load_adapter(result.sft), watch)
     write_json(file, {"pairs": [asdict(pair) for pair in pairs], "notes": notes})
 
 

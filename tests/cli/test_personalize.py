@@ -105,6 +105,44 @@ def test_dry_run_needs_no_model_and_touches_no_store(
     assert not store_folder.exists()
 
 
+def test_preview_names_the_format_the_target_and_the_pairs_with_samples(
+    cope_lc: Callable, history: Callable[..., Path], store_folder: Path
+) -> None:
+    pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"{n}!"} for n in range(6)]
+    words = ["personalize", history(pairs), "--user", "alice", "--model", "no-such-model", "--preview"]
+    outcome = cope_lc(*words)
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert "found: chosen and rejected (6 rows); 6 preference pairs for DPO\n" in outcome.stdout
+    assert re.search(r"the user wrote +It is 0\. *\nrejected +0! *\n", outcome.stdout)
+    facts = cope_lc(*words, "--json").json
+    assert (facts["formats"], facts["target"], facts["num_pairs"]) == ({"chosen and rejected": 6}, None, 6)
+    assert facts["samples"][0]["rejected"] == ["0!"]
+    turns = [{"type": "human", "content": "Well, hello."}, {"type": "ai", "content": "How may I help?"}]
+    chats = [{"messages": [{**turns[0], "content": f"Well, hello {n}."}, turns[1]]} for n in range(6)]
+    outcome = cope_lc("personalize", history(chats), "--user", "alice", "--preview")
+    assert "found: LangChain messages (6 rows); learnt are the user's turns\n" in outcome.stdout
+    assert "note: the user's turns are learnt, as is usual for LangChain messages" in outcome.stdout
+    assert outcome.stdout.endswith("nothing was trained or published; leave out --preview to do so\n")
+    assert not store_folder.exists()
+
+
+def test_pairs_are_trained_on_and_published(
+    personalize: Callable, history: Callable[..., Path], store: AdapterStore
+) -> None:
+    rows = [
+        {
+            "input": {"messages": [{"role": "user", "content": f"Say {n}."}]},
+            "preferred_output": [{"role": "assistant", "content": f"It is {n}, friend."}],
+            "non_preferred_output": [{"role": "assistant", "content": f"{n}!"}],
+        }
+        for n in range(6)
+    ]
+    outcome = personalize(history(rows), "--user", "alice", "--always")
+    assert outcome.code == 0, outcome.stderr
+    assert store.active("alice")
+    assert "note: 4 pairs of a chosen and a rejected answer were given" in outcome.stdout
+
+
 def test_the_target_decides_whose_turns_are_learnt(cope_lc: Callable, history: Callable[..., Path]) -> None:
     turns = [{"role": "user", "content": "Well, hello."}, {"role": "assistant", "content": "How may I help?"}]
     rows = [{"messages": [{**turns[0], "content": f"Well, hello {n}."}, turns[1]]} for n in range(6)]

@@ -77,6 +77,18 @@ def test_long_completion_is_cut_without_its_end_of_turn_and_that_is_said(base):
     assert notes == ["1 of 1 items had a completion too long for 256 tokens in all, cut without its end of turn"]
 
 
+def test_a_text_of_millions_of_characters_is_cut_before_it_is_tokenized(base, monkeypatch):
+    seen = []
+    prompt_ids, conversation_ids = base.prompt_ids, base.conversation_ids
+    monkeypatch.setattr(base, "prompt_ids", lambda m: seen.append(m) or prompt_ids(m))
+    monkeypatch.setattr(base, "conversation_ids", lambda m: seen.append(m) or conversation_ids(m))
+    huge = [Example(turns("two?"), "x" * 5_000_000), Example(turns("x" * 5_000_000), "2")]
+    items, notes = fit(base, huge, 2048, 768)
+    assert max(len(message["content"]) for messages in seen for message in messages) == 25_600
+    assert [len(item.prompt_ids) + len(item.completion_ids) for item in items] == [256, 256]
+    assert notes[0] == "2 of 2 items had a field of more than 25600 characters, cut there"
+
+
 def test_long_prompt_and_long_completion_share_the_room(base):
     (item,), notes = fit(base, [Example(turns("p" * 400), "x" * 400)], 2048, 768)
     assert len(item.prompt_ids) == 64
