@@ -11,11 +11,11 @@ where they do not work. The time of a version's folder is when it was last used;
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from adapter_store.files import remove_tree
 from adapter_store.layout import ADAPTER_FILES
 from adapter_store.local import local_path
 from adapter_store.text import shorten
@@ -62,10 +62,11 @@ class AdapterCache:
                     with os.fdopen(os.open(made / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                         file.write(data)
                 target = self._version(store_id, user_key, version)
+                self._remove(target)  # one that could not be used
                 target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 made.rename(target)  # fails where another process was faster
             finally:
-                shutil.rmtree(made, ignore_errors=True)
+                remove_tree(made, ignore_errors=True)
             self._unscanned += sum(map(len, files.values()))
             if self._unscanned > self._max_bytes * _SCAN_EVERY:
                 self.evict()
@@ -138,7 +139,7 @@ class AdapterCache:
             folder.rename(gone)
         except FileNotFoundError:
             return
-        shutil.rmtree(gone)
+        remove_tree(gone)
         with contextlib.suppress(OSError):  # the user's folder, where it is empty now
             folder.parent.rmdir()
 
@@ -148,7 +149,7 @@ class AdapterCache:
             for path in (self._folder / _TMP).iterdir():
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime < old:
-                        path.unlink() if path.suffix == ".lock" else shutil.rmtree(path)
+                        path.unlink() if path.suffix == ".lock" else remove_tree(path)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from adapter_store.errors import BackendError
 from adapter_store.facts import StoredFile
-from adapter_store.text import shorten, without_secrets
+from adapter_store.text import location, shorten, without_secrets
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -126,12 +126,15 @@ class ObjectBackend:
         try:
             return call()
         except FileNotFoundError:
+            if verb in ("write", "list"):
+                raise BackendError(
+                    f"cannot {verb} {location(self._url, key)}: there is no such bucket; make it, or name another"
+                ) from None
             raise FileNotFoundError(key) from None
         except AlreadyExistsError:
             raise FileExistsError(key) from None
         except Exception as error:  # obstore's other errors, and its plain ValueErrors
-            where = f"{without_secrets(self._url).rstrip('/')}/{key}"
-            raise BackendError(f"cannot {verb} {where}: {_said(error)}{_advice(error)}") from None
+            raise BackendError(f"cannot {verb} {location(self._url, key)}: {_said(error)}{_advice(error)}") from None
 
     def _check_process(self) -> None:
         global _used_by

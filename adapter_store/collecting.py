@@ -72,7 +72,7 @@ def collect_unfinished(opened: Opened, rules: Rules, time: float, done: Collecte
         places += [f"{layout.PROBES}/{folder}/{name}" for name in backend.list_folder(f"{layout.PROBES}/{folder}")]
     for place in places:
         found = backend.stat(place)
-        if found is not None and found.modified < time - rules.grace:
+        if found is not None and found.modified <= time - rules.grace:
             done.unfinished_files += 1
             if not rules.dry_run:
                 backend.delete(place)

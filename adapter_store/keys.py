@@ -77,6 +77,11 @@ class _HeldKeys:
         """The name of the first key."""
         return next(iter(self._keys))
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all keys, the newest first."""
+        return list(self._keys)
+
     def wrap(self, secret: bytes, context: str) -> bytes:
         """Encrypt with the first key."""
         nonce = os.urandom(NONCE_BYTES)

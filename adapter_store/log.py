@@ -7,7 +7,6 @@ it would lie below the head, seen by nobody.
 """
 
 import base64
-import random
 import time
 from bisect import bisect_right
 from collections import OrderedDict
@@ -105,7 +104,7 @@ class Log:
                 return before, self._remember(after)
             with self._lock:
                 self._remembered.pop(user_key, None)
-            time.sleep(random.uniform(0, min(_MAX_PAUSE_SECONDS, 0.001 * 2 ** min(attempt, 10))))
+            time.sleep(_chance() * min(_MAX_PAUSE_SECONDS, 0.001 * 2 ** min(attempt, 10)))
         raise PublishConflictError(
             f"user {shorten(before.user_id)} was changed by others {_MAX_ATTEMPTS} times in a row, always first: "
             "nothing was changed by this call; try again when fewer write at once"
@@ -240,3 +239,8 @@ class Log:
     def _damaged(self, user_key: str, seq: int, why: str) -> IntegrityError:
         where = location(self._backend.url, layout.entry_key(user_key, seq))
         return IntegrityError(f"the log entry {where} is damaged: {why}; restore it from a backup")
+
+
+def _chance() -> float:
+    """Return a number between 0 and 1; the module `random` is slow to import, and shares its state with forked children."""
+    return int.from_bytes(urandom(2), "big") / 65536

@@ -1,5 +1,6 @@
 """A store in this process's memory, for tests and notebooks: gone with the process, invisible to other processes."""
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from adapter_store.facts import StoredFile
 class _File:
     content: bytes
     modified: float
+    number: int
 
 
 _Tree = dict[str, Union["_Tree", _File]]
@@ -27,6 +29,7 @@ class MemoryBackend:
         self._name = name
         self._tree: _Tree = {}
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
 
     @classmethod
     def shared(cls, name: str) -> "MemoryBackend":
@@ -49,11 +52,11 @@ class MemoryBackend:
         return file.content[:max_bytes]
 
     def stat(self, key: str) -> StoredFile | None:
-        """Return size, time and identity of what was put."""
+        """Return size and time of what was put, and the number of that put."""
         folder, name = _split(key)
         with self._lock:
             file = self._folder(folder).get(name)
-        return StoredFile(len(file.content), file.modified, id(file)) if isinstance(file, _File) else None
+        return StoredFile(len(file.content), file.modified, file.number) if isinstance(file, _File) else None
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Keep `data` under `key`."""
@@ -67,7 +70,7 @@ class MemoryBackend:
                 tree = below
             if name in tree:
                 raise FileExistsError(key)
-            tree[name] = _File(bytes(data), time.time())
+            tree[name] = _File(bytes(data), time.time(), next(self._numbers))
 
     def list_folder(self, folder: str) -> list[str]:
         """Return the sorted names in a folder."""

@@ -5,13 +5,13 @@ A long-lived server asks for many: beyond a GiB the longest unused go, so a fold
 
 import atexit
 import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 
 from adapter_store.errors import BackendError
+from adapter_store.files import remove_tree
 
 MAX_BYTES = 1024**3
 _MIN_FOLDERS = 16  # whatever their size
@@ -42,7 +42,7 @@ def remove_scratch(name: str) -> None:
     """Remove the folder of that name, and of all versions where it is a user's key, if this process wrote them."""
     if (root := _folders.get(os.getpid())) is not None:
         for folder in root.glob(f"{name}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder, ignore_errors=True)
 
 
 def _make_room(name: str, num_bytes: int) -> None:
@@ -56,7 +56,7 @@ def _make_room(name: str, num_bytes: int) -> None:
             if total <= MAX_BYTES:
                 break
             total -= _sizes.pop(key)
-            shutil.rmtree(_folders[process] / key[1], ignore_errors=True)
+            remove_tree(_folders[process] / key[1], ignore_errors=True)
 
 
 def _root() -> Path:
@@ -72,4 +72,4 @@ def _root() -> Path:
 
 def _remove_all(process: int) -> None:
     if process == os.getpid():
-        shutil.rmtree(_folders[process], ignore_errors=True)
+        remove_tree(_folders[process], ignore_errors=True)

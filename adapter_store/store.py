@@ -238,11 +238,7 @@ class AdapterStore:
             return opened.blobs.read(version)
         except FileNotFoundError:
             self._check_listed(opened, version)
-            folder = layout.version_folder(version.user_key, version.version)
-            raise IntegrityError(
-                f"of {location(self._backend.url, folder)} a file is missing, or its key{self._missing(version)}; "
-                "restore it from a backup, activate another version, or publish again"
-            ) from None
+            raise self._missing(version) from None
 
     def fetch_dir(self, version: AdapterVersion) -> Path:
         """Return a folder on this machine that holds a version as a plain peft folder, checked as in `fetch`.
@@ -635,10 +631,16 @@ class AdapterStore:
             f"{user} has no version {shorten(version)} in {self.url}, but {count}: the newest is {newest}"
         )
 
-    def _missing(self, version: AdapterVersion) -> str:
+    def _missing(self, version: AdapterVersion) -> IntegrityError:
         folder = layout.version_folder(version.user_key, version.version)
-        names = set(layout.ADAPTER_FILES) - set(self._backend.list_folder(folder))
-        return f" ({', '.join(sorted(names))})" if names else ""
+        there = self._backend.list_folder(folder)
+        name = next((name for name in layout.ADAPTER_FILES if name not in there), None)
+        where = location(self._backend.url, f"{folder}/{name}" if name else folder)
+        return IntegrityError(
+            f"{where} is missing; restore it from a backup, activate another version, or publish again"
+            if name
+            else f"the key that {where} is encrypted with is missing; restore it from a backup, or publish again"
+        )
 
 
 def _entry_or_none(opened: Opened, user_key: str, seq: int) -> UserHead | None:

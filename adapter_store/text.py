@@ -42,7 +42,7 @@ def location(url: str, key: str) -> str:
     """Return where `key` lies, for a message: a plain path for a local store, else a URL without secrets."""
     if url.startswith("file://"):
         return f"{unquote(url.removeprefix('file://'))}/{key}"
-    return f"{without_secrets(url).rstrip('/')}/{key}"
+    return f"{without_secrets(url).partition('?')[0].rstrip('/')}/{key}"
 
 
 def to_json(value: object) -> bytes:

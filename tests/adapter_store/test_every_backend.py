@@ -458,7 +458,8 @@ class TestJobs:
             """Stops as Ctrl-C would, at the log entry."""
 
             url = backend.url
-            get, list_folder, delete = backend.get, backend.list_folder, backend.delete
+            get, stat = backend.get, backend.stat
+            list_folder, delete = backend.list_folder, backend.delete
 
             def put_if_absent(self, key, data):
                 if "/log/" in key:
@@ -475,7 +476,8 @@ class TestJobs:
             """Writes the log entry, but reports, as a retrying client may, that it was there already."""
 
             url = backend.url
-            get, list_folder, delete = backend.get, backend.list_folder, backend.delete
+            get, stat = backend.get, backend.stat
+            list_folder, delete = backend.list_folder, backend.delete
 
             def put_if_absent(self, key, data):
                 backend.put_if_absent(key, data)
@@ -491,7 +493,8 @@ class TestJobs:
             """Fails after the entry is there, as an fsync of the folder may."""
 
             url = backend.url
-            get, list_folder, delete = backend.get, backend.list_folder, backend.delete
+            get, stat = backend.get, backend.stat
+            list_folder, delete = backend.list_folder, backend.delete
 
             def put_if_absent(self, key, data):
                 backend.put_if_absent(key, data)
@@ -508,11 +511,12 @@ class TestJobs:
             """Is gone for good from the log entry on."""
 
             url = backend.url
-            get, list_folder, delete = backend.get, backend.list_folder, backend.delete
+            get, stat = backend.get, backend.stat
+            list_folder, delete = backend.list_folder, backend.delete
 
             def put_if_absent(self, key, data):
                 if "/log/" in key:
-                    self.get = self.list_folder = self.delete = self.refuse
+                    self.get = self.stat = self.list_folder = self.delete = self.refuse
                     raise BackendError("it went away")
                 backend.put_if_absent(key, data)
 

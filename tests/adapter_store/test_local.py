@@ -201,15 +201,15 @@ class TestDamage:
         damaged = damage(json.loads(path.read_text()))
         path.write_bytes(damaged if isinstance(damaged, bytes) else json.dumps(damaged).encode())
         calls = [
-            lambda: local.resolve("alice"),
-            lambda: local.versions("alice"),
-            lambda: local.list_users(),
-            lambda: local.publish("alice", files(2), base=BASE),
-            lambda: local.delete_version("alice", version.version),
+            lambda store: store.resolve("alice"),
+            lambda store: store.versions("alice"),
+            lambda store: store.list_users(),
+            lambda store: store.publish("alice", files(2), base=BASE),
+            lambda store: store.delete_version("alice", version.version),
         ]
         for call in calls:
             with pytest.raises(IntegrityError, match=f"{path} is damaged: .*; restore it from a backup"):
-                call()
+                call(AdapterStore(root))
         assert len(list((user_folder(root, version) / "versions").iterdir())) == 1
 
     def test_an_entry_that_can_be_read_but_not_carried_on_stops_the_writer(self, local, root, files):
@@ -217,7 +217,7 @@ class TestDamage:
         path = newest_entry(root, version)
         path.write_text(path.read_text().replace('"metrics": {}', '"metrics": {"nll": 1e999}'))
         with pytest.raises(IntegrityError, match=f"{path} is damaged: it cannot be written again"):
-            local.publish("alice", files(2), base=BASE)
+            AdapterStore(root).publish("alice", files(2), base=BASE)
 
     @pytest.mark.parametrize(
         "content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "check": 1}', '{"format": "1"}']
@@ -256,11 +256,40 @@ class TestDamage:
     def test_newer_formats_are_refused_by_file(self, local, root, files):
         version = local.publish("alice", files(), base=BASE)
         for path in (newest_entry(root, version), root / "adapter_store.json"):
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
             with pytest.raises(
-                FormatVersionError, match=f"{path}: it has format 2, this release reads up to 1; upgrade"
+                FormatVersionError, match=f"{path}: it has format 3, this release reads up to 2; upgrade"
             ):
-                local.resolve("alice")
+                AdapterStore(root).resolve("alice")
+
+    def test_a_store_of_the_first_format_is_read_and_goes_on_in_the_present_one(self, local, root, files):
+        first = local.publish("alice", files(1), base=BASE)
+        second = local.publish("alice", files(2), base=BASE)
+        root_file = root / "adapter_store.json"
+        content = json.loads(root_file.read_text())
+        root_file.write_text(json.dumps({"format": 1, "check": content["check"], "pepper": content["pepper"]}))
+        added = {"reason", "parent", "previous", "erased_seq", "collected_seq"}
+        for path in (user_folder(root, first) / "log").iterdir():
+            entry = json.loads(path.read_text())
+            path.write_text(json.dumps({k: v for k, v in entry.items() if k not in added} | {"format": 1}))
+        store = AdapterStore(root)
+        assert store.fetch(store.resolve("alice")) == files(2)
+        assert [change.operation for change in store.history("alice")] == ["publish", "publish"]
+        with pytest.raises(AdapterNotFoundError, match="no earlier active version"):  # which it did not keep
+            store.rollback("alice")
+        store.activate("alice", first.version)
+        assert json.loads(newest_entry(root, first).read_text())["format"] == 2
+        assert store.rollback("alice") == second
+        newest_entry(root, first).write_text(json.dumps({"format": 0}))
+        with pytest.raises(IntegrityError, match="format is 0"):
+            AdapterStore(root).resolve("alice")
+
+    def test_an_entry_with_no_user_lists_no_versions(self, local, root, files):
+        version = local.publish("alice", files(), base=BASE)
+        path = newest_entry(root, version)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"user_id": ""}))
+        with pytest.raises(IntegrityError, match="it lists versions of no user"):
+            AdapterStore(root).resolve("alice")
 
 
 class TestPepper:
