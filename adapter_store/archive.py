@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import IO, Any, BinaryIO, Final, cast
 
 from adapter_store import layout
 from adapter_store.checks import check_user_id
@@ -170,7 +170,7 @@ def _manifest(data: bytes, limits: Limits, user_key: str) -> Manifest:
 
 
 def _versions(
-    members: Iterator[tuple[tarfile.TarInfo, BinaryIO]], manifest: Manifest, limits: Limits, where: str
+    members: Iterator[tuple[tarfile.TarInfo, IO[bytes]]], manifest: Manifest, limits: Limits, where: str
 ) -> Iterator[tuple[AdapterVersion, dict[str, bytes]]]:
     for version in manifest.versions:
         files = {
@@ -191,7 +191,7 @@ def _versions(
 
 
 def _expect(
-    members: Iterator[tuple[tarfile.TarInfo, BinaryIO]], name: str, size: int | None, max_bytes: int, where: str
+    members: Iterator[tuple[tarfile.TarInfo, IO[bytes]]], name: str, size: int | None, max_bytes: int, where: str
 ) -> bytes:
     """Return the content of the next member, which must have this name, be a plain file, and be no larger."""
     member, content = next(members, (None, io.BytesIO()))
@@ -213,10 +213,10 @@ def _expect(
     return b"".join(pieces)
 
 
-def _members(file: BinaryIO, where: str) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
+def _members(file: "_Careful", where: str) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
     """Yield the members of a tar file in their order; whatever the library cannot digest is an InvalidAdapterError."""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:") as archive:
             for member in archive:
                 content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
                 yield member, content or io.BytesIO()

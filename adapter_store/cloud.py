@@ -65,9 +65,9 @@ class ObjectBackend:
         if not host or parts.fragment:
             raise BackendError(f"{without_secrets(url)} names no bucket: write {parts.scheme}://bucket/prefix")
         place = f"{parts.scheme.lower()}://{host}{parts.path}"
-        config: Any = options or None
+        settings: Any = {"config": options or None, "client_options": client, "retry_config": _RETRIES}
         try:
-            store = from_url(place, config=config, client_options=client, retry_config=_RETRIES)
+            store = from_url(place, **settings)
         except Exception as error:  # obstore's errors and plain ValueErrors
             raise BackendError(f"cannot open {without_secrets(url)}: {_said(error)}") from None
         return cls(store, url)

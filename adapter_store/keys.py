@@ -30,8 +30,8 @@ class KeyProvider(Protocol):
     def key_id(self) -> str:
         """The name of the master key that wraps what is new."""
 
-    def wrap(self, secret: bytes, context: str) -> bytes:
-        """Return `secret` encrypted with that key; the same `context` is needed to unwrap it."""
+    def wrap(self, secret: bytes, context: str) -> tuple[str, bytes]:
+        """Return the name of that key and `secret` encrypted with it; the same `context` is needed to unwrap it."""
 
     def unwrap(self, key_id: str, wrapped: bytes, context: str) -> bytes:
         """Return the secret that was wrapped with the master key of that name."""
@@ -82,11 +82,11 @@ class _HeldKeys:
         """The names of all keys, the newest first."""
         return list(self._keys)
 
-    def wrap(self, secret: bytes, context: str) -> bytes:
+    def wrap(self, secret: bytes, context: str) -> tuple[str, bytes]:
         """Encrypt with the first key."""
-        nonce = os.urandom(NONCE_BYTES)
-        sealed: bytes = cipher(self._keys[self.key_id]).encrypt(nonce, secret, context.encode())
-        return nonce + sealed
+        key_id, nonce = self.key_id, os.urandom(NONCE_BYTES)
+        sealed: bytes = cipher(self._keys[key_id]).encrypt(nonce, secret, context.encode())
+        return key_id, nonce + sealed
 
     def unwrap(self, key_id: str, wrapped: bytes, context: str) -> bytes:
         """Decrypt with the key of that name."""
@@ -128,13 +128,19 @@ class EnvironmentKeys(_HeldKeys):
 class FileKeys(_HeldKeys):
     """Master keys from a file that only its owner may read: a line `name base64` for each, the newest first.
 
-    A key that is not known yet is looked for in the file anew. KeyMismatchError where the file cannot be used.
+    What is added to the file counts at once. KeyMismatchError where the file cannot be used.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path).expanduser()
         self._where = str(self._path)
         self._keys = self._read()
+
+    @property
+    def key_id(self) -> str:
+        """The name of the first key in the file."""
+        self._refresh()
+        return super().key_id
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], name: str = "key-1") -> "FileKeys":
@@ -194,9 +200,9 @@ class KmsKeys:
         """The service's name of the key."""
         return self._key_id
 
-    def wrap(self, secret: bytes, context: str) -> bytes:
+    def wrap(self, secret: bytes, context: str) -> tuple[str, bytes]:
         """Have the service encrypt it."""
-        return self._ask("encrypt", self._key_id, secret, context)
+        return self._key_id, self._ask("encrypt", self._key_id, secret, context)
 
     def unwrap(self, key_id: str, wrapped: bytes, context: str) -> bytes:
         """Have the service decrypt it."""

@@ -56,7 +56,7 @@ class Vault:
     def add(self, user_key: str, secret: bytes | None = None, since_seq: int = 0) -> str:
         """Make a key (or keep the `secret` given) for a user whose log is at `since_seq`; return its id."""
         key, made = os.urandom(_KEY_ID_BYTES).hex(), secret or os.urandom(KEY_BYTES)
-        self._write(user_key, key, _Record(1, self._keys.key_id, self._wrap(user_key, key, made), since_seq))
+        self._write(user_key, key, _Record(1, *self._wrap(user_key, key, made), since_seq))
         self._remember(user_key, key, made)
         return key
 
@@ -119,8 +119,7 @@ class Vault:
                 continue
             if record.master != self._keys.key_id:
                 secret = self._keys.unwrap(record.master, record.wrapped, self._context(user_key, key))
-                master, wrapped = self._keys.key_id, self._wrap(user_key, key, secret)
-                record = _Record(record.number + 1, master, wrapped, record.since_seq)
+                record = _Record(record.number + 1, *self._wrap(user_key, key, secret), record.since_seq)
                 with contextlib.suppress(FileExistsError):  # another rotation is at it, and does the same
                     self._write(user_key, key, record)
                     rewrapped += 1
@@ -132,7 +131,7 @@ class Vault:
     def _context(self, user_key: str, place: str) -> str:
         return f"{self._store_id}/{user_key}/{place}"
 
-    def _wrap(self, user_key: str, key: str, secret: bytes) -> bytes:
+    def _wrap(self, user_key: str, key: str, secret: bytes) -> tuple[str, bytes]:
         return self._keys.wrap(secret, self._context(user_key, key))
 
     def _ids(self, user_key: str) -> list[str]:

@@ -66,7 +66,10 @@ def show(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Show a user's versions with their metrics (● marks the active one), who was active since when, and why."""
+    """Show a user's versions, how good they are, and the history.
+
+    ● marks the active version; the history says which one was active since when, and why.
+    """
     from cope_lc.adapters_view import chart_of, history_table, version_table
     from cope_lc.screen import console, say
     from cope_lc.text import name_of, print_json
@@ -105,7 +108,10 @@ def activate(user: User, version: Version, reason: Reason = "", store: Store = N
 
 @app.command(epilog='Example: cope-lc adapters rollback alice --reason "worse answers"')
 def rollback(user: User, reason: Reason = "", store: Store = None, as_json: Json = False) -> None:
-    """Serve the version again that was served before the present one; once more, the one before that."""
+    """Serve the version before the present one again.
+
+    Once more, the one before that.
+    """
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
@@ -124,7 +130,10 @@ def delete(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Delete a version, or all versions of a user. Deleting the active one leaves the user with none active."""
+    """Delete a version, or all versions of a user.
+
+    Deleting the active one leaves the user with none active.
+    """
     from cope_lc.text import name_of, print_json
     from langchain_cope.stores import open_store
 
@@ -147,7 +156,10 @@ def delete(
 
 @app.command(epilog="Example: cope-lc adapters erase alice --yes")
 def erase(user: User, yes: Yes = False, store: Store = None, as_json: Json = False) -> None:
-    """Erase a user for good: every version, the history, the keys; trainings under way are refused when they publish."""
+    """Erase a user for good.
+
+    Every version, the history and the keys go; trainings under way are refused when they publish.
+    """
     from cope_lc.text import name_of, print_json
     from langchain_cope.stores import open_store
 

@@ -20,7 +20,10 @@ def verify(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Read everything and check it against what was published. Exit code 1 where something is damaged."""
+    """Read everything and check that it is what was published.
+
+    Exit code 1 where something is damaged.
+    """
     from cope_lc.progress import counted
     from cope_lc.screen import console, say
     from cope_lc.stored import place_of
@@ -66,7 +69,11 @@ def gc(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Remove what killed publishers and interrupted erasures left, and old log entries. Safe beside writers."""
+    """Remove what nobody needs; safe beside writers.
+
+    That is what killed publishers and interrupted erasures left, log entries older than a month beyond a user's newest
+    hundred, and copies of deleted versions in the cache. Nothing that is listed is touched.
+    """
     from cope_lc.progress import counted
     from cope_lc.screen import console, say
     from cope_lc.text import print_json
@@ -95,7 +102,11 @@ def new_key(
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Default: key-1, key-2 and so on.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a master key for an encrypted store, in front of those that the file holds."""
+    """Make a master key for an encrypted store.
+
+    It stands in front of those that the file holds. A store that is made while COPE_STORE_KEY_FILE names the file is
+    encrypted.
+    """
     from adapter_store import FileKeys
     from cope_lc.text import clean, print_json
 
@@ -112,7 +123,10 @@ def new_key(
 
 
 def rotate_keys(store: Store = None, as_json: Json = False) -> None:
-    """Wrap every user's key with the newest master key, so that older master keys can be destroyed."""
+    """Wrap all keys with the newest master key.
+
+    Afterwards the older master keys can be destroyed.
+    """
     from cope_lc.progress import counted
     from cope_lc.text import print_json
     from langchain_cope.stores import open_store

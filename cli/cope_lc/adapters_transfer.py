@@ -27,7 +27,10 @@ def export(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Write a version as a plain peft folder, which peft and vLLM read as it is, or a whole user as a tar file."""
+    """Write a version as a peft folder, or a user as a file.
+
+    peft and vLLM read the folder as it is; the file, a tar, holds all versions with their facts.
+    """
     from cope_lc.text import clean, name_of, print_json
     from langchain_cope.stores import open_store
 
@@ -56,7 +59,10 @@ def export_all(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Write every user as a tar file; what is there already is passed over, so an interrupted export goes on."""
+    """Write every user as a file of a folder.
+
+    What is there already is passed over, so that an interrupted export goes on.
+    """
     from cope_lc.progress import counted
     from cope_lc.text import clean, print_json
     from langchain_cope.stores import open_store
@@ -81,7 +87,10 @@ def import_one(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Bring in a user that export wrote, or a peft folder that was trained elsewhere on --model."""
+    """Bring in a user's file, or a peft folder.
+
+    A folder that was trained elsewhere, on --model, becomes the active version of --user.
+    """
     from cope_lc.text import name_of, print_json
     from langchain_cope.stores import open_store
 
@@ -105,7 +114,10 @@ def import_all(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Bring in every user of a folder; safe to repeat. So a store moves elsewhere, or becomes an encrypted one."""
+    """Bring in every user of such a folder.
+
+    Safe to repeat. So a store moves elsewhere, or becomes an encrypted one.
+    """
     from cope_lc.progress import counted
     from cope_lc.text import print_json
     from langchain_cope.stores import open_store

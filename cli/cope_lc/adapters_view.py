@@ -33,13 +33,14 @@ def version_table(versions: list["AdapterVersion"], active: str | None) -> "Tabl
 
 
 def history_table(history: list["HistoryEntry"]) -> "Table":
-    """The changes, the newest first: when, what was done to which version, what was served from then on, and why."""
-    rows = table("when", "what", "version", "served from then on", "why", whole=("when", "what"))
-    for index in (2, 3):
-        rows.columns[index].min_width = 6
+    """The changes, the newest first: since when which version is served, what was done, how good it is, and why."""
+    rows = table("since", "active", "NLL", "by", "why", whole=("since", "active"), right=("NLL",))
     for change in reversed(history):
-        served = "none" if change.active is None else "the same" if change.active == change.version else change.active
-        rows.add_row(local_time(change.at), cell(change.operation), change.version, served, cell(change.reason))
+        done = change.operation
+        if change.version and change.version != change.active:
+            done += f" of {change.version}"
+        nll = _figure(change.metrics, "dpo", "nll") if change.version == change.active else None
+        rows.add_row(local_time(change.at), change.active or "none", number(nll), cell(done), cell(change.reason))
     return rows
 
 
@@ -49,13 +50,12 @@ def chart_of(versions: list["AdapterVersion"], active: str | None) -> "Table | N
     if not gains:
         return None
     longest = max(abs(gain) for _, gain in gains) or 1.0
-    rows = table("", "", "", "", whole=("",))
+    rows = table("", "", "", whole=("",))
     rows.show_header = False
     for version, gain in gains:
         style = "green" if gain > 0 else "red"
         rows.add_row(
-            cell("●" if version.version == active else "", "green"),
-            version.version,
+            cell(version.version, "bold" if version.version == active else ""),
             cell(bar(abs(gain) / longest), style),
             cell(f"{-100 * gain:+.2f} %", style),
         )
