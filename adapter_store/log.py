@@ -13,9 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from os import urandom
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapter_store import layout
 from adapter_store.backend import Backend
@@ -41,26 +42,34 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+class _Remembered(NamedTuple):
+    """A head, where its entry lies, and where the one after it would."""
+
+    head: UserHead
+    own: str
+    following: str
+
+
 class Log:
     """The logs of all users of an opened store. Thread-safe."""
 
     def __init__(self, backend: Backend, root: Root) -> None:
         self._backend = backend
-        self._pepper = root.pepper
         self._vault = root.vault
-        self._remembered: OrderedDict[str, UserHead] = OrderedDict()
+        self.user_key = lru_cache(_MAX_REMEMBERED)(partial(keyed_hash, root.pepper))
+        """Gives the key under which a user's things lie."""
+        self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._lock = Lock()
-
-    def user_key(self, user_id: str) -> str:
-        """Return the key under which a user's things lie."""
-        return keyed_hash(self._pepper, user_id)
 
     def head(self, user_key: str) -> UserHead | None:
         """Return the newest entry of a user, None where there is none. Raises IntegrityError, FormatVersionError."""
-        with self._lock:
-            known = self._remembered.get(user_key)
-        if known is not None and not self._is_there(user_key, known.seq + 1) and self._is_there(user_key, known.seq):
-            return known
+        known = self._remembered.get(user_key)
+        if (
+            known is not None
+            and self._backend.stat(known.following) is None
+            and self._backend.stat(known.own) is not None
+        ):
+            return known.head
         seq = None
         for _ in range(_MAX_LOOKS):
             seq = self._newest(user_key)
@@ -170,8 +179,9 @@ class Log:
         return next((seq for name in reversed(names) if (seq := layout.number_of(name)) is not None), None)
 
     def _remember(self, head: UserHead) -> UserHead:
+        own, following = (layout.entry_key(head.user_key, seq) for seq in (head.seq, head.seq + 1))
         with self._lock:
-            self._remembered[head.user_key] = head
+            self._remembered[head.user_key] = _Remembered(head, own, following)
             self._remembered.move_to_end(head.user_key)
             if len(self._remembered) > _MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
