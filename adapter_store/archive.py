@@ -46,7 +46,7 @@ def write_archive(opened: Opened, head: UserHead, path: Path) -> None:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
                 _add(archive, MANIFEST, to_json(_manifest_json(opened, head)), head.updated_at.timestamp())
                 for version in head.versions:
-                    for name, data in opened.blobs.read(version).items():
+                    for name, data in opened.blobs.read(version, lambda: None).items():
                         _add(archive, _member(version, name), data, version.created_at.timestamp())
             file.flush()
             os.fsync(file.fileno())
@@ -99,7 +99,12 @@ def import_archive(opened: Opened, file: BinaryIO, limits: Limits, where: str) -
     for version, files in read_archive(file, limits, where, user_key)[1]:
         if began.find(version.version) is None:
             # Kept where this fails: another process may be importing the same, and rest on them. They are garbage then.
-            opened.blobs.write(version, files, key)
+            try:
+                opened.blobs.write(version, files, key)
+            except FileNotFoundError:  # the key
+                raise UserErasedError(
+                    f"user {shorten(manifest.user_id)} was erased meanwhile: nothing was imported; destroy {where}"
+                ) from None
             written.append(version)
 
     def imported(head: UserHead) -> UserHead | None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from adapter_store import layout
 from adapter_store.backend import Backend
@@ -38,8 +38,11 @@ class Blobs:
                         f"{location(self._backend.url, place)} is taken by other content: run gc, then try again"
                     ) from None
 
-    def read(self, version: AdapterVersion) -> dict[str, bytes]:
-        """Return a version's files, size and sha256 checked. FileNotFoundError where one, or its key, is gone."""
+    def read(self, version: AdapterVersion, check_listed: Callable[[], None]) -> dict[str, bytes]:
+        """Return a version's files, size and sha256 checked. FileNotFoundError where one, or its key, is gone.
+
+        `check_listed` is called after a copy was put into the cache: an erasure in between has missed that copy.
+        """
         for name in layout.ADAPTER_FILES:
             limit = self._limits.bytes_of(name)
             if version.files[name].size > limit:
@@ -49,7 +52,11 @@ class Blobs:
                 )
         if self._cache is None:
             return self._checked(version, self._stored(version))
-        return self._cached(version) or self._fetched(self._cache, version)
+        cached = self._cached(version)
+        if cached is None:
+            cached = self._fetched(self._cache, version)
+            check_listed()
+        return cached
 
     def check(self, version: AdapterVersion) -> None:
         """Check what the storage has, whatever the cache says. Raises as `read` does."""

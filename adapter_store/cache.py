@@ -21,6 +21,7 @@ from adapter_store.local import local_path
 from adapter_store.text import shorten
 
 _TMP = "tmp"
+_GONE = "gone-"  # begins the names of what is being removed
 _FULL, _AFTER_EVICTION = 1.0, 0.9  # shares of the limit
 _SCAN_EVERY = 0.05  # of the limit, in bytes written by this process
 _STALE_SECONDS = 3600.0  # of something in tmp/ whose process must be gone
@@ -75,6 +76,8 @@ class AdapterCache:
         """Remove a version, or everything of a user. OSError where a copy that must go cannot be removed."""
         target = self._folder / store_id / user_key if version is None else self._version(store_id, user_key, version)
         self._remove(target)
+        if version is None:
+            self._sweep()
 
     def users(self, store_id: str) -> list[str]:
         """Return the keys of the users of whom something is here."""
@@ -133,7 +136,7 @@ class AdapterCache:
 
     def _remove(self, folder: Path) -> None:
         """Take a folder away in one step, then remove it at leisure."""
-        gone = self._folder / _TMP / os.urandom(16).hex()
+        gone = self._folder / _TMP / f"{_GONE}{os.urandom(16).hex()}"
         try:
             gone.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.rename(gone)
@@ -144,11 +147,12 @@ class AdapterCache:
             folder.parent.rmdir()
 
     def _sweep(self) -> None:
+        """Remove what killed processes were writing, a while ago, or removing."""
         old = time.time() - _STALE_SECONDS
         with contextlib.suppress(OSError):
             for path in (self._folder / _TMP).iterdir():
                 with contextlib.suppress(OSError):
-                    if path.stat().st_mtime < old:
+                    if path.name.startswith(_GONE) or path.stat().st_mtime < old:
                         path.unlink() if path.suffix == ".lock" else remove_tree(path)
 
 

@@ -200,7 +200,11 @@ class Log:
                 f"at most {MAX_ENTRY_BYTES // 2} make a log entry: delete versions, or keep less metadata"
             )
         try:
-            self._backend.put_if_absent(key, self._sealed(head, data))
+            sealed = self._sealed(head, data)
+        except FileNotFoundError:  # the key: of a user erased since
+            return False
+        try:
+            self._backend.put_if_absent(key, sealed)
         except FileExistsError:
             # The answer to an earlier try of the storage client may have been lost on its way.
             try:

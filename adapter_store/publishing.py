@@ -130,7 +130,7 @@ def publish_version(
         try:
             opened.blobs.write(version, files, key)
             before, after = opened.log.commit(version.user_key, change)
-        except CollectedError:
+        except (CollectedError, FileNotFoundError):  # the files may be gone; or the key is, of a user erased since
             _discard(opened, version, began, key)
             version = replace(version, version=layout.new_version(version.created_at))
             continue

@@ -1,9 +1,12 @@
 """Plain folders for versions whose store has none: temporary, in this process, removed at exit.
 
 A long-lived server asks for many: beyond a GiB the longest unused go, so a folder is for reading now, not for keeping.
+What a killed process left is removed by the next one: each locks its folder for as long as it lives.
 """
 
 import atexit
+import contextlib
+import fcntl
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -14,6 +17,8 @@ from adapter_store.errors import BackendError
 from adapter_store.files import remove_tree
 
 MAX_BYTES = 1024**3
+_PREFIX = "adapter-store-"
+_LOCK = ".lock"
 _MIN_FOLDERS = 16  # whatever their size
 
 _lock = Lock()
@@ -65,9 +70,33 @@ def _root() -> Path:
         if process not in _folders:
             import tempfile  # slow to import, and rarely needed
 
-            _folders[process] = Path(tempfile.mkdtemp(prefix="adapter-store-"))
+            _remove_abandoned(Path(tempfile.gettempdir()))
+            while not _hold(folder := Path(tempfile.mkdtemp(prefix=_PREFIX))):
+                pass
+            _folders[process] = folder
             atexit.register(_remove_all, process)
         return _folders[process]
+
+
+def _hold(folder: Path) -> bool:
+    """Lock a folder until this process ends; False where another took it for an abandoned one in between."""
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # never closed: the end of the process lets it go
+        return (folder / _LOCK).exists()
+    except FileNotFoundError:
+        return False
+
+
+def _remove_abandoned(temporary: Path) -> None:
+    for folder in temporary.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or one that is being made
+            descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_tree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _remove_all(process: int) -> None:

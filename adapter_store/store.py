@@ -105,6 +105,13 @@ class AdapterStore:
     def __repr__(self) -> str:
         return f"AdapterStore({self.url!r})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs to open the same store; its keys and its pepper are part of it."""
+        return {**self.__dict__, "_known": None, "_probed": False, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
+
     @property
     def url(self) -> str:
         """The store's place as a URL, with userinfo and query masked."""
@@ -235,7 +242,7 @@ class AdapterStore:
             raise self._not_found(version.user_id, version.version, None)
         self._check_listed(opened, version)
         try:
-            return opened.blobs.read(version)
+            return opened.blobs.read(version, partial(self._check_listed, opened, version))
         except FileNotFoundError:
             self._check_listed(opened, version)
             raise self._missing(version) from None
@@ -250,7 +257,10 @@ class AdapterStore:
         files = self.fetch(version)
         if isinstance(self._backend, LocalBackend) and self._keys is None:
             return self._backend.path_of(layout.version_folder(version.user_key, version.version))
-        return write_scratch(version.name, files)
+        folder = write_scratch(version.name, files)
+        if (opened := self._open()) is not None:
+            self._check_listed(opened, version)  # an erasure since has missed this folder, and takes it away now
+        return folder
 
     def versions(self, user_id: str) -> list[AdapterVersion]:
         """Return a user's live versions in the order of their publishing; none for an unknown user."""

@@ -2,22 +2,23 @@
 
 Measured are: publishes and cold resolve + fetch + verify a second, with one process and with several, on a local folder
 (with fsync) and on S3 (a moto server in a process of its own, so its figures are the server's); resolve with 10, 100 and
-1000 log entries, cold (a new store object) and warm; many users: resolve one, list all. Beside it, the same adapter in
-the ways that people use without a store: a plain peft folder (the two files written and read, with fsync and without),
-a look at one file (`os.stat`), and MLflow's file store, where mlflow is installed.
+1000 log entries, cold (a new store object) and warm; many users: resolve one, list all. Beside it the ways that people use
+without a store, with the same adapter of the bundled base: peft's own (`save_pretrained` into a folder, `load_adapter` from
+it), MLflow's file store (log the two files and their metrics; find the newest run and load them; where mlflow is
+installed), and, to see what the store's care costs, the two bare files written and read with nothing checked.
 
 Each figure is the median of several turns; the ways take turns with each other, so that a busy machine is busy for all.
-The last line is JSON, with the ratios:
+The last line is JSON, with the ratios; below 1 the store is faster:
 
-    publish_vs_peft_folder          time of a publish over that of writing the two files with fsync
-    fetch_vs_peft_folder            time of resolve + fetch + verify, warm, over that of reading the two files
-    fetch_vs_mlflow                 time of resolve + fetch + verify, warm, over MLflow's load of the same files
-    publish_vs_mlflow               time of a publish over MLflow's
-    warm_resolve_vs_stat            time of a warm resolve over that of os.stat of one file
-    cold_resolve_1000_vs_10_entries time of a cold resolve with 1000 log entries over that with 10
+    publish_vs_peft_folder          store.publish (checked, fsynced, atomic) over peft's save_pretrained
+    fetch_vs_peft_folder            resolve + fetch_dir, warm, every byte verified, over peft's load_adapter
+    publish_vs_mlflow, fetch_vs_mlflow                the same over MLflow's file store
+    publish_vs_bare_files, fetch_vs_bare_files        the same over writing the two files with fsync, and reading them
+    warm_resolve_vs_stat            a warm resolve over os.stat of one file
+    cold_resolve_1000_vs_10_entries a cold resolve with 1000 log entries over one with 10
 
     python benchmarks/store.py                     # about three minutes
-    python benchmarks/store.py --users 100000      # writes 100 000 users, about ten minutes more
+    python benchmarks/store.py --users 100000      # writes 100 000 users, a few minutes more
 """
 
 import argparse
@@ -64,52 +65,74 @@ def median_seconds(turns: int, *calls: Callable[[], Any], each: int = 1) -> list
 # ── beside simpler ways ──
 
 
-def side_by_side(folder: Path, num_bytes: int, turns: int) -> Figures:
-    files = make_adapter(1, num_bytes)
+def side_by_side(folder: Path, turns: int) -> Figures:
+    peft_save, peft_load = peft_ways(folder)
+    peft_save()
+    source = folder / "peft"
+    files = {name: (source / name).read_bytes() for name in layout.ADAPTER_FILES}
     store = AdapterStore(folder / "store", limits=Limits(live_versions=20))
-    source = folder / "source"
-    source.mkdir()
-    for name, content in files.items():
-        (source / name).write_bytes(content)
     counter = iter(range(10**9))
 
     def publish() -> None:
         store.publish("alice", source, base=BASE, metrics=METRICS, alpha=0.1, tau=0.1)
 
-    def write(durably: bool) -> None:
-        target = folder / "peft" / str(next(counter))
+    def write() -> None:
+        target = folder / "bare" / str(next(counter))
         target.mkdir(parents=True)
-        for name in layout.ADAPTER_FILES:
+        for name, content in files.items():
             with (target / name).open("wb") as file:
-                file.write((source / name).read_bytes())
-                if durably:
-                    file.flush()
-                    os.fsync(file.fileno())
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
 
     mlflow_publish, mlflow_load = mlflow_ways(folder, source)
     publish()
-    names = ["publish", "peft_folder_fsync", "peft_folder"]
-    ways: list[Callable[[], Any]] = [publish, lambda: write(True), lambda: write(False)]
-    if mlflow_publish is not None:
-        names, ways = [*names, "mlflow"], [*ways, mlflow_publish]
-    written = dict(zip(names, median_seconds(turns, *ways), strict=True))
+    writes: dict[str, Callable[[], Any] | None] = {
+        "store": publish, "peft_folder": peft_save, "bare_files": write, "mlflow": mlflow_publish,
+    }  # fmt: skip
+    written = medians(turns, writes)
 
-    plain = folder / "peft" / "0"
-
-    def fetch_cold() -> None:
+    def cold() -> None:
         again = AdapterStore(folder / "store")
         again.fetch(again.resolve("alice", base=BASE))
 
-    reads: dict[str, Callable[[], Any]] = {
-        "warm": lambda: store.fetch(store.resolve("alice", base=BASE)),
-        "cold": fetch_cold,
-        "fetch_dir": lambda: store.fetch_dir(store.resolve("alice", base=BASE)),
-        "peft_folder": lambda: [(plain / name).read_bytes() for name in layout.ADAPTER_FILES],
+    reads: dict[str, Callable[[], Any] | None] = {
+        "store": lambda: store.fetch_dir(store.resolve("alice", base=BASE)),
+        "store_cold": cold,
+        "peft_folder": peft_load,
+        "bare_files": lambda: [(source / name).read_bytes() for name in layout.ADAPTER_FILES],
+        "mlflow": mlflow_load,
     }
-    if mlflow_load is not None:
-        reads["mlflow"] = mlflow_load
-    read = dict(zip(reads, median_seconds(turns, *reads.values(), each=5), strict=True))
-    return {"write_seconds": written, "read_seconds": read, "adapter_bytes": sum(map(len, files.values()))}
+    return {"write": written, "read": medians(turns, reads), "bytes": sum(map(len, files.values()))}
+
+
+def medians(turns: int, ways: dict[str, Callable[[], Any] | None]) -> dict[str, float]:
+    there = {name: way for name, way in ways.items() if way is not None}
+    return dict(zip(there, median_seconds(turns, *there.values()), strict=True))
+
+
+def peft_ways(folder: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Save an adapter of the bundled base with peft, into one folder as people do, and load it beside the others."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    import langchain_cope
+
+    base = Path(langchain_cope.__file__).parent / "starter"
+    torch.set_num_threads(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=42, target_modules=["q_proj", "v_proj"])
+    )
+
+    def save() -> None:
+        model.save_pretrained(str(folder / "peft"), safe_serialization=True)
+
+    def load() -> None:
+        model.load_adapter(str(folder / "peft"), "loaded")
+        model.delete_adapter("loaded")
+
+    return save, load
 
 
 def mlflow_ways(folder: Path, source: Path) -> tuple[Callable[[], Any] | None, Callable[[], Any] | None]:
@@ -295,16 +318,16 @@ def main() -> None:
         work(kind, place, int(num_bytes), float(seconds), int(number))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bytes", type=int, default=1_200_000, help="of an adapter's weights")
+    parser.add_argument("--bytes", type=int, default=1_200_000, help="of the adapters in operations a second")
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=5, help="of each throughput")
     parser.add_argument("--users", type=int, default=10_000, help="of the store with many users")
     parser.add_argument("--folder", help="where the files lie; default: the temporary folder")
     parser.add_argument("--no-s3", action="store_true")
     given = parser.parse_args()
-    print(f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} CPUs, {given.bytes} bytes")
+    print(f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} CPUs")
     with working_folder(given.folder) as folder:
-        beside = side_by_side(folder, given.bytes, given.turns)
+        beside = side_by_side(folder, given.turns)
         resolve = resolves(folder, given.turns)
         local = throughputs(str(folder / "throughput"), given.bytes, given.seconds)
         many = many_users(folder, given.users)
@@ -312,24 +335,23 @@ def main() -> None:
         if not given.no_s3:
             with s3() as url:
                 remote = throughputs(url, given.bytes, given.seconds)
-    write, read = beside["write_seconds"], beside["read_seconds"]
     ratios = {
-        "publish_vs_peft_folder": write["publish"] / write["peft_folder_fsync"],
-        "fetch_vs_peft_folder": read["warm"] / read["peft_folder"],
-        "fetch_vs_mlflow": read["warm"] / read["mlflow"] if "mlflow" in read else None,
-        "publish_vs_mlflow": write["publish"] / write["mlflow"] if "mlflow" in write else None,
-        "warm_resolve_vs_stat": resolve["warm_100_entries"] / resolve["stat"],
-        "cold_resolve_1000_vs_10_entries": resolve["cold_1000_entries"] / resolve["cold_10_entries"],
+        f"{what}_vs_{way}": found["store"] / found[way] if way in found else None
+        for what, found in (("publish", beside["write"]), ("fetch", beside["read"]))
+        for way in ("peft_folder", "mlflow", "bare_files")
     }
+    ratios["warm_resolve_vs_stat"] = resolve["warm_100_entries"] / resolve["stat"]
+    ratios["cold_resolve_1000_vs_10_entries"] = resolve["cold_1000_entries"] / resolve["cold_10_entries"]
     figures = {
         "ratios": {name: value and round(value, 3) for name, value in ratios.items()},
-        "write_ms": {name: round(1e3 * seconds, 2) for name, seconds in write.items()},
-        "read_ms": {name: round(1e3 * seconds, 3) for name, seconds in read.items()},
+        "write_ms": {name: round(1e3 * seconds, 2) for name, seconds in beside["write"].items()},
+        "read_ms": {name: round(1e3 * seconds, 3) for name, seconds in beside["read"].items()},
         "resolve_us": {name: round(1e6 * seconds, 1) for name, seconds in resolve.items()},
         "local": local,
         "s3_moto": remote,
         "many_users": many,
     }
+    print(f"an adapter of {beside['bytes']} bytes beside the others; {given.bytes} bytes for operations a second")
     for name, rows in figures.items():
         print(f"\n{name}")
         for key, value in rows.items():

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -177,3 +178,63 @@ print(oct(folder.stat().st_mode & 0o777), oct(folder.parent.stat().st_mode & 0o7
     )
     assert (result.returncode, result.stdout.strip()) == (0, "0o700 0o700"), result.stderr
     assert list(temporary.iterdir()) == []
+
+
+def test_what_a_killed_process_left_in_the_temporary_folder_goes_with_the_next(tmp_path, peft_folder):
+    code = """
+import os, sys
+from adapter_store import AdapterStore
+store = AdapterStore("memory://")
+print(store.fetch_dir(store.publish("alice", sys.argv[1], base={})), flush=True)
+sys.stdin.readline()
+"""
+
+    def start():
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(peft_folder)],
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return process, Path(process.stdout.readline().strip())
+
+    killed, its_folder = start()
+    living, other_folder = start()
+    assert its_folder.is_dir()
+    killed.kill()
+    killed.communicate()
+    assert its_folder.is_dir()
+    third, _ = start()
+    assert not its_folder.parent.exists()
+    assert other_folder.is_dir()
+    for process in (living, third):
+        process.communicate("\n")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("adapter-store-")] == []
+
+
+def test_temporary_folders_stay_within_bounds(monkeypatch, files):
+    from adapter_store import scratch
+
+    monkeypatch.setattr(scratch, "MAX_BYTES", 50_000)
+    store = AdapterStore(MemoryBackend())
+    folders = [
+        store.fetch_dir(store.publish(f"user {number}", files(number, num_values=2000), base={}))
+        for number in range(30)
+    ]
+    there = [folder.is_dir() for folder in folders]
+    assert not any(there[:14])
+    assert all(there[14:])
+
+
+def test_a_store_goes_to_another_process(tmp_path, files):
+    store = AdapterStore(tmp_path / "store", pepper=b"a pepper of sixteen bytes", cache=tmp_path / "cache")
+    version = store.publish("alice", files(1), base={})
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.resolve("alice") == version
+    assert copy.fetch(version) == files(1)
+    copy.publish("alice", files(2), base={})
+
+
+def test_reading_the_conformance_suite_needs_no_pytest():
+    assert "pytest" not in run_python("import sys, adapter_store.conformance; print(*sys.modules)").split()
