@@ -9,6 +9,7 @@ from adapter_store.backend import Backend
 from adapter_store.cache import AdapterCache
 from adapter_store.errors import BackendError, IntegrityError, InvalidAdapterError
 from adapter_store.facts import AdapterVersion, Limits
+from adapter_store.parallel import each
 from adapter_store.root import Root
 from adapter_store.scratch import remove_scratch
 from adapter_store.text import location, shorten
@@ -27,7 +28,9 @@ class Blobs:
 
     def write(self, version: AdapterVersion, files: Mapping[str, bytes], key: str | None) -> None:
         """Write a version's files, sealed with the user's `key` where the store is encrypted."""
-        for name, place in _places(version):
+
+        def put(item: tuple[str, str]) -> None:
+            name, place = item
             data = files[name] if key is None else self._sealed(version, name, files[name], key)
             try:
                 self._backend.put_if_absent(place, data)
@@ -37,6 +40,8 @@ class Blobs:
                     raise BackendError(
                         f"{location(self._backend.url, place)} is taken by other content: run gc, then try again"
                     ) from None
+
+        each(self._backend, put, _places(version))
 
     def read(self, version: AdapterVersion, check_listed: Callable[[], None]) -> dict[str, bytes]:
         """Return a version's files, size and sha256 checked. FileNotFoundError where one, or its key, is gone.
@@ -127,8 +132,12 @@ class Blobs:
         return 0 if self._vault is None else OVERHEAD_BYTES
 
     def _stored(self, version: AdapterVersion) -> dict[str, bytes]:
-        sizes = {name: facts.size + self._overhead for name, facts in version.files.items()}
-        return {name: self._backend.get(place, sizes[name] + 1) for name, place in _places(version)}
+
+        def got(item: tuple[str, str]) -> bytes:
+            name, place = item
+            return self._backend.get(place, version.files[name].size + self._overhead + 1)
+
+        return dict(zip(layout.ADAPTER_FILES, each(self._backend, got, _places(version)), strict=True))
 
     def _checked(self, version: AdapterVersion, stored: Mapping[str, bytes]) -> dict[str, bytes]:
         files = {}

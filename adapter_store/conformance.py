@@ -355,7 +355,7 @@ class AdapterStoreConformance:
         def work(number: int) -> int:
             store = self.store(backend)
             if number == 0:
-                while not stop.is_set():
+                while not stop.wait(0.02):
                     store.gc(grace=_NO_GRACE)
                 return 0
             try:

@@ -97,14 +97,17 @@ class Log:
             versions=(),
         )
 
-    def commit(self, user_key: str, change: Callable[[UserHead], UserHead | None]) -> Heads:
+    def commit(
+        self, user_key: str, change: Callable[[UserHead], UserHead | None], known: UserHead | None = None
+    ) -> Heads:
         """Put what `change` makes of the head as the next entry; return the heads before and after.
 
         `change` gets a head without versions for a new user; it is called again each time that another commit came
-        first, and returns None where nothing is left to do. What it raises comes through, with nothing changed.
+        first, and returns None where nothing is left to do. What it raises comes through, with nothing changed. `known`
+        is a head that the caller has read: it is tried on top of that first, since the put tells whether it is newest.
         """
         for attempt in range(_MAX_ATTEMPTS):
-            before = self.head_or_new(user_key)
+            before = self.head_or_new(user_key) if known is None or attempt else known
             changed = change(before)
             if changed is None:
                 return before, before

@@ -10,7 +10,7 @@ from adapter_store.facts import UNSET, AdapterVersion, Unset, UserHead
 from adapter_store.opened import Opened
 from adapter_store.text import shorten, value_or_none
 
-_MAX_TRIES = 10
+_MAX_TRIES = 30
 
 
 class CollectedError(Exception):
@@ -129,7 +129,7 @@ def publish_version(
 
         try:
             opened.blobs.write(version, files, key)
-            before, after = opened.log.commit(version.user_key, change)
+            before, after = opened.log.commit(version.user_key, change, known=began)
         except (CollectedError, FileNotFoundError):  # the files may be gone; or the key is, of a user erased since
             _discard(opened, version, began, key)
             version = replace(version, version=layout.new_version(version.created_at))

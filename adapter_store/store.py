@@ -54,8 +54,8 @@ from adapter_store.files import read_adapter, write_new_folder
 from adapter_store.keys import KeyProvider
 from adapter_store.local import LocalBackend, local_path
 from adapter_store.log import Log, now
-from adapter_store.memory import MemoryBackend
 from adapter_store.opened import Opened
+from adapter_store.parallel import each, is_near
 from adapter_store.probing import probe_put_if_absent
 from adapter_store.publishing import Terms, activated, publish_version, remove_dropped, without
 from adapter_store.root import Root, make_root, open_root
@@ -65,7 +65,6 @@ from adapter_store.verifying import UserReport, verify_user
 
 _NOTHING: Mapping[str, Any] = {}
 _ROOT_TRUST_SECONDS = 60.0  # on remote storage; it changes only where a store is removed and made anew
-_PARALLEL_READS = 16
 _ENTRIES_KEPT = 100
 
 
@@ -288,7 +287,7 @@ class AdapterStore:
         end = head.seq + 1 if before_seq is None else before_seq
         seqs = [seq for seq in opened.log.seqs(head.user_key) if head.erased_seq <= seq < end]
         found: list[HistoryEntry] = []
-        for entry in self._each(partial(_entry_or_none, opened, head.user_key), seqs[-limit:]):
+        for entry in each(self._backend, partial(_entry_or_none, opened, head.user_key), seqs[-limit:]):
             if entry is not None:
                 changed = entry.find(entry.operation_version)
                 found.append(
@@ -318,7 +317,8 @@ class AdapterStore:
             return [], None
         keys = list(islice(opened.log.user_keys(cursor or ""), limit + 1))
         # A folder without an entry is a first publish under way: not a user yet.
-        heads = [head for head in self._each(opened.log.head, keys[:limit]) if head is not None and not head.is_erased]
+        found = each(self._backend, opened.log.head, keys[:limit])
+        heads = [head for head in found if head is not None and not head.is_erased]
         return heads, keys[limit - 1] if len(keys) > limit else None
 
     # ── change ──
@@ -545,14 +545,10 @@ class AdapterStore:
     def _root_mark(self) -> Hashable:
         """Return a mark of the root file as it is now; of remote storage as it was a while ago."""
         known = self._known
-        if known is not None and not self._is_near and time.monotonic() < known[2]:
+        if known is not None and not is_near(self._backend) and time.monotonic() < known[2]:
             return known[1]
         found = self._backend.stat(layout.ROOT_FILE)
         return None if found is None else found.mark
-
-    @property
-    def _is_near(self) -> bool:
-        return isinstance(self._backend, LocalBackend | MemoryBackend)
 
     def _keep(self, root: Root, mark: Hashable) -> Opened:
         with self._lock:
@@ -574,16 +570,6 @@ class AdapterStore:
         if opened is None:
             opened = self._keep(make_root(self._backend, self._pepper, self._keys), self._root_mark())
         return opened
-
-    def _each(self, read: Callable[[Any], Any], keys: list[Any]) -> Iterator[Any]:
-        """Yield `read(key)` for each key; many at once where each is a way over the network."""
-        if self._is_near or len(keys) < 2:
-            yield from map(read, keys)
-            return
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            yield from pool.map(read, keys)
 
     def _head(self, user_id: str) -> UserHead | None:
         check_user_id(user_id, self._limits)

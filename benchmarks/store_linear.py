@@ -161,7 +161,7 @@ def one_round(store: AdapterStore, seed: str) -> list[Call]:
         barrier.wait()
         while not stop.is_set():
             mine.gc(grace=NO_GRACE, entry_age=NO_GRACE)
-            time.sleep(0.001)
+            time.sleep(0.005)
 
     with ThreadPoolExecutor(THREADS + 1) as pool:
         collector = pool.submit(collect)

@@ -190,7 +190,7 @@ class TestLateWriters:
                 super().put_if_absent(key, data)
 
         del backend
-        with pytest.raises(Exception, match="collected as garbage 10 times"):
+        with pytest.raises(Exception, match="collected as garbage 30 times"):
             AdapterStore(Always(tmp_path / "store")).publish("alice", make_adapter(2), base={})
         assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 1
 
