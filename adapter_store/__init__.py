@@ -24,7 +24,7 @@ from adapter_store.keys import EnvironmentKeys, FileKeys, KeyProvider, KmsClient
 from adapter_store.local import LocalBackend
 from adapter_store.memory import MemoryBackend
 from adapter_store.store import AdapterStore
-from adapter_store.verifying import UserReport
+from adapter_store.verifying import UserReport, Verified
 
 __all__ = [
     "UNSET",
@@ -56,4 +56,5 @@ __all__ = [
     "UserErasedError",
     "UserHead",
     "UserReport",
+    "Verified",
 ]

@@ -28,6 +28,7 @@ from adapter_store import (
     Limits,
     PublishConflictError,
     UserErasedError,
+    UserReport,
 )
 from adapter_store import layout as store_layout
 
@@ -280,7 +281,8 @@ class AdapterStoreConformance:
         assert [key.rpartition("/")[2] for key in left] == ["000000000004.json"]
         assert b"alice" not in backend.get(left[0], 10_000)
         assert warm.fetch(other) == make_adapter(9)
-        assert not any(report.problems or report.orphans for report in store.verify())
+        found = store.verify()
+        assert (found.ok, found.orphans) == (True, 0)
 
     def test_what_was_trained_before_an_erasure_is_refused_after_it(self, backend: Backend) -> None:
         store, trainer = self.store(backend), self.store(backend)
@@ -325,10 +327,13 @@ class AdapterStoreConformance:
         backend.put_if_absent(key, data[:-1] + bytes([data[-1] ^ 1]))
         with raises(IntegrityError, match="sha256 differs|does not decrypt"):
             store.fetch(version)
-        reports = {report.user_id: report for report in store.verify()}
-        assert not reports["bob"].problems
-        assert store_layout.WEIGHTS in reports["alice"].problems[0]
-        assert [report.user_id for report in store.verify("bob")] == ["bob"]
+        seen: list[UserReport] = []
+        found = store.verify(on_user=seen.append)
+        assert {report.user_id for report in seen} == {"alice", "bob"}
+        assert (found.users, found.versions, found.ok) == (2, 2, False)
+        assert [report.user_id for report in found.damaged] == ["alice"]
+        assert store_layout.WEIGHTS in found.damaged[0].problems[0]
+        assert store.verify("bob").ok
         assert store.fetch(whole) == make_adapter(1)
 
     def test_garbage_goes_and_what_is_published_stays(self, backend: Backend) -> None:
@@ -338,14 +343,16 @@ class AdapterStoreConformance:
         for name, data in make_adapter(2).items():
             backend.put_if_absent(f"{store_layout.version_folder(version.user_key, orphan)}/{name}", data)
         backend.put_if_absent("probes/left/probe", b"")
-        assert [report.orphans for report in store.verify()] == [(orphan,)]
+        seen: list[UserReport] = []
+        assert store.verify(on_user=seen.append).ok
+        assert [report.orphans for report in seen] == [(orphan,)]
         assert store.gc().versions == 0  # too young
         assert store.gc(grace=_NO_GRACE, dry_run=True).versions == 1
         done = store.gc(grace=_NO_GRACE)
         assert (done.versions, done.problems) == (1, [])
         assert all_keys(backend, "probes") == []
         assert store.fetch(store.resolve("alice")) == make_adapter(1)
-        assert [report.orphans for report in store.verify()] == [()]
+        assert store.verify().orphans == 0
         assert store.gc(grace=_NO_GRACE).versions == 0
         assert len(store.versions("alice")) == 1
 

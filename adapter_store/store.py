@@ -8,7 +8,7 @@ of threads and processes may use the same store. Calls block; asynchronous calle
 
 import os
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -61,7 +61,7 @@ from adapter_store.publishing import Terms, activated, publish_version, remove_d
 from adapter_store.root import Root, make_root, open_root
 from adapter_store.scratch import write_scratch
 from adapter_store.text import location, shorten, value_or_none, without_secrets
-from adapter_store.verifying import UserReport, verify_user
+from adapter_store.verifying import UserReport, Verified, verify_user
 
 _NOTHING: Mapping[str, Any] = {}
 _ROOT_TRUST_SECONDS = 60.0  # on remote storage; it changes only where a store is removed and made anew
@@ -398,17 +398,22 @@ class AdapterStore:
 
     # ── look after ──
 
-    def verify(self, user_id: str | None = None) -> Iterator[UserReport]:
-        """Read and check everything of one user, or of all, one report a user as it goes; damage is reported, not raised."""
-        opened = self._open()
-        if opened is None:
-            return
+    def verify(self, user_id: str | None = None, *, on_user: Callable[[UserReport], None] | None = None) -> Verified:
+        """Read and check everything of one user, or of all, past any cache; damage is reported, not raised.
+
+        `on_user` is called with each user's report as it goes.
+        """
         if user_id is not None:
-            user_keys: Iterator[str] = iter([opened.log.user_key(check_user_id(user_id, self._limits))])
-        else:
-            user_keys = opened.log.user_keys()
-        for user_key in user_keys:
-            yield verify_user(opened, user_key)
+            check_user_id(user_id, self._limits)
+        opened, done = self._open(), Verified()
+        if opened is None:
+            return done
+        for user_key in opened.log.user_keys() if user_id is None else [opened.log.user_key(user_id)]:
+            report = verify_user(opened, user_key)
+            done.add(report)
+            if on_user is not None:
+                on_user(report)
+        return done
 
     def gc(
         self,
@@ -507,26 +512,34 @@ class AdapterStore:
         except OSError as error:
             raise InvalidAdapterError(f"cannot read {path} ({error.strerror or error}): name an archive") from error
 
-    def export_users(self, folder: str | os.PathLike[str]) -> Iterator[Path]:
-        """Write every user as a tar file of a folder, yielding each path; users with a file there already are passed over.
+    def export_users(self, folder: str | os.PathLike[str], *, on_user: Callable[[int], None] | None = None) -> int:
+        """Write every user as a tar file of a folder and return how many were written.
 
-        So an export that was interrupted goes on where it was. Raises what `export_user` raises.
+        Users with a file there already are passed over, so that an export that was interrupted goes on where it was.
+        `on_user` is called with the number written so far. Raises what `export_user` raises.
         """
-        path = local_path(folder)
+        path, count = local_path(folder), 0
         cursor: str | None = None
         while True:
             heads, cursor = self.list_users(cursor)
             for head in heads:
                 target = path / f"{head.user_key}.tar"
                 if head.versions and not target.exists():
-                    yield self.export_user(head.user_id, target)
+                    self.export_user(head.user_id, target)
+                    count += 1
+                    if on_user is not None:
+                        on_user(count)
             if cursor is None:
-                return
+                return count
 
-    def import_users(self, folder: str | os.PathLike[str]) -> Iterator[UserHead]:
-        """Read every tar file of a folder that `export_users` wrote, yielding each user's head; safe to repeat."""
-        for file in sorted(local_path(folder).glob("*.tar")):
-            yield self.import_user(file)
+    def import_users(self, folder: str | os.PathLike[str], *, on_user: Callable[[int], None] | None = None) -> int:
+        """Read every tar file of a folder that `export_users` wrote and return how many those are; safe to repeat."""
+        count = 0
+        for count, file in enumerate(sorted(local_path(folder).glob("*.tar")), 1):
+            self.import_user(file)
+            if on_user is not None:
+                on_user(count)
+        return count
 
     # ── inside ──
 

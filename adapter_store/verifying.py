@@ -1,6 +1,6 @@
 """Verification: every entry and every file of a user read and checked, and said what is wrong."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adapter_store import layout
 from adapter_store.errors import FormatVersionError, IntegrityError, InvalidAdapterError
@@ -23,6 +23,33 @@ class UserReport:
     num_bytes: int
     problems: tuple[str, ...]
     orphans: tuple[str, ...]
+
+
+@dataclass
+class Verified:
+    """What was checked of a store; `damaged` are the reports of users with problems, `orphans` counts unlisted versions."""
+
+    users: int = 0
+    entries: int = 0
+    versions: int = 0
+    bytes: int = 0
+    orphans: int = 0
+    damaged: list[UserReport] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that is listed is what was published."""
+        return not self.damaged
+
+    def add(self, report: UserReport) -> None:
+        """Count one more user."""
+        self.users += 1
+        self.entries += report.num_entries
+        self.versions += report.num_versions
+        self.bytes += report.num_bytes
+        self.orphans += len(report.orphans)
+        if report.problems:
+            self.damaged.append(report)
 
 
 def verify_user(opened: Opened, user_key: str) -> UserReport:

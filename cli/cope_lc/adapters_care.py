@@ -1,5 +1,6 @@
 """``cope-lc adapters verify``, ``gc`` and the keys: what keeps a store sound."""
 
+import itertools
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -31,33 +32,23 @@ def verify(
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
-    num_users = num_versions = num_bytes = num_orphans = 0
-    damaged = []
     with counted("users checked") as count:
-        for num_users, report in enumerate(opened.verify(user), 1):
-            count(num_users)
-            num_versions += report.num_versions
-            num_bytes += report.num_bytes
-            num_orphans += len(report.orphans)
-            if report.problems:
-                damaged.append(report)
+        numbers = itertools.count(1)
+        found = opened.verify(user, on_user=lambda _: count(next(numbers)))
     if as_json:
-        figures = {"users": num_users, "versions": num_versions, "bytes": num_bytes, "orphans": num_orphans}
-        problems = [{"user_id": r.user_id, "user_key": r.user_key, "problems": list(r.problems)} for r in damaged]
-        print_json({"store": opened.url, "ok": not damaged, **figures, "damaged": problems})
+        figures = {name: value for name, value in asdict(found).items() if name != "damaged"}
+        damaged = [{"user_id": r.user_id, "user_key": r.user_key, "problems": list(r.problems)} for r in found.damaged]
+        print_json({"store": opened.url, "ok": found.ok, **figures, "damaged": damaged})
     else:
         out = console()
-        for report in damaged:
+        for report in found.damaged:
             for problem in report.problems:
                 say(out, f"{name_of(report.user_id) if report.user_id else report.user_key}: {problem}", "red")
-        say(
-            out,
-            f"{num_users} users, {num_versions} versions, {num_bytes / 1e6:.1f} MB in {place_of(opened)}",
-            whole=True,
-        )
-        said = f"{len(damaged)} users with damage" if damaged else "all is what was published"
-        say(out, said + (f"; {num_orphans} unlisted versions are left for gc" if num_orphans else ""))
-    if damaged:
+        users = f"{found.users} user{'s' if found.users != 1 else ''}"
+        say(out, f"{users}, {found.versions} versions, {found.bytes / 1e6:.1f} MB in {place_of(opened)}", whole=True)
+        said = "all is what was published" if found.ok else f"{len(found.damaged)} of them with damage"
+        say(out, said + (f"; {found.orphans} unlisted versions are left for gc" if found.orphans else ""))
+    if not found.ok:
         raise typer.Exit(1)
 
 

@@ -68,10 +68,8 @@ def export_all(
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
-    number = 0
     with counted("users exported") as count:
-        for number, _ in enumerate(opened.export_users(folder), 1):
-            count(number)
+        number = opened.export_users(folder, on_user=count)
     if as_json:
         print_json({"folder": str(folder), "users": number})
     else:
@@ -125,10 +123,8 @@ def import_all(
     if not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no folder: name one that export-all wrote", param_hint="FOLDER")
     opened = open_store(store)
-    number = 0
     with counted("users imported") as count:
-        for number, _ in enumerate(opened.import_users(folder), 1):
-            count(number)
+        number = opened.import_users(folder, on_user=count)
     if as_json:
         print_json({"store": opened.url, "users": number})
     else:

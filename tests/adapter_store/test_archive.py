@@ -108,13 +108,19 @@ class TestArchives:
     def test_all_users_out_and_in_and_on_where_it_was_interrupted(self, local, tmp_path, other):
         for number in range(5):
             local.publish(f"user/{number}", make_adapter(number), base=BASE)
-        paths = local.export_users(tmp_path / "out")
-        first = [next(paths), next(paths)]
-        paths.close()
-        assert all(path.exists() for path in first)
-        assert len(list(local.export_users(tmp_path / "out"))) == 3
-        assert len(list(other.import_users(tmp_path / "out"))) == 5
-        assert len(list(other.import_users(tmp_path / "out"))) == 5
+
+        def stop(count):
+            if count == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            local.export_users(tmp_path / "out", on_user=stop)
+        assert len(list((tmp_path / "out").iterdir())) == 2
+        assert local.export_users(tmp_path / "out") == 3
+        counts = []
+        assert other.import_users(tmp_path / "out", on_user=counts.append) == 5
+        assert counts == [1, 2, 3, 4, 5]
+        assert other.import_users(tmp_path / "out") == 5
         for number in range(5):
             assert other.fetch(other.resolve(f"user/{number}")) == make_adapter(number)
             assert len(other.versions(f"user/{number}")) == 1

@@ -3,14 +3,9 @@
 import contextlib
 import json
 import os
-import random
 import resource
 import shutil
 import stat
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -25,13 +20,7 @@ from adapter_store import (
 )
 
 BASE = {"weights": "w"}
-PUBLISHER = Path(__file__).with_name("publisher.py")
 PEPPER = b"a pepper of sixteen bytes or more"
-
-
-def start_publisher(store_folder, user_id, peft_folder, count):
-    command = [sys.executable, PUBLISHER, store_folder, user_id, peft_folder, str(count)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def user_folder(root, version):
@@ -100,41 +89,6 @@ class TestLayout:
         (folder / "adapter_config.json").write_bytes(b"{}")
         with pytest.raises(IntegrityError, match=r"adapter_config.json has 2 bytes"):
             local.fetch_dir(version)
-
-
-class TestOtherProcesses:
-    def test_of_four_processes_on_one_user_every_publish_is_kept_in_one_order(self, local, root, peft_folder):
-        children = [start_publisher(root, "alice", peft_folder, 5) for _ in range(4)]
-        outputs = [child.communicate(timeout=60)[0].split() for child in children]
-        assert [child.returncode for child in children] == [0] * 4
-        versions = [version.version for version in local.versions("alice")]
-        assert sorted(versions) == sorted(version for output in outputs for version in output)
-        for output in outputs:
-            assert [version for version in versions if version in output] == output
-        [head], _ = local.list_users()
-        assert (head.seq, head.active) == (20, versions[-1])
-        for version in head.versions:
-            local.fetch(version)
-
-    def test_killed_at_any_moment_nothing_is_lost_and_nothing_half_visible(self, local, peft_folder, root):
-        moments = random.Random(0)
-        for number in range(7):
-            user_id = f"user-{number}"
-            children = [start_publisher(root, user_id, peft_folder, 1000) for _ in range(3)]
-            acknowledged = [child.stdout.readline().strip() for child in children]
-            for child in children:
-                time.sleep(moments.uniform(0, 0.02))
-                child.kill()
-            for child in children:
-                acknowledged += child.communicate()[0].split()
-            versions = local.versions(user_id)
-            assert set(acknowledged) <= {version.version for version in versions}
-            # A killed writer may have committed what it had no time left to acknowledge.
-            assert len(versions) <= len(acknowledged) + len(children)
-            for version in versions:
-                local.fetch(version)
-            assert local.active(user_id) == versions[-1].version
-            assert local.publish(user_id, peft_folder, base=BASE) == local.resolve(user_id)
 
 
 class TestDamage:

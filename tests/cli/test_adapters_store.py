@@ -169,7 +169,7 @@ def test_verify_names_damage_and_ends_with_one(cope_lc: Callable, store: Adapter
     assert (outcome.json["ok"], outcome.json["users"], outcome.json["versions"]) == (False, 2, 2)
     assert "sha256 differs" in outcome.json["damaged"][0]["problems"][0]
     shown = cope_lc("adapters", "verify")
-    assert "1 user" in shown.stdout
+    assert shown.stdout.splitlines()[-1] == "1 of them with damage"
     assert str(weights) in shown.stdout.replace("\n", "")
     damaged = outcome.json["damaged"][0]["user_id"]
     whole = {"alice": "bob", "bob": "alice"}[damaged]
