@@ -70,7 +70,7 @@ def _open_text(place: str) -> Backend:
             return ObjectBackend.from_url(place)
     raise BackendError(
         f"store URL {without_secrets(place)} has an unknown scheme: supported are a folder path, "
-        "file:///absolute/path, memory://name, s3://bucket/prefix, gs://bucket/prefix and az://account/container/prefix"
+        "file:///absolute/path, memory://name, s3://bucket/prefix, gs://bucket/prefix and az://container/prefix"
     )
 
 

@@ -2,7 +2,8 @@
 
 Of the storage one thing is needed: that a put with mode="create" fails where the key exists; a store probes it before it
 writes. Credentials come from where the vendors' own tools look for them: the environment (AWS_ACCESS_KEY_ID, …), their
-files, the machine's role. A URL may carry options after a "?", such as s3://bucket/prefix?endpoint=http://host:9000.
+files, the machine's role. A URL may carry options after a "?", by obstore's names: s3://bucket/prefix?endpoint=http://host:9000,
+az://container/prefix?account_name=ours. A bucket that keeps old versions of objects keeps what is erased: let those expire.
 """
 
 import os
@@ -36,7 +37,7 @@ class ObjectBackend:
 
     @classmethod
     def from_url(cls, url: str) -> "ObjectBackend":
-        """Return the backend of s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix.
+        """Return the backend of s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.
 
         Options after "?" go to obstore by its own names (endpoint, region, …). Nothing is asked of the storage yet.
         BackendError where obstore is missing, or refuses URL or options.

@@ -23,6 +23,7 @@ from adapter_store.backend import Backend
 from adapter_store.entry import MAX_ENTRY_BYTES, decode, encode, parse
 from adapter_store.errors import FormatVersionError, IntegrityError, InvalidAdapterError, PublishConflictError
 from adapter_store.facts import UserHead
+from adapter_store.parallel import each
 from adapter_store.root import Root, keyed_hash
 from adapter_store.text import location, shorten, to_json
 from adapter_store.vault import key_of
@@ -31,6 +32,7 @@ _MAX_ATTEMPTS = 200
 _MAX_PAUSE_SECONDS = 0.05
 _MAX_LOOKS = 20
 _MAX_REMEMBERED = 1024
+_LISTED_AT_ONCE = 16
 
 
 Heads = tuple[UserHead, UserHead]
@@ -165,11 +167,14 @@ class Log:
     def user_keys(self, after: str = "") -> Iterator[str]:
         """Yield the keys of all users with a folder, in ascending order, those up to `after` left out."""
         for first in self._names_from(layout.USERS, after[:2]):
-            for second in self._names_from(f"{layout.USERS}/{first}", after[2:4] if first == after[:2] else ""):
-                names = self._backend.list_folder(f"{layout.USERS}/{first}/{second}")
-                for name in names[bisect_right(names, after) :]:
-                    if layout.is_sha256(name) and name.startswith(first + second):
-                        yield name
+            seconds = self._names_from(f"{layout.USERS}/{first}", after[2:4] if first == after[:2] else "")
+            folders = [f"{layout.USERS}/{first}/{second}" for second in seconds]
+            for start in range(0, len(folders), _LISTED_AT_ONCE):
+                listed = folders[start : start + _LISTED_AT_ONCE]
+                for folder, names in zip(listed, each(self._backend, self._backend.list_folder, listed), strict=True):
+                    for name in names[bisect_right(names, after) :]:
+                        if layout.is_sha256(name) and f"{layout.USERS}/{name[:2]}/{name[2:4]}" == folder:
+                            yield name
 
     def _names_from(self, folder: str, least: str) -> list[str]:
         return [name for name in self._backend.list_folder(folder) if name >= least]

@@ -6,12 +6,12 @@ What a killed process left is removed by the next one: each locks its folder for
 
 import atexit
 import contextlib
-import fcntl
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from adapter_store.errors import BackendError
 from adapter_store.files import remove_tree
@@ -23,6 +23,7 @@ _MIN_FOLDERS = 16  # whatever their size
 
 _lock = Lock()
 _folders: dict[int, Path] = {}  # by process, since a forked child must not remove its parent's
+_locks: list[Any] = []  # held, and never let go
 _sizes: OrderedDict[tuple[int, str], int] = OrderedDict()  # by process and name, the longest unused first
 
 
@@ -80,23 +81,25 @@ def _root() -> Path:
 
 def _hold(folder: Path) -> bool:
     """Lock a folder until this process ends; False where another took it for an abandoned one in between."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / _LOCK)
     try:
-        descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # never closed: the end of the process lets it go
-        return (folder / _LOCK).exists()
-    except FileNotFoundError:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
         return False
+    _locks.append(lock)
+    return (folder / _LOCK).exists()
 
 
 def _remove_abandoned(temporary: Path) -> None:
+    from filelock import FileLock, Timeout
+
     for folder in temporary.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # another user's, or one that is being made
-            descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove_tree(folder, ignore_errors=True)
-            finally:
-                os.close(descriptor)
+        with contextlib.suppress(OSError, Timeout):  # another user's, or one whose process lives
+            if (folder / _LOCK).exists():
+                with FileLock(folder / _LOCK, timeout=0):
+                    remove_tree(folder, ignore_errors=True)
 
 
 def _remove_all(process: int) -> None:

@@ -72,7 +72,7 @@ class AdapterStore:
     """Every user's adapters, version by version.
 
     `place` is a folder ("~" is expanded), a URL (file://, memory://name shared in this process by name, s3://bucket/prefix,
-    gs://bucket/prefix, az://account/container/prefix) or a Backend. `pepper` is the secret (at least 16 bytes) that user
+    gs://bucket/prefix, az://container/prefix) or a Backend. `pepper` is the secret (at least 16 bytes) that user
     keys are made with; without one the store makes and keeps its own. `keys` makes an encrypted store, and opens it.
     `cache` is a folder, or an AdapterCache, where fetched adapters are kept on this machine. Opening reads and makes
     nothing; the first `prepare` or `publish` makes the store. Each call may raise BackendError, and KeyMismatchError,
