@@ -1,7 +1,7 @@
 """A publish, step by step: data first, entry last; and the files of versions that are not listed (any more) removed."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from adapter_store import layout
@@ -21,17 +21,17 @@ class CollectedError(Exception):
 class Terms:
     """On what terms a version may be published.
 
-    `data_seq`: where the user's log was when the data was read; `began_seq`: where it was when the first file was
-    written. `key`: what the user's entry is sealed with where it has no key yet.
+    `data_seq`: where the user's log was when the data was read, None: when the publish began; `began_seq`: where it was
+    when the first file was written. `key`: what the user's entry is sealed with where it has no key yet.
     """
 
     activate: bool
     expected_active: str | Unset | None
     reason: str
     live_versions: int
-    data_seq: int
-    began_seq: int
-    key: str | None
+    data_seq: int | None
+    began_seq: int = 0
+    key: str | None = None
 
 
 def with_version(head: UserHead, version: AdapterVersion, terms: Terms) -> UserHead | None:
@@ -42,7 +42,8 @@ def with_version(head: UserHead, version: AdapterVersion, terms: Terms) -> UserH
     """
     if _published_before(head, version) is not None:
         return None
-    check_fences(head, version.user_id, terms.data_seq, terms.began_seq)
+    data_seq = terms.began_seq if terms.data_seq is None else terms.data_seq
+    check_fences(head, version.user_id, data_seq, terms.began_seq)
     if terms.expected_active is not UNSET and head.active != terms.expected_active:
         raise PublishConflictError(
             f"user {shorten(version.user_id)} has {value_or_none(head.active)} active where "
@@ -106,23 +107,18 @@ def _way_back(head: UserHead, listed: set[str]) -> tuple[str, ...]:
     return tuple(way[-max(1, len(listed)) :])
 
 
-def publish_version(
-    opened: Opened,
-    version: AdapterVersion,
-    files: dict[str, bytes],
-    terms_for: Callable[[UserHead, str | None], Terms],
-) -> AdapterVersion:
-    """Write the files, commit the version, and return what is published: `version`, or the earlier one of the same job.
-
-    `terms_for` gets the user's head as the work begins, and the key that the files are sealed with.
-    """
+def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, bytes], terms: Terms) -> AdapterVersion:
+    """Write the files, commit the version, and return what is published: `version`, or the earlier one of the same job."""
     for _ in range(_MAX_TRIES):
         began = opened.log.head_or_new(version.user_key, version.user_id)
+        if terms.data_seq is None:
+            terms = replace(terms, data_seq=began.seq)  # for all tries: an erasure between two of them counts
+        terms = replace(terms, began_seq=began.seq)
         # Asked once before any byte is written: a job done before, or a conflict, costs no upload.
-        if with_version(began, version, terms_for(began, None)) is None:
+        if with_version(began, version, terms) is None:
             break
         key = opened.key_for(began)
-        terms = terms_for(began, key)
+        terms = replace(terms, key=key)
 
         def change(head: UserHead, version: AdapterVersion = version, terms: Terms = terms) -> UserHead | None:
             return with_version(head, version, terms)

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapter_store import collecting, layout
 from adapter_store.backend import Backend, open_backend
@@ -68,6 +68,14 @@ _ROOT_TRUST_SECONDS = 60.0  # on remote storage; it changes only where a store i
 _ENTRIES_KEPT = 100
 
 
+class _Known(NamedTuple):
+    """The store as it was opened, what marked its root file then, and until when that is believed of remote storage."""
+
+    opened: Opened
+    mark: Hashable
+    trusted_until: float
+
+
 class AdapterStore:
     """Every user's adapters, version by version.
 
@@ -97,7 +105,7 @@ class AdapterStore:
         self._keys = keys
         self._cache = cache if cache is None or isinstance(cache, AdapterCache) else AdapterCache(cache)
         self._limits = limits or Limits()
-        self._known: tuple[Opened, Hashable, float] | None = None
+        self._known: _Known | None = None
         self._probed = False
         self._lock = Lock()
 
@@ -181,17 +189,13 @@ class AdapterStore:
             check_data_seq(data_seq, self.data_seq(user_id))
         opened = self._open_to_write()
 
-        def terms(began: UserHead, key: str | None) -> Terms:
-            return Terms(
-                activate=activate,
-                expected_active=expected_active,
-                reason=reason,
-                live_versions=self._limits.live_versions,
-                data_seq=began.seq if data_seq is None else data_seq,
-                began_seq=began.seq,
-                key=key,
-            )
-
+        terms = Terms(
+            activate=activate,
+            expected_active=expected_active,
+            reason=reason,
+            live_versions=self._limits.live_versions,
+            data_seq=data_seq,
+        )
         return publish_version(opened, described(user_key=opened.log.user_key(user_id)), files, terms)
 
     def import_peft(
@@ -544,34 +548,34 @@ class AdapterStore:
     # ── inside ──
 
     def _open(self) -> Opened | None:
-        """Return the opened store, None where there is none yet."""
-        mark = self._root_mark()
+        """Return the opened store, None where there is none yet; the root file is looked at, remote only now and then."""
         known = self._known
-        if known is not None and mark is not None and known[1] == mark:
-            return known[0]
+        if known is not None and not is_near(self._backend) and time.monotonic() < known.trusted_until:
+            return known.opened
+        found = self._backend.stat(layout.ROOT_FILE)
+        mark = None if found is None else found.mark
+        if known is not None and mark is not None and mark == known.mark:
+            if not is_near(self._backend):
+                self._known = known._replace(trusted_until=time.monotonic() + _ROOT_TRUST_SECONDS)
+            return known.opened
         root = open_root(self._backend, self._pepper, self._keys)
         if root is None:
             self._known = None
             return None
         return self._keep(root, mark)
 
-    def _root_mark(self) -> Hashable:
-        """Return a mark of the root file as it is now; of remote storage as it was a while ago."""
-        known = self._known
-        if known is not None and not is_near(self._backend) and time.monotonic() < known[2]:
-            return known[1]
-        found = self._backend.stat(layout.ROOT_FILE)
-        return None if found is None else found.mark
-
     def _keep(self, root: Root, mark: Hashable) -> Opened:
         with self._lock:
             known = self._known
-            if known is not None and known[0].root.store_id == root.store_id and known[0].root.pepper == root.pepper:
-                opened = known[0]  # with what its log remembers
+            if known is not None and (known.opened.root.store_id, known.opened.root.pepper) == (
+                root.store_id,
+                root.pepper,
+            ):
+                opened = known.opened  # with what its log remembers
             else:
                 blobs = Blobs(self._backend, root, self._cache, self._limits)
                 opened = Opened(self._backend, root, Log(self._backend, root), blobs)
-            self._known = (opened, mark, time.monotonic() + _ROOT_TRUST_SECONDS)
+            self._known = _Known(opened, mark, time.monotonic() + _ROOT_TRUST_SECONDS)
             return opened
 
     def _open_to_write(self) -> Opened:
@@ -581,7 +585,9 @@ class AdapterStore:
             self._probed = True
         opened = self._open()
         if opened is None:
-            opened = self._keep(make_root(self._backend, self._pepper, self._keys), self._root_mark())
+            root = make_root(self._backend, self._pepper, self._keys)
+            found = self._backend.stat(layout.ROOT_FILE)
+            opened = self._keep(root, None if found is None else found.mark)
         return opened
 
     def _head(self, user_id: str) -> UserHead | None:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from adapter_store import AdapterStore, BackendError, FileKeys, Limits, LocalBackend, MemoryBackend
+from adapter_store import (
+    AdapterStore,
+    BackendError,
+    FileKeys,
+    Limits,
+    LocalBackend,
+    MemoryBackend,
+    PublishConflictError,
+    UserErasedError,
+)
 from adapter_store.conformance import make_adapter
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -160,7 +169,7 @@ class TestLateWriters:
             other.erase_user("alice")  # now the place after the first entry is free again
 
         backend.before_entry = meanwhile
-        with pytest.raises(Exception, match="was erased after the data"):
+        with pytest.raises(UserErasedError, match="was erased after the data"):
             late.publish("alice", make_adapter(3), base={})
         [log] = (tmp_path / "store").rglob("log")
         assert [path.name for path in log.iterdir()] == ["000000000004.json"]
@@ -179,8 +188,27 @@ class TestLateWriters:
         assert other.active("alice") == version.version
         assert other.gc(grace=timedelta(0)).versions == 0
 
+    def test_whose_user_is_erased_between_two_tries_is_refused(self, tmp_path):
+        other = AdapterStore(tmp_path / "store")
+        other.publish("alice", make_adapter(1), base={})
+
+        class Between(self.Sleeping):
+            """Erases when the files of the first try, which a collection has taken, are removed."""
+
+            def delete(self, key):
+                super().delete(key)
+                if key.endswith("adapter_model.safetensors"):
+                    other.erase_user("alice")
+
+        backend = Between(tmp_path / "store")
+        backend.before_entry = lambda: other.gc(grace=timedelta(0))
+        with pytest.raises(UserErasedError):
+            AdapterStore(backend).publish("alice", make_adapter(2), base={})
+        assert other.versions("alice") == []
+        assert not list((tmp_path / "store").rglob("*.safetensors"))
+
     def test_for_whom_others_always_collect_gives_up_and_leaves_nothing(self, tmp_path):
-        backend, other = self.Sleeping(tmp_path / "store"), AdapterStore(tmp_path / "store")
+        other = AdapterStore(tmp_path / "store")
         other.publish("alice", make_adapter(1), base={})
 
         class Always(LocalBackend):
@@ -189,8 +217,7 @@ class TestLateWriters:
                     other.gc(grace=timedelta(0))
                 super().put_if_absent(key, data)
 
-        del backend
-        with pytest.raises(Exception, match="collected as garbage 30 times"):
+        with pytest.raises(PublishConflictError, match="collected as garbage 30 times"):
             AdapterStore(Always(tmp_path / "store")).publish("alice", make_adapter(2), base={})
         assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 1
 
@@ -198,7 +225,7 @@ class TestLateWriters:
         backend = self.Sleeping(tmp_path / "store")
         late, other = AdapterStore(backend), AdapterStore(tmp_path / "store")
         backend.before_entry = lambda: other.erase_user("alice")
-        with pytest.raises(Exception, match="was erased after the data"):
+        with pytest.raises(UserErasedError, match="was erased after the data"):
             late.publish("alice", make_adapter(3), base={})
         assert not list((tmp_path / "store").rglob("*.safetensors"))
 
