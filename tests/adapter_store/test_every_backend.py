@@ -1,6 +1,8 @@
 """What a store promises on every backend."""
 
+import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
@@ -525,3 +527,73 @@ class TestJobs:
 
         with pytest.raises(BackendError, match="it went away"):
             AdapterStore(Leaving()).publish("alice", files(), base=BASE)
+
+
+class TestFarAway:
+    """How often storage is asked where each time is a way over the network."""
+
+    @pytest.fixture
+    def remote(self, backend):
+        class Remote:
+            url = "s3://bucket"
+
+            def __init__(self):
+                self.asked = []
+
+            def __getattr__(self, verb):
+                def ask(key, *rest):
+                    self.asked.append(verb)
+                    return getattr(backend, verb)(key, *rest)
+
+                return ask
+
+            def get(self, key, max_bytes):
+                return self.__getattr__("get")(key, max_bytes)
+
+            def stat(self, key):
+                return self.__getattr__("stat")(key)
+
+            def put_if_absent(self, key, data):
+                return self.__getattr__("put_if_absent")(key, data)
+
+            def list_folder(self, folder):
+                return self.__getattr__("list_folder")(folder)
+
+            def delete(self, key):
+                return self.__getattr__("delete")(key)
+
+        return Remote()
+
+    def test_a_warm_resolve_takes_two_looks_and_a_fetch_two_reads_more(self, remote, files):
+        store = AdapterStore(remote)
+        version = store.publish("alice", files(1), base=BASE)
+        remote.asked.clear()
+        assert store.resolve("alice") == version
+        assert remote.asked == ["stat", "stat"]
+        remote.asked.clear()
+        assert store.fetch(version) == files(1)
+        assert sorted(remote.asked) == ["get", "get", "stat", "stat"]
+
+    def test_a_publish_takes_three_writes_two_looks_and_a_list(self, remote, files):
+        store = AdapterStore(remote)
+        store.publish("alice", files(1), base=BASE)
+        remote.asked.clear()
+        store.publish("alice", files(2), base=BASE)
+        assert sorted(remote.asked) == ["list_folder", *["put_if_absent"] * 3, "stat", "stat"]
+
+    def test_the_root_is_looked_at_again_after_a_while_and_a_new_store_is_noticed(
+        self, remote, backend, files, monkeypatch
+    ):
+        store = AdapterStore(remote)
+        store.publish("alice", files(1), base=BASE)
+        if isinstance(backend, LocalBackend):
+            shutil.rmtree(backend.path_of("users"))
+        for key in all_keys(backend, "users"):
+            backend.delete(key)
+        backend.delete(store_layout.ROOT_FILE)
+        with pytest.raises(AdapterNotFoundError):
+            store.resolve("alice")
+        other = AdapterStore(backend)
+        version = other.publish("alice", files(2), base=BASE)
+        monkeypatch.setattr("time.monotonic", lambda clock=time.monotonic: clock() + 120)
+        assert store.resolve("alice") == version
