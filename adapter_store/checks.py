@@ -6,7 +6,7 @@ from typing import Any
 
 from adapter_store.errors import InvalidAdapterError
 from adapter_store.facts import Limits
-from adapter_store.text import parse_json_object, shorten, to_json
+from adapter_store.text import parse_json_object, shorten, to_line
 
 
 def check_user_id(user_id: str, limits: Limits) -> str:
@@ -73,7 +73,7 @@ def check_facts(facts: Mapping[str, Any], what: str, limits: Limits) -> dict[str
     if not isinstance(facts, Mapping):
         raise InvalidAdapterError(f"{what} {shorten(facts)} is no mapping: give a dict with str keys")
     try:
-        data = to_json(dict(facts))
+        data = to_line(dict(facts))
         plain = parse_json_object(data)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidAdapterError(
