@@ -1,10 +1,12 @@
 """Versioned adapters of many users: users, versions, bytes. It knows no model, no torch and no LangChain.
 
-Read `store.py` first (the whole interface), then `layout.py` (what lies where), `entry.py` (the log that is the truth)
-and one of the backends. `errors.py` draws the tree of what can go wrong.
+Read `store.py` first (the whole interface), then `layout.py` (what lies where), `log.py` (the log that is the truth)
+and one of the backends. `errors.py` draws the tree of what can go wrong. `conformance.py` tests a backend of your own.
 """
 
 from adapter_store.backend import Backend
+from adapter_store.cache import AdapterCache
+from adapter_store.collecting import Collected
 from adapter_store.errors import (
     AdapterNotFoundError,
     AdapterStoreError,
@@ -15,14 +17,18 @@ from adapter_store.errors import (
     InvalidAdapterError,
     KeyMismatchError,
     PublishConflictError,
+    UserErasedError,
 )
-from adapter_store.facts import UNSET, AdapterVersion, FileFacts, Limits, UserHead
+from adapter_store.facts import UNSET, AdapterVersion, FileFacts, HistoryEntry, Limits, StoredFile, UserHead
+from adapter_store.keys import EnvironmentKeys, FileKeys, KeyProvider, KmsClient, KmsKeys
 from adapter_store.local import LocalBackend
 from adapter_store.memory import MemoryBackend
 from adapter_store.store import AdapterStore
+from adapter_store.verifying import UserReport, Verified
 
 __all__ = [
     "UNSET",
+    "AdapterCache",
     "AdapterNotFoundError",
     "AdapterStore",
     "AdapterStoreError",
@@ -30,14 +36,25 @@ __all__ = [
     "Backend",
     "BackendError",
     "BaseModelMismatchError",
+    "Collected",
+    "EnvironmentKeys",
     "FileFacts",
+    "FileKeys",
     "FormatVersionError",
+    "HistoryEntry",
     "IntegrityError",
     "InvalidAdapterError",
     "KeyMismatchError",
+    "KeyProvider",
+    "KmsClient",
+    "KmsKeys",
     "Limits",
     "LocalBackend",
     "MemoryBackend",
     "PublishConflictError",
+    "StoredFile",
+    "UserErasedError",
     "UserHead",
+    "UserReport",
+    "Verified",
 ]

@@ -1,10 +1,11 @@
-"""The seam between the store and where its bytes lie: four verbs, and the URL that picks who answers them."""
+"""The seam between the store and where its bytes lie: five verbs, and the URL that picks who answers them."""
 
 import os
 from typing import Protocol, runtime_checkable
 from urllib.parse import unquote
 
 from adapter_store.errors import BackendError
+from adapter_store.facts import StoredFile
 from adapter_store.local import LocalBackend
 from adapter_store.memory import MemoryBackend
 from adapter_store.text import shorten, without_secrets
@@ -24,6 +25,9 @@ class Backend(Protocol):
     def get(self, key: str, max_bytes: int) -> bytes:
         """Return the content of `key`, of a longer one its first `max_bytes` bytes. Raises FileNotFoundError."""
 
+    def stat(self, key: str) -> StoredFile | None:
+        """Return what is known of the file `key`, None where there is none."""
+
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Write `key` whole or not at all, durably before returning; FileExistsError where it exists already.
 
@@ -38,7 +42,7 @@ class Backend(Protocol):
 
 
 def open_backend(place: str | os.PathLike[str] | Backend) -> Backend:
-    """Return the backend of a folder path, a file:// or memory:// URL; a backend is returned as it is.
+    """Return the backend of a folder path or a URL (file, memory, s3, gs, az); a backend is returned as it is.
 
     Nothing is read or made yet. BackendError for a URL that is not supported, TypeError for another kind of object.
     """
@@ -55,17 +59,26 @@ def _open_text(place: str) -> Backend:
     scheme, separator, rest = place.partition("://")
     if not separator:
         return LocalBackend(place)
-    if scheme.lower() == "memory":
-        return MemoryBackend.shared(rest)
-    if scheme.lower() == "file":
-        path = rest.removeprefix("localhost")
-        if not path.startswith("/") or "?" in path or "#" in path:
-            raise BackendError(
-                f"store URL {without_secrets(place)} names no folder of this machine: "
-                "write file:///absolute/path (with %3F for ? and %23 for #), or give the plain path"
-            )
-        return LocalBackend(unquote(path))
+    match scheme.lower():
+        case "memory":
+            return MemoryBackend.shared(rest)
+        case "file":
+            return _open_file(place, rest)
+        case "s3" | "gs" | "az":
+            from adapter_store.cloud import ObjectBackend  # only who asks for it needs obstore
+
+            return ObjectBackend.from_url(place)
     raise BackendError(
-        f"store URL {without_secrets(place)} has an unknown scheme: "
-        "supported are a folder path, file:///absolute/path and memory://name"
+        f"store URL {without_secrets(place)} has an unknown scheme: supported are a folder path, "
+        "file:///absolute/path, memory://name, s3://bucket/prefix, gs://bucket/prefix and az://container/prefix"
     )
+
+
+def _open_file(place: str, rest: str) -> Backend:
+    path = rest.removeprefix("localhost")
+    if not path.startswith("/") or "?" in path or "#" in path:
+        raise BackendError(
+            f"store URL {without_secrets(place)} names no folder of this machine: "
+            "write file:///absolute/path (with %3F for ? and %23 for #), or give the plain path"
+        )
+    return LocalBackend(unquote(path))

@@ -6,7 +6,7 @@ from typing import Any
 
 from adapter_store.errors import InvalidAdapterError
 from adapter_store.facts import Limits
-from adapter_store.text import parse_json_object, shorten, to_json
+from adapter_store.text import parse_json_object, shorten, to_line
 
 
 def check_user_id(user_id: str, limits: Limits) -> str:
@@ -39,6 +39,27 @@ def check_idempotency_key(key: str | None) -> str | None:
     return key
 
 
+def check_reason(reason: str, limits: Limits) -> str:
+    """Return `reason`, text for people, which may be empty."""
+    if not isinstance(reason, str) or len(reason) > limits.reason_characters or not _is_encodable(reason):
+        raise InvalidAdapterError(
+            f"reason {shorten(reason)} is not up to {limits.reason_characters} characters of text: say it shorter"
+        )
+    return reason
+
+
+def check_data_seq(data_seq: int | None, newest: int) -> int | None:
+    """Return `data_seq`, None or a number that `AdapterStore.data_seq` gave."""
+    if data_seq is None:
+        return None
+    if not isinstance(data_seq, int) or isinstance(data_seq, bool) or not 0 <= data_seq <= newest:
+        raise InvalidAdapterError(
+            f"data_seq is {shorten(data_seq)}, the user's log is at {newest}: "
+            "give what data_seq(user_id) of this store returned before the user's data was read"
+        )
+    return data_seq
+
+
 def check_base(base: Mapping[str, str], limits: Limits) -> dict[str, str]:
     """Return `base`, which maps each part's name to its value, both text."""
     parts = check_facts(base, "base", limits)
@@ -52,7 +73,7 @@ def check_facts(facts: Mapping[str, Any], what: str, limits: Limits) -> dict[str
     if not isinstance(facts, Mapping):
         raise InvalidAdapterError(f"{what} {shorten(facts)} is no mapping: give a dict with str keys")
     try:
-        data = to_json(dict(facts))
+        data = to_line(dict(facts))
         plain = parse_json_object(data)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidAdapterError(

@@ -1,7 +1,8 @@
 """Log entries: a user's head to JSON and back. What comes back is checked field by field: the storage is not trusted."""
 
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from adapter_store.errors import FormatVersionError
 from adapter_store.facts import AdapterVersion, FileFacts, UserHead
@@ -12,6 +13,11 @@ from adapter_store.text import parse_json_object, shorten, to_json
 MAX_ENTRY_BYTES = 32 * 1024**2
 
 _T = TypeVar("_T")
+
+# How an entry of an older format becomes one of the next; applied when it is read, written with the next change.
+UPGRADES: Final[dict[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    1: lambda entry: {**entry, "format": 2},  # names added since then have defaults
+}
 
 
 def encode(head: UserHead) -> bytes:
@@ -27,12 +33,18 @@ def encode(head: UserHead) -> bytes:
             "operation": head.operation,
             "operation_version": head.operation_version,
             "active": head.active,
-            "versions": [_encode_version(version) for version in head.versions],
+            "versions": [version_to_json(version) for version in head.versions],
+            "reason": head.reason,
+            "parent": head.parent,
+            "previous": list(head.previous),
+            "erased_seq": head.erased_seq,
+            "collected_seq": head.collected_seq,
         }
     )
 
 
-def _encode_version(version: AdapterVersion) -> dict[str, Any]:
+def version_to_json(version: AdapterVersion) -> dict[str, Any]:
+    """Return a version's facts for JSON, without the user's id and key."""
     return {
         "version": version.version,
         "created_at": version.created_at.isoformat(),
@@ -46,14 +58,24 @@ def _encode_version(version: AdapterVersion) -> dict[str, Any]:
     }
 
 
-def decode(data: bytes) -> UserHead:
-    """Return the head that a log entry holds. ValueError says what is wrong with it; FormatVersionError if newer."""
+def parse(data: bytes) -> dict[str, Any]:
+    """Return an entry's JSON, its format checked. ValueError says what is wrong; FormatVersionError if it is newer."""
     if len(data) > MAX_ENTRY_BYTES:
         raise ValueError(f"it is larger than {MAX_ENTRY_BYTES} bytes")
     entry = parse_json_object(data)
     check_format(entry)
+    return entry
+
+
+def decode(entry: dict[str, Any], key: str | None = None) -> UserHead:
+    """Return the head that a parsed log entry holds, of whatever format up to ours. ValueError says what is wrong."""
+    while entry["format"] < FORMAT:
+        entry = UPGRADES[entry["format"]](entry)
     user_id, user_key = _take(entry, "user_id", str), _take(entry, "user_key", str)
-    versions = tuple(_decode_version(user_id, user_key, row) for row in _take(entry, "versions", list))
+    versions = tuple(version_from_json(user_id, user_key, row) for row in _take(entry, "versions", list))
+    previous = _take_or(entry, "previous", list, [])
+    if not all(isinstance(version, str) for version in previous):
+        raise ValueError("its previous versions are not text")
     head = UserHead(
         user_id=user_id,
         user_key=user_key,
@@ -64,7 +86,15 @@ def decode(data: bytes) -> UserHead:
         operation_version=_take(entry, "operation_version", str),
         active=_take_or_none(entry, "active", str),
         versions=versions,
+        reason=_take_or(entry, "reason", str, ""),
+        parent=_take_or(entry, "parent", str, ""),
+        previous=tuple(previous),
+        erased_seq=_take_or(entry, "erased_seq", int, 0),
+        collected_seq=_take_or(entry, "collected_seq", int, 0),
+        key=key,
     )
+    if head.is_erased and versions:
+        raise ValueError("it lists versions of no user")
     if len({version.version for version in versions}) != len(versions):
         raise ValueError("it lists a version twice")
     if head.active is not None and head.find(head.active) is None:
@@ -81,7 +111,8 @@ def check_format(content: dict[str, Any]) -> None:
         raise ValueError(f"its format is {found}, expected at least 1")
 
 
-def _decode_version(user_id: str, user_key: str, row: Any) -> AdapterVersion:
+def version_from_json(user_id: str, user_key: str, row: Any) -> AdapterVersion:
+    """Return the version that `version_to_json` wrote. ValueError says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"a version is {shorten(row)}, expected an object")
     alpha, tau = _take_or_none(row, "alpha", float), _take_or_none(row, "tau", float)
@@ -118,6 +149,10 @@ def _take(row: dict[str, Any], name: str, kind: type[_T]) -> _T:
 
 def _take_or_none(row: dict[str, Any], name: str, kind: type[_T]) -> _T | None:
     return None if row.get(name) is None else _take(row, name, kind)
+
+
+def _take_or(row: dict[str, Any], name: str, kind: type[_T], default: _T) -> _T:
+    return default if row.get(name) is None else _take(row, name, kind)
 
 
 def _take_time(row: dict[str, Any], name: str) -> datetime:

@@ -5,8 +5,9 @@
     ├── InvalidAdapterError       what was given is refused (files, sizes, user id, options): mend it and call again
     ├── BaseModelMismatchError    the adapter belongs to another base: load that base, or personalize again
     ├── PublishConflictError      somebody else changed the user in between: look again, then decide
+    ├── UserErasedError           the user was erased after that data was read: train on what the user has now, or stop
     ├── IntegrityError            what is stored is damaged: restore it, or publish again
-    ├── KeyMismatchError          the store was made with another pepper: pass that one
+    ├── KeyMismatchError          the store was made with another pepper or other keys: pass those
     ├── FormatVersionError        the store was written by a newer release: upgrade
     └── BackendError              the storage refused, is full or cannot be reached: mend that, then retry
 
@@ -43,12 +44,16 @@ class PublishConflictError(AdapterStoreError):
     """The active version is not the one that the publisher expected, or other publishers won every race."""
 
 
+class UserErasedError(AdapterStoreError):
+    """What was to be published began before the user was erased; nothing of it is kept."""
+
+
 class IntegrityError(AdapterStoreError):
     """Something in the store is damaged, missing or not what was published."""
 
 
 class KeyMismatchError(AdapterStoreError):
-    """The store was made with another pepper than the one at hand."""
+    """The store was made with another pepper, or with other encryption keys, than those at hand."""
 
 
 class FormatVersionError(AdapterStoreError):
@@ -56,4 +61,4 @@ class FormatVersionError(AdapterStoreError):
 
 
 class BackendError(AdapterStoreError):
-    """The storage behind the store is unavailable, refused the request or cannot do it."""
+    """The storage behind the store is unavailable, refused the request or cannot do what a store needs."""

@@ -1,11 +1,11 @@
 """The store's values: what a version is, what a user's head is, how large things may be."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from adapter_store import layout
 from adapter_store.text import shorten
@@ -32,6 +32,7 @@ class Limits:
     config_bytes: int = 1024**2  # adapter_config.json
     facts_bytes: int = 256 * 1024  # a version's base, metrics and metadata, each, as JSON
     user_id_characters: int = 1024
+    reason_characters: int = 1000  # why a change was made
     live_versions: int = 20  # of one user; a publish beyond it drops the oldest that is not active
 
     def __post_init__(self) -> None:
@@ -43,6 +44,17 @@ class Limits:
     def bytes_of(self, name: str) -> int:
         """Return how many bytes the adapter file `name` may have."""
         return self.weights_bytes if name == layout.WEIGHTS else self.config_bytes
+
+
+class StoredFile(NamedTuple):
+    """What the storage knows of a file: bytes, seconds since 1970 by the storage's clock, and a mark of this writing.
+
+    The same key written anew has another `mark`.
+    """
+
+    size: int
+    modified: float
+    mark: Hashable
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,11 @@ class FileFacts:
             raise ValueError(f"sha256 is {shorten(self.sha256)}, expected 64 hex digits")
         if self.size < 0:
             raise ValueError(f"size is {self.size}, expected at least 0")
+
+    @classmethod
+    def of(cls, data: bytes) -> "FileFacts":
+        """Return the facts of a file with that content."""
+        return cls(hashlib.sha256(data).hexdigest(), len(data))
 
 
 @dataclass(frozen=True)
@@ -104,8 +121,12 @@ class AdapterVersion:
 class UserHead:
     """A user as the newest log entry has it: live versions (oldest first), the active one, and the last change.
 
-    `seq` counts the user's entries from 1; `commit` names the call that wrote this one; `operation` is "publish",
-    "activate" or "delete", done to `operation_version` at `updated_at`.
+    `seq` counts the user's entries from 1; `commit` names the call that wrote this one and `parent` the one before;
+    `operation` is "publish", "activate", "rollback", "delete", "import", "erase" or "collect", done to
+    `operation_version` (or to none, "") at `updated_at` for `reason`. `previous` are the versions that were active
+    before, the latest last: the way back of a rollback. What began before entry `erased_seq` or `collected_seq` may not
+    be committed any more. `key` names the encryption key of the entry, None where there is none. Of an erased user
+    nothing but the numbers is left.
     """
 
     user_id: str
@@ -117,10 +138,37 @@ class UserHead:
     operation_version: str
     active: str | None
     versions: tuple[AdapterVersion, ...]
+    reason: str = ""
+    parent: str = ""
+    previous: tuple[str, ...] = ()
+    erased_seq: int = 0
+    collected_seq: int = 0
+    key: str | None = None
+
+    @property
+    def is_erased(self) -> bool:
+        """Whether the entry names no user: the user was erased, or has published nothing yet."""
+        return not self.user_id
 
     def find(self, version: str | None) -> AdapterVersion | None:
         """Return the live version of that id, or None."""
         return next((live for live in self.versions if live.version == version), None)
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """One change of a user, as its log entry tells it: what was done when and why, and what was active from then on.
+
+    `metrics` are those of `version`, the one that it was done to; empty where there is none, or none were given.
+    """
+
+    seq: int
+    at: datetime
+    operation: str
+    version: str
+    active: str | None
+    reason: str
+    metrics: dict[str, Any] = field(hash=False)
 
 
 def base_differences(

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,4 +85,11 @@ def write_new_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         ) from error
     finally:
         with contextlib.suppress(OSError):
-            shutil.rmtree(made)
+            remove_tree(made)
+
+
+def remove_tree(folder: Path, ignore_errors: bool = False) -> None:
+    """Remove a folder and everything in it."""
+    import shutil  # slow to import, for the compressions that it knows, and rarely needed
+
+    shutil.rmtree(folder, ignore_errors)

@@ -1,15 +1,18 @@
 """What lies where in a store, the same on every backend. Keys are relative, with slashes, and safe as paths.
 
-    adapter_store.json                              root file: format, pepper (or only its check value)
+    adapter_store.json                              root file: format, the store's id, pepper (or only its check value)
     users/<aa>/<bb>/<user key>/log/<seq>.json       the truth: each entry is a whole snapshot of the user's head
     users/<aa>/<bb>/<user key>/versions/<version>/  adapter_model.safetensors and adapter_config.json, immutable
-    probes/                                         empty files that a writer puts and removes; never read
+    keys/<aa>/<bb>/<user key>/<key>/<n>.json        an encrypted store's keys, wrapped; the highest <n> counts
+    probes/                                         small files that a writer puts and removes
     staging/                                        a local store's unfinished files; never read
 
 <aa><bb> are the first four hex digits of the user key, so that no folder grows large. The entry with the highest <seq>
 is the user's head; sequence numbers only grow. Files that no entry names are not there: they are a publish under way,
-or one that was killed. Readers pass over JSON names that they do not know; whatever an older *writer* must not
-drop or misread comes with a higher format number, in the root file or in the entry.
+or one that was killed; `AdapterStore.gc` removes those. Old entries and keys go in ascending order of their numbers,
+so that whoever sees one gone knows that the ones before are gone too. Readers pass over JSON names that they do not
+know; whatever an older *writer* must not drop or misread comes with a higher format number, in the root file or in
+the entry. Backups that leave out keys/ lose what is erased as the store does.
 """
 
 import os
@@ -17,16 +20,20 @@ import re
 from datetime import datetime
 from typing import Final
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 ROOT_FILE: Final = "adapter_store.json"
 USERS: Final = "users"
+KEYS: Final = "keys"
+PROBES: Final = "probes"
+STAGING: Final = "staging"
 WEIGHTS: Final = "adapter_model.safetensors"
 CONFIG: Final = "adapter_config.json"
 ADAPTER_FILES: Final = (WEIGHTS, CONFIG)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
-_ENTRY = re.compile(r"([0-9]{12})\.json")
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
+_NUMBERED = re.compile(r"([0-9]{12})\.json")
 
 
 def is_sha256(text: str) -> bool:
@@ -49,6 +56,16 @@ def user_folder(user_key: str) -> str:
     return f"{USERS}/{user_key[:2]}/{user_key[2:4]}/{user_key}"
 
 
+def keys_folder(user_key: str) -> str:
+    """Return the folder of a user's encryption keys."""
+    return f"{KEYS}/{user_key[:2]}/{user_key[2:4]}/{user_key}"
+
+
+def is_key_id(text: str) -> bool:
+    """Tell whether `text` has the form of an encryption key's id: 16 lower-case hex digits."""
+    return _KEY_ID.fullmatch(text) is not None
+
+
 def log_folder(user_key: str) -> str:
     """Return the folder of a user's log entries."""
     return f"{user_folder(user_key)}/log"
@@ -56,15 +73,25 @@ def log_folder(user_key: str) -> str:
 
 def entry_key(user_key: str, seq: int) -> str:
     """Return the key of a user's log entry number `seq`."""
-    return f"{log_folder(user_key)}/{seq:012d}.json"
+    return f"{log_folder(user_key)}/{numbered(seq)}"
 
 
-def entry_seq(name: str) -> int | None:
-    """Return the sequence number of a log entry's file name, None for any other name."""
-    match = _ENTRY.fullmatch(name)
+def numbered(number: int) -> str:
+    """Return the file name of number `number` of a series."""
+    return f"{number:012d}.json"
+
+
+def number_of(name: str) -> int | None:
+    """Return the number of such a file name, None for any other name."""
+    match = _NUMBERED.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def versions_folder(user_key: str) -> str:
+    """Return the folder of all versions of a user."""
+    return f"{user_folder(user_key)}/versions"
 
 
 def version_folder(user_key: str, version: str) -> str:
     """Return the folder of one version's files."""
-    return f"{user_folder(user_key)}/versions/{version}"
+    return f"{versions_folder(user_key)}/{version}"

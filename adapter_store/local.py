@@ -11,7 +11,10 @@ import os
 from pathlib import Path
 
 from adapter_store.errors import BackendError
+from adapter_store.facts import StoredFile
+from adapter_store.layout import STAGING
 
+_MAX_TRIES = 20
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
@@ -30,6 +33,7 @@ class LocalBackend:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._root = local_path(folder)
+        self._prefix = f"{self._root}/"
 
     @property
     def url(self) -> str:
@@ -38,46 +42,65 @@ class LocalBackend:
 
     def path_of(self, key: str) -> Path:
         """Return where `key` lies on this machine."""
-        if key.startswith("/") or ".." in key.split("/"):
-            raise ValueError(f"{key!r} leads out of the store")
-        return self._root / key
+        return Path(self._at(key))
 
     def get(self, key: str, max_bytes: int) -> bytes:
         """Return at most the first `max_bytes` bytes of a file."""
-        path = self.path_of(key)
+        path = self._at(key)
         try:
-            with path.open("rb", buffering=0) as file:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
                 # A buffer of the asked size is allocated at once: ask for no more than the file can give.
-                return _read_all(file.fileno(), min(os.fstat(file.fileno()).st_size, max_bytes))
+                return _read_all(descriptor, min(os.fstat(descriptor).st_size, max_bytes))
+            finally:
+                os.close(descriptor)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise _refused("read", path, error) from error
 
+    def stat(self, key: str) -> StoredFile | None:
+        """Return a file's size, time and inode."""
+        path = self._at(key)
+        try:
+            found = os.stat(path)  # noqa: PTH116 - a Path would cost more than the look itself
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _refused("read", path, error) from error
+        return StoredFile(found.st_size, found.st_mtime, (found.st_ino, found.st_mtime_ns))
+
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Stage, fsync, link, fsync the folder: after a crash the file is whole or absent, and there once reported."""
         path = self.path_of(key)
-        staged = self._root / "staging" / os.urandom(16).hex()
         try:
-            _make_folder(staged.parent)
-            _make_folder(path.parent)
-            try:
-                _write_durably(staged, data)
-                os.link(staged, path)
-            finally:
-                with contextlib.suppress(OSError):
-                    staged.unlink()
-            _sync_folder(path.parent)
+            for _ in range(_MAX_TRIES):
+                # Whoever empties a folder removes it, at any moment: then it is made again.
+                with contextlib.suppress(FileNotFoundError):
+                    return self._put(path, data)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
         except FileExistsError:
             raise
         except OSError as error:
             raise _refused("write", path, error) from error
 
+    def _put(self, path: Path, data: bytes) -> None:
+        staged = self._root / STAGING / os.urandom(16).hex()
+        _make_folder(staged.parent)
+        try:
+            _write_durably(staged, data)
+            _make_folder(path.parent)
+            os.link(staged, path)
+        finally:
+            with contextlib.suppress(OSError):
+                staged.unlink()
+        _sync_folder(path.parent)
+
     def list_folder(self, folder: str) -> list[str]:
         """Return the sorted names in a folder."""
         path = self.path_of(folder)
         try:
-            return sorted(entry.name for entry in os.scandir(path))
+            return sorted(os.listdir(path))  # noqa: PTH208 - names are all that is wanted, of up to thousands
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -92,6 +115,12 @@ class LocalBackend:
             raise _refused("delete", path, error) from error
         with contextlib.suppress(OSError):
             path.parent.rmdir()
+
+    def _at(self, key: str) -> str:
+        # As text, not as a Path: this is most of the time that a warm look takes.
+        if key.startswith("/") or (".." in key and ".." in key.split("/")):
+            raise ValueError(f"{key!r} leads out of the store")
+        return self._prefix + key
 
 
 def local_path(folder: str | os.PathLike[str]) -> Path:
@@ -133,7 +162,7 @@ def _make_folder(folder: Path) -> None:
         try:
             made.mkdir(0o700)
         except FileExistsError:
-            if not made.is_dir():
+            if made.exists() and not made.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(made)) from None
         _sync_folder(made.parent)
 
@@ -146,6 +175,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _refused(verb: str, path: Path, error: OSError) -> BackendError:
+def _refused(verb: str, path: str | Path, error: OSError) -> BackendError:
     advice = _ADVICE.get(error.errno or 0, f"{error.strerror or error}: mend that, or choose another store")
     return BackendError(f"cannot {verb} {path}: {advice}")

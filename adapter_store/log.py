@@ -1,23 +1,38 @@
-"""Users' logs: find a head, commit the next one. Put-if-absent of an entry is the commit; nothing else decides."""
+"""Users' logs: find a head, commit the next one. Put-if-absent of an entry is the commit; nothing else decides.
 
-import random
+Two things are remembered in memory, and both are checked before they are believed. A head counts while no entry follows
+it and its own entry is still there, looked at in this order: entries go in ascending order, so the second look says that
+the first was not made too late. And an entry that was put where an erased or trimmed one had been before is taken back:
+it would lie below the head, seen by nobody.
+"""
+
+import base64
 import time
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from os import urandom
+from threading import Lock
+from typing import Any, NamedTuple
 
 from adapter_store import layout
 from adapter_store.backend import Backend
-from adapter_store.entry import MAX_ENTRY_BYTES, decode, encode
+from adapter_store.entry import MAX_ENTRY_BYTES, decode, encode, parse
 from adapter_store.errors import FormatVersionError, IntegrityError, InvalidAdapterError, PublishConflictError
 from adapter_store.facts import UserHead
-from adapter_store.root import keyed_hash
-from adapter_store.text import location, shorten
+from adapter_store.parallel import each
+from adapter_store.root import Root, keyed_hash
+from adapter_store.text import location, shorten, to_json
+from adapter_store.vault import key_of
 
 _MAX_ATTEMPTS = 200
 _MAX_PAUSE_SECONDS = 0.05
+_MAX_LOOKS = 20
+_MAX_REMEMBERED = 1024
+_LISTED_AT_ONCE = 16
 
 
 Heads = tuple[UserHead, UserHead]
@@ -29,46 +44,49 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+class _Remembered(NamedTuple):
+    """A head, where its entry lies, and where the one after it would."""
+
+    head: UserHead
+    own: str
+    following: str
+
+
 class Log:
-    """The logs of all users of an opened store, whose pepper is known."""
+    """The logs of all users of an opened store. Thread-safe."""
 
-    def __init__(self, backend: Backend, pepper: bytes) -> None:
+    def __init__(self, backend: Backend, root: Root) -> None:
         self._backend = backend
-        self._pepper = pepper
-
-    def user_key(self, user_id: str) -> str:
-        """Return the key under which a user's things lie."""
-        return keyed_hash(self._pepper, user_id)
+        self._vault = root.vault
+        self.user_key = lru_cache(_MAX_REMEMBERED)(partial(keyed_hash, root.pepper))
+        """Gives the key under which a user's things lie."""
+        self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
+        self._lock = Lock()
 
     def head(self, user_key: str) -> UserHead | None:
         """Return the newest entry of a user, None where there is none. Raises IntegrityError, FormatVersionError."""
-        names = self._backend.list_folder(layout.log_folder(user_key))
-        seq = next((seq for name in reversed(names) if (seq := layout.entry_seq(name)) is not None), None)
-        return None if seq is None else self._entry(user_key, seq)
+        known = self._remembered.get(user_key)
+        if (
+            known is not None
+            and self._backend.stat(known.following) is None
+            and self._backend.stat(known.own) is not None
+        ):
+            return known.head
+        seq = None
+        for _ in range(_MAX_LOOKS):
+            seq = self._newest(user_key)
+            if seq is None:
+                return None
+            while self._is_there(user_key, seq + 1):  # put since, or missed by a listing that is not one moment
+                seq += 1
+            try:
+                return self._remember(self.entry(user_key, seq))
+            except FileNotFoundError:  # erased since
+                continue
+        raise self._damaged(user_key, seq or 0, "it is listed, but it or its key is not there")
 
-    def commit(self, user_id: str, change: Callable[[UserHead], UserHead | None]) -> Heads:
-        """Put what `change` makes of the head as the next entry; return the heads before and after.
-
-        `change` gets a head without versions for a new user; it is called again each time that another commit came
-        first, and returns None where nothing is left to do. What it raises comes through, with nothing changed.
-        """
-        for attempt in range(_MAX_ATTEMPTS):
-            before = self.head_or_new(user_id)
-            changed = change(before)
-            if changed is None:
-                return before, before
-            after = replace(changed, seq=before.seq + 1, commit=urandom(16).hex(), updated_at=now())
-            if self._put(after):
-                return before, after
-            time.sleep(random.uniform(0, min(_MAX_PAUSE_SECONDS, 0.001 * 2 ** min(attempt, 10))))
-        raise PublishConflictError(
-            f"user {shorten(user_id)} was changed by others {_MAX_ATTEMPTS} times in a row, always first: "
-            "nothing was changed by this call; try again when fewer write at once"
-        )
-
-    def head_or_new(self, user_id: str) -> UserHead:
+    def head_or_new(self, user_key: str, user_id: str = "") -> UserHead:
         """Return a user's head, for a new user one of seq 0 without versions."""
-        user_key = self.user_key(user_id)
         return self.head(user_key) or UserHead(
             user_id=user_id,
             user_key=user_key,
@@ -81,17 +99,101 @@ class Log:
             versions=(),
         )
 
+    def commit(
+        self, user_key: str, change: Callable[[UserHead], UserHead | None], known: UserHead | None = None
+    ) -> Heads:
+        """Put what `change` makes of the head as the next entry; return the heads before and after.
+
+        `change` gets a head without versions for a new user; it is called again each time that another commit came
+        first, and returns None where nothing is left to do. What it raises comes through, with nothing changed. `known`
+        is a head that the caller has read: it is tried on top of that first, since the put tells whether it is newest.
+        """
+        for attempt in range(_MAX_ATTEMPTS):
+            before = self.head_or_new(user_key) if known is None or attempt else known
+            changed = change(before)
+            if changed is None:
+                return before, before
+            after = self.following(before, changed)
+            if self._put(after) and self._is_kept(after):
+                return before, self._remember(after)
+            with self._lock:
+                self._remembered.pop(user_key, None)
+            time.sleep(_chance() * min(_MAX_PAUSE_SECONDS, 0.001 * 2 ** min(attempt, 10)))
+        raise PublishConflictError(
+            f"user {shorten(before.user_id)} was changed by others {_MAX_ATTEMPTS} times in a row, always first: "
+            "nothing was changed by this call; try again when fewer write at once"
+        )
+
+    def commit_blind(self, user_key: str, make: Callable[[int], UserHead]) -> UserHead:
+        """Put an entry that rests on no earlier one, which may be damaged.
+
+        `make` gets its number, and is called after the entries before it were looked at and before this one is put.
+        """
+        for _ in range(_MAX_ATTEMPTS):
+            entry = make((self._newest(user_key) or 0) + 1)
+            if self._put(entry) and self._is_kept(entry):
+                return self._remember(entry)
+        raise PublishConflictError(f"others changed this user {_MAX_ATTEMPTS} times in a row, always first: try again")
+
+    @staticmethod
+    def following(before: UserHead, changed: UserHead) -> UserHead:
+        """Return `changed` as the entry after `before`."""
+        return replace(changed, seq=before.seq + 1, commit=urandom(16).hex(), parent=before.commit, updated_at=now())
+
+    def seqs(self, user_key: str) -> list[int]:
+        """Return the numbers of a user's entries, ascending."""
+        names = self._backend.list_folder(layout.log_folder(user_key))
+        return [seq for name in names if (seq := layout.number_of(name)) is not None]
+
+    def entry(self, user_key: str, seq: int) -> UserHead:
+        """Return one entry. FileNotFoundError where it, or the key that it was sealed with, is gone."""
+        try:
+            content = parse(self._backend.get(layout.entry_key(user_key, seq), MAX_ENTRY_BYTES + 1))
+            head = self._decoded(user_key, seq, content)
+            of_user = head.is_erased or self.user_key(head.user_id) == user_key
+            if (head.user_key, head.seq) != (user_key, seq) or not of_user:
+                raise ValueError("it belongs to another user or place in the log")
+        except FormatVersionError as error:
+            where = location(self._backend.url, layout.entry_key(user_key, seq))
+            raise FormatVersionError(f"cannot read {where}: {error}; upgrade the package that reads it") from None
+        except ValueError as error:
+            raise self._damaged(user_key, seq, str(error)) from None
+        return head
+
+    def remove(self, user_key: str, seq: int) -> None:
+        """Remove one entry; of several the lowest first."""
+        self._backend.delete(layout.entry_key(user_key, seq))
+
     def user_keys(self, after: str = "") -> Iterator[str]:
         """Yield the keys of all users with a folder, in ascending order, those up to `after` left out."""
         for first in self._names_from(layout.USERS, after[:2]):
-            for second in self._names_from(f"{layout.USERS}/{first}", after[2:4] if first == after[:2] else ""):
-                names = self._backend.list_folder(f"{layout.USERS}/{first}/{second}")
-                for name in names[bisect_right(names, after) :]:
-                    if layout.is_sha256(name) and name.startswith(first + second):
-                        yield name
+            seconds = self._names_from(f"{layout.USERS}/{first}", after[2:4] if first == after[:2] else "")
+            folders = [f"{layout.USERS}/{first}/{second}" for second in seconds]
+            for start in range(0, len(folders), _LISTED_AT_ONCE):
+                listed = folders[start : start + _LISTED_AT_ONCE]
+                for folder, names in zip(listed, each(self._backend, self._backend.list_folder, listed), strict=True):
+                    for name in names[bisect_right(names, after) :]:
+                        if layout.is_sha256(name) and f"{layout.USERS}/{name[:2]}/{name[2:4]}" == folder:
+                            yield name
 
     def _names_from(self, folder: str, least: str) -> list[str]:
         return [name for name in self._backend.list_folder(folder) if name >= least]
+
+    def _is_there(self, user_key: str, seq: int) -> bool:
+        return self._backend.stat(layout.entry_key(user_key, seq)) is not None
+
+    def _newest(self, user_key: str) -> int | None:
+        names = self._backend.list_folder(layout.log_folder(user_key))
+        return next((seq for name in reversed(names) if (seq := layout.number_of(name)) is not None), None)
+
+    def _remember(self, head: UserHead) -> UserHead:
+        own, following = (layout.entry_key(head.user_key, seq) for seq in (head.seq, head.seq + 1))
+        with self._lock:
+            self._remembered[head.user_key] = _Remembered(head, own, following)
+            self._remembered.move_to_end(head.user_key)
+            if len(self._remembered) > _MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+        return head
 
     def _put(self, head: UserHead) -> bool:
         """Put the entry; False where another one is there. An entry of this very commit means that we were heard."""
@@ -100,32 +202,67 @@ class Log:
             data = encode(head)
         except (ValueError, RecursionError) as error:
             raise self._damaged(head.user_key, head.seq - 1, f"it cannot be written again ({error})") from error
-        if len(data) > MAX_ENTRY_BYTES:
+        if len(data) > MAX_ENTRY_BYTES // 2:  # sealed it grows by a third
             raise InvalidAdapterError(
                 f"the facts of {len(head.versions)} versions of user {shorten(head.user_id)} have {len(data)} bytes, "
-                f"at most {MAX_ENTRY_BYTES} make a log entry: delete versions, or keep less metadata"
+                f"at most {MAX_ENTRY_BYTES // 2} make a log entry: delete versions, or keep less metadata"
             )
         try:
-            self._backend.put_if_absent(key, data)
+            sealed = self._sealed(head, data)
+        except FileNotFoundError:  # the key: of a user erased since
+            return False
+        try:
+            self._backend.put_if_absent(key, sealed)
         except FileExistsError:
             # The answer to an earlier try of the storage client may have been lost on its way.
-            return self._entry(head.user_key, head.seq).commit == head.commit
+            try:
+                return self.entry(head.user_key, head.seq).commit == head.commit
+            except FileNotFoundError:
+                return False
         return True
 
-    def _entry(self, user_key: str, seq: int) -> UserHead:
+    def _is_kept(self, head: UserHead) -> bool:
+        """Tell whether an entry that was put is part of the log, and take it back where it is not."""
+        seqs = self.seqs(head.user_key)
+        if seqs and seqs[-1] == head.seq:
+            return True
+        if head.seq not in seqs:
+            return False  # erased since
         try:
-            head = decode(self._backend.get(layout.entry_key(user_key, seq), MAX_ENTRY_BYTES + 1))
-            if (head.user_key, head.seq) != (user_key, seq) or self.user_key(head.user_id) != user_key:
-                raise ValueError("it belongs to another user or place in the log")
-        except FormatVersionError as error:
-            where = location(self._backend.url, layout.entry_key(user_key, seq))
-            raise FormatVersionError(f"cannot read {where}: {error}; upgrade the package that reads it") from None
+            if self.entry(head.user_key, head.seq + 1).parent == head.commit:
+                return True
         except FileNotFoundError:
-            raise self._damaged(user_key, seq, "it was listed, and is gone") from None
-        except ValueError as error:
-            raise self._damaged(user_key, seq, str(error)) from None
-        return head
+            pass  # a hole: there were entries here before
+        self.remove(head.user_key, head.seq)
+        return False
+
+    def _sealed(self, head: UserHead, data: bytes) -> bytes:
+        if self._vault is None or head.is_erased:  # what is left of an erased user says nothing
+            return data
+        if head.key is None:
+            raise ValueError("an entry of an encrypted store needs its user's key")
+        sealed = self._vault.seal(head.user_key, head.key, f"log/{head.seq}", data)
+        return to_json({"format": layout.FORMAT, "sealed": base64.b64encode(sealed).decode()})
+
+    def _decoded(self, user_key: str, seq: int, content: dict[str, Any]) -> UserHead:
+        if self._vault is None:
+            return decode(content)
+        text = content.get("sealed")
+        if text is None:
+            head = decode(content)
+            if not head.is_erased:
+                raise ValueError("it is not encrypted, as everything in this store is")
+            return head
+        if not isinstance(text, str):
+            raise ValueError("its seal is not text")
+        sealed = base64.b64decode(text, validate=True)
+        return decode(parse(self._vault.unseal(user_key, f"log/{seq}", sealed)), key_of(sealed))
 
     def _damaged(self, user_key: str, seq: int, why: str) -> IntegrityError:
         where = location(self._backend.url, layout.entry_key(user_key, seq))
         return IntegrityError(f"the log entry {where} is damaged: {why}; restore it from a backup")
+
+
+def _chance() -> float:
+    """Return a number between 0 and 1; the module `random` is slow to import, and shares its state with forked children."""
+    return int.from_bytes(urandom(2), "big") / 65536

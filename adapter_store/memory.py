@@ -1,9 +1,22 @@
 """A store in this process's memory, for tests and notebooks: gone with the process, invisible to other processes."""
 
+import itertools
 import threading
+import time
+from dataclasses import dataclass
 from typing import Union
 
-_Tree = dict[str, Union["_Tree", bytes]]
+from adapter_store.facts import StoredFile
+
+
+@dataclass(frozen=True)
+class _File:
+    content: bytes
+    modified: float
+    number: int
+
+
+_Tree = dict[str, Union["_Tree", _File]]
 
 
 class MemoryBackend:
@@ -16,6 +29,7 @@ class MemoryBackend:
         self._name = name
         self._tree: _Tree = {}
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
 
     @classmethod
     def shared(cls, name: str) -> "MemoryBackend":
@@ -32,10 +46,17 @@ class MemoryBackend:
         """Return at most the first `max_bytes` bytes of what was put."""
         folder, name = _split(key)
         with self._lock:
-            content = self._folder(folder).get(name)
-        if not isinstance(content, bytes):
+            file = self._folder(folder).get(name)
+        if not isinstance(file, _File):
             raise FileNotFoundError(key)
-        return content[:max_bytes]
+        return file.content[:max_bytes]
+
+    def stat(self, key: str) -> StoredFile | None:
+        """Return size and time of what was put, and the number of that put."""
+        folder, name = _split(key)
+        with self._lock:
+            file = self._folder(folder).get(name)
+        return StoredFile(len(file.content), file.modified, file.number) if isinstance(file, _File) else None
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Keep `data` under `key`."""
@@ -44,12 +65,12 @@ class MemoryBackend:
             tree = self._tree
             for folder in folders:
                 below = tree.setdefault(folder, {})
-                if isinstance(below, bytes):
+                if isinstance(below, _File):
                     raise FileExistsError(key)
                 tree = below
             if name in tree:
                 raise FileExistsError(key)
-            tree[name] = bytes(data)
+            tree[name] = _File(bytes(data), time.time(), next(self._numbers))
 
     def list_folder(self, folder: str) -> list[str]:
         """Return the sorted names in a folder."""

@@ -1,79 +1,159 @@
 """A publish, step by step: data first, entry last; and the files of versions that are not listed (any more) removed."""
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from adapter_store import layout
-from adapter_store.backend import Backend
-from adapter_store.errors import AdapterStoreError, BackendError, PublishConflictError
+from adapter_store.errors import AdapterStoreError, BackendError, PublishConflictError, UserErasedError
 from adapter_store.facts import UNSET, AdapterVersion, Unset, UserHead
-from adapter_store.log import Log
-from adapter_store.scratch import remove_scratch
-from adapter_store.text import location, shorten, value_or_none
+from adapter_store.opened import Opened
+from adapter_store.text import shorten, value_or_none
+
+_MAX_TRIES = 30
 
 
-def with_version(
-    head: UserHead,
-    version: AdapterVersion,
-    activate: bool,
-    expected_active: str | Unset | None,
-    live_versions: int,
-) -> UserHead | None:
-    """Return `head` with `version` published on top, the oldest dropped beyond `live_versions`.
+class CollectedError(Exception):
+    """A garbage collection came between the files and the entry: the files may be gone. Never leaves this package."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a version may be published.
+
+    `data_seq`: where the user's log was when the data was read, None: when the publish began; `began_seq`: where it was
+    when the first file was written. `key`: what the user's entry is sealed with where it has no key yet.
+    """
+
+    activate: bool
+    expected_active: str | Unset | None
+    reason: str
+    live_versions: int
+    data_seq: int | None
+    began_seq: int = 0
+    key: str | None = None
+
+
+def with_version(head: UserHead, version: AdapterVersion, terms: Terms) -> UserHead | None:
+    """Return `head` with `version` published on top, the oldest dropped beyond the terms' `live_versions`.
 
     None where its idempotency key says that it was published before; PublishConflictError where another version is
-    active than the expected one.
+    active than the expected one, UserErasedError where the user was erased since the data was read.
     """
     if _published_before(head, version) is not None:
         return None
-    if expected_active is not UNSET and head.active != expected_active:
+    data_seq = terms.began_seq if terms.data_seq is None else terms.data_seq
+    check_fences(head, version.user_id, data_seq, terms.began_seq)
+    if terms.expected_active is not UNSET and head.active != terms.expected_active:
         raise PublishConflictError(
             f"user {shorten(version.user_id)} has {value_or_none(head.active)} active where "
-            f"{value_or_none(expected_active)} was expected: nothing was published; look at what is active, then decide"
+            f"{value_or_none(terms.expected_active)} was expected: nothing was published; "
+            "look at what is active, then decide"
         )
-    active = version.version if activate else head.active
-    droppable = [live for live in head.versions if live.version != active]
-    dropped = droppable[: max(0, len(head.versions) + 1 - live_versions)]
-    kept = tuple(live for live in head.versions if live not in dropped)
-    return replace(
-        head, active=active, operation="publish", operation_version=version.version, versions=(*kept, version)
+    changed = replace(
+        head,
+        user_id=version.user_id,
+        key=head.key or terms.key,
+        operation="publish",
+        operation_version=version.version,
+        reason=terms.reason,
+        versions=(*head.versions, version),
     )
+    if terms.activate:
+        changed = activated(changed, version.version)
+    return without_oldest(changed, terms.live_versions, (version.version,))
 
 
-def publish_version(
-    backend: Backend,
-    log: Log,
-    version: AdapterVersion,
-    files: Mapping[str, bytes],
-    change: Callable[[UserHead], UserHead | None],
-) -> AdapterVersion:
-    """Write the files, commit `change`, and return what is published: `version`, or the earlier one of the same job."""
-    head = log.head_or_new(version.user_id)
-    # Asked once before any byte is written: a job done before, or a conflict, costs no upload.
-    if change(head) is not None:
+def check_fences(head: UserHead, user_id: str, data_seq: int, began_seq: int) -> None:
+    """Raise UserErasedError or CollectedError where what is to be committed came too late."""
+    if data_seq < head.erased_seq:
+        raise UserErasedError(
+            f"user {shorten(user_id)} was erased after the data of this adapter was read: nothing was published; "
+            "train on what the user has now, or stop"
+        )
+    if began_seq < head.collected_seq:
+        raise CollectedError
+
+
+def activated(head: UserHead, version: str | None) -> UserHead:
+    """Return `head` with another version active, and the way back kept."""
+    if version == head.active:
+        return head
+    previous = head.previous if head.active is None else (*head.previous, head.active)
+    return replace(head, active=version, previous=previous)
+
+
+def without_oldest(head: UserHead, live_versions: int, new: Sequence[str]) -> UserHead:
+    """Return `head` with the oldest versions dropped until `live_versions` are left; what is active or `new` stays."""
+    droppable = [live.version for live in head.versions if live.version != head.active and live.version not in new]
+    dropped = set(droppable[: max(0, len(head.versions) - live_versions)])
+    return without(head, dropped)
+
+
+def without(head: UserHead, dropped: set[str]) -> UserHead:
+    """Return `head` without some versions, neither listed nor on the way back."""
+    kept = tuple(live for live in head.versions if live.version not in dropped)
+    return replace(head, versions=kept, previous=_way_back(head, {live.version for live in kept}))
+
+
+def _way_back(head: UserHead, listed: set[str]) -> tuple[str, ...]:
+    """Return the versions to go back through: those still listed, each step to another one, no more than there are."""
+    way: list[str] = []
+    for version in head.previous:
+        if version in listed and (not way or way[-1] != version):
+            way.append(version)
+    if way and way[-1] == head.active:
+        way.pop()
+    return tuple(way[-max(1, len(listed)) :])
+
+
+def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, bytes], terms: Terms) -> AdapterVersion:
+    """Write the files, commit the version, and return what is published: `version`, or the earlier one of the same job."""
+    for _ in range(_MAX_TRIES):
+        began = opened.log.head_or_new(version.user_key, version.user_id)
+        if terms.data_seq is None:
+            terms = replace(terms, data_seq=began.seq)  # for all tries: an erasure between two of them counts
+        terms = replace(terms, began_seq=began.seq)
+        # Asked once before any byte is written: a job done before, or a conflict, costs no upload.
+        if with_version(began, version, terms) is None:
+            break
+        key = opened.key_for(began)
+        terms = replace(terms, key=key)
+
+        def change(head: UserHead, version: AdapterVersion = version, terms: Terms = terms) -> UserHead | None:
+            return with_version(head, version, terms)
+
         try:
-            _write_files(backend, version, files)
-            before, head = log.commit(version.user_id, change)
+            opened.blobs.write(version, files, key)
+            before, after = opened.log.commit(version.user_key, change, known=began)
+        except (CollectedError, FileNotFoundError):  # the files may be gone; or the key is, of a user erased since
+            _discard(opened, version, began, key)
+            version = replace(version, version=layout.new_version(version.created_at))
+            continue
         except BaseException:  # Ctrl-C too leaves nothing behind
-            _discard(backend, log, version)
+            _discard(opened, version, began, key)
             raise
+        if after.find(version.version) is None:
+            _discard(opened, version, began, key)
         # The publish is done, whatever becomes of the files of a version that it dropped.
         with contextlib.suppress(BackendError):
-            remove_dropped(backend, before, head)
-    earlier = _published_before(head, version)
+            remove_dropped(opened, before, after)
+        return _published_before(after, version) or version
+    earlier = _published_before(began, version)
     if earlier is None:
-        return version
-    _discard(backend, log, version)
+        raise PublishConflictError(
+            f"what was written for user {shorten(version.user_id)} was collected as garbage {_MAX_TRIES} times: "
+            "nothing was published; let gc run less often, and try again"
+        )
     return earlier
 
 
-def remove_dropped(backend: Backend, before: UserHead, after: UserHead) -> None:
+def remove_dropped(opened: Opened, before: UserHead, after: UserHead) -> None:
     """Remove the files of the versions that a commit took off the list. Raises BackendError, naming what is left."""
     listed = {version.version for version in after.versions}
     for version in before.versions:
         if version.version not in listed:
-            _remove_files(backend, version)
+            opened.blobs.remove(version)
 
 
 def _published_before(head: UserHead, version: AdapterVersion) -> AdapterVersion | None:
@@ -84,34 +164,11 @@ def _published_before(head: UserHead, version: AdapterVersion) -> AdapterVersion
     return next((live for live in same if live.version != version.version), None)
 
 
-def _write_files(backend: Backend, version: AdapterVersion, files: Mapping[str, bytes]) -> None:
-    for name, key in _file_keys(version):
-        try:
-            backend.put_if_absent(key, files[name])
-        except FileExistsError:
-            raise BackendError(f"{location(backend.url, key)}, a new random name, is taken: publish again") from None
-
-
-def _discard(backend: Backend, log: Log, version: AdapterVersion) -> None:
+def _discard(opened: Opened, version: AdapterVersion, began: UserHead, key: str | None) -> None:
     """Remove the files of a version that was not committed. In doubt they stay: a listed version must have its files."""
     with contextlib.suppress(AdapterStoreError):
-        head = log.head(version.user_key)
-        if head is None or head.find(version.version) is None:
-            _remove_files(backend, version)
-
-
-def _remove_files(backend: Backend, version: AdapterVersion) -> None:
-    remove_scratch(version.name)
-    for _, key in _file_keys(version):
-        try:
-            backend.delete(key)
-        except BackendError as error:
-            raise BackendError(
-                f"version {version.version} of user {shorten(version.user_id)} is no longer listed, "
-                f"but its files are left: {error}, then remove them by hand"
-            ) from error
-
-
-def _file_keys(version: AdapterVersion) -> list[tuple[str, str]]:
-    folder = layout.version_folder(version.user_key, version.version)
-    return [(name, f"{folder}/{name}") for name in layout.ADAPTER_FILES]
+        head = opened.log.head_or_new(version.user_key)
+        if head.find(version.version) is None:
+            opened.blobs.remove(version)
+            if head.key != key:
+                opened.drop_unused_key(began, key)

@@ -1,17 +1,30 @@
-"""Plain folders for versions whose store has none: temporary, for this process's lifetime, removed at exit."""
+"""Plain folders for versions whose store has none: temporary, in this process, removed at exit.
+
+A long-lived server asks for many: beyond a GiB the longest unused go, so a folder is for reading now, not for keeping.
+What a killed process left is removed by the next one: each locks its folder for as long as it lives.
+"""
 
 import atexit
+import contextlib
 import os
-import shutil
-import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from adapter_store.errors import BackendError
+from adapter_store.files import remove_tree
+
+MAX_BYTES = 1024**3
+_PREFIX = "adapter-store-"
+_LOCK = ".lock"
+_MIN_FOLDERS = 16  # whatever their size
 
 _lock = Lock()
 _folders: dict[int, Path] = {}  # by process, since a forked child must not remove its parent's
+_locks: list[Any] = []  # held, and never let go
+_sizes: OrderedDict[tuple[int, str], int] = OrderedDict()  # by process and name, the longest unused first
 
 
 def write_scratch(name: str, files: Mapping[str, bytes]) -> Path:
@@ -27,24 +40,68 @@ def write_scratch(name: str, files: Mapping[str, bytes]) -> Path:
         raise BackendError(
             f"cannot write an adapter to the temporary folder ({error}): free some space, or point TMPDIR elsewhere"
         ) from error
+    _make_room(name, sum(map(len, files.values())))
     return folder
 
 
 def remove_scratch(name: str) -> None:
-    """Remove the folder of that name, if this process wrote one."""
+    """Remove the folder of that name, and of all versions where it is a user's key, if this process wrote them."""
     if (root := _folders.get(os.getpid())) is not None:
-        shutil.rmtree(root / name, ignore_errors=True)
+        for folder in root.glob(f"{name}*"):
+            remove_tree(folder, ignore_errors=True)
+
+
+def _make_room(name: str, num_bytes: int) -> None:
+    process = os.getpid()
+    with _lock:
+        _sizes[process, name] = num_bytes
+        _sizes.move_to_end((process, name))
+        mine = [key for key in _sizes if key[0] == process]
+        total = sum(_sizes[key] for key in mine)
+        for key in mine[:-_MIN_FOLDERS]:
+            if total <= MAX_BYTES:
+                break
+            total -= _sizes.pop(key)
+            remove_tree(_folders[process] / key[1], ignore_errors=True)
 
 
 def _root() -> Path:
     with _lock:
         process = os.getpid()
         if process not in _folders:
-            _folders[process] = Path(tempfile.mkdtemp(prefix="adapter-store-"))
+            import tempfile  # slow to import, and rarely needed
+
+            _remove_abandoned(Path(tempfile.gettempdir()))
+            while not _hold(folder := Path(tempfile.mkdtemp(prefix=_PREFIX))):
+                pass
+            _folders[process] = folder
             atexit.register(_remove_all, process)
         return _folders[process]
 
 
+def _hold(folder: Path) -> bool:
+    """Lock a folder until this process ends; False where another took it for an abandoned one in between."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return False
+    _locks.append(lock)
+    return (folder / _LOCK).exists()
+
+
+def _remove_abandoned(temporary: Path) -> None:
+    from filelock import FileLock, Timeout
+
+    for folder in temporary.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError, Timeout):  # another user's, or one whose process lives
+            if (folder / _LOCK).exists():
+                with FileLock(folder / _LOCK, timeout=0):
+                    remove_tree(folder, ignore_errors=True)
+
+
 def _remove_all(process: int) -> None:
     if process == os.getpid():
-        shutil.rmtree(_folders[process], ignore_errors=True)
+        remove_tree(_folders[process], ignore_errors=True)

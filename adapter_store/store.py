@@ -2,65 +2,129 @@
 
 A change is one new log entry with the user's whole head, put where no entry was: whoever loses that race reads the
 winner's entry and tries again on top of it (`log.py`). Data comes first, the entry last, so that a version which is
-listed is there. The object itself keeps no state: every call reads what is stored now, and any number of threads and
-processes may use the same store. Calls block; asynchronous callers use a thread.
+listed is there. What is remembered between calls is checked against the storage before it is believed, and any number
+of threads and processes may use the same store. Calls block; asynchronous callers use a thread.
 """
 
-import hashlib
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
-from adapter_store import layout
+from adapter_store import collecting, layout
 from adapter_store.backend import Backend, open_backend
-from adapter_store.checks import check_alpha, check_base, check_facts, check_idempotency_key, check_tau, check_user_id
+from adapter_store.blobs import Blobs
+from adapter_store.cache import AdapterCache
+from adapter_store.checks import (
+    check_alpha,
+    check_base,
+    check_data_seq,
+    check_facts,
+    check_idempotency_key,
+    check_reason,
+    check_tau,
+    check_user_id,
+)
+from adapter_store.collecting import Collected
+from adapter_store.erasing import erase
 from adapter_store.errors import (
     AdapterNotFoundError,
     BaseModelMismatchError,
     IntegrityError,
     InvalidAdapterError,
+    PublishConflictError,
 )
-from adapter_store.facts import UNSET, AdapterVersion, FileFacts, Limits, Unset, UserHead, base_differences
+from adapter_store.facts import (
+    UNSET,
+    AdapterVersion,
+    FileFacts,
+    HistoryEntry,
+    Limits,
+    Unset,
+    UserHead,
+    base_differences,
+)
 from adapter_store.files import read_adapter, write_new_folder
+from adapter_store.keys import KeyProvider
 from adapter_store.local import LocalBackend, local_path
-from adapter_store.log import Heads, Log, now
-from adapter_store.publishing import publish_version, remove_dropped, with_version
-from adapter_store.root import make_root, open_root
+from adapter_store.log import Log, now
+from adapter_store.opened import Opened
+from adapter_store.parallel import each, is_near
+from adapter_store.probing import probe_put_if_absent
+from adapter_store.publishing import Terms, activated, publish_version, remove_dropped, without
+from adapter_store.root import Root, make_root, open_root
 from adapter_store.scratch import write_scratch
 from adapter_store.text import location, shorten, value_or_none, without_secrets
+from adapter_store.verifying import UserReport, Verified, verify_user
 
 _NOTHING: Mapping[str, Any] = {}
+_ROOT_TRUST_SECONDS = 60.0  # on remote storage; it changes only where a store is removed and made anew
+_ENTRIES_KEPT = 100
+
+
+class _Known(NamedTuple):
+    """The store as it was opened, what marked its root file then, and until when that is believed of remote storage."""
+
+    opened: Opened
+    mark: Hashable
+    trusted_until: float
 
 
 class AdapterStore:
     """Every user's adapters, version by version.
 
-    `place` is a folder ("~" is expanded), a file:// URL, memory:// or memory://name (shared in this process by name),
-    or a Backend. `pepper` is the secret (at least 16 bytes) that user keys are made with; without one the store makes
-    and keeps its own. Opening reads and makes nothing; the first `prepare` or `publish` makes the store. Each call may raise
-    BackendError, and KeyMismatchError, FormatVersionError or IntegrityError where the store is not what it should be.
+    `place` is a folder ("~" is expanded), a URL (file://, memory://name shared in this process by name, s3://bucket/prefix,
+    gs://bucket/prefix, az://container/prefix) or a Backend. `pepper` is the secret (at least 16 bytes) that user
+    keys are made with; without one the store makes and keeps its own. `keys` makes an encrypted store, and opens it.
+    `cache` is a folder, or an AdapterCache, where fetched adapters are kept on this machine. Opening reads and makes
+    nothing; the first `prepare` or `publish` makes the store. Each call may raise BackendError, and KeyMismatchError,
+    FormatVersionError or IntegrityError where the store is not what it should be.
     """
 
     def __init__(
-        self, place: str | os.PathLike[str] | Backend, *, pepper: bytes | None = None, limits: Limits | None = None
+        self,
+        place: str | os.PathLike[str] | Backend,
+        *,
+        pepper: bytes | None = None,
+        keys: KeyProvider | None = None,
+        cache: str | os.PathLike[str] | AdapterCache | None = None,
+        limits: Limits | None = None,
     ) -> None:
         if pepper is not None and (not isinstance(pepper, bytes) or len(pepper) < 16):
             raise ValueError("pepper must be at least 16 random bytes, such as os.urandom(32)")
+        if keys is not None and not isinstance(keys, KeyProvider):
+            raise TypeError(f"keys is {shorten(keys)}, expected a KeyProvider such as EnvironmentKeys or FileKeys")
         self._backend = open_backend(place)
         self._pepper = pepper
+        self._keys = keys
+        self._cache = cache if cache is None or isinstance(cache, AdapterCache) else AdapterCache(cache)
         self._limits = limits or Limits()
+        self._known: _Known | None = None
+        self._probed = False
+        self._lock = Lock()
 
     def __repr__(self) -> str:
         return f"AdapterStore({self.url!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs to open the same store; its keys and its pepper are part of it."""
+        return {**self.__dict__, "_known": None, "_probed": False, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
 
     @property
     def url(self) -> str:
         """The store's place as a URL, with userinfo and query masked."""
         return without_secrets(self._backend.url)
+
+    # ── publish ──
 
     def prepare(self, user_id: str) -> None:
         """Check, before long work, that a publish for this user could be stored; makes the store where there is none.
@@ -68,10 +132,13 @@ class AdapterStore:
         InvalidAdapterError for the user id, BackendError where the store cannot be written.
         """
         check_user_id(user_id, self._limits)
-        make_root(self._backend, self._pepper)
-        probe = f"probes/{os.urandom(16).hex()}/probe"  # in a folder of its own, which goes with it
-        self._backend.put_if_absent(probe, b"")
-        self._backend.delete(probe)
+        self._probed = False
+        self._open_to_write()
+
+    def data_seq(self, user_id: str) -> int:
+        """Return what `publish` takes as `data_seq`: asked before a user's data is read, it fences off an erasure."""
+        head = self._head(user_id)
+        return head.seq if head else 0
 
     def publish(
         self,
@@ -86,15 +153,19 @@ class AdapterStore:
         activate: bool = True,
         idempotency_key: str | None = None,
         expected_active: str | Unset | None = UNSET,
+        data_seq: int | None = None,
+        reason: str = "",
     ) -> AdapterVersion:
         """Store an adapter as the user's newest version, active at once unless `activate` is False, and return it.
 
         The adapter is a peft folder, of which adapter_model.safetensors and adapter_config.json are read, or exactly
         these two as bytes by name. `base` is the fingerprint of the model it was trained on. `idempotency_key`: while
         a version published with that key lives, it is returned and nothing is published. `expected_active`: publish
-        only while that version (None: no version) is active, else PublishConflictError. Beyond
-        `Limits.live_versions` the oldest version that is not active is dropped, its files too. InvalidAdapterError
-        for whatever cannot be accepted; nothing has been stored then.
+        only while that version (None: no version) is active, else PublishConflictError. `data_seq`: what `data_seq()`
+        returned before the training data was read; UserErasedError where the user was erased since then (without one:
+        since this call began). `reason` is kept for the history. Beyond `Limits.live_versions` the oldest version that
+        is not active is dropped, its files too. InvalidAdapterError for whatever cannot be accepted; nothing has been
+        stored then.
         """
         check_user_id(user_id, self._limits)
         files = read_adapter(folder_or_files, self._limits)
@@ -105,7 +176,7 @@ class AdapterStore:
             user_id=user_id,
             version=layout.new_version(created_at),
             created_at=created_at,
-            files={name: FileFacts(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()},
+            files={name: FileFacts.of(data) for name, data in files.items()},
             base=check_base(base, self._limits),
             metrics=check_facts(metrics, "metrics", self._limits),
             alpha=check_alpha(alpha),
@@ -113,16 +184,32 @@ class AdapterStore:
             metadata=check_facts(metadata, "metadata", self._limits),
             idempotency_key=check_idempotency_key(idempotency_key),
         )
-        log = Log(self._backend, make_root(self._backend, self._pepper))
-        version = described(user_key=log.user_key(user_id))
-        change = partial(
-            with_version,
-            version=version,
+        reason = check_reason(reason, self._limits)
+        if data_seq is not None:
+            check_data_seq(data_seq, self.data_seq(user_id))
+        opened = self._open_to_write()
+
+        terms = Terms(
             activate=activate,
             expected_active=expected_active,
+            reason=reason,
             live_versions=self._limits.live_versions,
+            data_seq=data_seq,
         )
-        return publish_version(self._backend, log, version, files, change)
+        return publish_version(opened, described(user_key=opened.log.user_key(user_id)), files, terms)
+
+    def import_peft(
+        self, user_id: str, folder: str | os.PathLike[str], *, base: Mapping[str, str], **facts: Any
+    ) -> AdapterVersion:
+        """Publish a plain peft folder that was trained elsewhere, on the model with the fingerprint `base`.
+
+        `facts` are those of `publish`. Raises what it raises.
+        """
+        return self.publish(
+            user_id, local_path(folder), base=base, **{"reason": "imported from a peft folder", **facts}
+        )
+
+    # ── read ──
 
     def resolve(
         self, user_id: str, version: str | None = None, *, base: Mapping[str, str] | None = None
@@ -140,7 +227,8 @@ class AdapterStore:
                 for part, (trained, asked) in differences.items()
             )
             raise BaseModelMismatchError(
-                f"version {found.version} of user {shorten(user_id)} was trained on another base model: {parts}; "
+                f"version {found.version} of user {shorten(user_id)} was trained on another base model "
+                f"({value_or_none(found.base.get('model'))}, now {value_or_none((base or {}).get('model'))}): {parts}; "
                 "load the base that it was trained on, or personalize the user again on this one",
                 differences,
             )
@@ -149,22 +237,33 @@ class AdapterStore:
     def fetch(self, version: AdapterVersion) -> dict[str, bytes]:
         """Return the content of a version's files by name, its size and sha256 checked this very time.
 
-        AdapterNotFoundError where the version was deleted since it was resolved, IntegrityError where a file is
-        damaged.
+        AdapterNotFoundError where the version was deleted, or its user erased, since it was resolved, IntegrityError
+        where a file is damaged.
         """
-        self._open()
-        return {name: self._verified(version, name) for name in layout.ADAPTER_FILES}
+        opened = self._open()
+        if opened is None:
+            raise self._not_found(version.user_id, version.version, None)
+        self._check_listed(opened, version)
+        try:
+            return opened.blobs.read(version, partial(self._check_listed, opened, version))
+        except FileNotFoundError:
+            self._check_listed(opened, version)
+            raise self._missing(version) from None
 
     def fetch_dir(self, version: AdapterVersion) -> Path:
         """Return a folder on this machine that holds a version as a plain peft folder, checked as in `fetch`.
 
-        Read only: in a local store it is the store's own, elsewhere a temporary one of this process, removed at its
-        exit. A later delete of the version takes either away.
+        Read only, and to be read soon: in a local store it is the store's own, elsewhere a temporary one of this
+        process, removed at its exit, or earlier where many others were asked for since. A later delete of the version
+        takes either away.
         """
         files = self.fetch(version)
-        if isinstance(self._backend, LocalBackend):
+        if isinstance(self._backend, LocalBackend) and self._keys is None:
             return self._backend.path_of(layout.version_folder(version.user_key, version.version))
-        return write_scratch(version.name, files)
+        folder = write_scratch(version.name, files)
+        if (opened := self._open()) is not None:
+            self._check_listed(opened, version)  # an erasure since has missed this folder, and takes it away now
+        return folder
 
     def versions(self, user_id: str) -> list[AdapterVersion]:
         """Return a user's live versions in the order of their publishing; none for an unknown user."""
@@ -176,48 +275,197 @@ class AdapterStore:
         head = self._head(user_id)
         return head.active if head else None
 
-    def activate(self, user_id: str, version: str) -> AdapterVersion:
-        """Make a live version the active one and return it; where it is already, nothing is written."""
+    def history(self, user_id: str, *, before_seq: int | None = None, limit: int = 100) -> list[HistoryEntry]:
+        """Return a user's latest changes, oldest first: what was done when and why, and what was active from then on.
 
-        def activated(head: UserHead) -> UserHead | None:
-            if self._live(user_id, version, head).version == head.active:
-                return None
-            return replace(head, active=version, operation="activate", operation_version=version)
-
-        _, head = self._change(user_id, version, activated)
-        return self._live(user_id, version, head)
-
-    def delete_version(self, user_id: str, version: str) -> None:
-        """Remove a version, and its files. Deleting the active one leaves the user with none active."""
-
-        def deleted(head: UserHead) -> UserHead:
-            gone = self._live(user_id, version, head)
-            return replace(
-                head,
-                active=None if head.active == version else head.active,
-                operation="delete",
-                operation_version=version,
-                versions=tuple(live for live in head.versions if live != gone),
-            )
-
-        remove_dropped(self._backend, *self._change(user_id, version, deleted))
+        Up to `limit` of them, before entry `before_seq`, such as the first one's `seq` of the page after. Of changes
+        older than a month the newest hundred are kept, of an erased user nothing but that.
+        """
+        check_user_id(user_id, self._limits)
+        if limit < 1:
+            raise InvalidAdapterError(f"limit is {limit}: give at least 1")
+        opened = self._open()
+        if opened is None:
+            return []
+        head = opened.log.head_or_new(opened.log.user_key(user_id))
+        end = head.seq + 1 if before_seq is None else before_seq
+        seqs = [seq for seq in opened.log.seqs(head.user_key) if head.erased_seq <= seq < end]
+        found: list[HistoryEntry] = []
+        for entry in each(self._backend, partial(_entry_or_none, opened, head.user_key), seqs[-limit:]):
+            if entry is not None:
+                changed = entry.find(entry.operation_version)
+                found.append(
+                    HistoryEntry(
+                        seq=entry.seq,
+                        at=entry.updated_at,
+                        operation=entry.operation,
+                        version=entry.operation_version,
+                        active=entry.active,
+                        reason=entry.reason,
+                        metrics=changed.metrics if changed else {},
+                    )
+                )
+        return found
 
     def list_users(self, cursor: str | None = None, limit: int = 1000) -> tuple[list[UserHead], str | None]:
         """Return up to `limit` users in the order of their keys, and the cursor of the next page, None on the last.
 
-        A user whose versions were all deleted is listed without versions.
+        A user whose versions were all deleted is listed without versions, an erased one is not listed.
         """
         if cursor is not None and not (isinstance(cursor, str) and layout.is_sha256(cursor)):
             raise InvalidAdapterError(f"cursor {shorten(cursor)} comes from no listing: pass the one returned, or None")
         if limit < 1:
             raise InvalidAdapterError(f"limit is {limit}: give at least 1")
-        log = self._open()
-        if log is None:
+        opened = self._open()
+        if opened is None:
             return [], None
-        keys = list(islice(log.user_keys(cursor or ""), limit + 1))
+        keys = list(islice(opened.log.user_keys(cursor or ""), limit + 1))
         # A folder without an entry is a first publish under way: not a user yet.
-        heads = [head for key in keys[:limit] if (head := log.head(key)) is not None]
+        found = each(self._backend, opened.log.head, keys[:limit])
+        heads = [head for head in found if head is not None and not head.is_erased]
         return heads, keys[limit - 1] if len(keys) > limit else None
+
+    # ── change ──
+
+    def activate(
+        self, user_id: str, version: str, *, expected_active: str | Unset | None = UNSET, reason: str = ""
+    ) -> AdapterVersion:
+        """Make a live version the active one and return it; where it is already, nothing is written.
+
+        `expected_active`: only while that version (None: no version) is active, else PublishConflictError.
+        """
+        check_reason(reason, self._limits)
+
+        def change(head: UserHead) -> UserHead | None:
+            self._check_expected(user_id, head, expected_active)
+            if self._live(user_id, version, head).version == head.active:
+                return None
+            changed = activated(head, version)
+            return replace(without(changed, set()), operation="activate", operation_version=version, reason=reason)
+
+        _, _, head = self._change(user_id, version, change)
+        return self._live(user_id, version, head)
+
+    def rollback(
+        self, user_id: str, *, expected_active: str | Unset | None = UNSET, reason: str = ""
+    ) -> AdapterVersion:
+        """Make the version active that was active before the present one, and return it; again, the one before that.
+
+        AdapterNotFoundError where there is none to go back to.
+        """
+        check_reason(reason, self._limits)
+
+        def change(head: UserHead) -> UserHead:
+            self._check_expected(user_id, head, expected_active)
+            if not head.versions:
+                raise self._not_found(user_id, None, head)
+            if not head.previous:
+                raise AdapterNotFoundError(
+                    f"user {shorten(user_id)} has no earlier active version in {self.url} to go back to: "
+                    "activate the one that you want"
+                )
+            return replace(
+                head,
+                active=head.previous[-1],
+                previous=head.previous[:-1],
+                operation="rollback",
+                operation_version=head.previous[-1],
+                reason=reason,
+            )
+
+        _, _, head = self._change(user_id, None, change)
+        return self._live(user_id, None, head)
+
+    def delete_version(self, user_id: str, version: str, *, reason: str = "") -> None:
+        """Remove a version, and its files. Deleting the active one leaves the user with none active."""
+        check_reason(reason, self._limits)
+
+        def change(head: UserHead) -> UserHead:
+            self._live(user_id, version, head)
+            active = None if head.active == version else head.active
+            changed = replace(head, active=active, operation="delete", operation_version=version, reason=reason)
+            return without(changed, {version})
+
+        remove_dropped(*self._change(user_id, version, change))
+
+    def erase_user(self, user_id: str) -> None:
+        """Remove everything of a user, known or not, for good; done when this returns.
+
+        From then on every `resolve` and `fetch` in any process refuses, the store and this machine's cache hold no byte
+        of the user's adapters and keys, and publishes of what was trained on earlier data raise UserErasedError. Other
+        machines' caches empty themselves of the user at their next access, and at their next `gc`. Interrupted, or
+        where it raises BackendError, it is called again.
+        """
+        check_user_id(user_id, self._limits)
+        opened = self._open_to_write()
+        erase(opened, opened.log.user_key(user_id))
+
+    # ── look after ──
+
+    def verify(self, user_id: str | None = None, *, on_user: Callable[[UserReport], None] | None = None) -> Verified:
+        """Read and check everything of one user, or of all, past any cache; damage is reported, not raised.
+
+        `on_user` is called with each user's report as it goes.
+        """
+        if user_id is not None:
+            check_user_id(user_id, self._limits)
+        opened, done = self._open(), Verified()
+        if opened is None:
+            return done
+        for user_key in opened.log.user_keys() if user_id is None else [opened.log.user_key(user_id)]:
+            report = verify_user(opened, user_key)
+            done.add(report)
+            if on_user is not None:
+                on_user(report)
+        return done
+
+    def gc(
+        self,
+        *,
+        grace: timedelta = timedelta(days=1),
+        entry_age: timedelta = timedelta(days=30),
+        dry_run: bool = False,
+        on_user: Callable[[int], None] | None = None,
+    ) -> Collected:
+        """Remove what nobody needs, safely beside writers, and return what that was.
+
+        That is: files that no entry names and that are older than `grace` (what killed publishers left), log entries
+        older than `entry_age` beyond a user's newest hundred, the rest of erasures that were interrupted, and copies of
+        deleted versions in this machine's cache. `on_user` is called with the number of users done so far.
+        """
+        opened = self._open()
+        done = Collected()
+        if opened is None:
+            return done
+        rules = collecting.Rules(grace.total_seconds(), _ENTRIES_KEPT, entry_age.total_seconds(), dry_run)
+        if min(rules.grace, rules.entry_age) < 0:
+            raise InvalidAdapterError("a grace below zero would remove what is being written: give at least 0")
+        storage_time = collecting.storage_time(self._backend)
+        for user_key in opened.log.user_keys():
+            collecting.collect_user(opened, user_key, rules, storage_time, done)
+            if on_user is not None:
+                on_user(done.users)
+        collecting.collect_unfinished(opened, rules, storage_time, done)
+        if self._cache is not None:
+            collecting.collect_cache(opened, self._cache, rules, done)
+        return done
+
+    def rotate_keys(self, *, on_user: Callable[[int], None] | None = None) -> int:
+        """Wrap every key of an encrypted store with the newest master key; return how many were not yet.
+
+        Afterwards the older master keys can be destroyed. KeyMismatchError for a store without encryption.
+        """
+        opened = self._open()
+        if opened is None:
+            return 0
+        rewrapped = collecting.rotate_user_keys(opened, collecting.STORE)
+        for number, user_key in enumerate(opened.log.user_keys(), 1):
+            rewrapped += collecting.rotate_user_keys(opened, user_key)
+            if on_user is not None:
+                on_user(number)
+        return rewrapped
+
+    # ── in and out ──
 
     def export_peft(self, user_id: str, folder: str | os.PathLike[str], version: str | None = None) -> Path:
         """Write a version (None: the active one) as a plain peft folder, which must be new or empty; return its path.
@@ -228,23 +476,154 @@ class AdapterStore:
         write_new_folder(path, self.fetch(self.resolve(user_id, version)))
         return path
 
-    def _open(self) -> Log | None:
-        """Return the log of the store, None where there is no store yet."""
-        pepper = open_root(self._backend, self._pepper)
-        return None if pepper is None else Log(self._backend, pepper)
+    def export_user(self, user_id: str, file: str | os.PathLike[str]) -> Path:
+        """Write all versions of a user, with their facts, as a new tar file; return its path.
+
+        The archive is not encrypted. AdapterNotFoundError for an unknown user, IntegrityError where something is
+        damaged, BackendError where the file is there already or cannot be written.
+        """
+        check_user_id(user_id, self._limits)
+        opened = self._open()
+        head = opened.log.head(opened.log.user_key(user_id)) if opened else None
+        if opened is None or head is None or not head.versions:
+            raise self._not_found(user_id, None, head)
+        from adapter_store import archive  # tar is slow to import, and few need it
+
+        path = local_path(file)
+        try:
+            archive.write_archive(opened, head, path)
+        except FileNotFoundError:
+            raise PublishConflictError(
+                f"a version of user {shorten(user_id)} was deleted while it was exported: nothing was written; try again"
+            ) from None
+        return path
+
+    def import_user(self, file: str | os.PathLike[str]) -> UserHead:
+        """Read a user from a tar file that `export_user` wrote, of this store or of another, and return the user's head.
+
+        Versions keep their ids; those that are there already are left as they are; nothing or everything is imported.
+        InvalidAdapterError where the file is not such an archive, UserErasedError where the user was erased in this
+        store after it was written.
+        """
+        from adapter_store import archive
+
+        path = local_path(file)
+        try:
+            with path.open("rb") as opened_file:
+                archive.read_archive(opened_file, self._limits, str(path))
+                opened_file.seek(0)
+                return archive.import_archive(self._open_to_write(), opened_file, self._limits, str(path))
+        except OSError as error:
+            raise InvalidAdapterError(f"cannot read {path} ({error.strerror or error}): name an archive") from error
+
+    def export_users(self, folder: str | os.PathLike[str], *, on_user: Callable[[int], None] | None = None) -> int:
+        """Write every user as a tar file of a folder and return how many were written.
+
+        Users with a file there already are passed over, so that an export that was interrupted goes on where it was.
+        `on_user` is called with the number written so far. Raises what `export_user` raises.
+        """
+        path, count = local_path(folder), 0
+        cursor: str | None = None
+        while True:
+            heads, cursor = self.list_users(cursor)
+            for head in heads:
+                target = path / f"{head.user_key}.tar"
+                if head.versions and not target.exists():
+                    self.export_user(head.user_id, target)
+                    count += 1
+                    if on_user is not None:
+                        on_user(count)
+            if cursor is None:
+                return count
+
+    def import_users(self, folder: str | os.PathLike[str], *, on_user: Callable[[int], None] | None = None) -> int:
+        """Read every tar file of a folder that `export_users` wrote and return how many those are; safe to repeat."""
+        count = 0
+        for count, file in enumerate(sorted(local_path(folder).glob("*.tar")), 1):
+            self.import_user(file)
+            if on_user is not None:
+                on_user(count)
+        return count
+
+    # ── inside ──
+
+    def _open(self) -> Opened | None:
+        """Return the opened store, None where there is none yet; the root file is looked at, remote only now and then."""
+        known = self._known
+        if known is not None and not is_near(self._backend) and time.monotonic() < known.trusted_until:
+            return known.opened
+        found = self._backend.stat(layout.ROOT_FILE)
+        mark = None if found is None else found.mark
+        if known is not None and mark is not None and mark == known.mark:
+            if not is_near(self._backend):
+                self._known = known._replace(trusted_until=time.monotonic() + _ROOT_TRUST_SECONDS)
+            return known.opened
+        root = open_root(self._backend, self._pepper, self._keys)
+        if root is None:
+            self._known = None
+            return None
+        return self._keep(root, mark)
+
+    def _keep(self, root: Root, mark: Hashable) -> Opened:
+        with self._lock:
+            known = self._known
+            if known is not None and (known.opened.root.store_id, known.opened.root.pepper) == (
+                root.store_id,
+                root.pepper,
+            ):
+                opened = known.opened  # with what its log remembers
+            else:
+                blobs = Blobs(self._backend, root, self._cache, self._limits)
+                opened = Opened(self._backend, root, Log(self._backend, root), blobs)
+            self._known = _Known(opened, mark, time.monotonic() + _ROOT_TRUST_SECONDS)
+            return opened
+
+    def _open_to_write(self) -> Opened:
+        """Return the opened store, made where there is none, on storage that was seen to keep what is there."""
+        if not self._probed:
+            probe_put_if_absent(self._backend)
+            self._probed = True
+        opened = self._open()
+        if opened is None:
+            root = make_root(self._backend, self._pepper, self._keys)
+            found = self._backend.stat(layout.ROOT_FILE)
+            opened = self._keep(root, None if found is None else found.mark)
+        return opened
 
     def _head(self, user_id: str) -> UserHead | None:
         check_user_id(user_id, self._limits)
-        log = self._open()
-        return log.head(log.user_key(user_id)) if log else None
+        opened = self._open()
+        if opened is None:
+            return None
+        head = opened.log.head(opened.log.user_key(user_id))
+        if head is not None and head.is_erased:
+            opened.blobs.forget(head.user_key)
+        return head
 
-    def _change(self, user_id: str, version: str, change: Callable[[UserHead], UserHead | None]) -> Heads:
-        """Commit a change to one of a user's live versions."""
+    def _change(
+        self, user_id: str, version: str | None, change: Callable[[UserHead], UserHead | None]
+    ) -> tuple[Opened, UserHead, UserHead]:
+        """Commit a change to one of a user's live versions; return the opened store and the heads before and after."""
         check_user_id(user_id, self._limits)
-        log = self._open()
-        if log is None:
+        opened = self._open()
+        if opened is None:
             raise self._not_found(user_id, version, None)
-        return log.commit(user_id, change)
+        return opened, *opened.log.commit(opened.log.user_key(user_id), change)
+
+    def _check_expected(self, user_id: str, head: UserHead, expected: str | Unset | None) -> None:
+        if expected is not UNSET and head.active != expected:
+            raise PublishConflictError(
+                f"user {shorten(user_id)} has {value_or_none(head.active)} active where {value_or_none(expected)} was "
+                "expected: nothing was changed; look at what is active, then decide"
+            )
+
+    def _check_listed(self, opened: Opened, version: AdapterVersion) -> None:
+        """Raise AdapterNotFoundError unless a version is live now; this machine's copies of one that is not are removed."""
+        head = opened.log.head(version.user_key)
+        found = None if head is None else head.find(version.version)
+        if found is None or found.files != version.files:
+            opened.blobs.forget(version.user_key, None if head is None or head.is_erased else version.version)
+            raise self._not_found(version.user_id, version.version, head)
 
     def _live(self, user_id: str, version: str | None, head: UserHead | None) -> AdapterVersion:
         """Return a live version of `head`, None meaning the active one, or say what there is instead."""
@@ -267,28 +646,20 @@ class AdapterStore:
             f"{user} has no version {shorten(version)} in {self.url}, but {count}: the newest is {newest}"
         )
 
-    def _verified(self, version: AdapterVersion, name: str) -> bytes:
-        facts = version.files[name]
-        key = f"{layout.version_folder(version.user_key, version.version)}/{name}"
-        where = location(self._backend.url, key)
-        if facts.size > self._limits.bytes_of(name):
-            raise InvalidAdapterError(
-                f"{where} has {facts.size} bytes, more than the {self._limits.bytes_of(name)} that this store reads: "
-                "open it with larger Limits"
-            )
-        try:
-            data = self._backend.get(key, facts.size + 1)
-        except FileNotFoundError:
-            head = self._head(version.user_id)
-            if head is None or head.find(version.version) is None:
-                raise self._not_found(version.user_id, version.version, head) from None
-            raise self._damaged(where, "is missing") from None
-        if len(data) != facts.size:
-            size = f"more than {facts.size}" if len(data) > facts.size else str(len(data))
-            raise self._damaged(where, f"has {size} bytes, published were {facts.size}")
-        if hashlib.sha256(data).hexdigest() != facts.sha256:
-            raise self._damaged(where, "is not what was published: its sha256 differs")
-        return data
+    def _missing(self, version: AdapterVersion) -> IntegrityError:
+        folder = layout.version_folder(version.user_key, version.version)
+        there = self._backend.list_folder(folder)
+        name = next((name for name in layout.ADAPTER_FILES if name not in there), None)
+        where = location(self._backend.url, f"{folder}/{name}" if name else folder)
+        return IntegrityError(
+            f"{where} is missing; restore it from a backup, activate another version, or publish again"
+            if name
+            else f"the key that {where} is encrypted with is missing; restore it from a backup, or publish again"
+        )
 
-    def _damaged(self, where: str, what: str) -> IntegrityError:
-        return IntegrityError(f"{where} {what}; restore it from a backup, activate another version, or publish again")
+
+def _entry_or_none(opened: Opened, user_key: str, seq: int) -> UserHead | None:
+    try:
+        return opened.log.entry(user_key, seq)
+    except FileNotFoundError:  # trimmed or erased meanwhile
+        return None

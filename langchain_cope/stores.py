@@ -1,22 +1,52 @@
-"""Which adapter store is meant: the one given, else ``COPE_STORE``, else the user's data folder."""
+"""Which adapter store is meant, and how it is opened: what is given, else the environment, else the user's data folder.
+
+COPE_STORE            folder or URL
+COPE_STORE_KEY_FILE   file with the master keys of an encrypted store; or COPE_STORE_KEYS, the keys themselves
+COPE_STORE_PEPPER     the pepper in hexadecimal, where the store does not keep its own
+COPE_STORE_CACHE      folder that fetched adapters of a remote store are kept in
+"""
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from platformdirs import user_data_path
 
 from adapter_store import AdapterStore
+from adapter_store.errors import KeyMismatchError
+
+_SETTINGS = ("COPE_STORE_KEY_FILE", "COPE_STORE_KEYS", "COPE_STORE_PEPPER", "COPE_STORE_CACHE")
 
 
 def open_store(store: "str | os.PathLike[str] | AdapterStore | None" = None) -> AdapterStore:
-    """The store at a folder, a ``file://`` or a ``memory://`` URL; an open store as it is.
+    """The store at a folder or URL; an open store as it is.
 
-    None takes the environment's ``COPE_STORE``, else ``adapters`` in the user data folder of langchain-cope.
-    Nothing is created until something is to be published.
+    None takes the environment's ``COPE_STORE``, else ``adapters`` in the user data folder of langchain-cope. The same
+    place gives the same object, with what it remembers, as long as the environment says the same. Nothing is created
+    until something is to be published. KeyMismatchError for keys or a pepper in the environment that are none.
     """
     if isinstance(store, AdapterStore):
         return store
-    return AdapterStore(store or os.environ.get("COPE_STORE") or default_folder())
+    place = os.fspath(store or os.environ.get("COPE_STORE") or default_folder())
+    if isinstance(place, str) and "://" not in place:
+        from adapter_store.local import local_path
+
+        place = str(local_path(place))  # what is relative, or the home folder's, may mean another one later
+    return _opened(place, *(os.environ.get(name) or None for name in _SETTINGS))
+
+
+@lru_cache(maxsize=64)
+def _opened(place: str, key_file: str | None, keys: str | None, pepper: str | None, cache: str | None) -> AdapterStore:
+    from adapter_store.keys import EnvironmentKeys, FileKeys
+
+    provider = FileKeys(key_file) if key_file else EnvironmentKeys("COPE_STORE_KEYS") if keys else None
+    try:
+        secret = None if pepper is None else bytes.fromhex(pepper)
+        return AdapterStore(place, pepper=secret, keys=provider, cache=cache)
+    except ValueError as error:
+        raise KeyMismatchError(
+            f"the environment's COPE_STORE_PEPPER cannot be used ({error}): give it in hexadecimal"
+        ) from None
 
 
 def default_folder() -> Path:

@@ -1,41 +1,48 @@
 """``cope-lc adapters``: what is in a store, and which version of a user's adapter is served."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cope_lc.options import Json, Store
-from cope_lc.stored import all_users, local_time, num_bytes, place_of, version_facts
+from cope_lc import adapters_care, adapters_transfer
+from cope_lc.options import Json, Limit, Reason, Store, User, Version, Yes
+from cope_lc.stored import history_facts, local_time, place_of, version_facts
 
 if TYPE_CHECKING:
     from adapter_store import AdapterStore, AdapterVersion, UserHead
 
 app = typer.Typer(
-    help="List, show, activate, export and delete adapters in a store.",
+    help="List, show, activate, export, import, delete, erase and check adapters in a store.",
     epilog="Example: cope-lc adapters show alice",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-User = Annotated[str, typer.Argument(metavar="USER", help="User id.")]
-Version = Annotated[str, typer.Argument(metavar="VERSION", help="Version id, as `adapters show` lists it.")]
 
 
 @app.command(name="list", epilog="Example: cope-lc adapters list --store ~/adapters")
-def list_users(store: Store = None, as_json: Json = False) -> None:
-    """List the users of a store."""
+def list_users(
+    limit: Limit = 1000,
+    cursor: Annotated[
+        str | None, typer.Option("--cursor", metavar="C", help="Where the page before ended, as it says.")
+    ] = None,
+    store: Store = None,
+    as_json: Json = False,
+) -> None:
+    """List the users of a store, page by page."""
     from cope_lc.screen import cell, console, say, table
     from cope_lc.text import name_of, print_json
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
-    heads = sorted(all_users(opened), key=lambda head: head.user_id)
+    heads, following = opened.list_users(cursor, limit=limit)
+    heads = sorted(heads, key=lambda head: head.user_id)
     if as_json:
-        print_json({"store": opened.url, "users": [_head_facts(head) for head in heads]})
+        page = {"next": following} if following else {}
+        print_json({"store": opened.url, "users": [_head_facts(head) for head in heads], **page})
         return
     out = console()
-    if not heads:
+    if not heads and following is None:
         say(out, f"no users in {place_of(opened)}; add one with: cope-lc personalize FILE --user ID", whole=True)
         return
     rows = table(
@@ -45,12 +52,25 @@ def list_users(store: Store = None, as_json: Json = False) -> None:
         count = str(len(head.versions))
         rows.add_row(cell(name_of(head.user_id)), head.active or "none", count, local_time(head.updated_at))
     out.print(rows)
-    say(out, f"\n{len(heads)} user{'s' if len(heads) != 1 else ''} in {place_of(opened)}", "dim", whole=True)
+    count = f"{len(heads)} user{'s' if len(heads) != 1 else ''}"
+    where = f"{'of those ' if following or cursor else ''}in {place_of(opened)}"
+    say(out, f"\n{count} {where}", "dim", whole=True)
+    if following is not None:
+        say(out, f"more: cope-lc adapters list --cursor {following}", whole=True)
 
 
 @app.command(epilog="Example: cope-lc adapters show alice")
-def show(user: User, store: Store = None, as_json: Json = False) -> None:
-    """Show a user's versions with their metrics; ● marks the active one."""
+def show(
+    user: User,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Changes of the history, at most.")] = 20,
+    store: Store = None,
+    as_json: Json = False,
+) -> None:
+    """Show a user's versions, how good they are, and the history.
+
+    ● marks the active version; the history says which one was active since when, and why.
+    """
+    from cope_lc.adapters_view import chart_of, history_table, version_table
     from cope_lc.screen import console, say
     from cope_lc.text import name_of, print_json
     from langchain_cope.stores import open_store
@@ -58,53 +78,45 @@ def show(user: User, store: Store = None, as_json: Json = False) -> None:
     opened = open_store(store)
     versions = _versions(opened, user)
     active = opened.active(user)
+    history = opened.history(user, limit=limit)
     if as_json:
         facts = [version_facts(version) | {"active": version.version == active} for version in versions]
-        print_json({"store": opened.url, "user_id": user, "active": active, "versions": facts})
+        changes = [history_facts(change) for change in history]
+        print_json({"store": opened.url, "user_id": user, "active": active, "versions": facts, "history": changes})
         return
     out = console()
     say(out, f"{name_of(user)} in {place_of(opened)}\n", whole=True)
-    out.print(_version_table(versions, active))
+    out.print(version_table(versions, active))
+    if (chart := chart_of(versions, active)) is not None:
+        say(out, "held-out NLL against the base's, by version", "dim")
+        out.print(chart)
+    say(out, "\nhistory", "dim")
+    out.print(history_table(history))
     if active is None:
         say(out, "\nnone is active: cope-lc adapters activate USER VERSION")
 
 
 @app.command(epilog="Example: cope-lc adapters activate alice 20260131T235959Z-0123456789ab")
-def activate(user: User, version: Version, store: Store = None, as_json: Json = False) -> None:
+def activate(user: User, version: Version, reason: Reason = "", store: Store = None, as_json: Json = False) -> None:
     """Serve another version of a user's adapter."""
-    from cope_lc.text import name_of, print_json
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
     before = opened.active(user)
-    active = opened.activate(user, version)
-    if as_json:
-        print_json({"user_id": user, "active": active.version, "before": before})
-    else:
-        print(f"{name_of(user)}: {active.version} is active (before: {before or 'none'})")
+    _say_active(user, opened.activate(user, version, reason=reason), before, as_json)
 
 
-@app.command(epilog="Example: cope-lc adapters export alice ./alice-adapter")
-def export(
-    user: User,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
-    version: Annotated[
-        str | None, typer.Option("--version", metavar="VERSION", help="Default: the active one.")
-    ] = None,
-    store: Store = None,
-    as_json: Json = False,
-) -> None:
-    """Write a version as a plain peft folder, which peft and vLLM read as it is."""
-    from cope_lc.text import clean, print_json
+@app.command(epilog='Example: cope-lc adapters rollback alice --reason "worse answers"')
+def rollback(user: User, reason: Reason = "", store: Store = None, as_json: Json = False) -> None:
+    """Serve the version before the present one again.
+
+    Once more, the one before that.
+    """
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
-    found = opened.resolve(user, version)
-    written = opened.export_peft(user, folder, found.version)
-    if as_json:
-        print_json({"user_id": user, "version": found.version, "folder": str(written)})
-    else:
-        print(f"{found.version} written to {clean(str(written))}")
+    before = opened.active(user)
+    _say_active(user, opened.rollback(user, reason=reason), before, as_json)
 
 
 @app.command(epilog="Example: cope-lc adapters delete alice 20260131T235959Z-0123456789ab")
@@ -113,11 +125,15 @@ def delete(
     version: Annotated[
         str | None, typer.Argument(metavar="VERSION", help="Version id; left out: every version of the user.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Yes = False,
+    reason: Reason = "",
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Delete a version, or all versions of a user. Deleting the active one leaves the user with none active."""
+    """Delete a version, or all versions of a user.
+
+    Deleting the active one leaves the user with none active.
+    """
     from cope_lc.text import name_of, print_json
     from langchain_cope.stores import open_store
 
@@ -128,14 +144,45 @@ def delete(
     if version is not None and version == active:
         what += ", the active one,"
     if not yes:
-        _confirm(f"delete {what} of {name_of(user)} from {place_of(opened)}?")
+        _confirm(f"delete {what} of {name_of(user)} from {place_of(opened)}?", "deleting")
     for found in doomed:
-        opened.delete_version(user, found.version)
+        opened.delete_version(user, found.version, reason=reason)
     if as_json:
         left = opened.active(user)
         print_json({"user_id": user, "deleted": [found.version for found in doomed], "active": left})
     else:
         print(f"deleted {what} of {name_of(user)}")
+
+
+@app.command(epilog="Example: cope-lc adapters erase alice --yes")
+def erase(user: User, yes: Yes = False, store: Store = None, as_json: Json = False) -> None:
+    """Erase a user for good.
+
+    Every version, the history and the keys go; trainings under way are refused when they publish.
+    """
+    from cope_lc.text import name_of, print_json
+    from langchain_cope.stores import open_store
+
+    opened = open_store(store)
+    count = len(opened.versions(user))
+    if not yes:
+        versions = f"{count} version{'s' if count != 1 else ''}"
+        _confirm(f"erase {name_of(user)} ({versions}) from {place_of(opened)} for good?", "erasing")
+    opened.erase_user(user)
+    if as_json:
+        print_json({"user_id": user, "erased": True, "versions": count})
+    else:
+        print(f"erased {name_of(user)}")
+
+
+app.command(epilog=adapters_transfer.EXPORT_EXAMPLE)(adapters_transfer.export)
+app.command(name="export-all", epilog=adapters_transfer.EXPORT_ALL_EXAMPLE)(adapters_transfer.export_all)
+app.command(name="import", epilog=adapters_transfer.IMPORT_EXAMPLE)(adapters_transfer.import_one)
+app.command(name="import-all", epilog=adapters_transfer.IMPORT_ALL_EXAMPLE)(adapters_transfer.import_all)
+app.command(epilog=adapters_care.VERIFY_EXAMPLE)(adapters_care.verify)
+app.command(epilog=adapters_care.GC_EXAMPLE)(adapters_care.gc)
+app.command(name="new-key", epilog=adapters_care.NEW_KEY_EXAMPLE)(adapters_care.new_key)
+app.command(name="rotate-keys", epilog=adapters_care.ROTATE_EXAMPLE)(adapters_care.rotate_keys)
 
 
 def _head_facts(head: "UserHead") -> dict[str, Any]:
@@ -154,44 +201,22 @@ def _versions(store: "AdapterStore", user: str) -> list["AdapterVersion"]:
     return versions
 
 
-def _version_table(versions: list["AdapterVersion"], active: str | None) -> Any:
-    from cope_lc.screen import cell, table
+def _say_active(user: str, active: "AdapterVersion", before: str | None, as_json: bool) -> None:
+    from cope_lc.text import name_of, print_json
 
-    columns = ("", "version", "created", "NLL\nbase → dpo", "ROUGE-L\nbase → cope")
-    rows = table(*columns, whole=("", "created"), right=columns[3:])
-    rows.columns[1].min_width = max(len(version.version) for version in versions)  # a model's path may fold, an id not
-    for version in reversed(versions):
-        metrics = version.metrics
-        strengths = f"α {_plain(version.alpha)}  τ {_plain(version.tau)}"
-        model = cell(f"{version.version}\n  base {version.base.get('model', '?')}, {num_bytes(version) / 1e6:.1f} MB\n")
-        rows.add_row(
-            cell("●" if version.version == active else "", "green"),
-            model,
-            cell(f"{local_time(version.created_at)}\n{strengths}"),
-            _change(metrics, "nll", "dpo"),
-            _change(metrics, "rougeL", "cope"),
-        )
-    return rows
+    if as_json:
+        print_json({"user_id": user, "active": active.version, "before": before})
+    else:
+        print(f"{name_of(user)}: {active.version} is active (before: {before or 'none'})")
 
 
-def _change(metrics: dict[str, Any], name: str, way: str) -> str:
-    from cope_lc.screen import number
-
-    found = [row.get(name) if isinstance(row := metrics.get(key), dict) else None for key in ("base", way)]
-    return " → ".join(number(value) for value in found)
-
-
-def _plain(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"
-
-
-def _confirm(question: str) -> None:
+def _confirm(question: str, doing: str) -> None:
     """Ask on a terminal; without one there is nobody to ask."""
     from cope_lc.text import clean
 
     if not sys.stdin.isatty():
         raise typer.BadParameter(
-            "deleting asks first, and there is no terminal to ask on: add --yes", param_hint="--yes"
+            f"{doing} asks first, and there is no terminal to ask on: add --yes", param_hint="--yes"
         )
     print(f"{clean(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

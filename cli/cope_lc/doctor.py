@@ -137,17 +137,18 @@ def _starter() -> Finding:
 
 def _store(asked: str | None) -> Iterator[Finding]:
     from adapter_store.errors import AdapterStoreError
-    from cope_lc.stored import all_users, local_folder, place_of
+    from cope_lc.stored import local_folder, place_of
     from langchain_cope.stores import open_store
 
     whence = "--store" if asked else "COPE_STORE" if os.environ.get("COPE_STORE") else "the default"
     try:
         store = open_store(asked)
-        num_users = len(all_users(store))
+        heads, more = store.list_users()
     except AdapterStoreError as error:
         yield Finding("store", f"cannot be read ({whence})", False, str(error))
         return
-    yield Finding("store", f"{place_of(store)} ({whence}), {num_users} user{'s' if num_users != 1 else ''}")
+    users = f"{len(heads)} user{'s' if len(heads) != 1 else ''}" if more is None else f"more than {len(heads)} users"
+    yield Finding("store", f"{place_of(store)} ({whence}), {users}")
     folder = local_folder(store)
     if folder is not None:
         yield _writable(folder)

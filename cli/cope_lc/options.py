@@ -48,7 +48,7 @@ Store = Annotated[
     typer.Option(
         "--store",
         metavar="URL",
-        help="Adapter store: a folder or a file:// URL. Default: the environment's COPE_STORE, else the user data folder.",
+        help="Adapter store: a folder, or a file://, s3://, gs:// or az:// URL. Default: COPE_STORE, else the user data folder.",
     ),
 ]
 Device = Annotated[
@@ -58,6 +58,11 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", metavar="T", help="float32, bfloat16 or float16. Default: what suits device and model."),
 ]
+User = Annotated[str, typer.Argument(metavar="USER", help="User id.")]
+Version = Annotated[str, typer.Argument(metavar="VERSION", help="Version id, as `adapters show` lists it.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for the history.")]
+Limit = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Users of a page, at most.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
 Alpha = Annotated[
     float | None,

@@ -46,6 +46,24 @@ def display(prefix: str = "", *, transient: bool = False) -> Iterator[Display]:
         yield _Bars(bars, prefix)
 
 
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int], None]]:
+    """How many of something are done, told on standard error once it takes a while."""
+    started = told = time.monotonic()
+    ending = "\r" if sys.stderr.isatty() else "\n"
+
+    def count(number: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told > (1.0 if ending == "\r" else LINE_SECONDS):
+            told = now
+            print(f"{number} {what}, {number / (now - started):.0f} a second", end=ending, file=sys.stderr, flush=True)
+
+    yield count
+    if told != started and ending == "\r":
+        print(file=sys.stderr)
+
+
 def listener(shown: Display) -> "BaseCallbackHandler":
     """The handler through which a PersonalizeUser tells ``shown`` of its stages and steps."""
     from langchain_core.callbacks import BaseCallbackHandler

@@ -1,11 +1,12 @@
 """What commands want to know of a store and its versions."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 if TYPE_CHECKING:
-    from adapter_store import AdapterStore, AdapterVersion, UserHead
+    from adapter_store import AdapterStore, AdapterVersion, HistoryEntry
 
 
 def local_folder(store: "AdapterStore") -> Path | None:
@@ -19,13 +20,9 @@ def place_of(store: "AdapterStore") -> str:
     return str(local_folder(store) or store.url)
 
 
-def all_users(store: "AdapterStore") -> list["UserHead"]:
-    """Return every user of a store."""
-    heads, cursor = store.list_users()
-    while cursor is not None:
-        page, cursor = store.list_users(cursor)
-        heads = [*heads, *page]
-    return heads
+def history_facts(change: "HistoryEntry") -> dict[str, Any]:
+    """Return a change of a user as plain data for ``--json``."""
+    return {**asdict(change), "at": change.at.isoformat()}
 
 
 def version_facts(version: "AdapterVersion") -> dict[str, Any]:

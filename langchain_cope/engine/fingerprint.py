@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils.hub import cached_file
 
+from langchain_cope.engine.digests import remembered
 from langchain_cope.engine.lora import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
@@ -72,15 +73,20 @@ def _tokenizer_digest(base: "Base") -> str:
 def _weights_digest(base: "Base") -> str:
     """sha256 over the sorted (name, shape, dtype, bytes) of the checkpoint's tensors."""
     files = _checkpoint_files(base)
-    digest = hashlib.sha256()
     if files:
-        for name, shape, dtype, data in sorted(_tensors(files), key=lambda tensor: tensor[0]):
-            digest.update(f"{name}\0{shape}\0{dtype}\0".encode())
-            digest.update(data)
-        return digest.hexdigest()
+        return remembered(files, lambda: _files_digest(files))
+    digest = hashlib.sha256()
     for name, tensor in sorted(base.model.state_dict().items()):
         digest.update(f"{name}\0{list(tensor.shape)}\0{tensor.dtype}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _files_digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for name, shape, dtype, data in sorted(_tensors(files), key=lambda tensor: tensor[0]):
+        digest.update(f"{name}\0{shape}\0{dtype}\0".encode())
+        digest.update(data)
     return digest.hexdigest()
 
 

@@ -1,7 +1,9 @@
 import contextlib
 import json
+import logging
 import os
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,3 +73,23 @@ def unprivileged() -> Callable[[], contextlib.AbstractContextManager[Path]]:
                     Path(folder).chmod(0o700)
 
     return as_nobody
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of a real HTTP server that speaks S3."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_server: str) -> str:
+    """The URL of an empty bucket's prefix on that server."""
+    bucket = f"bucket-{os.urandom(6).hex()}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT"), timeout=30).close()
+    return f"s3://key:s3cr3t@{bucket}/some/prefix?endpoint={s3_server}&region=us-east-1"

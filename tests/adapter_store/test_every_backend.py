@@ -1,6 +1,8 @@
 """What a store promises on every backend."""
 
+import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
@@ -308,6 +310,72 @@ class TestVersions:
         assert store.resolve("alice") == versions[2]
 
 
+class TestRollback:
+    def test_it_passes_over_what_was_deleted_and_never_stays_where_it_is(self, store, files):
+        first, second, third = (store.publish("alice", files(n), base=BASE).version for n in range(3))
+        store.activate("alice", first)
+        store.activate("alice", third)  # the way back: first, second, third, first
+        store.delete_version("alice", second)
+        assert store.rollback("alice").version == first
+        assert store.rollback("alice").version == third
+        # Of two versions no more than two steps are kept.
+        with pytest.raises(AdapterNotFoundError, match="no earlier active version"):
+            store.rollback("alice")
+
+    def test_after_the_active_version_was_deleted_it_goes_to_the_one_before(self, store, files):
+        first, second = (store.publish("alice", files(n), base=BASE).version for n in range(2))
+        store.delete_version("alice", second)
+        assert store.active("alice") is None
+        assert store.rollback("alice").version == first
+
+    def test_of_somebody_unknown_or_without_versions_it_says_so(self, store, files):
+        with pytest.raises(AdapterNotFoundError, match="user 'bob' has no adapter"):
+            store.rollback("bob")
+        version = store.publish("alice", files(), base=BASE).version
+        store.delete_version("alice", version)
+        with pytest.raises(AdapterNotFoundError, match="user 'alice' has no adapter"):
+            store.rollback("alice")
+
+    def test_the_way_back_does_not_grow_for_ever(self, store, files):
+        first, second = (store.publish("alice", files(n), base=BASE).version for n in range(2))
+        for number in range(50):
+            store.activate("alice", (first, second)[number % 2])
+        [head], _ = store.list_users()
+        assert len(head.previous) <= 2
+
+    def test_activating_and_going_back_only_from_the_expected_version(self, store, files):
+        first, second = (store.publish("alice", files(n), base=BASE).version for n in range(2))
+        before = store.history("alice")
+        for call in (
+            lambda: store.activate("alice", first, expected_active=first),
+            lambda: store.rollback("alice", expected_active=None),
+        ):
+            with pytest.raises(PublishConflictError, match=f"has '{second}' active where .* was expected"):
+                call()
+        assert store.history("alice") == before
+        assert store.rollback("alice", expected_active=second).version == first
+
+    @pytest.mark.parametrize("reason", ["x" * 1001, 7, "\ud800", None])
+    def test_a_reason_that_is_none_is_refused(self, store, files, reason):
+        version = store.publish("alice", files(), base=BASE).version
+        for call in (
+            lambda: store.publish("alice", files(), base=BASE, reason=reason),
+            lambda: store.activate("alice", version, reason=reason),
+            lambda: store.rollback("alice", reason=reason),
+            lambda: store.delete_version("alice", version, reason=reason),
+        ):
+            with pytest.raises(InvalidAdapterError, match="is not up to 1000 characters of text: say it shorter"):
+                call()
+        assert len(store.versions("alice")) == 1
+
+    @pytest.mark.parametrize("data_seq", [-1, 5, True, "1", 1.0])
+    def test_a_data_seq_that_is_none_is_refused(self, store, files, data_seq):
+        store.publish("alice", files(), base=BASE)
+        with pytest.raises(InvalidAdapterError, match=r"data_seq is .* the user's log is at 1: give what data_seq"):
+            store.publish("alice", files(), base=BASE, data_seq=data_seq)
+        assert len(store.versions("alice")) == 1
+
+
 class TestBase:
     def test_the_same_base_under_another_name_or_quantized_is_accepted(self, store, files):
         store.publish("alice", files(), base=BASE)
@@ -319,6 +387,7 @@ class TestBase:
         with pytest.raises(BaseModelMismatchError) as caught:
             store.resolve("alice", version.version, base=other)
         message = str(caught.value)
+        assert "another base model ('starter', now none): " in message
         assert f"weights was {BASE['weights'][:20]!r}"[:-1] in message
         assert "and is 'cdcdcd" in message
         assert "tokenizer was none and is 'new'" in message
@@ -458,7 +527,8 @@ class TestJobs:
             """Stops as Ctrl-C would, at the log entry."""
 
             url = backend.url
-            get, list_folder, delete = backend.get, backend.list_folder, backend.delete
+            get, stat = backend.get, backend.stat
+            list_folder, delete = backend.list_folder, backend.delete
 
             def put_if_absent(self, key, data):
                 if "/log/" in key:
@@ -475,7 +545,8 @@ class TestJobs:
             """Writes the log entry, but reports, as a retrying client may, that it was there already."""
 
             url = backend.url
-            get, list_folder, delete = backend.get, backend.list_folder, backend.delete
+            get, stat = backend.get, backend.stat
+            list_folder, delete = backend.list_folder, backend.delete
 
             def put_if_absent(self, key, data):
                 backend.put_if_absent(key, data)
@@ -491,7 +562,8 @@ class TestJobs:
             """Fails after the entry is there, as an fsync of the folder may."""
 
             url = backend.url
-            get, list_folder, delete = backend.get, backend.list_folder, backend.delete
+            get, stat = backend.get, backend.stat
+            list_folder, delete = backend.list_folder, backend.delete
 
             def put_if_absent(self, key, data):
                 backend.put_if_absent(key, data)
@@ -508,11 +580,12 @@ class TestJobs:
             """Is gone for good from the log entry on."""
 
             url = backend.url
-            get, list_folder, delete = backend.get, backend.list_folder, backend.delete
+            get, stat = backend.get, backend.stat
+            list_folder, delete = backend.list_folder, backend.delete
 
             def put_if_absent(self, key, data):
                 if "/log/" in key:
-                    self.get = self.list_folder = self.delete = self.refuse
+                    self.get = self.stat = self.list_folder = self.delete = self.refuse
                     raise BackendError("it went away")
                 backend.put_if_absent(key, data)
 
@@ -521,3 +594,73 @@ class TestJobs:
 
         with pytest.raises(BackendError, match="it went away"):
             AdapterStore(Leaving()).publish("alice", files(), base=BASE)
+
+
+class TestFarAway:
+    """How often storage is asked where each time is a way over the network."""
+
+    @pytest.fixture
+    def remote(self, backend):
+        class Remote:
+            url = "s3://bucket"
+
+            def __init__(self):
+                self.asked = []
+
+            def __getattr__(self, verb):
+                def ask(key, *rest):
+                    self.asked.append(verb)
+                    return getattr(backend, verb)(key, *rest)
+
+                return ask
+
+            def get(self, key, max_bytes):
+                return self.__getattr__("get")(key, max_bytes)
+
+            def stat(self, key):
+                return self.__getattr__("stat")(key)
+
+            def put_if_absent(self, key, data):
+                return self.__getattr__("put_if_absent")(key, data)
+
+            def list_folder(self, folder):
+                return self.__getattr__("list_folder")(folder)
+
+            def delete(self, key):
+                return self.__getattr__("delete")(key)
+
+        return Remote()
+
+    def test_a_warm_resolve_takes_two_looks_and_a_fetch_two_reads_more(self, remote, files):
+        store = AdapterStore(remote)
+        version = store.publish("alice", files(1), base=BASE)
+        remote.asked.clear()
+        assert store.resolve("alice") == version
+        assert remote.asked == ["stat", "stat"]
+        remote.asked.clear()
+        assert store.fetch(version) == files(1)
+        assert sorted(remote.asked) == ["get", "get", "stat", "stat"]
+
+    def test_a_publish_takes_three_writes_two_looks_and_a_list(self, remote, files):
+        store = AdapterStore(remote)
+        store.publish("alice", files(1), base=BASE)
+        remote.asked.clear()
+        store.publish("alice", files(2), base=BASE)
+        assert sorted(remote.asked) == ["list_folder", *["put_if_absent"] * 3, "stat", "stat"]
+
+    def test_the_root_is_looked_at_again_after_a_while_and_a_new_store_is_noticed(
+        self, remote, backend, files, monkeypatch
+    ):
+        store = AdapterStore(remote)
+        store.publish("alice", files(1), base=BASE)
+        if isinstance(backend, LocalBackend):
+            shutil.rmtree(backend.path_of("users"))
+        for key in all_keys(backend, "users"):
+            backend.delete(key)
+        backend.delete(store_layout.ROOT_FILE)
+        with pytest.raises(AdapterNotFoundError):
+            store.resolve("alice")
+        other = AdapterStore(backend)
+        version = other.publish("alice", files(2), base=BASE)
+        monkeypatch.setattr("time.monotonic", lambda clock=time.monotonic: clock() + 120)
+        assert store.resolve("alice") == version

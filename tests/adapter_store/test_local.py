@@ -3,14 +3,9 @@
 import contextlib
 import json
 import os
-import random
 import resource
 import shutil
 import stat
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -25,13 +20,7 @@ from adapter_store import (
 )
 
 BASE = {"weights": "w"}
-PUBLISHER = Path(__file__).with_name("publisher.py")
 PEPPER = b"a pepper of sixteen bytes or more"
-
-
-def start_publisher(store_folder, user_id, peft_folder, count):
-    command = [sys.executable, PUBLISHER, store_folder, user_id, peft_folder, str(count)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def user_folder(root, version):
@@ -102,41 +91,6 @@ class TestLayout:
             local.fetch_dir(version)
 
 
-class TestOtherProcesses:
-    def test_of_four_processes_on_one_user_every_publish_is_kept_in_one_order(self, local, root, peft_folder):
-        children = [start_publisher(root, "alice", peft_folder, 5) for _ in range(4)]
-        outputs = [child.communicate(timeout=60)[0].split() for child in children]
-        assert [child.returncode for child in children] == [0] * 4
-        versions = [version.version for version in local.versions("alice")]
-        assert sorted(versions) == sorted(version for output in outputs for version in output)
-        for output in outputs:
-            assert [version for version in versions if version in output] == output
-        [head], _ = local.list_users()
-        assert (head.seq, head.active) == (20, versions[-1])
-        for version in head.versions:
-            local.fetch(version)
-
-    def test_killed_at_any_moment_nothing_is_lost_and_nothing_half_visible(self, local, peft_folder, root):
-        moments = random.Random(0)
-        for number in range(7):
-            user_id = f"user-{number}"
-            children = [start_publisher(root, user_id, peft_folder, 1000) for _ in range(3)]
-            acknowledged = [child.stdout.readline().strip() for child in children]
-            for child in children:
-                time.sleep(moments.uniform(0, 0.02))
-                child.kill()
-            for child in children:
-                acknowledged += child.communicate()[0].split()
-            versions = local.versions(user_id)
-            assert set(acknowledged) <= {version.version for version in versions}
-            # A killed writer may have committed what it had no time left to acknowledge.
-            assert len(versions) <= len(acknowledged) + len(children)
-            for version in versions:
-                local.fetch(version)
-            assert local.active(user_id) == versions[-1].version
-            assert local.publish(user_id, peft_folder, base=BASE) == local.resolve(user_id)
-
-
 class TestDamage:
     @pytest.mark.parametrize(
         ("damage", "said"),
@@ -201,15 +155,15 @@ class TestDamage:
         damaged = damage(json.loads(path.read_text()))
         path.write_bytes(damaged if isinstance(damaged, bytes) else json.dumps(damaged).encode())
         calls = [
-            lambda: local.resolve("alice"),
-            lambda: local.versions("alice"),
-            lambda: local.list_users(),
-            lambda: local.publish("alice", files(2), base=BASE),
-            lambda: local.delete_version("alice", version.version),
+            lambda store: store.resolve("alice"),
+            lambda store: store.versions("alice"),
+            lambda store: store.list_users(),
+            lambda store: store.publish("alice", files(2), base=BASE),
+            lambda store: store.delete_version("alice", version.version),
         ]
         for call in calls:
             with pytest.raises(IntegrityError, match=f"{path} is damaged: .*; restore it from a backup"):
-                call()
+                call(AdapterStore(root))
         assert len(list((user_folder(root, version) / "versions").iterdir())) == 1
 
     def test_an_entry_that_can_be_read_but_not_carried_on_stops_the_writer(self, local, root, files):
@@ -217,7 +171,7 @@ class TestDamage:
         path = newest_entry(root, version)
         path.write_text(path.read_text().replace('"metrics": {}', '"metrics": {"nll": 1e999}'))
         with pytest.raises(IntegrityError, match=f"{path} is damaged: it cannot be written again"):
-            local.publish("alice", files(2), base=BASE)
+            AdapterStore(root).publish("alice", files(2), base=BASE)
 
     @pytest.mark.parametrize(
         "content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "check": 1}', '{"format": "1"}']
@@ -256,11 +210,40 @@ class TestDamage:
     def test_newer_formats_are_refused_by_file(self, local, root, files):
         version = local.publish("alice", files(), base=BASE)
         for path in (newest_entry(root, version), root / "adapter_store.json"):
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
             with pytest.raises(
-                FormatVersionError, match=f"{path}: it has format 2, this release reads up to 1; upgrade"
+                FormatVersionError, match=f"{path}: it has format 3, this release reads up to 2; upgrade"
             ):
-                local.resolve("alice")
+                AdapterStore(root).resolve("alice")
+
+    def test_a_store_of_the_first_format_is_read_and_goes_on_in_the_present_one(self, local, root, files):
+        first = local.publish("alice", files(1), base=BASE)
+        second = local.publish("alice", files(2), base=BASE)
+        root_file = root / "adapter_store.json"
+        content = json.loads(root_file.read_text())
+        root_file.write_text(json.dumps({"format": 1, "check": content["check"], "pepper": content["pepper"]}))
+        added = {"reason", "parent", "previous", "erased_seq", "collected_seq"}
+        for path in (user_folder(root, first) / "log").iterdir():
+            entry = json.loads(path.read_text())
+            path.write_text(json.dumps({k: v for k, v in entry.items() if k not in added} | {"format": 1}))
+        store = AdapterStore(root)
+        assert store.fetch(store.resolve("alice")) == files(2)
+        assert [change.operation for change in store.history("alice")] == ["publish", "publish"]
+        with pytest.raises(AdapterNotFoundError, match="no earlier active version"):  # which it did not keep
+            store.rollback("alice")
+        store.activate("alice", first.version)
+        assert json.loads(newest_entry(root, first).read_text())["format"] == 2
+        assert store.rollback("alice") == second
+        newest_entry(root, first).write_text(json.dumps({"format": 0}))
+        with pytest.raises(IntegrityError, match="format is 0"):
+            AdapterStore(root).resolve("alice")
+
+    def test_an_entry_with_no_user_lists_no_versions(self, local, root, files):
+        version = local.publish("alice", files(), base=BASE)
+        path = newest_entry(root, version)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"user_id": ""}))
+        with pytest.raises(IntegrityError, match="it lists versions of no user"):
+            AdapterStore(root).resolve("alice")
 
 
 class TestPepper:

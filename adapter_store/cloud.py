@@ -1,0 +1,166 @@
+"""A store in object storage (S3, Google Cloud Storage, Azure Blob Storage, and servers that speak S3), through obstore.
+
+Of the storage one thing is needed: that a put with mode="create" fails where the key exists; a store probes it before it
+writes. Credentials come from where the vendors' own tools look for them: the environment (AWS_ACCESS_KEY_ID, …), their
+files, the machine's role. A URL may carry options after a "?", by obstore's names: s3://bucket/prefix?endpoint=http://host:9000,
+az://container/prefix?account_name=ours. A bucket that keeps old versions of objects keeps what is erased: let those expire.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from adapter_store.errors import BackendError
+from adapter_store.facts import StoredFile
+from adapter_store.text import location, shorten, without_secrets
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
+_CLIENT: Any = {"connect_timeout": "10s", "timeout": "10min"}  # the whole of a large upload
+_T = TypeVar("_T")
+
+_used_by: int | None = None
+"""The process that first used obstore: its threads live there only, and a forked child would wait for them for ever."""
+
+
+class ObjectBackend:
+    """Objects below a prefix of one bucket. `store` is an obstore store, `url` how it is named in messages."""
+
+    def __init__(self, store: "ObjectStore", url: str) -> None:
+        self._store = store
+        self._url = url
+
+    @classmethod
+    def from_url(cls, url: str) -> "ObjectBackend":
+        """Return the backend of s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.
+
+        Options after "?" go to obstore by its own names (endpoint, region, …). Nothing is asked of the storage yet.
+        BackendError where obstore is missing, or refuses URL or options.
+        """
+        try:
+            from obstore.store import from_url
+        except ImportError:
+            raise BackendError(
+                f"{without_secrets(url)} needs the package obstore: pip install 'langchain-cope[cloud]'"
+            ) from None
+        parts = urlsplit(url)
+        options = dict(parse_qsl(parts.query))
+        if parts.username or parts.password:
+            if parts.scheme.lower() != "s3":
+                raise BackendError(f"{without_secrets(url)} holds credentials: give them in the environment instead")
+            options |= {
+                "access_key_id": unquote(parts.username or ""),
+                "secret_access_key": unquote(parts.password or ""),
+            }
+        if "endpoint_url" in options:
+            options["endpoint"] = options.pop("endpoint_url")
+        client = dict(_CLIENT)
+        if options.get("endpoint", os.environ.get("AWS_ENDPOINT_URL", "")).startswith("http://"):
+            client["allow_http"] = True
+        host = parts.netloc.rpartition("@")[2]
+        if not host or parts.fragment:
+            raise BackendError(f"{without_secrets(url)} names no bucket: write {parts.scheme}://bucket/prefix")
+        place = f"{parts.scheme.lower()}://{host}{parts.path}"
+        settings: Any = {"config": options or None, "client_options": client, "retry_config": _RETRIES}
+        try:
+            store = from_url(place, **settings)
+        except Exception as error:  # obstore's errors and plain ValueErrors
+            raise BackendError(f"cannot open {without_secrets(url)}: {_said(error)}") from None
+        return cls(store, url)
+
+    def __repr__(self) -> str:
+        return f"ObjectBackend({without_secrets(self._url)!r})"
+
+    @property
+    def url(self) -> str:
+        """The URL, with the secrets that it was given with."""
+        return self._url
+
+    def get(self, key: str, max_bytes: int) -> bytes:
+        """Return at most the first `max_bytes` bytes of an object."""
+
+        def got() -> bytes:
+            found = self._store.get(key)
+            if found.meta["size"] <= max_bytes:
+                return bytes(found.bytes())
+            return bytes(self._store.get_range(key, start=0, end=max_bytes)) if max_bytes > 0 else b""
+
+        return self._ask("read", key, got)
+
+    def stat(self, key: str) -> StoredFile | None:
+        """Return an object's size, time and ETag."""
+        try:
+            found = self._ask("read", key, lambda: self._store.head(key))
+        except FileNotFoundError:
+            return None
+        mark = (found.get("e_tag"), found.get("version"))
+        return StoredFile(found["size"], found["last_modified"].timestamp(), mark)
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        """Put an object whole, on condition that there is none."""
+        # In parts it would be faster for much, and unconditional.
+        self._ask("write", key, lambda: self._store.put(key, data, mode="create", use_multipart=False))
+
+    def list_folder(self, folder: str) -> list[str]:
+        """Return the sorted names directly below a prefix."""
+        found = self._ask("list", folder, lambda: self._store.list_with_delimiter(f"{folder}/"))
+        names = [str(prefix) for prefix in found["common_prefixes"]]
+        names += [str(item["path"]) for item in found["objects"]]
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in names)
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        try:
+            self._ask("delete", key, lambda: self._store.delete(key))
+        except FileNotFoundError:
+            return
+
+    def _ask(self, verb: str, key: str, call: Callable[[], _T]) -> _T:
+        self._check_process()
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            return call()
+        except FileNotFoundError:
+            if verb in ("write", "list"):
+                raise BackendError(
+                    f"cannot {verb} {location(self._url, key)}: there is no such bucket; make it, or name another"
+                ) from None
+            raise FileNotFoundError(key) from None
+        except AlreadyExistsError:
+            raise FileExistsError(key) from None
+        except Exception as error:  # obstore's other errors, and its plain ValueErrors
+            raise BackendError(f"cannot {verb} {location(self._url, key)}: {_said(error)}{_advice(error)}") from None
+
+    def _check_process(self) -> None:
+        global _used_by
+        process = os.getpid()
+        if _used_by is None:
+            _used_by = process
+        elif _used_by != process:
+            raise BackendError(
+                f"{without_secrets(self._url)} was used before this process was forked, and would hang in it: "
+                "start workers with multiprocessing's 'spawn', or open stores in the children only"
+            )
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of what the library said, without the secrets that a URL in it may hold."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = re.sub(r"(https?://[^\s?#]*)[?#][^\s)\"']*", r"\1?***", text)
+    text = re.sub(r"//[^\s/@]*@", "//***@", text)
+    return shorten(text, 400)
+
+
+def _advice(error: Exception) -> str:
+    kind = type(error).__name__
+    if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+        return "; give credentials that may list, read, write and delete there"
+    if kind in ("NotSupportedError", "NotImplementedError"):
+        return "; choose storage that can put on condition"
+    return "; check that it can be reached, then try again"

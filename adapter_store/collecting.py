@@ -1,0 +1,162 @@
+"""Garbage collection: files that no entry names, log entries that nobody needs, what killed processes left.
+
+It is safe beside writers whatever their clocks say or how long they sleep. Before files are removed, an entry in the
+user's log says that what began earlier was collected; a publisher that finds it writes its files again, elsewhere. The
+grace only keeps that rare, and it is measured by the storage's own clock.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from adapter_store import layout
+from adapter_store.backend import Backend
+from adapter_store.cache import AdapterCache
+from adapter_store.errors import AdapterStoreError, FormatVersionError, IntegrityError, KeyMismatchError
+from adapter_store.facts import UserHead
+from adapter_store.opened import Opened
+from adapter_store.vault import STORE as STORE
+
+
+@dataclass
+class Collected:
+    """What a garbage collection removed (in a dry run: would remove); `problems` are users that it had to pass over."""
+
+    users: int = 0
+    versions: int = 0
+    version_bytes: int = 0
+    entries: int = 0
+    keys: int = 0
+    unfinished_files: int = 0
+    cached_versions: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What may go: files older than `grace`; entries beyond the newest `keep_entries` and older than `entry_age`, in s."""
+
+    grace: float
+    keep_entries: int
+    entry_age: float
+    dry_run: bool
+
+
+def storage_time(backend: Backend) -> float:
+    """Return the storage's time, in seconds since 1970."""
+    place = f"{layout.PROBES}/{os.urandom(16).hex()}/probe"
+    backend.put_if_absent(place, b"")
+    found = backend.stat(place)
+    backend.delete(place)
+    return found.modified if found else 0.0
+
+
+def collect_user(opened: Opened, user_key: str, rules: Rules, time: float, done: Collected) -> None:
+    """Collect the garbage of one user."""
+    done.users += 1
+    try:
+        head = opened.log.head_or_new(user_key)
+        _finish_erasure(opened, head, rules, done)
+        _orphans(opened, head, rules, time, done)
+        _trim(opened, user_key, rules, time, done)
+    except (IntegrityError, FormatVersionError) as error:
+        done.problems.append(str(error))
+
+
+def collect_unfinished(opened: Opened, rules: Rules, time: float, done: Collected) -> None:
+    """Remove what killed processes left of writing and of probing."""
+    backend = opened.backend
+    places = [f"{layout.STAGING}/{name}" for name in backend.list_folder(layout.STAGING)]
+    for folder in backend.list_folder(layout.PROBES):
+        places += [f"{layout.PROBES}/{folder}/{name}" for name in backend.list_folder(f"{layout.PROBES}/{folder}")]
+    for place in places:
+        found = backend.stat(place)
+        if found is not None and found.modified <= time - rules.grace:
+            done.unfinished_files += 1
+            if not rules.dry_run:
+                backend.delete(place)
+
+
+def collect_cache(opened: Opened, cache: AdapterCache, rules: Rules, done: Collected) -> None:
+    """Remove from this machine's cache what is no longer listed."""
+    for user_key in cache.users(opened.root.store_id):
+        with suppress(IntegrityError, FormatVersionError):
+            head = opened.log.head(user_key)
+            for version in cache.versions(opened.root.store_id, user_key):
+                if head is None or head.find(version) is None:
+                    done.cached_versions += 1
+                    if not rules.dry_run:
+                        opened.blobs.forget(user_key, version)
+
+
+def rotate_user_keys(opened: Opened, user_key: str) -> int:
+    """Wrap a user's keys with the newest master key; return how many were not yet."""
+    if opened.root.vault is None:
+        raise KeyMismatchError("this store has no keys to rotate: it was made without encryption")
+    rewrapped = opened.root.vault.rewrap(user_key)
+    if rewrapped:
+        # An erasure in between may have missed the copy just written; it has left its entry, so look for that now.
+        with suppress(AdapterStoreError):
+            head = opened.log.head(user_key)
+            if head is not None:
+                opened.root.vault.shred(user_key, before_seq=head.erased_seq)
+    return rewrapped
+
+
+def _finish_erasure(opened: Opened, head: UserHead, rules: Rules, done: Collected) -> None:
+    for seq in opened.log.seqs(head.user_key):
+        if seq < head.erased_seq:
+            done.entries += 1
+            if not rules.dry_run:
+                opened.log.remove(head.user_key, seq)
+    if opened.root.vault is not None and head.erased_seq and not rules.dry_run:
+        done.keys += opened.root.vault.shred(head.user_key, before_seq=head.erased_seq)
+
+
+def _orphans(opened: Opened, head: UserHead, rules: Rules, time: float, done: Collected) -> None:
+    """Remove the files of versions that are not listed, once the log says so."""
+    grace = 0.0 if head.erased_seq and head.is_erased else rules.grace
+    sizes = {
+        version: size
+        for version, size, newest in _unlisted(opened.backend, head)
+        if newest is None or newest <= time - grace
+    }
+    if not sizes:
+        return
+    removed = set(sizes)
+
+    def collected(current: UserHead) -> UserHead | None:
+        removed.difference_update(version.version for version in current.versions)
+        if not removed:
+            return None
+        return replace(current, operation="collect", operation_version="", reason="", collected_seq=current.seq + 1)
+
+    if not rules.dry_run:
+        opened.log.commit(head.user_key, collected)
+    for version in sorted(removed):
+        done.versions += 1
+        done.version_bytes += sizes[version]
+        if not rules.dry_run:
+            opened.blobs.remove_folder(head.user_key, version)
+
+
+def _unlisted(backend: Backend, head: UserHead) -> Iterator[tuple[str, int, float | None]]:
+    """Yield (version, bytes, time of its newest file) of what lies there and is not listed."""
+    for version in backend.list_folder(layout.versions_folder(head.user_key)):
+        if head.find(version) is None:
+            folder = layout.version_folder(head.user_key, version)
+            found = [backend.stat(f"{folder}/{name}") for name in backend.list_folder(folder)]
+            files = [file for file in found if file is not None]
+            yield version, sum(file.size for file in files), max((file.modified for file in files), default=None)
+
+
+def _trim(opened: Opened, user_key: str, rules: Rules, time: float, done: Collected) -> None:
+    seqs = opened.log.seqs(user_key)
+    for seq in seqs[: -rules.keep_entries]:
+        found = opened.backend.stat(layout.entry_key(user_key, seq))
+        if found is not None and found.modified > time - rules.entry_age:
+            break  # in ascending order: the ones after are younger
+        done.entries += 1
+        if not rules.dry_run:
+            opened.log.remove(user_key, seq)

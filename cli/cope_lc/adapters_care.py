@@ -1,0 +1,131 @@
+"""``cope-lc adapters verify``, ``gc`` and the keys: what keeps a store sound."""
+
+import itertools
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cope_lc.options import Json, Store
+
+VERIFY_EXAMPLE = "Example: cope-lc adapters verify"
+GC_EXAMPLE = "Example: cope-lc adapters gc --dry-run"
+NEW_KEY_EXAMPLE = "Example: cope-lc adapters new-key ~/.cope-keys; export COPE_STORE_KEY_FILE=~/.cope-keys"
+ROTATE_EXAMPLE = "Example: cope-lc adapters new-key ~/.cope-keys --name 2027; cope-lc adapters rotate-keys"
+
+
+def verify(
+    user: Annotated[str | None, typer.Argument(metavar="USER", help="User id; left out: all users.")] = None,
+    store: Store = None,
+    as_json: Json = False,
+) -> None:
+    """Read everything and check that it is what was published.
+
+    Exit code 1 where something is damaged.
+    """
+    from cope_lc.progress import counted
+    from cope_lc.screen import console, say
+    from cope_lc.stored import place_of
+    from cope_lc.text import name_of, print_json
+    from langchain_cope.stores import open_store
+
+    opened = open_store(store)
+    with counted("users checked") as count:
+        numbers = itertools.count(1)
+        found = opened.verify(user, on_user=lambda _: count(next(numbers)))
+    if as_json:
+        figures = {name: value for name, value in asdict(found).items() if name != "damaged"}
+        damaged = [{"user_id": r.user_id, "user_key": r.user_key, "problems": list(r.problems)} for r in found.damaged]
+        print_json({"store": opened.url, "ok": found.ok, **figures, "damaged": damaged})
+    else:
+        out = console()
+        for report in found.damaged:
+            for problem in report.problems:
+                say(out, f"{name_of(report.user_id) if report.user_id else report.user_key}: {problem}", "red")
+        users = f"{found.users} user{'s' if found.users != 1 else ''}"
+        say(out, f"{users}, {found.versions} versions, {found.bytes / 1e6:.1f} MB in {place_of(opened)}", whole=True)
+        said = "all is what was published" if found.ok else f"{len(found.damaged)} of them with damage"
+        say(out, said + (f"; {found.orphans} unlisted versions are left for gc" if found.orphans else ""))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def gc(
+    grace_hours: Annotated[
+        float, typer.Option("--grace-hours", metavar="H", min=0, help="What is younger may still be published.")
+    ] = 24,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    store: Store = None,
+    as_json: Json = False,
+) -> None:
+    """Remove what nobody needs; safe beside writers.
+
+    That is what killed publishers and interrupted erasures left, log entries older than a month beyond a user's newest
+    hundred, and copies of deleted versions in the cache. Nothing that is listed is touched.
+    """
+    from cope_lc.progress import counted
+    from cope_lc.screen import console, say
+    from cope_lc.text import print_json
+    from langchain_cope.stores import open_store
+
+    opened = open_store(store)
+    with counted("users looked at") as count:
+        done = opened.gc(grace=timedelta(hours=grace_hours), dry_run=dry_run, on_user=count)
+    if as_json:
+        print_json({"store": opened.url, "dry_run": dry_run, **asdict(done)})
+    else:
+        out = console()
+        for problem in done.problems:
+            say(out, f"passed over: {problem}", "yellow")
+        print(
+            f"{'would remove' if dry_run else 'removed'} {done.versions} unlisted versions "
+            f"({done.version_bytes / 1e6:.1f} MB), {done.entries} log entries, {done.keys} keys, "
+            f"{done.unfinished_files} unfinished files, {done.cached_versions} copies in the cache; {done.users} users"
+        )
+    if done.problems:
+        raise typer.Exit(1)
+
+
+def new_key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Made where it is not there; for you only.")],
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Default: key-1, key-2 and so on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a master key for an encrypted store.
+
+    It stands in front of those that the file holds. A store that is made while COPE_STORE_KEY_FILE names the file is
+    encrypted.
+    """
+    from adapter_store import FileKeys
+    from cope_lc.text import clean, print_json
+
+    path = file.expanduser()
+    if path.exists():
+        keys = FileKeys(path)
+        keys.add(name or f"key-{len(keys.names) + 1}")
+    else:
+        keys = FileKeys.create(path, name or "key-1")
+    if as_json:
+        print_json({"file": str(path), "key": keys.key_id, "keys": keys.names})
+    else:
+        print(f"{keys.key_id} wraps what is new; keep {clean(str(path))} safe: without it an encrypted store is lost")
+
+
+def rotate_keys(store: Store = None, as_json: Json = False) -> None:
+    """Wrap all keys with the newest master key.
+
+    Afterwards the older master keys can be destroyed.
+    """
+    from cope_lc.progress import counted
+    from cope_lc.text import print_json
+    from langchain_cope.stores import open_store
+
+    opened = open_store(store)
+    with counted("users") as count:
+        rewrapped = opened.rotate_keys(on_user=count)
+    if as_json:
+        print_json({"store": opened.url, "rewrapped": rewrapped})
+    else:
+        print(f"{rewrapped} keys wrapped anew")

@@ -1,0 +1,245 @@
+"""Whole users in and out: archives that are ours, and archives that somebody else made to harm."""
+
+import gzip
+import io
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapter_store import (
+    AdapterNotFoundError,
+    AdapterStore,
+    AdapterStoreError,
+    BackendError,
+    FormatVersionError,
+    InvalidAdapterError,
+    Limits,
+)
+from adapter_store.conformance import make_adapter
+
+BASE = {"weights": "w"}
+
+
+@pytest.fixture
+def archive(local, tmp_path):
+    for number in range(2):
+        local.publish("alice", make_adapter(number), base=BASE, metrics={"nll": number})
+    return local.export_user("alice", tmp_path / "alice.tar")
+
+
+@pytest.fixture
+def other(tmp_path):
+    return AdapterStore(tmp_path / "other")
+
+
+def members(path):
+    with tarfile.open(path) as tar:
+        return [(member, tar.extractfile(member).read()) for member in tar]
+
+
+def rewrite(path, rows):
+    with tarfile.open(path, "w") as tar:
+        for member, data in rows:
+            if data is not None and member.isreg():
+                member.size = len(data)
+            tar.addfile(member, io.BytesIO(data or b""))
+
+
+def changed_manifest(rows, **changes):
+    (member, data), *rest = rows
+    return [(member, json.dumps({**json.loads(data), **changes}).encode()), *rest]
+
+
+def special(name, kind, target=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return (member, None)
+
+
+class TestArchives:
+    def test_it_is_a_plain_tar_with_peft_folders(self, archive, tmp_path, local):
+        names = [member.name for member, _ in members(archive)]
+        versions = [version.version for version in local.versions("alice")]
+        assert names == ["manifest.json"] + [
+            f"versions/{version}/{name}"
+            for version in versions
+            for name in ("adapter_model.safetensors", "adapter_config.json")
+        ]
+        assert json.loads(members(archive)[0][1])["user_id"] == "alice"
+        assert archive.stat().st_mode & 0o777 == 0o600
+
+    def test_a_file_that_is_there_is_never_written_over(self, archive, local):
+        before = archive.read_bytes()
+        with pytest.raises(BackendError, match=r"alice.tar is there already: name a new file"):
+            local.export_user("alice", archive)
+        assert archive.read_bytes() == before
+        assert [path.name for path in archive.parent.iterdir() if path.name.startswith(".")] == []
+
+    def test_a_user_who_is_not_there_and_a_damaged_one_export_nothing(self, local, archive, tmp_path):
+        with pytest.raises(AdapterNotFoundError, match="user 'bob' has no adapter"):
+            local.export_user("bob", tmp_path / "bob.tar")
+        next((tmp_path / "store").rglob("adapter_config.json")).write_bytes(b"{}")
+        with pytest.raises(AdapterStoreError):
+            local.export_user("alice", tmp_path / "again.tar")
+        assert not (tmp_path / "bob.tar").exists()
+        assert not (tmp_path / "again.tar").exists()
+
+    def test_what_was_deleted_comes_back_before_what_is_there(self, local, archive, files):
+        first, second = local.versions("alice")
+        local.delete_version("alice", first.version)
+        third = local.publish("alice", files(7), base=BASE)
+        head = local.import_user(archive)
+        assert [version.version for version in head.versions] == [first.version, second.version, third.version]
+        assert head.active == third.version
+        assert head.operation == "import"
+        assert local.fetch(local.resolve("alice", first.version)) == make_adapter(0)
+
+    def test_no_more_than_the_limit_is_kept(self, archive, tmp_path, local):
+        small = AdapterStore(tmp_path / "small", limits=Limits(live_versions=1))
+        head = small.import_user(archive)
+        assert [version.version for version in head.versions] == [local.versions("alice")[1].version]
+        assert len(list((tmp_path / "small").rglob("*.safetensors"))) == 1
+
+    def test_all_users_out_and_in_and_on_where_it_was_interrupted(self, local, tmp_path, other):
+        for number in range(5):
+            local.publish(f"user/{number}", make_adapter(number), base=BASE)
+
+        def stop(count):
+            if count == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            local.export_users(tmp_path / "out", on_user=stop)
+        assert len(list((tmp_path / "out").iterdir())) == 2
+        assert local.export_users(tmp_path / "out") == 3
+        counts = []
+        assert other.import_users(tmp_path / "out", on_user=counts.append) == 5
+        assert counts == [1, 2, 3, 4, 5]
+        assert other.import_users(tmp_path / "out") == 5
+        for number in range(5):
+            assert other.fetch(other.resolve(f"user/{number}")) == make_adapter(number)
+            assert len(other.versions(f"user/{number}")) == 1
+
+    def test_a_peft_folder_is_imported_with_what_is_known_of_it(self, local, peft_folder, files):
+        version = local.import_peft("alice", peft_folder, base=BASE, alpha=0.2)
+        assert local.fetch(version) == files()
+        assert (version.alpha, local.history("alice")[0].reason) == (0.2, "imported from a peft folder")
+        with pytest.raises(InvalidAdapterError, match="there is no adapter_model"):
+            local.import_peft("alice", peft_folder.parent / "none", base=BASE)
+
+
+HOSTILE = {
+    "a symbolic link": lambda rows: [rows[0], special(rows[1][0].name, tarfile.SYMTYPE, "/etc/passwd"), *rows[2:]],
+    "a hard link": lambda rows: [rows[0], special(rows[1][0].name, tarfile.LNKTYPE, "manifest.json"), *rows[2:]],
+    "a device": lambda rows: [rows[0], special(rows[1][0].name, tarfile.CHRTYPE), *rows[2:]],
+    "a pipe": lambda rows: [rows[0], special(rows[1][0].name, tarfile.FIFOTYPE), *rows[2:]],
+    "a folder": lambda rows: [rows[0], special(rows[1][0].name, tarfile.DIRTYPE), *rows[2:]],
+    "an absolute path": lambda rows: [*rows, (tarfile.TarInfo("/tmp/evil"), b"x")],
+    "a path upwards": lambda rows: [rows[0], (tarfile.TarInfo("../evil"), b"x"), *rows[1:]],
+    "something more": lambda rows: [*rows, (tarfile.TarInfo("more.json"), b"x")],
+    "something twice": lambda rows: [*rows, rows[1]],
+    "something missing": lambda rows: rows[:-1],
+    "another order": lambda rows: [rows[0], rows[2], rows[1], *rows[3:]],
+    "no manifest": lambda rows: rows[1:],
+    "a manifest that is a list": lambda rows: [(rows[0][0], b"[]"), *rows[1:]],
+    "a manifest cut short": lambda rows: [(rows[0][0], rows[0][1][:-9]), *rows[1:]],
+    "a user that cannot be": lambda rows: changed_manifest(rows, user_id="a\0b"),
+    "no user": lambda rows: changed_manifest(rows, user_id=None),
+    "no place in the log": lambda rows: changed_manifest(rows, seq="1"),
+    "versions of another kind": lambda rows: changed_manifest(rows, versions=[1]),
+    "a version twice": lambda rows: changed_manifest(rows, versions=json.loads(rows[0][1])["versions"] * 2),
+    "a version that leads out": lambda rows: changed_manifest(
+        rows, versions=[{**json.loads(rows[0][1])["versions"][0], "version": "../../x"}]
+    ),
+    "other bytes than announced": lambda rows: [rows[0], (rows[1][0], rows[1][1][:-1] + b"!"), *rows[2:]],
+    "fewer bytes than announced": lambda rows: [rows[0], (rows[1][0], rows[1][1][:-1]), *rows[2:]],
+    "weights that are a pickle": lambda rows: [rows[0], (rows[1][0], b"\x80\x04" + rows[1][1][2:]), *rows[2:]],
+}
+
+
+class TestHostileArchives:
+    @pytest.mark.parametrize("kind", HOSTILE)
+    def test_it_is_refused_and_nothing_is_stored_or_unpacked(self, archive, other, tmp_path, kind):
+        rewrite(archive, HOSTILE[kind](members(archive)))
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InvalidAdapterError, match=r"alice\.tar|adapter_model") as caught:
+            other.import_user(archive)
+        assert len(str(caught.value)) < 700
+        assert other.versions("alice") == []
+        written = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {path.name for path in before}
+        assert written <= {"adapter_store.json"}
+
+    def test_a_newer_archive_is_refused_saying_so(self, archive, other):
+        rewrite(archive, changed_manifest(members(archive), format=99))
+        with pytest.raises(FormatVersionError, match=r"cannot import .*alice.tar: it has format 99"):
+            other.import_user(archive)
+
+    def test_what_is_no_tar_is_refused(self, archive, other, tmp_path):
+        gzipped = tmp_path / "alice.tar.gz"
+        gzipped.write_bytes(gzip.compress(archive.read_bytes()))
+        (tmp_path / "empty").write_bytes(b"")
+        (tmp_path / "text").write_text("hello " * 1000)
+        for path in (gzipped, tmp_path / "empty", tmp_path / "text", tmp_path / "none", tmp_path):
+            with pytest.raises(InvalidAdapterError):
+                other.import_user(path)
+
+    @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+    def test_a_header_that_claims_to_be_huge_is_not_read(self, other, tmp_path, kind):
+        header = tarfile.TarInfo("././@LongLink")
+        header.type, header.size = kind, 6 * 1024**3
+        path = tmp_path / "alice.tar"
+        with path.open("wb") as file:
+            file.write(header.tobuf(tarfile.GNU_FORMAT))
+            file.truncate(7 * 1024**3)  # sparse
+        with pytest.raises(InvalidAdapterError, match=r"alice\.tar|impossible length"):
+            other.import_user(path)
+
+    def test_a_thousand_headers_of_headers_are_no_crash(self, other, tmp_path):
+        header = tarfile.TarInfo("././@LongLink")
+        header.type, header.size = tarfile.GNUTYPE_LONGNAME, 4
+        path = tmp_path / "alice.tar"
+        path.write_bytes((header.tobuf(tarfile.GNU_FORMAT) + b"name".ljust(512, b"\0")) * 5000)
+        with pytest.raises(InvalidAdapterError):
+            other.import_user(path)
+
+    def test_files_beyond_the_limits_are_refused(self, archive, tmp_path):
+        small = AdapterStore(tmp_path / "small", limits=Limits(weights_bytes=50))
+        with pytest.raises(InvalidAdapterError, match=r"expected are .* and at most 50"):
+            small.import_user(archive)
+
+
+def _archive_bytes():
+    with tempfile.TemporaryDirectory() as folder:
+        store = AdapterStore("memory://fuzz")
+        store.publish("alice", make_adapter(1, 64), base=BASE)
+        return store.export_user("alice", Path(folder) / "alice.tar").read_bytes()
+
+
+GOOD = _archive_bytes()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.binary(min_size=1, max_size=12)), min_size=1, max_size=4),
+    st.integers(0, 3 * 512),
+)
+def test_a_changed_archive_is_refused_or_imported_whole(changes, num_cut):
+    data = bytearray(GOOD)
+    for position, content in changes:
+        data[position : position + len(content)] = content
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "archive.tar"
+        path.write_bytes(bytes(data[: len(data) - num_cut]))
+        store = AdapterStore(f"memory://{folder}")
+        try:
+            head = store.import_user(path)
+        except AdapterStoreError:
+            assert store.list_users() == ([], None)
+            return
+        for version in head.versions:
+            store.fetch(version)
