@@ -96,10 +96,10 @@ def explains(calls: list[Call]) -> bool:
     known = frozenset(str(call.result) for call in calls if call.kind == "publish")
     refused = [call for call in calls if call.result == "refused"]
     for call in calls:
-        if call.kind == "resolve" and call.result is not None and call.result not in known:
-            # Seen for a moment, which ended before its publisher was told.
-            if not any(one.start <= call.end and call.start <= one.end for one in refused):
-                return False
+        untold = call.kind == "resolve" and call.result is not None and call.result not in known
+        # Seen for a moment, which ended before its publisher was told.
+        if untold and not any(one.start <= call.end and call.start <= one.end for one in refused):
+            return False
     seen: set[tuple[frozenset[int], State]] = set()
     stack: list[tuple[frozenset[int], State]] = [(frozenset(range(len(order))), ((), None, ()))]
     while stack:
