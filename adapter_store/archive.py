@@ -18,6 +18,7 @@ from adapter_store.entry import MAX_ENTRY_BYTES, check_format, version_from_json
 from adapter_store.errors import BackendError, FormatVersionError, InvalidAdapterError, UserErasedError
 from adapter_store.facts import AdapterVersion, Limits, UserHead
 from adapter_store.files import read_adapter
+from adapter_store.log import ErasedSinceError
 from adapter_store.opened import Opened
 from adapter_store.publishing import CollectedError, activated, check_fences, remove_dropped, without_oldest
 from adapter_store.text import parse_json_object, shorten, to_json
@@ -114,6 +115,10 @@ def import_archive(opened: Opened, file: BinaryIO, limits: Limits, where: str) -
 
     try:
         before, after = opened.log.commit(user_key, imported)
+    except ErasedSinceError:
+        raise UserErasedError(
+            f"user {shorten(manifest.user_id)} was erased meanwhile: nothing of it is kept; destroy {where}"
+        ) from None
     except CollectedError:
         raise BackendError(
             f"a garbage collection of user {shorten(manifest.user_id)} came in between: nothing was imported; repeat it"

@@ -15,6 +15,7 @@ from adapter_store.backend import Backend
 from adapter_store.cache import AdapterCache
 from adapter_store.errors import AdapterStoreError, FormatVersionError, IntegrityError, KeyMismatchError
 from adapter_store.facts import UserHead
+from adapter_store.log import ErasedSinceError
 from adapter_store.opened import Opened
 from adapter_store.vault import STORE as STORE
 
@@ -133,7 +134,8 @@ def _orphans(opened: Opened, head: UserHead, rules: Rules, time: float, done: Co
         return replace(current, operation="collect", operation_version="", reason="", collected_seq=current.seq + 1)
 
     if not rules.dry_run:
-        opened.log.commit(head.user_key, collected)
+        with suppress(ErasedSinceError):
+            opened.log.commit(head.user_key, collected)
     for version in sorted(removed):
         done.versions += 1
         done.version_bytes += sizes[version]

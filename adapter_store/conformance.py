@@ -288,7 +288,7 @@ class AdapterStoreConformance:
         store, trainer = self.store(backend), self.store(backend)
         for data_seq in (trainer.data_seq("alice"), trainer.data_seq("alice")):  # before and after a first erasure
             store.erase_user("alice")
-            with raises(UserErasedError, match="nothing was published"):
+            with raises(UserErasedError, match="nothing of it is kept"):
                 trainer.publish("alice", make_adapter(1), base=BASE, data_seq=data_seq)
         assert all_keys(backend, "users") == [
             key for key in all_keys(backend, "users") if key.endswith("/log/000000000002.json")

@@ -45,7 +45,7 @@ class PublishConflictError(AdapterStoreError):
 
 
 class UserErasedError(AdapterStoreError):
-    """What was to be published began before the user was erased; nothing of it is kept."""
+    """What was to be published began before the user was erased; nothing of it is kept, and nothing of it is served."""
 
 
 class IntegrityError(AdapterStoreError):

@@ -44,6 +44,14 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+class ErasedSinceError(Exception):
+    """A change was made, and the user erased right after it. Never leaves this package."""
+
+    def __init__(self, before: UserHead, after: UserHead) -> None:
+        super().__init__()
+        self.heads: Heads = before, after
+
+
 class _Remembered(NamedTuple):
     """A head, where its entry lies, and where the one after it would."""
 
@@ -107,6 +115,7 @@ class Log:
         `change` gets a head without versions for a new user; it is called again each time that another commit came
         first, and returns None where nothing is left to do. What it raises comes through, with nothing changed. `known`
         is a head that the caller has read: it is tried on top of that first, since the put tells whether it is newest.
+        ErasedSinceError where the user was erased right after: somebody may have seen the change.
         """
         for attempt in range(_MAX_ATTEMPTS):
             before = self.head_or_new(user_key) if known is None or attempt else known
@@ -114,10 +123,13 @@ class Log:
             if changed is None:
                 return before, before
             after = self.following(before, changed)
-            if self._put(after) and self._is_kept(after):
+            was_put = self._put(after)
+            if was_put and self._is_kept(after):
                 return before, self._remember(after)
             with self._lock:
                 self._remembered.pop(user_key, None)
+            if was_put and self.head_or_new(user_key).erased_seq > after.seq:
+                raise ErasedSinceError(before, after)
             time.sleep(_chance() * min(_MAX_PAUSE_SECONDS, 0.001 * 2 ** min(attempt, 10)))
         raise PublishConflictError(
             f"user {shorten(before.user_id)} was changed by others {_MAX_ATTEMPTS} times in a row, always first: "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from adapter_store import layout
 from adapter_store.errors import AdapterStoreError, BackendError, PublishConflictError, UserErasedError
 from adapter_store.facts import UNSET, AdapterVersion, Unset, UserHead
+from adapter_store.log import ErasedSinceError
 from adapter_store.opened import Opened
 from adapter_store.text import shorten, value_or_none
 
@@ -67,12 +68,17 @@ def with_version(head: UserHead, version: AdapterVersion, terms: Terms) -> UserH
 def check_fences(head: UserHead, user_id: str, data_seq: int, began_seq: int) -> None:
     """Raise UserErasedError or CollectedError where what is to be committed came too late."""
     if data_seq < head.erased_seq:
-        raise UserErasedError(
-            f"user {shorten(user_id)} was erased after the data of this adapter was read: nothing was published; "
-            "train on what the user has now, or stop"
-        )
+        raise erased_error(user_id)
     if began_seq < head.collected_seq:
         raise CollectedError
+
+
+def erased_error(user_id: str) -> UserErasedError:
+    """Return the error for what came too late, or was erased the moment it was there."""
+    return UserErasedError(
+        f"user {shorten(user_id)} was erased after the data of this adapter was read: nothing of it is kept; "
+        "train on what the user has now, or stop"
+    )
 
 
 def activated(head: UserHead, version: str | None) -> UserHead:
@@ -130,6 +136,9 @@ def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, by
             _discard(opened, version, began, key)
             version = replace(version, version=layout.new_version(version.created_at))
             continue
+        except ErasedSinceError:
+            _discard(opened, version, began, key)
+            raise erased_error(version.user_id) from None
         except BaseException:  # Ctrl-C too leaves nothing behind
             _discard(opened, version, began, key)
             raise

@@ -53,7 +53,7 @@ from adapter_store.facts import (
 from adapter_store.files import read_adapter, write_new_folder
 from adapter_store.keys import KeyProvider
 from adapter_store.local import LocalBackend, local_path
-from adapter_store.log import Log, now
+from adapter_store.log import ErasedSinceError, Log, now
 from adapter_store.opened import Opened
 from adapter_store.parallel import each, is_near
 from adapter_store.probing import probe_put_if_absent
@@ -608,7 +608,11 @@ class AdapterStore:
         opened = self._open()
         if opened is None:
             raise self._not_found(user_id, version, None)
-        return opened, *opened.log.commit(opened.log.user_key(user_id), change)
+        try:
+            heads = opened.log.commit(opened.log.user_key(user_id), change)
+        except ErasedSinceError as erased:  # it was done, and somebody may have seen it
+            heads = erased.heads
+        return opened, *heads
 
     def _check_expected(self, user_id: str, head: UserHead, expected: str | Unset | None) -> None:
         if expected is not UNSET and head.active != expected:

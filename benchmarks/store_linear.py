@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,8 @@ from adapter_store.conformance import make_adapter
 BASE = {"weights": "w"}
 NO_GRACE = timedelta(0)
 THREADS = 4
+UNTOLD = "untold"
+_WORDS = ("none", "refused", UNTOLD)
 CALLS = 6  # of each thread in a round: more make the search long, not the test better
 
 
@@ -38,15 +40,26 @@ State = tuple[tuple[str, ...], str | None, tuple[str, ...]]
 """What the model knows of a user: versions, the active one, the way back."""
 
 
+def steps(state: State, call: Call, known: frozenset[str]) -> list[State]:
+    """The states that a call may lead to; none where its result could not have come from this state.
+
+    A publish that was refused may have been seen for a moment, before the erasure that it ran into: it may have put a
+    version whose name nobody was told, which stands as UNTOLD.
+    """
+    if call.kind == "publish" and call.result == "refused":
+        return [state, *steps(state, replace(call, result=UNTOLD), known)]
+    result = call.result if call.result is None or call.result in known or call.result in _WORDS else UNTOLD
+    following = step(state, replace(call, result=result))
+    return [] if following is None else [following]
+
+
 def step(state: State, call: Call) -> State | None:
-    """The state after a call, None where its result could not have come from this state."""
+    """The state after a call whose effect is certain, None where its result could not have come from this state."""
     versions, active, back = state
     match call.kind:
         case "resolve":
             return state if call.result == active else None
         case "publish":
-            if call.result == "refused":
-                return state
             assert call.result is not None
             now = (*versions, call.result)
             return now, call.result, _way(back if active is None else (*back, active), now, call.result)
@@ -80,6 +93,13 @@ def _way(back: tuple[str, ...], versions: tuple[str, ...], active: str | None) -
 def explains(calls: list[Call]) -> bool:
     """Whether some order of the calls, each between its start and its end, explains every result."""
     order = sorted(calls, key=lambda call: call.start)
+    known = frozenset(str(call.result) for call in calls if call.kind == "publish")
+    refused = [call for call in calls if call.result == "refused"]
+    for call in calls:
+        untold = call.kind == "resolve" and call.result is not None and call.result not in known
+        # Seen for a moment, which ended before its publisher was told.
+        if untold and not any(one.start <= call.end and call.start <= one.end for one in refused):
+            return False
     seen: set[tuple[frozenset[int], State]] = set()
     stack: list[tuple[frozenset[int], State]] = [(frozenset(range(len(order))), ((), None, ()))]
     while stack:
@@ -92,9 +112,7 @@ def explains(calls: list[Call]) -> bool:
         soonest_end = min(order[index].end for index in left)
         for index in left:
             if order[index].start <= soonest_end:  # nobody else had finished before it began
-                following = step(state, order[index])
-                if following is not None:
-                    stack.append((left - {index}, following))
+                stack += [(left - {index}, following) for following in steps(state, order[index], known)]
     return False
 
 

@@ -283,6 +283,7 @@ def erase(place: str, folder: Path, seconds: float, readers: int = 2) -> Figures
 def full(folder: Path) -> Figures:
     """Publish until a small file system, mounted at `folder`, is full."""
     store = AdapterStore(folder / "store", limits=MANY)
+    (folder / "something else").write_bytes(bytes(200_000))
     versions, errors = [], []
     for number in range(10_000):
         try:
@@ -300,7 +301,8 @@ def full(folder: Path) -> Figures:
     for version in versions:
         fresh.fetch(version)
     check_only_live_files(LocalBackend(folder / "store"), fresh)
-    fresh.delete_version("alice", versions[0].version)  # frees space, though its entry needs some first
+    (folder / "something else").unlink()  # as the error says: free some space
+    fresh.delete_version("alice", versions[0].version)
     fresh.publish("alice", make_adapter(1, 1000), base=BASE)
     return {"published": len(versions), "refused_full": len(errors), "lost": 0}
 

@@ -123,6 +123,17 @@ class TestLinearizable:
         assert model.explains([*published, call("rollback", "v1", 4, 5), call("resolve", "v1", 6, 7)])
         assert not model.explains([*published, call("rollback", "none", 4, 5)])
 
+    def test_the_checker_knows_what_was_seen_of_a_publish_that_ran_into_an_erasure(self):
+        """Found by a long run: committed, resolved by somebody, erased, and only then told to be refused."""
+
+        def call(kind, result, start, end):
+            return model.Call(kind, None, result, start, end)
+
+        refused, erased = call("publish", "refused", 0, 10), call("erase", None, 2, 9)
+        assert model.explains([refused, call("resolve", "v9", 3, 4), erased, call("resolve", None, 11, 12)])
+        assert not model.explains([refused, erased, call("resolve", "v9", 11, 12)])
+        assert not model.explains([call("resolve", "v9", 3, 4), erased])
+
     def test_a_store_that_believes_its_memory_is_caught(self, tmp_path, monkeypatch):
         """The same rounds on a store whose warm readers do not look again: so the check above can fail."""
         from adapter_store.log import Log
@@ -220,6 +231,29 @@ class TestLateWriters:
         with pytest.raises(PublishConflictError, match="collected as garbage 30 times"):
             AdapterStore(Always(tmp_path / "store")).publish("alice", make_adapter(2), base={})
         assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 1
+
+    def test_whose_change_is_erased_the_moment_it_is_made_has_made_it(self, tmp_path):
+        """And a publish that was seen for that moment is refused, its files gone."""
+        other = AdapterStore(tmp_path / "store")
+
+        class Erased(LocalBackend):
+            def put_if_absent(self, key, data):
+                super().put_if_absent(key, data)
+                if "/log/" in key:
+                    seen.append(other.active("alice"))
+                    other.erase_user("alice")
+
+        late = AdapterStore(Erased(tmp_path / "store"))
+        seen = []
+        first = other.publish("alice", make_adapter(1), base={})
+        other.publish("alice", make_adapter(2), base={})
+        assert late.activate("alice", first.version) == first
+        assert seen == [first.version]
+        with pytest.raises(UserErasedError, match="nothing of it is kept"):
+            late.publish("alice", make_adapter(3), base={})
+        assert seen[1] is not None
+        assert other.versions("alice") == []
+        assert not list((tmp_path / "store").rglob("*.safetensors"))
 
     def test_who_publishes_while_the_user_is_erased_is_refused_and_leaves_nothing(self, tmp_path):
         backend = self.Sleeping(tmp_path / "store")
