@@ -375,6 +375,7 @@ class _Run:
     def run(self) -> PersonalizeResult:
         store = open_store(self.settings.store)
         with self.stage("history"):
+            data_seq = store.data_seq(self.user)  # an erasure from now on holds against this training too
             history = self.read_history()
             trained, judged = held_out.split(history.items)
             store.prepare(self.user)  # hours of training must not end at a store that cannot be written
@@ -400,6 +401,7 @@ class _Run:
                     gate=self.settings.gate,
                     min_gain=self.settings.min_gain,
                     job=job.key,
+                    data_seq=data_seq,
                     should_stop=self.should_stop,
                 )
                 outcome = publisher.publish_if_better()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from langchain_cope.training.evaluate import Evaluation
     from langchain_cope.training.pipeline import TrainingResult
 
+REASON_CHARACTERS = 200  # of why it was published, kept in the user's history
 PUBLISH_TRIES = 3  # when someone else publishes for the same user meanwhile
 
 
@@ -51,10 +52,12 @@ class Publisher:
     min_gain: float
     job: str | None
     """A version published under this key came of this very training."""
+    data_seq: int
+    """Where the store's log of the user stood before the history was read: what was erased since is not published."""
     should_stop: Callable[[], bool]
 
     def publish_if_better(self) -> Outcome:
-        """Raises ``Cancelled``, ``PublishConflictError`` and the store's other errors; nothing is published then."""
+        """Raises ``Cancelled``, ``UserErasedError``, ``PublishConflictError`` and other errors of the store."""
         if (earlier := self._published_earlier()) is not None:
             return Outcome(earlier, f"published as {earlier.version} just before the job was interrupted")
         for _ in range(PUBLISH_TRIES):
@@ -65,7 +68,7 @@ class Publisher:
             if self.should_stop():
                 raise Cancelled("stopped on request before publishing; nothing was published")
             try:
-                return Outcome(self._publish(active), reason, published_now=True, replaced=active)
+                return Outcome(self._publish(active, reason), reason, published_now=True, replaced=active)
             except PublishConflictError:
                 continue  # someone published meanwhile: judge against that one
         raise PublishConflictError(
@@ -124,7 +127,7 @@ class Publisher:
         nll = mean_nll(self.engine, self.examples, self.training.recipe, adapter, self.should_stop)
         return nll, f"the active version {active}"
 
-    def _publish(self, active: str | None) -> AdapterVersion:
+    def _publish(self, active: str | None, reason: str) -> AdapterVersion:
         recipe = self.training.recipe
         return self.store.publish(
             self.user,
@@ -142,4 +145,6 @@ class Publisher:
             },
             idempotency_key=self.job,
             expected_active=active,
+            data_seq=self.data_seq,
+            reason=reason[:REASON_CHARACTERS].encode("utf-8", "replace").decode(),
         )

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from langchain_core.callbacks import BaseCallbackHandler
 from peft import PeftModel
+from personal import QUICK, ROWS
 from transformers import AutoModelForCausalLM
 
-from adapter_store import AdapterNotFoundError, AdapterStore, FileKeys, MemoryBackend
-from langchain_cope import ChatCoPe, EngineOptions
+from adapter_store import AdapterNotFoundError, AdapterStore, FileKeys, MemoryBackend, UserErasedError
+from langchain_cope import ChatCoPe, EngineOptions, PersonalizeUser
 from langchain_cope.engine.model import load_base
 
 QUESTION = "What does the fox do all day?"
@@ -70,3 +72,31 @@ def test_an_erased_user_is_not_served_from_a_slot_of_a_running_engine(
             strict.invoke(QUESTION)
     again = store.publish("alice", adapter(base, seed=2), base=load_base(base).fingerprint())
     assert chat.invoke(QUESTION).response_metadata["adapter_version"] == again.version
+
+
+class EraseAt(BaseCallbackHandler):
+    """Erases alice as a stage of her training begins."""
+
+    run_inline = True
+
+    def __init__(self, store: AdapterStore, stage: str) -> None:
+        self.store, self.at = store, stage
+
+    def on_chain_start(self, *_: object, name: str = "", **__: object) -> None:
+        if name == self.at:
+            self.store.erase_user("alice")
+
+
+@pytest.mark.parametrize("active", [False, True], ids=["of a new user", "of a user with versions"])
+def test_a_training_under_way_publishes_nothing_of_a_user_who_is_erased_meanwhile(
+    active: bool, base: Path, adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    store = AdapterStore(tmp_path / "store")
+    if active:
+        store.publish("alice", adapter(base, seed=1), base=load_base(base).fingerprint())
+    learner = PersonalizeUser(model=str(base), store=store, recipe=QUICK, gate="always")
+    request = {"user_id": "alice", "history": ROWS}
+    with pytest.raises(UserErasedError):
+        learner.invoke(request, {"callbacks": [EraseAt(store, "dpo")]})
+    assert store.active("alice") is None
+    assert learner.invoke(request).published  # what is given again after the erasure may be learnt from
