@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from langchain_cope.engine.attention import attend_by_rows
-from langchain_cope.engine.kv import KeyValues, LayerShape
+from langchain_cope.engine.kv import KeyValues, LayerShape, cache_argument
 from langchain_cope.engine.linear import FasterOrder
 from langchain_cope.engine.lora import LoraRows, Site, linear_sizes, low_rank_dtype
 from langchain_cope.errors import ModelError
@@ -156,6 +156,7 @@ class PlainForward:
         }
         self._hooked: set[str] = set()
         self._inputs: Inputs | None = None
+        self._cache_name = cache_argument(model) or "past_key_values"
         attend_by_rows(model)
         for module in self._modules.values():
             if type(module) is nn.Linear and module.weight.is_contiguous() and module.weight.device.type == "cpu":
@@ -166,7 +167,7 @@ class PlainForward:
         self._hook(inputs.lora)
         rows, columns = inputs.wanted
         kept = sorted(set(columns))
-        arguments: dict[str, Any] = {"input_ids": inputs.ids, "past_key_values": RowCache(inputs), "use_cache": True}
+        arguments: dict[str, Any] = {"input_ids": inputs.ids, self._cache_name: RowCache(inputs), "use_cache": True}
         if "position_ids" in self._accepts:
             arguments["position_ids"] = inputs.positions
         if "logits_to_keep" in self._accepts:

@@ -40,12 +40,13 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape | None]:
     """
     cache = DynamicCache(config=model.config)
     other = sorted({type(layer).__name__ for layer in cache.layers} - {kind.__name__ for kind in _SERVED})
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        other = ["its forward takes no past_key_values"]
+    name = cache_argument(model)
+    if name is None:
+        other = ["its forward takes no cache of keys and values"]
     if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo's, cut by position in the batch
         other = ["local attention of its own"]
-    if not other:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    if not other and name is not None:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True, **{name: cache})
         other = [] if any(map(_shape, cache.layers)) else ["its layers keep nothing in the cache"]
     if other:
         raise ModelError(
@@ -53,6 +54,12 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape | None]:
             "the engine serves decoders whose every layer is full or sliding-window attention"
         )
     return [_shape(layer) for layer in cache.layers]
+
+
+def cache_argument(model: PreTrainedModel) -> str | None:
+    """What the forward of ``model`` calls its cache: ``past_key_values``, or ``cache`` from transformers 5.24 on."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in accepted), None)
 
 
 def _shape(layer: Any) -> LayerShape | None:
