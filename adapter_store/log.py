@@ -2,8 +2,8 @@
 
 Two things are remembered in memory, and both are checked before they are believed. A head counts while no entry follows
 it and its own entry is still there, looked at in this order: entries go in ascending order, so the second look says that
-the first was not made too late. Its own is told by the storage's mark from another one put there since. And an entry that was put where an erased or trimmed one had been before is taken back:
-it would lie below the head, seen by nobody.
+the first was not made too late. The storage's mark tells its own from another one put there since. And an entry that was
+put where an erased or trimmed one had been before is taken back: it would lie below the head, seen by nobody.
 """
 
 import base64

@@ -1,9 +1,11 @@
 """Writes that land late, or whose answer is lost: nothing erased is served again, nothing listed lacks its files."""
 
+from datetime import timedelta
+
 import pytest
 
-from adapter_store import AdapterNotFoundError, AdapterStore, MemoryBackend, UserErasedError
-from adapter_store.conformance import make_adapter
+from adapter_store import AdapterNotFoundError, AdapterStore, BackendError, FileKeys, MemoryBackend, UserErasedError
+from adapter_store.conformance import all_keys, make_adapter
 
 BASE = {"weights": "w"}
 
@@ -63,3 +65,57 @@ def test_a_head_in_memory_is_not_taken_for_a_late_entry_in_its_place_after_an_er
     with pytest.raises(UserErasedError):
         slow.publish("alice", make_adapter(3, 64), base=BASE)
     assert seen == [reader]
+
+
+class TestAPublishWithoutAnAnswer:
+    """The put of its entry fails for the caller, who cannot know whether it lands."""
+
+    @pytest.fixture(params=["plain", "encrypted"])
+    def keys(self, request, tmp_path):
+        return FileKeys.create(tmp_path / "keys") if request.param == "encrypted" else None
+
+    @pytest.fixture(params=[BackendError("timeout"), KeyboardInterrupt()], ids=["timeout", "Ctrl-C"])
+    def late(self, request, keys):
+        """A store, and the puts of entries that it was not answered."""
+        backend = MemoryBackend()
+        hooked, puts = Hooked(backend), []
+        AdapterStore(backend, keys=keys).prepare("bob")
+
+        def put(key, data):
+            if "/log/" in key:
+                puts.append((key, data))
+                raise request.param
+            backend.put_if_absent(key, data)
+
+        hooked.put = put
+        with pytest.raises(type(request.param)):
+            AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
+        return backend, puts
+
+    def test_has_its_files_where_it_lands_later(self, late, keys):
+        backend, ((key, data),) = late
+        backend.put_if_absent(key, data)
+        store = AdapterStore(backend, keys=keys)
+        assert store.fetch(store.resolve("alice")) == make_adapter(1, 64)
+
+    def test_is_cleared_up_by_gc_where_it_does_not(self, late, keys):
+        backend, _ = late
+        store = AdapterStore(backend, keys=keys)
+        assert store.verify().orphans == 1
+        store.gc(grace=timedelta(0))
+        assert store.verify().orphans == 0
+        version = store.publish("alice", make_adapter(2, 64), base=BASE)
+        assert store.fetch(version) == make_adapter(2, 64)
+
+    def test_that_failed_before_leaves_nothing(self, keys):
+        backend = MemoryBackend()
+        hooked = Hooked(backend)
+
+        def fail(key):
+            if key.endswith("adapter_config.json"):
+                raise BackendError("timeout")
+
+        hooked.before = fail
+        with pytest.raises(BackendError):
+            AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
+        assert not [key for key in all_keys(backend, "users") if "/versions/" in key]
