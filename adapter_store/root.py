@@ -76,11 +76,21 @@ def make_root(backend: "Backend", pepper: bytes | None, keys: "KeyProvider | Non
         }
         try:
             backend.put_if_absent(ROOT_FILE, to_json(content))
-        except FileExistsError:  # another first publisher was faster: its pepper counts
-            if vault is not None and wrapped is not None:
+        except FileExistsError:
+            # Another first publisher was faster, and its pepper counts; or the answer to our own put was lost on its way.
+            if vault is not None and wrapped is not None and _has_another_pepper(backend, wrapped):
                 vault.remove(STORE, wrapped)
         root = open_root(backend, pepper, keys)
     return root
+
+
+def _has_another_pepper(backend: "Backend", key: str) -> bool:
+    """Tell whether the root file that is there names another pepper than `key`. In doubt it does not."""
+    data = _read(backend)
+    try:
+        return data is not None and parse_json_object(data).get("pepper_key") != key
+    except ValueError:
+        return False
 
 
 def _read(backend: "Backend") -> bytes | None:

@@ -6,6 +6,8 @@ import pytest
 
 from adapter_store import AdapterNotFoundError, AdapterStore, BackendError, FileKeys, MemoryBackend, UserErasedError
 from adapter_store.conformance import all_keys, make_adapter
+from adapter_store.layout import ROOT_FILE, keys_folder
+from adapter_store.vault import STORE
 
 BASE = {"weights": "w"}
 
@@ -119,3 +121,36 @@ class TestAPublishWithoutAnAnswer:
         with pytest.raises(BackendError):
             AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
         assert not [key for key in all_keys(backend, "users") if "/versions/" in key]
+
+
+class TestAStoreIsMade:
+    @pytest.fixture
+    def keys(self, tmp_path):
+        return FileKeys.create(tmp_path / "keys")
+
+    def test_with_its_pepper_where_the_answer_to_its_root_file_was_lost(self, keys):
+        """The storage client tries again, and is told that the file is there: it is our own."""
+        backend = MemoryBackend()
+        hooked = Hooked(backend)
+
+        def lost(key):
+            if key == ROOT_FILE:
+                raise FileExistsError(key)
+
+        hooked.after = lost
+        AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
+        store = AdapterStore(backend, keys=keys)
+        assert store.fetch(store.resolve("alice")) == make_adapter(1, 64)
+
+    def test_without_the_pepper_of_who_came_second(self, keys):
+        backend = MemoryBackend()
+        hooked = Hooked(backend)
+
+        def overtaken(key):
+            if key == ROOT_FILE:
+                AdapterStore(backend, keys=keys).prepare("bob")
+
+        hooked.before = overtaken
+        AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
+        assert len(all_keys(backend, keys_folder(STORE))) == 1
+        assert AdapterStore(backend, keys=keys).versions("alice")
