@@ -29,11 +29,12 @@ _CHECKED_TEXT = "\0adapter_store check value"
 
 @dataclass(frozen=True)
 class Root:
-    """An opened store: its id, its pepper, and the vault of an encrypted one."""
+    """An opened store: its id, its pepper, the vault of an encrypted one, and the pepper's key in it where it is there."""
 
     store_id: str
     pepper: bytes
     vault: Vault | None
+    pepper_key: str | None
 
 
 def keyed_hash(pepper: bytes, text: str) -> str:
@@ -123,7 +124,7 @@ def _opened(backend: "Backend", data: bytes, given: bytes | None, keys: "KeyProv
         )
     if stored is not None and keyed_hash(stored, _CHECKED_TEXT) != facts.check:
         raise IntegrityError(f"{where} is damaged: its pepper and its check value differ; restore it from a backup")
-    return Root(facts.store_id, given or stored or b"", vault)
+    return Root(facts.store_id, given or stored or b"", vault, facts.pepper_key)
 
 
 def _vault(backend: "Backend", facts: "_Facts", keys: "KeyProvider | None", where: str) -> Vault | None:
