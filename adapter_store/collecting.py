@@ -17,7 +17,7 @@ from adapter_store.errors import AdapterStoreError, FormatVersionError, Integrit
 from adapter_store.facts import UserHead
 from adapter_store.log import ErasedSinceError
 from adapter_store.opened import Opened
-from adapter_store.vault import STORE as STORE
+from adapter_store.vault import STORE
 
 
 @dataclass
@@ -91,11 +91,19 @@ def collect_cache(opened: Opened, cache: AdapterCache, rules: Rules, done: Colle
                         opened.blobs.forget(user_key, version)
 
 
-def rotate_user_keys(opened: Opened, user_key: str) -> int:
-    """Wrap a user's keys with the newest master key; return how many were not yet."""
+def rotate_pepper(opened: Opened, problems: list[AdapterStoreError]) -> int:
+    """Wrap the store's pepper with the newest master key, not what a killed maker of the store left; return how many."""
     if opened.root.vault is None:
         raise KeyMismatchError("this store has no keys to rotate: it was made without encryption")
-    rewrapped = opened.root.vault.rewrap(user_key)
+    pepper_key = opened.root.pepper_key
+    return opened.root.vault.rewrap(STORE, problems, () if pepper_key is None else (pepper_key,))
+
+
+def rotate_user_keys(opened: Opened, user_key: str, problems: list[AdapterStoreError]) -> int:
+    """Wrap a user's keys with the newest master key; return how many were not yet."""
+    if opened.root.vault is None:
+        return 0
+    rewrapped = opened.root.vault.rewrap(user_key, problems)
     if rewrapped:
         # An erasure in between may have missed the copy just written; it has left its entry, so look for that now.
         with suppress(AdapterStoreError):

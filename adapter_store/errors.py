@@ -61,4 +61,11 @@ class FormatVersionError(AdapterStoreError):
 
 
 class BackendError(AdapterStoreError):
-    """The storage behind the store is unavailable, refused the request or cannot do what a store needs."""
+    """The storage behind the store is unavailable, refused the request or cannot do what a store needs.
+
+    `refused` is True where it is known that a write was turned down for good; otherwise it may land later.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused

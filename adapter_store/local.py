@@ -177,4 +177,5 @@ def _sync_folder(folder: Path) -> None:
 
 def _refused(verb: str, path: str | Path, error: OSError) -> BackendError:
     advice = _ADVICE.get(error.errno or 0, f"{error.strerror or error}: mend that, or choose another store")
-    return BackendError(f"cannot {verb} {path}: {advice}")
+    # What the operating system says of other errors, such as a network file system's timeout, leaves it open.
+    return BackendError(f"cannot {verb} {path}: {advice}", refused=error.errno in _ADVICE)

@@ -2,15 +2,15 @@
 
 Two things are remembered in memory, and both are checked before they are believed. A head counts while no entry follows
 it and its own entry is still there, looked at in this order: entries go in ascending order, so the second look says that
-the first was not made too late. And an entry that was put where an erased or trimmed one had been before is taken back:
-it would lie below the head, seen by nobody.
+the first was not made too late. The storage's mark tells its own from another one put there since. And an entry that was
+put where an erased or trimmed one had been before is taken back: it would lie below the head, seen by nobody.
 """
 
 import base64
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -22,7 +22,7 @@ from adapter_store import layout
 from adapter_store.backend import Backend
 from adapter_store.entry import MAX_ENTRY_BYTES, decode, encode, parse
 from adapter_store.errors import FormatVersionError, IntegrityError, InvalidAdapterError, PublishConflictError
-from adapter_store.facts import UserHead
+from adapter_store.facts import StoredFile, UserHead
 from adapter_store.parallel import each
 from adapter_store.root import Root, keyed_hash
 from adapter_store.text import location, shorten, to_json
@@ -53,10 +53,11 @@ class ErasedSinceError(Exception):
 
 
 class _Remembered(NamedTuple):
-    """A head, where its entry lies, and where the one after it would."""
+    """A head, where its entry lies, the mark of that very writing, and where the entry after it would lie."""
 
     head: UserHead
     own: str
+    mark: Hashable
     following: str
 
 
@@ -77,7 +78,8 @@ class Log:
         if (
             known is not None
             and self._backend.stat(known.following) is None
-            and self._backend.stat(known.own) is not None
+            and (own := self._backend.stat(known.own)) is not None
+            and own.mark == known.mark
         ):
             return known.head
         seq = None
@@ -85,12 +87,15 @@ class Log:
             seq = self._newest(user_key)
             if seq is None:
                 return None
-            while self._is_there(user_key, seq + 1):  # put since, or missed by a listing that is not one moment
+            while self._stat(user_key, seq + 1) is not None:  # put since, or missed by a listing that is not one moment
                 seq += 1
+            own = self._stat(user_key, seq)  # before it is read: of another one put in between the mark does not fit
             try:
-                return self._remember(self.entry(user_key, seq))
+                head = self.entry(user_key, seq)
             except FileNotFoundError:  # erased since
                 continue
+            self._remember(head, own)
+            return head
         raise self._damaged(user_key, seq or 0, "it is listed, but it or its key is not there")
 
     def head_or_new(self, user_key: str, user_id: str = "") -> UserHead:
@@ -125,7 +130,7 @@ class Log:
             after = self.following(before, changed)
             was_put = self._put(after)
             if was_put and self._is_kept(after):
-                return before, self._remember(after)
+                return before, after
             with self._lock:
                 self._remembered.pop(user_key, None)
             if was_put and self.head_or_new(user_key).erased_seq > after.seq:
@@ -144,7 +149,7 @@ class Log:
         for _ in range(_MAX_ATTEMPTS):
             entry = make((self._newest(user_key) or 0) + 1)
             if self._put(entry) and self._is_kept(entry):
-                return self._remember(entry)
+                return entry
         raise PublishConflictError(f"others changed this user {_MAX_ATTEMPTS} times in a row, always first: try again")
 
     @staticmethod
@@ -191,21 +196,22 @@ class Log:
     def _names_from(self, folder: str, least: str) -> list[str]:
         return [name for name in self._backend.list_folder(folder) if name >= least]
 
-    def _is_there(self, user_key: str, seq: int) -> bool:
-        return self._backend.stat(layout.entry_key(user_key, seq)) is not None
+    def _stat(self, user_key: str, seq: int) -> StoredFile | None:
+        return self._backend.stat(layout.entry_key(user_key, seq))
 
     def _newest(self, user_key: str) -> int | None:
         names = self._backend.list_folder(layout.log_folder(user_key))
         return next((seq for name in reversed(names) if (seq := layout.number_of(name)) is not None), None)
 
-    def _remember(self, head: UserHead) -> UserHead:
+    def _remember(self, head: UserHead, file: StoredFile | None) -> None:
+        if file is None:
+            return
         own, following = (layout.entry_key(head.user_key, seq) for seq in (head.seq, head.seq + 1))
         with self._lock:
-            self._remembered[head.user_key] = _Remembered(head, own, following)
+            self._remembered[head.user_key] = _Remembered(head, own, file.mark, following)
             self._remembered.move_to_end(head.user_key)
             if len(self._remembered) > _MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
-        return head
 
     def _put(self, head: UserHead) -> bool:
         """Put the entry; False where another one is there. An entry of this very commit means that we were heard."""
@@ -234,9 +240,11 @@ class Log:
         return True
 
     def _is_kept(self, head: UserHead) -> bool:
-        """Tell whether an entry that was put is part of the log, and take it back where it is not."""
+        """Tell whether an entry that was put is part of the log; remember the newest, take back what is not."""
+        own = self._stat(head.user_key, head.seq)  # before the list, which says that nothing was erased until then
         seqs = self.seqs(head.user_key)
         if seqs and seqs[-1] == head.seq:
+            self._remember(head, own)
             return True
         if head.seq not in seqs:
             return False  # erased since

@@ -129,8 +129,10 @@ def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, by
         def change(head: UserHead, version: AdapterVersion = version, terms: Terms = terms) -> UserHead | None:
             return with_version(head, version, terms)
 
+        written = False
         try:
             opened.blobs.write(version, files, key)
+            written = True
             before, after = opened.log.commit(version.user_key, change, known=began)
         except (CollectedError, FileNotFoundError):  # the files may be gone; or the key is, of a user erased since
             _discard(opened, version, began, key)
@@ -139,8 +141,10 @@ def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, by
         except ErasedSinceError:
             _discard(opened, version, began, key)
             raise erased_error(version.user_id) from None
-        except BaseException:  # Ctrl-C too leaves nothing behind
-            _discard(opened, version, began, key)
+        except BaseException as error:  # Ctrl-C too
+            # An entry whose put was not answered may land yet, and needs its files: gc removes them where it does not.
+            if not written or not _may_land(error):
+                _discard(opened, version, began, key)
             raise
         if after.find(version.version) is None:
             _discard(opened, version, began, key)
@@ -171,6 +175,11 @@ def _published_before(head: UserHead, version: AdapterVersion) -> AdapterVersion
         return None
     same = (live for live in head.versions if live.idempotency_key == version.idempotency_key)
     return next((live for live in same if live.version != version.version), None)
+
+
+def _may_land(error: BaseException) -> bool:
+    """Tell whether the entry may land after this error of its commit."""
+    return not error.refused if isinstance(error, BackendError) else not isinstance(error, Exception)
 
 
 def _discard(opened: Opened, version: AdapterVersion, began: UserHead, key: str | None) -> None:

@@ -29,11 +29,12 @@ _CHECKED_TEXT = "\0adapter_store check value"
 
 @dataclass(frozen=True)
 class Root:
-    """An opened store: its id, its pepper, and the vault of an encrypted one."""
+    """An opened store: its id, its pepper, the vault of an encrypted one, and the pepper's key in it where it is there."""
 
     store_id: str
     pepper: bytes
     vault: Vault | None
+    pepper_key: str | None
 
 
 def keyed_hash(pepper: bytes, text: str) -> str:
@@ -76,11 +77,21 @@ def make_root(backend: "Backend", pepper: bytes | None, keys: "KeyProvider | Non
         }
         try:
             backend.put_if_absent(ROOT_FILE, to_json(content))
-        except FileExistsError:  # another first publisher was faster: its pepper counts
-            if vault is not None and wrapped is not None:
+        except FileExistsError:
+            # Another first publisher was faster, and its pepper counts; or the answer to our own put was lost on its way.
+            if vault is not None and wrapped is not None and _has_another_pepper(backend, wrapped):
                 vault.remove(STORE, wrapped)
         root = open_root(backend, pepper, keys)
     return root
+
+
+def _has_another_pepper(backend: "Backend", key: str) -> bool:
+    """Tell whether the root file that is there names another pepper than `key`. In doubt it does not."""
+    data = _read(backend)
+    try:
+        return data is not None and parse_json_object(data).get("pepper_key") != key
+    except ValueError:
+        return False
 
 
 def _read(backend: "Backend") -> bytes | None:
@@ -113,7 +124,7 @@ def _opened(backend: "Backend", data: bytes, given: bytes | None, keys: "KeyProv
         )
     if stored is not None and keyed_hash(stored, _CHECKED_TEXT) != facts.check:
         raise IntegrityError(f"{where} is damaged: its pepper and its check value differ; restore it from a backup")
-    return Root(facts.store_id, given or stored or b"", vault)
+    return Root(facts.store_id, given or stored or b"", vault, facts.pepper_key)
 
 
 def _vault(backend: "Backend", facts: "_Facts", keys: "KeyProvider | None", where: str) -> Vault | None:

@@ -35,6 +35,7 @@ from adapter_store.collecting import Collected
 from adapter_store.erasing import erase
 from adapter_store.errors import (
     AdapterNotFoundError,
+    AdapterStoreError,
     BaseModelMismatchError,
     IntegrityError,
     InvalidAdapterError,
@@ -453,16 +454,23 @@ class AdapterStore:
     def rotate_keys(self, *, on_user: Callable[[int], None] | None = None) -> int:
         """Wrap every key of an encrypted store with the newest master key; return how many were not yet.
 
-        Afterwards the older master keys can be destroyed. KeyMismatchError for a store without encryption.
+        Afterwards the older master keys can be destroyed. KeyMismatchError for a store without encryption. Where a key
+        cannot be read, all others are wrapped first; then the first such error comes, and says how many there are.
         """
         opened = self._open()
         if opened is None:
             return 0
-        rewrapped = collecting.rotate_user_keys(opened, collecting.STORE)
+        problems: list[AdapterStoreError] = []
+        rewrapped = collecting.rotate_pepper(opened, problems)
         for number, user_key in enumerate(opened.log.user_keys(), 1):
-            rewrapped += collecting.rotate_user_keys(opened, user_key)
+            rewrapped += collecting.rotate_user_keys(opened, user_key, problems)
             if on_user is not None:
                 on_user(number)
+        if problems:
+            raise type(problems[0])(
+                f"{rewrapped} keys were wrapped anew, {len(problems)} could not be read and stay as they are (keep the "
+                f"older master keys until they are mended); the first: {problems[0]}"
+            )
         return rewrapped
 
     # ── in and out ──

@@ -9,12 +9,13 @@ import base64
 import contextlib
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Final
 
 from adapter_store import layout
-from adapter_store.errors import IntegrityError
+from adapter_store.errors import AdapterStoreError, IntegrityError
 from adapter_store.keys import KEY_BYTES, NONCE_BYTES, KeyProvider, cipher
 from adapter_store.text import location, parse_json_object, to_json
 
@@ -109,16 +110,27 @@ class Vault:
                 shredded += 1
         return shredded
 
-    def rewrap(self, user_key: str) -> int:
-        """Wrap a user's keys with the newest master key where they are not yet; return how many."""
+    def rewrap(self, user_key: str, problems: list[AdapterStoreError], keys: Sequence[str] | None = None) -> int:
+        """Wrap a user's keys (or only `keys`) with the newest master key where they are not yet; return how many.
+
+        A key that does not unwrap stays as it is, and what is wrong with it goes to `problems`.
+        """
         rewrapped = 0
-        for key in self._ids(user_key):
+        for key in self._ids(user_key) if keys is None else keys:
             try:
                 record = self._newest(user_key, key)
             except FileNotFoundError:  # shredded a moment ago
                 continue
+            except IntegrityError as error:
+                problems.append(error)
+                continue
             if record.master != self._keys.key_id:
-                secret = self._keys.unwrap(record.master, record.wrapped, self._context(user_key, key))
+                try:
+                    secret = self._keys.unwrap(record.master, record.wrapped, self._context(user_key, key))
+                except AdapterStoreError as error:
+                    where = location(self._backend.url, f"{layout.keys_folder(user_key)}/{key}")
+                    problems.append(type(error)(f"{where}: {error}"))
+                    continue
                 record = _Record(record.number + 1, *self._wrap(user_key, key, secret), record.since_seq)
                 with contextlib.suppress(FileExistsError):  # another rotation is at it, and does the same
                     self._write(user_key, key, record)

@@ -286,6 +286,40 @@ class TestRotation:
         assert store.rotate_keys() == 2
         assert not list((root / "keys").rglob(f"{version.user_key}/*/*"))
 
+    def test_a_key_that_does_not_unwrap_is_reported_and_stops_no_other(self, store, root, keys, files):
+        damaged, moved, *_ = sorted(
+            (store.publish(user, files(1), base=BASE) for user in ("alice", "bob", "carol")), key=lambda v: v.user_key
+        )
+        place = next((root / "keys").rglob(f"{damaged.user_key}/*/*.json"))
+        kept = place.read_bytes()
+        place.write_bytes(b"not a key")
+        other = next((root / "keys").rglob(f"{moved.user_key}/*/*.json"))
+        kept_other = other.read_bytes()
+        other.write_bytes(kept)
+        keys.add("key-2")
+        users = []
+        with pytest.raises(IntegrityError, match=r"2 keys were wrapped anew, 2 could not be read") as caught:
+            store.rotate_keys(on_user=users.append)
+        assert str(place) in str(caught.value)
+        assert users == [1, 2, 3]
+        place.write_bytes(kept)
+        with pytest.raises(KeyMismatchError, match=r"1 keys were wrapped anew, 1 could not be read") as caught:
+            store.rotate_keys()
+        assert str(other.parent) in str(caught.value)
+        other.write_bytes(kept_other)
+        assert store.rotate_keys() == 1
+        assert b'"master": "key-1"' not in everything(root)
+
+    def test_what_a_killed_maker_of_the_store_left_is_in_nobodys_way(self, store, root, keys, files):
+        """The first put its pepper and was killed before the root file: its store's id is known to nobody."""
+        AdapterStore(root.with_name("killed"), keys=keys).prepare("alice")
+        shutil.copytree(root.with_name("killed") / "keys" / "st", root / "keys" / "st")
+        version = store.publish("alice", files(1), base=BASE)
+        keys.add("key-2")
+        assert store.rotate_keys() == 2
+        assert store.rotate_keys() == 0
+        assert store.fetch(version) == files(1)
+
     def test_a_plain_store_has_nothing_to_rotate(self, root, files):
         store = AdapterStore(root)
         assert store.rotate_keys() == 0  # there is no store yet

@@ -1,0 +1,156 @@
+"""Writes that land late, or whose answer is lost: nothing erased is served again, nothing listed lacks its files."""
+
+from datetime import timedelta
+
+import pytest
+
+from adapter_store import AdapterNotFoundError, AdapterStore, BackendError, FileKeys, MemoryBackend, UserErasedError
+from adapter_store.conformance import all_keys, make_adapter
+from adapter_store.layout import ROOT_FILE, keys_folder
+from adapter_store.vault import STORE
+
+BASE = {"weights": "w"}
+
+
+class Hooked:
+    """A backend that lets a test in around each put."""
+
+    url = "hooked://"
+
+    def __init__(self, backend):
+        self.get, self.stat, self.list_folder, self.delete = (
+            backend.get,
+            backend.stat,
+            backend.list_folder,
+            backend.delete,
+        )
+        self.put = backend.put_if_absent
+        self.before = self.after = lambda key: None
+
+    def put_if_absent(self, key, data):
+        self.before(key)
+        self.put(key, data)
+        self.after(key)
+
+
+def once(act):
+    """Return a hook that acts at the first put of a log entry only."""
+    left = [act]
+
+    def hook(key):
+        if "/log/" in key and left:
+            left.pop()()
+
+    return hook
+
+
+@pytest.mark.parametrize("reads_itself", [True, False], ids=["read", "committed"])
+def test_a_head_in_memory_is_not_taken_for_a_late_entry_in_its_place_after_an_erasure(reads_itself):
+    backend = MemoryBackend()
+    writer, slow_backend = AdapterStore(backend), Hooked(backend)
+    first, second = (writer.publish("alice", make_adapter(n, 64), base=BASE) for n in range(2))
+    reader, slow, other = AdapterStore(backend), AdapterStore(slow_backend), AdapterStore(backend)
+    seen = []
+
+    def overtaken():
+        (other if reads_itself else reader).activate("alice", first.version)
+        assert reader.resolve("alice").version == first.version
+        writer.activate("alice", second.version)
+        writer.erase_user("alice")
+
+    def looked_at():
+        with pytest.raises(AdapterNotFoundError):
+            reader.resolve("alice")
+        seen.append(reader)
+
+    slow_backend.before, slow_backend.after = once(overtaken), once(looked_at)
+    with pytest.raises(UserErasedError):
+        slow.publish("alice", make_adapter(3, 64), base=BASE)
+    assert seen == [reader]
+
+
+class TestAPublishWithoutAnAnswer:
+    """The put of its entry fails for the caller, who cannot know whether it lands."""
+
+    @pytest.fixture(params=["plain", "encrypted"])
+    def keys(self, request, tmp_path):
+        return FileKeys.create(tmp_path / "keys") if request.param == "encrypted" else None
+
+    @pytest.fixture(params=[BackendError("timeout"), KeyboardInterrupt()], ids=["timeout", "Ctrl-C"])
+    def late(self, request, keys):
+        """A store, and the puts of entries that it was not answered."""
+        backend = MemoryBackend()
+        hooked, puts = Hooked(backend), []
+        AdapterStore(backend, keys=keys).prepare("bob")
+
+        def put(key, data):
+            if "/log/" in key:
+                puts.append((key, data))
+                raise request.param
+            backend.put_if_absent(key, data)
+
+        hooked.put = put
+        with pytest.raises(type(request.param)):
+            AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
+        return backend, puts
+
+    def test_has_its_files_where_it_lands_later(self, late, keys):
+        backend, ((key, data),) = late
+        backend.put_if_absent(key, data)
+        store = AdapterStore(backend, keys=keys)
+        assert store.fetch(store.resolve("alice")) == make_adapter(1, 64)
+
+    def test_is_cleared_up_by_gc_where_it_does_not(self, late, keys):
+        backend, _ = late
+        store = AdapterStore(backend, keys=keys)
+        assert store.verify().orphans == 1
+        store.gc(grace=timedelta(0))
+        assert store.verify().orphans == 0
+        version = store.publish("alice", make_adapter(2, 64), base=BASE)
+        assert store.fetch(version) == make_adapter(2, 64)
+
+    def test_that_failed_before_leaves_nothing(self, keys):
+        backend = MemoryBackend()
+        hooked = Hooked(backend)
+
+        def fail(key):
+            if key.endswith("adapter_config.json"):
+                raise BackendError("timeout")
+
+        hooked.before = fail
+        with pytest.raises(BackendError):
+            AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
+        assert not [key for key in all_keys(backend, "users") if "/versions/" in key]
+
+
+class TestAStoreIsMade:
+    @pytest.fixture
+    def keys(self, tmp_path):
+        return FileKeys.create(tmp_path / "keys")
+
+    def test_with_its_pepper_where_the_answer_to_its_root_file_was_lost(self, keys):
+        """The storage client tries again, and is told that the file is there: it is our own."""
+        backend = MemoryBackend()
+        hooked = Hooked(backend)
+
+        def lost(key):
+            if key == ROOT_FILE:
+                raise FileExistsError(key)
+
+        hooked.after = lost
+        AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
+        store = AdapterStore(backend, keys=keys)
+        assert store.fetch(store.resolve("alice")) == make_adapter(1, 64)
+
+    def test_without_the_pepper_of_who_came_second(self, keys):
+        backend = MemoryBackend()
+        hooked = Hooked(backend)
+
+        def overtaken(key):
+            if key == ROOT_FILE:
+                AdapterStore(backend, keys=keys).prepare("bob")
+
+        hooked.before = overtaken
+        AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
+        assert len(all_keys(backend, keys_folder(STORE))) == 1
+        assert AdapterStore(backend, keys=keys).versions("alice")
