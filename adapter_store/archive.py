@@ -81,7 +81,8 @@ def import_archive(opened: Opened, file: BinaryIO, limits: Limits, where: str) -
     """Put an archive's versions into the store, in one commit, and return the user's head.
 
     Versions that are there already are left as they are. The archive's active version becomes the active one where the
-    user has none. UserErasedError where the user was erased in this store after the archive was written.
+    user has none. UserErasedError where the user was erased in this store after the archive was written, or ever where
+    it comes from another store: nothing tells then which of the two came first.
     """
     # Read to its end first: of a bad archive nothing is stored.
     manifest, versions = read_archive(file, limits, where)
@@ -90,7 +91,13 @@ def import_archive(opened: Opened, file: BinaryIO, limits: Limits, where: str) -
     file.seek(0)
     user_key = opened.log.user_key(manifest.user_id)
     began = opened.log.head_or_new(user_key, manifest.user_id)
-    data_seq = manifest.seq if manifest.store_id == opened.root.store_id else began.seq
+    is_own = manifest.store_id == opened.root.store_id
+    data_seq = manifest.seq if is_own else began.seq
+    if not is_own and began.erased_seq > 0:
+        raise UserErasedError(
+            f"user {shorten(manifest.user_id)} was erased in this store, and {where}, of another store, may be older: "
+            "nothing was imported; destroy it, and publish what the user has now"
+        )
     if data_seq < began.erased_seq:
         raise UserErasedError(
             f"user {shorten(manifest.user_id)} was erased after {where} was written: nothing was imported; destroy it"

@@ -502,8 +502,8 @@ class AdapterStore:
         """Read a user from a tar file that `export_user` wrote, of this store or of another, and return the user's head.
 
         Versions keep their ids; those that are there already are left as they are; nothing or everything is imported.
-        InvalidAdapterError where the file is not such an archive, UserErasedError where the user was erased in this
-        store after it was written.
+        InvalidAdapterError where the file is not such an archive. UserErasedError where the user was erased in this
+        store after it was written; of an archive of another store nobody knows, so one erasure ever is enough.
         """
         from adapter_store import archive
 

@@ -19,6 +19,7 @@ from adapter_store import (
     FormatVersionError,
     InvalidAdapterError,
     Limits,
+    UserErasedError,
 )
 from adapter_store.conformance import make_adapter
 
@@ -98,6 +99,18 @@ class TestArchives:
         assert head.active == third.version
         assert head.operation == "import"
         assert local.fetch(local.resolve("alice", first.version)) == make_adapter(0)
+
+    def test_an_archive_of_another_store_does_not_bring_an_erased_user_back(self, archive, other, files):
+        other.import_user(archive)
+        other.erase_user("alice")
+        with pytest.raises(UserErasedError, match="was erased in this store.* nothing was imported"):
+            other.import_user(archive)
+        assert other.active("alice") is None
+        assert list(other.history("alice"))[-1].operation == "erase"
+        since = other.publish("alice", files(7), base=BASE)
+        with pytest.raises(UserErasedError):
+            other.import_user(archive)
+        assert other.versions("alice") == [since]
 
     def test_no_more_than_the_limit_is_kept(self, archive, tmp_path, local):
         small = AdapterStore(tmp_path / "small", limits=Limits(live_versions=1))
