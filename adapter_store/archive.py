@@ -4,6 +4,7 @@ An archive is read as if an enemy had made it: member after member in the order 
 only, nothing is unpacked to a disk, and no more is read at once than the manifest and the store's limits allow.
 """
 
+import contextlib
 import io
 import os
 import tarfile
@@ -15,7 +16,13 @@ from typing import IO, Any, BinaryIO, Final, cast
 from adapter_store import layout
 from adapter_store.checks import check_user_id
 from adapter_store.entry import MAX_ENTRY_BYTES, check_format, version_from_json, version_to_json
-from adapter_store.errors import BackendError, FormatVersionError, InvalidAdapterError, UserErasedError
+from adapter_store.errors import (
+    AdapterStoreError,
+    BackendError,
+    FormatVersionError,
+    InvalidAdapterError,
+    UserErasedError,
+)
 from adapter_store.facts import AdapterVersion, Limits, UserHead
 from adapter_store.files import read_adapter
 from adapter_store.log import ErasedSinceError
@@ -80,9 +87,11 @@ def read_archive(
 def import_archive(opened: Opened, file: BinaryIO, limits: Limits, where: str) -> UserHead:
     """Put an archive's versions into the store, in one commit, and return the user's head.
 
-    Versions that are there already are left as they are. The archive's active version becomes the active one where the
-    user has none. UserErasedError where the user was erased in this store after the archive was written, or ever where
-    it comes from another store: nothing tells then which of the two came first.
+    Versions get new ids: files under the old ones may be somebody's to remove. Those that are there already, told by
+    their content and by their idempotency key, or by the place that they were first exported from, are left as they
+    are. The archive's active version becomes the active one where the user has none. UserErasedError where the user
+    was erased in this store after the archive was written, or ever where it comes from another store: nothing tells
+    then which of the two came first.
     """
     # Read to its end first: of a bad archive nothing is stored.
     manifest, versions = read_archive(file, limits, where)
@@ -91,68 +100,103 @@ def import_archive(opened: Opened, file: BinaryIO, limits: Limits, where: str) -
     file.seek(0)
     user_key = opened.log.user_key(manifest.user_id)
     began = opened.log.head_or_new(user_key, manifest.user_id)
-    is_own = manifest.store_id == opened.root.store_id
-    data_seq = manifest.seq if is_own else began.seq
-    if not is_own and began.erased_seq > 0:
-        raise UserErasedError(
-            f"user {shorten(manifest.user_id)} was erased in this store, and {where}, of another store, may be older: "
-            "nothing was imported; destroy it, and publish what the user has now"
-        )
-    if data_seq < began.erased_seq:
-        raise UserErasedError(
-            f"user {shorten(manifest.user_id)} was erased after {where} was written: nothing was imported; destroy it"
-        )
+    data_seq = _data_seq(opened, manifest, began, where)
     key = opened.key_for(began)
     written: list[AdapterVersion] = []
-    for version, files in read_archive(file, limits, where, user_key)[1]:
-        if began.find(version.version) is None:
-            # Kept where this fails: another process may be importing the same, and rest on them. They are garbage then.
-            try:
-                opened.blobs.write(version, files, key)
-            except FileNotFoundError:  # the key
-                raise UserErasedError(
-                    f"user {shorten(manifest.user_id)} was erased meanwhile: nothing was imported; destroy {where}"
-                ) from None
-            written.append(version)
 
     def imported(head: UserHead) -> UserHead | None:
         check_fences(head, manifest.user_id, data_seq, began.seq)
-        new = [version for version in written if head.find(version.version) is None]
-        return _with_imported(head, manifest, new, key, limits.live_versions) if new else None
+        there = _by_origin(opened, head)
+        new = [version for version in written if _origin(manifest.store_id, version) not in there]
+        there |= {_origin(manifest.store_id, version): version for version in new}
+        active = next((v for v in manifest.versions if v.version == manifest.active), None)
+        here = None if active is None else there.get(_origin(manifest.store_id, active))
+        return _with_imported(head, new, here, key, limits.live_versions) if new else None
 
     try:
+        there = _by_origin(opened, began)
+        for version, files in read_archive(file, limits, where, user_key)[1]:
+            origin = _origin(manifest.store_id, version)
+            if origin not in there:
+                new_id = layout.other_version(version.version)
+                written.append(replace(version, version=new_id, idempotency_key=origin[0]))
+                opened.blobs.write(written[-1], files, key)
         before, after = opened.log.commit(user_key, imported)
-    except ErasedSinceError:
+    except (ErasedSinceError, FileNotFoundError):  # or the key is gone, of a user erased since
+        _discard(opened, written, began, key)
         raise UserErasedError(
             f"user {shorten(manifest.user_id)} was erased meanwhile: nothing of it is kept; destroy {where}"
         ) from None
     except CollectedError:
+        _discard(opened, written, began, key)
         raise BackendError(
             f"a garbage collection of user {shorten(manifest.user_id)} came in between: nothing was imported; repeat it"
         ) from None
+    except BaseException:  # Ctrl-C too leaves nothing behind
+        _discard(opened, written, began, key)
+        raise
     remove_dropped(opened, before, after)
     listed = {version.version for version in (*before.versions, *after.versions)}
     for version in written:
-        if version.version not in listed:  # beyond the number that is kept
+        if version.version not in listed:  # beyond the number that is kept, or imported by another process meanwhile
             opened.blobs.remove(version)
     return after
 
 
+def _data_seq(opened: Opened, manifest: Manifest, began: UserHead, where: str) -> int:
+    """Return where this store's log was when the archive was written, or now for one of another store."""
+    if manifest.store_id != opened.root.store_id:
+        if began.erased_seq > 0:
+            raise UserErasedError(
+                f"user {shorten(manifest.user_id)} was erased in this store, and {where}, of another store, may be "
+                "older: nothing was imported; destroy it, and publish what the user has now"
+            )
+        return began.seq
+    if manifest.seq < began.erased_seq:
+        raise UserErasedError(
+            f"user {shorten(manifest.user_id)} was erased after {where} was written: nothing was imported; destroy it"
+        )
+    return manifest.seq
+
+
+_Origin = tuple[str, str]
+"""What tells a version in every store that it was brought to: its idempotency key, and its digest."""
+
+
+def _origin(store_id: str, version: AdapterVersion) -> _Origin:
+    return version.idempotency_key or f"import {store_id} {version.version}", version.digest
+
+
+def _by_origin(opened: Opened, head: UserHead) -> dict[_Origin, AdapterVersion]:
+    return {_origin(opened.root.store_id, version): version for version in head.versions}
+
+
+def _discard(opened: Opened, written: Sequence[AdapterVersion], began: UserHead, key: str | None) -> None:
+    """Remove what was not committed. In doubt it stays: a listed version must have its files."""
+    with contextlib.suppress(AdapterStoreError):
+        head = opened.log.head_or_new(began.user_key)
+        for version in written:
+            if head.find(version.version) is None:
+                opened.blobs.remove(version)
+        if head.key != key:
+            opened.drop_unused_key(began, key)
+
+
 def _with_imported(
-    head: UserHead, manifest: Manifest, new: Sequence[AdapterVersion], key: str | None, live_versions: int
+    head: UserHead, new: Sequence[AdapterVersion], active: AdapterVersion | None, key: str | None, live_versions: int
 ) -> UserHead:
     # Older than what is there, so they stand before it.
     changed = replace(
         head,
-        user_id=manifest.user_id,
+        user_id=new[0].user_id,
         key=head.key or key,
         operation="import",
         operation_version=new[-1].version,
         reason="",
         versions=(*new, *head.versions),
     )
-    if changed.active is None and manifest.active is not None and changed.find(manifest.active) is not None:
-        changed = activated(changed, manifest.active)
+    if changed.active is None and active is not None:
+        changed = activated(changed, active.version)
     return without_oldest(changed, live_versions, ())
 
 

@@ -501,7 +501,8 @@ class AdapterStore:
     def import_user(self, file: str | os.PathLike[str]) -> UserHead:
         """Read a user from a tar file that `export_user` wrote, of this store or of another, and return the user's head.
 
-        Versions keep their ids; those that are there already are left as they are; nothing or everything is imported.
+        Versions get new ids, and an idempotency key where they had none, so that a repeated import finds them: those that
+        are there already are left as they are. Nothing or everything is imported.
         InvalidAdapterError where the file is not such an archive. UserErasedError where the user was erased in this
         store after it was written; of an archive of another store nobody knows, so one erasure ever is enough.
         """

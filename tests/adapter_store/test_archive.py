@@ -1,10 +1,12 @@
 """Whole users in and out: archives that are ours, and archives that somebody else made to harm."""
 
+import contextlib
 import gzip
 import io
 import json
 import tarfile
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,9 @@ from adapter_store import (
     FormatVersionError,
     InvalidAdapterError,
     Limits,
+    MemoryBackend,
     UserErasedError,
+    layout,
 )
 from adapter_store.conformance import make_adapter
 
@@ -95,15 +99,16 @@ class TestArchives:
         local.delete_version("alice", first.version)
         third = local.publish("alice", files(7), base=BASE)
         head = local.import_user(archive)
-        assert [version.version for version in head.versions] == [first.version, second.version, third.version]
+        assert [version.digest for version in head.versions] == [first.digest, second.digest, third.digest]
+        assert [version.version for version in head.versions[1:]] == [second.version, third.version]
         assert head.active == third.version
         assert head.operation == "import"
-        assert local.fetch(local.resolve("alice", first.version)) == make_adapter(0)
+        assert local.fetch(head.versions[0]) == make_adapter(0)
 
     def test_an_archive_of_another_store_does_not_bring_an_erased_user_back(self, archive, other, files):
         other.import_user(archive)
         other.erase_user("alice")
-        with pytest.raises(UserErasedError, match="was erased in this store.* nothing was imported"):
+        with pytest.raises(UserErasedError, match=r"was erased in this store.* nothing was imported"):
             other.import_user(archive)
         assert other.active("alice") is None
         assert list(other.history("alice"))[-1].operation == "erase"
@@ -112,10 +117,76 @@ class TestArchives:
             other.import_user(archive)
         assert other.versions("alice") == [since]
 
+    def test_a_version_that_went_round_by_another_store_is_known_again(self, local, archive, other, tmp_path, files):
+        other.import_user(archive)
+        other.publish("alice", files(7), base=BASE, idempotency_key="job")
+        back = other.export_user("alice", tmp_path / "back.tar")
+        before = local.versions("alice")
+        head = local.import_user(back)
+        assert [version.version for version in head.versions[1:]] == [version.version for version in before]
+        assert head.versions[0].idempotency_key == "job"
+        assert local.publish("alice", files(7), base=BASE, idempotency_key="job") == head.versions[0]
+        assert local.import_user(back) == head
+        assert other.import_user(local.export_user("alice", tmp_path / "again.tar")).seq == 2
+
+    def test_an_import_that_fails_leaves_no_file(self, archive, monkeypatch):
+        backend = MemoryBackend()
+        put = backend.put_if_absent
+
+        def failing(key, data):
+            if "/log/" in key:
+                raise KeyboardInterrupt
+            put(key, data)
+
+        store = AdapterStore(backend)
+        monkeypatch.setattr(backend, "put_if_absent", failing)
+        with pytest.raises(KeyboardInterrupt):
+            store.import_user(archive)
+        assert store.verify().orphans == 0
+        monkeypatch.undo()
+        assert len(store.import_user(archive).versions) == 2
+
+    @pytest.mark.parametrize("remover", ["delete", "gc", "erase"])
+    def test_an_import_while_somebody_removes_the_same_versions_keeps_what_it_brings(
+        self, archive, tmp_path, remover, monkeypatch
+    ):
+        backend = MemoryBackend()
+        mine, theirs = AdapterStore(backend), AdapterStore(backend)
+        mine.import_user(archive)
+        own = mine.export_user("alice", tmp_path / "own.tar")
+        first = mine.versions("alice")[0]
+        if remover == "gc":  # files that an import left which was killed before its entry
+            files = mine.fetch(first)
+            mine.delete_version("alice", first.version)
+            for name, data in files.items():
+                backend.put_if_absent(f"{layout.version_folder(first.user_key, first.version)}/{name}", data)
+        removed = []
+        delete = backend.delete
+
+        def import_first(key):
+            if "/versions/" in key and not removed:
+                removed.append(key)
+                with contextlib.suppress(UserErasedError):
+                    mine.import_user(own)
+            delete(key)
+
+        monkeypatch.setattr(backend, "delete", import_first)
+        {
+            "delete": lambda: theirs.delete_version("alice", first.version),
+            "gc": lambda: theirs.gc(grace=timedelta(0)),
+            "erase": lambda: theirs.erase_user("alice"),
+        }[remover]()
+        assert removed
+        monkeypatch.undo()
+        assert mine.verify().ok
+        assert len(mine.versions("alice")) == (0 if remover == "erase" else 2)
+        for version in mine.versions("alice"):
+            assert mine.fetch(version) == make_adapter(int(version.metrics["nll"]))
+
     def test_no_more_than_the_limit_is_kept(self, archive, tmp_path, local):
         small = AdapterStore(tmp_path / "small", limits=Limits(live_versions=1))
         head = small.import_user(archive)
-        assert [version.version for version in head.versions] == [local.versions("alice")[1].version]
+        assert [version.digest for version in head.versions] == [local.versions("alice")[1].digest]
         assert len(list((tmp_path / "small").rglob("*.safetensors"))) == 1
 
     def test_all_users_out_and_in_and_on_where_it_was_interrupted(self, local, tmp_path, other):
