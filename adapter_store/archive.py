@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, cast
 
 from adapter_store import layout
-from adapter_store.checks import check_user_id
+from adapter_store.checks import (
+    check_alpha,
+    check_base,
+    check_facts,
+    check_idempotency_key,
+    check_tau,
+    check_user_id,
+)
 from adapter_store.entry import MAX_ENTRY_BYTES, check_format, version_from_json, version_to_json
 from adapter_store.errors import (
     AdapterStoreError,
@@ -164,7 +171,8 @@ _Origin = tuple[str, str]
 
 
 def _origin(store_id: str, version: AdapterVersion) -> _Origin:
-    return version.idempotency_key or f"import {store_id} {version.version}", version.digest
+    key = version.idempotency_key
+    return f"import {store_id} {version.version}" if key is None else key, version.digest
 
 
 def _by_origin(opened: Opened, head: UserHead) -> dict[_Origin, AdapterVersion]:
@@ -222,12 +230,25 @@ def _manifest(data: bytes, limits: Limits, user_key: str) -> Manifest:
         raise ValueError("it lacks the user, or what was active")
     try:
         check_user_id(user_id, limits)
+        versions = tuple(_checked(version_from_json(user_id, user_key, row), store_id, limits) for row in rows)
     except InvalidAdapterError as error:
         raise ValueError(str(error)) from None
-    versions = tuple(version_from_json(user_id, user_key, row) for row in rows)
     if len({version.version for version in versions}) != len(versions):
         raise ValueError("it lists a version twice")
     return Manifest(store_id, seq, user_id, active, versions)
+
+
+def _checked(version: AdapterVersion, store_id: str, limits: Limits) -> AdapterVersion:
+    """Return a version whose facts a publish would accept, or raise what that raises."""
+    check_idempotency_key(_origin(store_id, version)[0])
+    return replace(
+        version,
+        base=check_base(version.base, limits),
+        metrics=check_facts(version.metrics, "metrics", limits),
+        alpha=check_alpha(version.alpha),
+        tau=check_tau(version.tau),
+        metadata=check_facts(version.metadata, "metadata", limits),
+    )
 
 
 def _versions(

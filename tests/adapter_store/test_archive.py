@@ -60,6 +60,11 @@ def changed_manifest(rows, **changes):
     return [(member, json.dumps({**json.loads(data), **changes}).encode()), *rest]
 
 
+def changed_version(rows, **changes):
+    first, *others = json.loads(rows[0][1])["versions"]
+    return changed_manifest(rows, versions=[{**first, **changes}, *others])
+
+
 def special(name, kind, target=""):
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, target
@@ -240,6 +245,14 @@ HOSTILE = {
     "a version that leads out": lambda rows: changed_manifest(
         rows, versions=[{**json.loads(rows[0][1])["versions"][0], "version": "../../x"}]
     ),
+    "metadata beyond the limit": lambda rows: changed_version(rows, metadata={"x": "a" * 1_000_000}),
+    "a base beyond the limit": lambda rows: changed_version(rows, base={"x": "a" * 1_000_000}),
+    "an alpha below zero": lambda rows: changed_version(rows, alpha=-5.0),
+    "a tau above one": lambda rows: changed_version(rows, tau=7.0),
+    "an empty idempotency key": lambda rows: changed_version(rows, idempotency_key=""),
+    "a long idempotency key": lambda rows: changed_version(rows, idempotency_key="k" * 1000),
+    "a long name of its store": lambda rows: changed_manifest(rows, store="s" * 1000),
+    "metrics without bounds": lambda rows: [(rows[0][0], rows[0][1].replace(b'"nll": 0', b'"nll": 1e999')), *rows[1:]],
     "other bytes than announced": lambda rows: [rows[0], (rows[1][0], rows[1][1][:-1] + b"!"), *rows[2:]],
     "fewer bytes than announced": lambda rows: [rows[0], (rows[1][0], rows[1][1][:-1]), *rows[2:]],
     "weights that are a pickle": lambda rows: [rows[0], (rows[1][0], b"\x80\x04" + rows[1][1][2:]), *rows[2:]],
