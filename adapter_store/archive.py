@@ -8,7 +8,7 @@ import contextlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, cast
@@ -52,8 +52,10 @@ class Manifest:
     versions: tuple[AdapterVersion, ...]
 
 
-def write_archive(opened: Opened, head: UserHead, path: Path) -> None:
-    """Write a user's versions as a new file. BackendError where it is there or cannot be written."""
+def write_archive(
+    opened: Opened, head: UserHead, path: Path, fetch: Callable[[AdapterVersion], dict[str, bytes]]
+) -> None:
+    """Write a user's versions as a new file. BackendError where it is there or cannot be written, and what `fetch` raises."""
     made = path.with_name(f".{path.name[:100]}.{os.urandom(6).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,19 +63,21 @@ def write_archive(opened: Opened, head: UserHead, path: Path) -> None:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
                 _add(archive, MANIFEST, to_json(_manifest_json(opened, head)), head.updated_at.timestamp())
                 for version in head.versions:
-                    for name, data in opened.blobs.read(version, lambda: None).items():
+                    for name, data in fetch(version).items():
                         _add(archive, _member(version, name), data, version.created_at.timestamp())
             file.flush()
             os.fsync(file.fileno())
-        os.link(made, path)  # never over a file that is there
-    except FileExistsError:
-        raise BackendError(f"{path} is there already: name a new file") from None
+        try:
+            os.link(made, path)  # never over a file that is there
+        except FileExistsError:
+            raise BackendError(f"{path} is there already: name a new file") from None
     except OSError as error:
         raise BackendError(
             f"cannot write an archive to {path} ({error.strerror or error}): name a new file in a place that can be written"
         ) from error
     finally:
-        made.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a parent that is no folder
+            made.unlink()
 
 
 def read_archive(
@@ -290,8 +294,11 @@ def _expect(
             f"and at most {max_bytes}: nothing was imported"
         )
     pieces = []
-    while piece := content.read(_PIECE):
-        pieces.append(piece)
+    try:
+        while piece := content.read(_PIECE):
+            pieces.append(piece)
+    except (tarfile.TarError, OSError) as error:
+        raise InvalidAdapterError(f"{where} breaks off within {name} ({error}): export the user again") from None
     return b"".join(pieces)
 
 

@@ -491,8 +491,8 @@ class AdapterStore:
 
         path = local_path(file)
         try:
-            archive.write_archive(opened, head, path)
-        except FileNotFoundError:
+            archive.write_archive(opened, head, path, self.fetch)
+        except AdapterNotFoundError:
             raise PublishConflictError(
                 f"a version of user {shorten(user_id)} was deleted while it was exported: nothing was written; try again"
             ) from None

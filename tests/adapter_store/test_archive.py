@@ -19,9 +19,11 @@ from adapter_store import (
     AdapterStoreError,
     BackendError,
     FormatVersionError,
+    IntegrityError,
     InvalidAdapterError,
     Limits,
     MemoryBackend,
+    PublishConflictError,
     UserErasedError,
     layout,
 )
@@ -98,6 +100,30 @@ class TestArchives:
             local.export_user("alice", tmp_path / "again.tar")
         assert not (tmp_path / "bob.tar").exists()
         assert not (tmp_path / "again.tar").exists()
+
+    def test_an_export_tells_a_missing_file_and_a_deleted_version_from_a_place_that_cannot_be_written(
+        self, local, tmp_path, monkeypatch
+    ):
+        first = local.publish("alice", make_adapter(0), base=BASE)
+        second = local.publish("alice", make_adapter(1), base=BASE)
+        (tmp_path / "plain").write_bytes(b"")
+        with pytest.raises(BackendError, match=r"cannot write an archive to .*alice\.tar"):
+            local.export_user("alice", tmp_path / "plain" / "alice.tar")
+        fetch = local.fetch
+
+        def fetch_late(version):
+            if version == second:
+                AdapterStore(tmp_path / "store").delete_version("alice", second.version)
+            return fetch(version)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(local, "fetch", fetch_late)
+            with pytest.raises(PublishConflictError, match="was deleted while it was exported"):
+                local.export_user("alice", tmp_path / "alice.tar")
+        (tmp_path / "store" / layout.version_folder(first.user_key, first.version) / layout.CONFIG).unlink()
+        with pytest.raises(IntegrityError, match=r"adapter_config\.json is missing"):
+            local.export_user("alice", tmp_path / "alice.tar")
+        assert [path.name for path in tmp_path.iterdir() if "alice" in path.name] == []
 
     def test_what_was_deleted_comes_back_before_what_is_there(self, local, archive, files):
         first, second = local.versions("alice")
@@ -270,6 +296,15 @@ class TestHostileArchives:
         assert other.versions("alice") == []
         written = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {path.name for path in before}
         assert written <= {"adapter_store.json"}
+
+    def test_an_archive_that_was_cut_anywhere_is_refused(self, archive, other):
+        data = archive.read_bytes()
+        end = len(data.rstrip(b"\0"))
+        for size in [*range(0, end, 211), end - 1]:
+            archive.write_bytes(data[:size])
+            with pytest.raises(InvalidAdapterError, match=r"alice\.tar"):
+                other.import_user(archive)
+        assert other.versions("alice") == []
 
     def test_a_newer_archive_is_refused_saying_so(self, archive, other):
         rewrite(archive, changed_manifest(members(archive), format=99))
