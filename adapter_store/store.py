@@ -124,6 +124,10 @@ class AdapterStore:
         """The store's place as a URL, with userinfo and query masked."""
         return without_secrets(self._backend.url)
 
+    def exists(self) -> bool:
+        """Tell whether there is a store in this place yet; the first publish makes it. Raises what opening it raises."""
+        return self._open() is not None
+
     # ── publish ──
 
     def prepare(self, user_id: str) -> None:
