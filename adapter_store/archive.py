@@ -4,18 +4,32 @@ An archive is read as if an enemy had made it: member after member in the order 
 only, nothing is unpacked to a disk, and no more is read at once than the manifest and the store's limits allow.
 """
 
+import contextlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, cast
 
 from adapter_store import layout
-from adapter_store.checks import check_user_id
+from adapter_store.checks import (
+    check_alpha,
+    check_base,
+    check_facts,
+    check_idempotency_key,
+    check_tau,
+    check_user_id,
+)
 from adapter_store.entry import MAX_ENTRY_BYTES, check_format, version_from_json, version_to_json
-from adapter_store.errors import BackendError, FormatVersionError, InvalidAdapterError, UserErasedError
+from adapter_store.errors import (
+    AdapterStoreError,
+    BackendError,
+    FormatVersionError,
+    InvalidAdapterError,
+    UserErasedError,
+)
 from adapter_store.facts import AdapterVersion, Limits, UserHead
 from adapter_store.files import read_adapter
 from adapter_store.log import ErasedSinceError
@@ -38,8 +52,10 @@ class Manifest:
     versions: tuple[AdapterVersion, ...]
 
 
-def write_archive(opened: Opened, head: UserHead, path: Path) -> None:
-    """Write a user's versions as a new file. BackendError where it is there or cannot be written."""
+def write_archive(
+    opened: Opened, head: UserHead, path: Path, fetch: Callable[[AdapterVersion], dict[str, bytes]]
+) -> None:
+    """Write a user's versions as a new file. BackendError where it is there or cannot be written, and what `fetch` raises."""
     made = path.with_name(f".{path.name[:100]}.{os.urandom(6).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,19 +63,21 @@ def write_archive(opened: Opened, head: UserHead, path: Path) -> None:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
                 _add(archive, MANIFEST, to_json(_manifest_json(opened, head)), head.updated_at.timestamp())
                 for version in head.versions:
-                    for name, data in opened.blobs.read(version, lambda: None).items():
+                    for name, data in fetch(version).items():
                         _add(archive, _member(version, name), data, version.created_at.timestamp())
             file.flush()
             os.fsync(file.fileno())
-        os.link(made, path)  # never over a file that is there
-    except FileExistsError:
-        raise BackendError(f"{path} is there already: name a new file") from None
+        try:
+            os.link(made, path)  # never over a file that is there
+        except FileExistsError:
+            raise BackendError(f"{path} is there already: name a new file") from None
     except OSError as error:
         raise BackendError(
             f"cannot write an archive to {path} ({error.strerror or error}): name a new file in a place that can be written"
         ) from error
     finally:
-        made.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a parent that is no folder
+            made.unlink()
 
 
 def read_archive(
@@ -80,8 +98,11 @@ def read_archive(
 def import_archive(opened: Opened, file: BinaryIO, limits: Limits, where: str) -> UserHead:
     """Put an archive's versions into the store, in one commit, and return the user's head.
 
-    Versions that are there already are left as they are. The archive's active version becomes the active one where the
-    user has none. UserErasedError where the user was erased in this store after the archive was written.
+    Versions get new ids: files under the old ones may be somebody's to remove. Those that are there already, told by
+    their content and by their idempotency key, or by the place that they were first exported from, are left as they
+    are. The archive's active version becomes the active one where the user has none. UserErasedError where the user
+    was erased in this store after the archive was written, or ever where it comes from another store: nothing tells
+    then which of the two came first.
     """
     # Read to its end first: of a bad archive nothing is stored.
     manifest, versions = read_archive(file, limits, where)
@@ -90,62 +111,104 @@ def import_archive(opened: Opened, file: BinaryIO, limits: Limits, where: str) -
     file.seek(0)
     user_key = opened.log.user_key(manifest.user_id)
     began = opened.log.head_or_new(user_key, manifest.user_id)
-    data_seq = manifest.seq if manifest.store_id == opened.root.store_id else began.seq
-    if data_seq < began.erased_seq:
-        raise UserErasedError(
-            f"user {shorten(manifest.user_id)} was erased after {where} was written: nothing was imported; destroy it"
-        )
+    data_seq = _data_seq(opened, manifest, began, where)
     key = opened.key_for(began)
     written: list[AdapterVersion] = []
-    for version, files in read_archive(file, limits, where, user_key)[1]:
-        if began.find(version.version) is None:
-            # Kept where this fails: another process may be importing the same, and rest on them. They are garbage then.
-            try:
-                opened.blobs.write(version, files, key)
-            except FileNotFoundError:  # the key
-                raise UserErasedError(
-                    f"user {shorten(manifest.user_id)} was erased meanwhile: nothing was imported; destroy {where}"
-                ) from None
-            written.append(version)
 
     def imported(head: UserHead) -> UserHead | None:
         check_fences(head, manifest.user_id, data_seq, began.seq)
-        new = [version for version in written if head.find(version.version) is None]
-        return _with_imported(head, manifest, new, key, limits.live_versions) if new else None
+        there = _by_origin(opened, head)
+        new = [version for version in written if _origin(manifest.store_id, version) not in there]
+        there |= {_origin(manifest.store_id, version): version for version in new}
+        active = next((v for v in manifest.versions if v.version == manifest.active), None)
+        here = None if active is None else there.get(_origin(manifest.store_id, active))
+        return _with_imported(head, new, here, key, limits.live_versions) if new else None
 
     try:
+        there = _by_origin(opened, began)
+        for version, files in read_archive(file, limits, where, user_key)[1]:
+            origin = _origin(manifest.store_id, version)
+            if origin not in there:
+                new_id = layout.other_version(version.version)
+                written.append(replace(version, version=new_id, idempotency_key=origin[0]))
+                opened.blobs.write(written[-1], files, key)
         before, after = opened.log.commit(user_key, imported)
-    except ErasedSinceError:
+    except (ErasedSinceError, FileNotFoundError):  # or the key is gone, of a user erased since
+        _discard(opened, written, began, key)
         raise UserErasedError(
             f"user {shorten(manifest.user_id)} was erased meanwhile: nothing of it is kept; destroy {where}"
         ) from None
     except CollectedError:
+        _discard(opened, written, began, key)
         raise BackendError(
             f"a garbage collection of user {shorten(manifest.user_id)} came in between: nothing was imported; repeat it"
         ) from None
+    except BaseException:  # Ctrl-C too leaves nothing behind
+        _discard(opened, written, began, key)
+        raise
     remove_dropped(opened, before, after)
     listed = {version.version for version in (*before.versions, *after.versions)}
     for version in written:
-        if version.version not in listed:  # beyond the number that is kept
+        if version.version not in listed:  # beyond the number that is kept, or imported by another process meanwhile
             opened.blobs.remove(version)
     return after
 
 
+def _data_seq(opened: Opened, manifest: Manifest, began: UserHead, where: str) -> int:
+    """Return where this store's log was when the archive was written, or now for one of another store."""
+    if manifest.store_id != opened.root.store_id:
+        if began.erased_seq > 0:
+            raise UserErasedError(
+                f"user {shorten(manifest.user_id)} was erased in this store, and {where}, of another store, may be "
+                "older: nothing was imported; destroy it, and publish what the user has now"
+            )
+        return began.seq
+    if manifest.seq < began.erased_seq:
+        raise UserErasedError(
+            f"user {shorten(manifest.user_id)} was erased after {where} was written: nothing was imported; destroy it"
+        )
+    return manifest.seq
+
+
+_Origin = tuple[str, str]
+"""What tells a version in every store that it was brought to: its idempotency key, and its digest."""
+
+
+def _origin(store_id: str, version: AdapterVersion) -> _Origin:
+    key = version.idempotency_key
+    return f"import {store_id} {version.version}" if key is None else key, version.digest
+
+
+def _by_origin(opened: Opened, head: UserHead) -> dict[_Origin, AdapterVersion]:
+    return {_origin(opened.root.store_id, version): version for version in head.versions}
+
+
+def _discard(opened: Opened, written: Sequence[AdapterVersion], began: UserHead, key: str | None) -> None:
+    """Remove what was not committed. In doubt it stays: a listed version must have its files."""
+    with contextlib.suppress(AdapterStoreError):
+        head = opened.log.head_or_new(began.user_key)
+        for version in written:
+            if head.find(version.version) is None:
+                opened.blobs.remove(version)
+        if head.key != key:
+            opened.drop_unused_key(began, key)
+
+
 def _with_imported(
-    head: UserHead, manifest: Manifest, new: Sequence[AdapterVersion], key: str | None, live_versions: int
+    head: UserHead, new: Sequence[AdapterVersion], active: AdapterVersion | None, key: str | None, live_versions: int
 ) -> UserHead:
     # Older than what is there, so they stand before it.
     changed = replace(
         head,
-        user_id=manifest.user_id,
+        user_id=new[0].user_id,
         key=head.key or key,
         operation="import",
         operation_version=new[-1].version,
         reason="",
         versions=(*new, *head.versions),
     )
-    if changed.active is None and manifest.active is not None and changed.find(manifest.active) is not None:
-        changed = activated(changed, manifest.active)
+    if changed.active is None and active is not None:
+        changed = activated(changed, active.version)
     return without_oldest(changed, live_versions, ())
 
 
@@ -171,12 +234,25 @@ def _manifest(data: bytes, limits: Limits, user_key: str) -> Manifest:
         raise ValueError("it lacks the user, or what was active")
     try:
         check_user_id(user_id, limits)
+        versions = tuple(_checked(version_from_json(user_id, user_key, row), store_id, limits) for row in rows)
     except InvalidAdapterError as error:
         raise ValueError(str(error)) from None
-    versions = tuple(version_from_json(user_id, user_key, row) for row in rows)
     if len({version.version for version in versions}) != len(versions):
         raise ValueError("it lists a version twice")
     return Manifest(store_id, seq, user_id, active, versions)
+
+
+def _checked(version: AdapterVersion, store_id: str, limits: Limits) -> AdapterVersion:
+    """Return a version whose facts a publish would accept, or raise what that raises."""
+    check_idempotency_key(_origin(store_id, version)[0])
+    return replace(
+        version,
+        base=check_base(version.base, limits),
+        metrics=check_facts(version.metrics, "metrics", limits),
+        alpha=check_alpha(version.alpha),
+        tau=check_tau(version.tau),
+        metadata=check_facts(version.metadata, "metadata", limits),
+    )
 
 
 def _versions(
@@ -218,8 +294,11 @@ def _expect(
             f"and at most {max_bytes}: nothing was imported"
         )
     pieces = []
-    while piece := content.read(_PIECE):
-        pieces.append(piece)
+    try:
+        while piece := content.read(_PIECE):
+            pieces.append(piece)
+    except (tarfile.TarError, OSError) as error:
+        raise InvalidAdapterError(f"{where} breaks off within {name} ({error}): export the user again") from None
     return b"".join(pieces)
 
 

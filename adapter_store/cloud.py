@@ -48,7 +48,13 @@ class ObjectBackend:
             raise BackendError(
                 f"{without_secrets(url)} needs the package obstore: pip install 'langchain-cope[cloud]'"
             ) from None
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # its text may hold the secrets
+            raise BackendError(
+                f"{without_secrets(url)} is no URL: write {url.partition(':')[0]}://bucket/prefix, and what is special "
+                "in a name or a password with %, such as %2F"
+            ) from None
         options = dict(parse_qsl(parts.query))
         if parts.username or parts.password:
             if parts.scheme.lower() != "s3":

@@ -51,6 +51,11 @@ def new_version(time: datetime) -> str:
     return f"{time:%Y%m%dT%H%M%SZ}-{os.urandom(6).hex()}"
 
 
+def other_version(version: str) -> str:
+    """Return a new version id with the time of another one."""
+    return f"{version.partition('-')[0]}-{os.urandom(6).hex()}"
+
+
 def user_folder(user_key: str) -> str:
     """Return the folder of everything that belongs to one user."""
     return f"{USERS}/{user_key[:2]}/{user_key[2:4]}/{user_key}"

@@ -125,6 +125,10 @@ class AdapterStore:
         """The store's place as a URL, with userinfo and query masked."""
         return without_secrets(self._backend.url)
 
+    def exists(self) -> bool:
+        """Tell whether there is a store in this place yet; the first publish makes it. Raises what opening it raises."""
+        return self._open() is not None
+
     # ── publish ──
 
     def prepare(self, user_id: str) -> None:
@@ -499,8 +503,8 @@ class AdapterStore:
 
         path = local_path(file)
         try:
-            archive.write_archive(opened, head, path)
-        except FileNotFoundError:
+            archive.write_archive(opened, head, path, self.fetch)
+        except AdapterNotFoundError:
             raise PublishConflictError(
                 f"a version of user {shorten(user_id)} was deleted while it was exported: nothing was written; try again"
             ) from None
@@ -509,9 +513,10 @@ class AdapterStore:
     def import_user(self, file: str | os.PathLike[str]) -> UserHead:
         """Read a user from a tar file that `export_user` wrote, of this store or of another, and return the user's head.
 
-        Versions keep their ids; those that are there already are left as they are; nothing or everything is imported.
-        InvalidAdapterError where the file is not such an archive, UserErasedError where the user was erased in this
-        store after it was written.
+        Versions get new ids, and an idempotency key where they had none, so that a repeated import finds them: those that
+        are there already are left as they are. Nothing or everything is imported.
+        InvalidAdapterError where the file is not such an archive. UserErasedError where the user was erased in this
+        store after it was written; of an archive of another store nobody knows, so one erasure ever is enough.
         """
         from adapter_store import archive
 

@@ -1,6 +1,7 @@
 """The gate, and what is written behind it: a version goes to the store where it is better than what is active there."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -76,11 +77,13 @@ class Publisher:
         )
 
     def withdraw(self, outcome: Outcome) -> None:
-        """Take back what was published now, and make active again what was before."""
+        """Take back what was published now, and make active again what was before, unless somebody has come since."""
         if outcome.version is None or not outcome.published_now:
             return
-        if outcome.replaced is not None and self.store.active(self.user) == outcome.version.version:
-            self.store.activate(self.user, outcome.replaced)
+        if outcome.replaced is not None:
+            # Somebody published or activated since, or what was before is no longer kept.
+            with suppress(PublishConflictError, AdapterNotFoundError):
+                self.store.activate(self.user, outcome.replaced, expected_active=outcome.version.version)
         self.store.delete_version(self.user, outcome.version.version)
 
     def _published_earlier(self) -> AdapterVersion | None:

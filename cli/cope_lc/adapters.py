@@ -1,5 +1,6 @@
 """``cope-lc adapters``: what is in a store, and which version of a user's adapter is served."""
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,15 +159,22 @@ def delete(
 def erase(user: User, yes: Yes = False, store: Store = None, as_json: Json = False) -> None:
     """Erase a user for good.
 
-    Every version, the history and the keys go; trainings under way are refused when they publish.
+    Every version, the history and the keys go, damaged ones too; trainings under way are refused when they publish.
     """
-    from cope_lc.text import name_of, print_json
+    from adapter_store.errors import FormatVersionError, IntegrityError
+    from cope_lc.text import clean, name_of, print_json
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
-    count = len(opened.versions(user))
-    if not yes:
+    if not opened.exists():
+        where = clean(place_of(opened))
+        raise typer.BadParameter(f"{where} is no store: nothing was erased; name the right one", param_hint="--store")
+    count: int | None = None
+    versions = "what is there cannot be read"
+    with contextlib.suppress(IntegrityError, FormatVersionError):  # damage is no reason to keep it
+        count = len(opened.versions(user))
         versions = f"{count} version{'s' if count != 1 else ''}"
+    if not yes:
         _confirm(f"erase {name_of(user)} ({versions}) from {place_of(opened)} for good?", "erasing")
     opened.erase_user(user)
     if as_json:

@@ -1,6 +1,8 @@
 """``cope-lc adapters verify``, ``gc`` and the keys: what keeps a store sound."""
 
 import itertools
+import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -104,13 +106,19 @@ def new_key(
     path = file.expanduser()
     if path.exists():
         keys = FileKeys(path)
-        keys.add(name or f"key-{len(keys.names) + 1}")
+        keys.add(name or _next_name(keys.names))
     else:
         keys = FileKeys.create(path, name or "key-1")
     if as_json:
         print_json({"file": str(path), "key": keys.key_id, "keys": keys.names})
     else:
         print(f"{keys.key_id} wraps what is new; keep {clean(str(path))} safe: without it an encrypted store is lost")
+
+
+def _next_name(names: Iterable[str]) -> str:
+    """The name after the highest: older keys may have been destroyed, or have other names."""
+    numbers = (int(found[1]) for name in names if (found := re.fullmatch(r"key-([0-9]{1,9})", name)))
+    return f"key-{max(numbers, default=0) + 1}"
 
 
 def rotate_keys(store: Store = None, as_json: Json = False) -> None:

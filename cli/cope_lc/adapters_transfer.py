@@ -87,7 +87,8 @@ def import_one(
 ) -> None:
     """Bring in a user's file, or a peft folder.
 
-    A folder that was trained elsewhere, on --model, becomes the active version of --user.
+    A folder that was trained elsewhere, on --model, becomes the active version of --user. A user who was erased here
+    does not come back through a file.
     """
     from cope_lc.text import name_of, print_json
     from langchain_cope.stores import open_store
@@ -114,7 +115,7 @@ def import_all(
 ) -> None:
     """Bring in every user of such a folder.
 
-    Safe to repeat. So a store moves elsewhere, or becomes an encrypted one.
+    Safe to repeat. So a store moves elsewhere, or becomes an encrypted one. A user who was erased here is refused.
     """
     from cope_lc.progress import counted
     from cope_lc.text import print_json

@@ -1,10 +1,12 @@
 """Whole users in and out: archives that are ours, and archives that somebody else made to harm."""
 
+import contextlib
 import gzip
 import io
 import json
 import tarfile
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,13 @@ from adapter_store import (
     AdapterStoreError,
     BackendError,
     FormatVersionError,
+    IntegrityError,
     InvalidAdapterError,
     Limits,
+    MemoryBackend,
+    PublishConflictError,
+    UserErasedError,
+    layout,
 )
 from adapter_store.conformance import make_adapter
 
@@ -55,6 +62,11 @@ def changed_manifest(rows, **changes):
     return [(member, json.dumps({**json.loads(data), **changes}).encode()), *rest]
 
 
+def changed_version(rows, **changes):
+    first, *others = json.loads(rows[0][1])["versions"]
+    return changed_manifest(rows, versions=[{**first, **changes}, *others])
+
+
 def special(name, kind, target=""):
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, target
@@ -89,20 +101,123 @@ class TestArchives:
         assert not (tmp_path / "bob.tar").exists()
         assert not (tmp_path / "again.tar").exists()
 
+    def test_an_export_tells_a_missing_file_and_a_deleted_version_from_a_place_that_cannot_be_written(
+        self, local, tmp_path, monkeypatch
+    ):
+        first = local.publish("alice", make_adapter(0), base=BASE)
+        second = local.publish("alice", make_adapter(1), base=BASE)
+        (tmp_path / "plain").write_bytes(b"")
+        with pytest.raises(BackendError, match=r"cannot write an archive to .*alice\.tar"):
+            local.export_user("alice", tmp_path / "plain" / "alice.tar")
+        fetch = local.fetch
+
+        def fetch_late(version):
+            if version == second:
+                AdapterStore(tmp_path / "store").delete_version("alice", second.version)
+            return fetch(version)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(local, "fetch", fetch_late)
+            with pytest.raises(PublishConflictError, match="was deleted while it was exported"):
+                local.export_user("alice", tmp_path / "alice.tar")
+        (tmp_path / "store" / layout.version_folder(first.user_key, first.version) / layout.CONFIG).unlink()
+        with pytest.raises(IntegrityError, match=r"adapter_config\.json is missing"):
+            local.export_user("alice", tmp_path / "alice.tar")
+        assert [path.name for path in tmp_path.iterdir() if "alice" in path.name] == []
+
     def test_what_was_deleted_comes_back_before_what_is_there(self, local, archive, files):
         first, second = local.versions("alice")
         local.delete_version("alice", first.version)
         third = local.publish("alice", files(7), base=BASE)
         head = local.import_user(archive)
-        assert [version.version for version in head.versions] == [first.version, second.version, third.version]
+        assert [version.digest for version in head.versions] == [first.digest, second.digest, third.digest]
+        assert [version.version for version in head.versions[1:]] == [second.version, third.version]
         assert head.active == third.version
         assert head.operation == "import"
-        assert local.fetch(local.resolve("alice", first.version)) == make_adapter(0)
+        assert local.fetch(head.versions[0]) == make_adapter(0)
+
+    def test_an_archive_of_another_store_does_not_bring_an_erased_user_back(self, archive, other, files):
+        other.import_user(archive)
+        other.erase_user("alice")
+        with pytest.raises(UserErasedError, match=r"was erased in this store.* nothing was imported"):
+            other.import_user(archive)
+        assert other.active("alice") is None
+        assert list(other.history("alice"))[-1].operation == "erase"
+        since = other.publish("alice", files(7), base=BASE)
+        with pytest.raises(UserErasedError):
+            other.import_user(archive)
+        assert other.versions("alice") == [since]
+
+    def test_a_version_that_went_round_by_another_store_is_known_again(self, local, archive, other, tmp_path, files):
+        other.import_user(archive)
+        other.publish("alice", files(7), base=BASE, idempotency_key="job")
+        back = other.export_user("alice", tmp_path / "back.tar")
+        before = local.versions("alice")
+        head = local.import_user(back)
+        assert [version.version for version in head.versions[1:]] == [version.version for version in before]
+        assert head.versions[0].idempotency_key == "job"
+        assert local.publish("alice", files(7), base=BASE, idempotency_key="job") == head.versions[0]
+        assert local.import_user(back) == head
+        assert other.import_user(local.export_user("alice", tmp_path / "again.tar")).seq == 2
+
+    def test_an_import_that_fails_leaves_no_file(self, archive, monkeypatch):
+        backend = MemoryBackend()
+        put = backend.put_if_absent
+
+        def failing(key, data):
+            if "/log/" in key:
+                raise KeyboardInterrupt
+            put(key, data)
+
+        store = AdapterStore(backend)
+        monkeypatch.setattr(backend, "put_if_absent", failing)
+        with pytest.raises(KeyboardInterrupt):
+            store.import_user(archive)
+        assert store.verify().orphans == 0
+        monkeypatch.undo()
+        assert len(store.import_user(archive).versions) == 2
+
+    @pytest.mark.parametrize("remover", ["delete", "gc", "erase"])
+    def test_an_import_while_somebody_removes_the_same_versions_keeps_what_it_brings(
+        self, archive, tmp_path, remover, monkeypatch
+    ):
+        backend = MemoryBackend()
+        mine, theirs = AdapterStore(backend), AdapterStore(backend)
+        mine.import_user(archive)
+        own = mine.export_user("alice", tmp_path / "own.tar")
+        first = mine.versions("alice")[0]
+        if remover == "gc":  # files that an import left which was killed before its entry
+            files = mine.fetch(first)
+            mine.delete_version("alice", first.version)
+            for name, data in files.items():
+                backend.put_if_absent(f"{layout.version_folder(first.user_key, first.version)}/{name}", data)
+        removed = []
+        delete = backend.delete
+
+        def import_first(key):
+            if "/versions/" in key and not removed:
+                removed.append(key)
+                with contextlib.suppress(UserErasedError):
+                    mine.import_user(own)
+            delete(key)
+
+        monkeypatch.setattr(backend, "delete", import_first)
+        {
+            "delete": lambda: theirs.delete_version("alice", first.version),
+            "gc": lambda: theirs.gc(grace=timedelta(0)),
+            "erase": lambda: theirs.erase_user("alice"),
+        }[remover]()
+        assert removed
+        monkeypatch.undo()
+        assert mine.verify().ok
+        assert len(mine.versions("alice")) == (0 if remover == "erase" else 2)
+        for version in mine.versions("alice"):
+            assert mine.fetch(version) == make_adapter(int(version.metrics["nll"]))
 
     def test_no_more_than_the_limit_is_kept(self, archive, tmp_path, local):
         small = AdapterStore(tmp_path / "small", limits=Limits(live_versions=1))
         head = small.import_user(archive)
-        assert [version.version for version in head.versions] == [local.versions("alice")[1].version]
+        assert [version.digest for version in head.versions] == [local.versions("alice")[1].digest]
         assert len(list((tmp_path / "small").rglob("*.safetensors"))) == 1
 
     def test_all_users_out_and_in_and_on_where_it_was_interrupted(self, local, tmp_path, other):
@@ -156,6 +271,14 @@ HOSTILE = {
     "a version that leads out": lambda rows: changed_manifest(
         rows, versions=[{**json.loads(rows[0][1])["versions"][0], "version": "../../x"}]
     ),
+    "metadata beyond the limit": lambda rows: changed_version(rows, metadata={"x": "a" * 1_000_000}),
+    "a base beyond the limit": lambda rows: changed_version(rows, base={"x": "a" * 1_000_000}),
+    "an alpha below zero": lambda rows: changed_version(rows, alpha=-5.0),
+    "a tau above one": lambda rows: changed_version(rows, tau=7.0),
+    "an empty idempotency key": lambda rows: changed_version(rows, idempotency_key=""),
+    "a long idempotency key": lambda rows: changed_version(rows, idempotency_key="k" * 1000),
+    "a long name of its store": lambda rows: changed_manifest(rows, store="s" * 1000),
+    "metrics without bounds": lambda rows: [(rows[0][0], rows[0][1].replace(b'"nll": 0', b'"nll": 1e999')), *rows[1:]],
     "other bytes than announced": lambda rows: [rows[0], (rows[1][0], rows[1][1][:-1] + b"!"), *rows[2:]],
     "fewer bytes than announced": lambda rows: [rows[0], (rows[1][0], rows[1][1][:-1]), *rows[2:]],
     "weights that are a pickle": lambda rows: [rows[0], (rows[1][0], b"\x80\x04" + rows[1][1][2:]), *rows[2:]],
@@ -173,6 +296,15 @@ class TestHostileArchives:
         assert other.versions("alice") == []
         written = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {path.name for path in before}
         assert written <= {"adapter_store.json"}
+
+    def test_an_archive_that_was_cut_anywhere_is_refused(self, archive, other):
+        data = archive.read_bytes()
+        end = len(data.rstrip(b"\0"))
+        for size in [*range(0, end, 211), end - 1]:
+            archive.write_bytes(data[:size])
+            with pytest.raises(InvalidAdapterError, match=r"alice\.tar"):
+                other.import_user(archive)
+        assert other.versions("alice") == []
 
     def test_a_newer_archive_is_refused_saying_so(self, archive, other):
         rewrite(archive, changed_manifest(members(archive), format=99))

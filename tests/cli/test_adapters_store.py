@@ -96,6 +96,34 @@ def test_erase_asks_and_leaves_nothing(
     assert cope_lc("adapters", "list", "--json").json["users"] == []
 
 
+def test_a_damaged_user_is_erased_too(
+    cope_lc: Callable, process: Callable, store: AdapterStore, store_folder: Path
+) -> None:
+    put(store)
+    for damaged in ('{"format": 99}', "{"):
+        newest = max(store_folder.glob("users/*/*/*/log/*.json"))
+        newest.write_text(damaged)
+        assert cope_lc("adapters", "show", "alice").code == 1
+    ours, theirs = pty.openpty()
+    run = process("adapters", "erase", "alice", stdin=theirs)
+    os.write(ours, b"n\n")
+    _, said = run.communicate(timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert said.startswith(f"erase alice (what is there cannot be read) from {store_folder} for good?")
+    erased = cope_lc("adapters", "erase", "alice", "--yes", "--json").json
+    assert erased == {"user_id": "alice", "erased": True, "versions": None}
+    assert not list(store_folder.rglob("*.safetensors"))
+    assert AdapterStore(store_folder).verify().ok
+
+
+def test_erase_makes_no_store_where_there_is_none(cope_lc: Callable, tmp_path: Path) -> None:
+    outcome = cope_lc("adapters", "erase", "alice", "--yes", "--store", tmp_path / "mistyped")
+    assert outcome.code == 2
+    assert "mistyped is no store: nothing was erased" in outcome.error
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_a_user_goes_out_as_a_file_and_comes_in_elsewhere(
     cope_lc: Callable, store: AdapterStore, tmp_path: Path
 ) -> None:
@@ -106,8 +134,9 @@ def test_a_user_goes_out_as_a_file_and_comes_in_elsewhere(
     assert cope_lc("adapters", "export", "alice", tmp_path / "b.tar", "--version", first).code == 2
     other = ("--store", tmp_path / "other")
     said = cope_lc("adapters", "import", file, *other)
-    assert said.stdout == f"alice has 2 versions; active is {second}\n"
-    assert cope_lc("adapters", "import", file, *other, "--json").json["versions"] == [first, second]
+    moved = [version.version for version in AdapterStore(tmp_path / "other").versions("alice")]
+    assert said.stdout == f"alice has 2 versions; active is {moved[1]}\n"
+    assert cope_lc("adapters", "import", file, *other, "--json").json["versions"] == moved
     assert cope_lc("adapters", "import", file, "--user", "bob", *other).code == 2
     assert cope_lc("adapters", "import", tmp_path / "none.tar", *other).code == 2
     file.write_bytes(b"no tar" * 1000)
@@ -142,6 +171,16 @@ def test_all_users_move_into_an_encrypted_store(
     assert "without encryption, and keys were given" in outcome.error
     monkeypatch.delenv("COPE_STORE_KEY_FILE")
     assert "pass its keys" in cope_lc("adapters", "list", *encrypted).error
+
+
+def test_a_new_key_is_named_after_the_highest(cope_lc: Callable, tmp_path: Path) -> None:
+    key_file = tmp_path / "keys"
+    for _ in range(3):
+        cope_lc("adapters", "new-key", key_file)
+    newest = key_file.read_text().splitlines()[0]
+    key_file.write_text(f"{newest}\n")  # the older ones destroyed
+    assert cope_lc("adapters", "new-key", key_file, "--name", "2027", "--json").json["keys"] == ["2027", "key-3"]
+    assert cope_lc("adapters", "new-key", key_file, "--json").json["keys"] == ["key-4", "2027", "key-3"]
 
 
 def test_a_peft_folder_becomes_a_users_version(
