@@ -130,9 +130,8 @@ class Closing:
         self._path = self._shortest(matcher)
         slack = self._room - len(self._path) - _SPARE - self._reserve
         self._closes = slack <= 0
-        self._next_look = self._room - max(
-            slack // max(self._reserve // 4, 4), 1
-        )  # something opens every few tokens, at most
+        most_growth = max(self._reserve // 4, 4)  # a token: what opens takes a few of them
+        self._next_look = self._room - max(slack // most_growth, 1)
 
     def narrowed(self, allowed: Tensor, matcher: Any) -> Tensor:
         """``allowed`` ``(V,)``, or once it closes those of them that lead to the end in time.
