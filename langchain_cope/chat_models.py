@@ -6,7 +6,6 @@ LangChain hands ``configurable`` to ``invoke`` and its siblings only, never to `
 """
 
 import asyncio
-import copy
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -174,7 +173,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
 
     @property
     def _serialized(self) -> dict[str, Any]:
-        found: dict[str, Any] = copy.deepcopy(dumpd(self))
+        found: dict[str, Any] = dumpd(self)
         if "user_id" in found.get("kwargs", {}):
             found["kwargs"]["user_id"] = traced_user(self.user_id, self.trace_user_id)
         return found
@@ -259,9 +258,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         Every answer that is not cut at ``max_tokens`` fits the schema, whatever the weights are. Raises ``InputError`` for a schema
         that no answer can be held to, by the keyword; the chain raises core's ``OutputParserException`` for an answer that was cut.
         """
-        if kwargs:
-            raise InputError(f"with_structured_output knows no option {', '.join(sorted(kwargs))}")
-        return structured_output(self, schema, method, include_raw)
+        return structured_output(self, schema, method, include_raw, kwargs)
 
     def bind(self, **kwargs: Any) -> "BoundChat":
         """The model with these options in every call, tools and structured output bound later included."""
@@ -519,13 +516,16 @@ class BoundChat(_ChatModelBinding):  # type: ignore[no-redef]
         return BoundChat(bound=self.bound, kwargs={**self.kwargs, **bound.kwargs}, config=self.config)
 
     def with_structured_output(
-        self, schema: Any = None, *, method: Method = "json_schema", include_raw: bool = False, **options: Any
+        self,
+        schema: Any = None,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **options: Any,
     ) -> Runnable[LanguageModelInput, Any]:
         """See `ChatCoPe.with_structured_output`."""
-        self.bound.with_structured_output(
-            schema, method=method, include_raw=include_raw, **options
-        )  # checks the options
-        return structured_output(self, schema, method, include_raw)
+        return structured_output(self, schema, method, include_raw, options)
 
 
 def _checked_user(user: str | None) -> str | None:

@@ -10,6 +10,7 @@ from langchain_core.messages.tool import tool_call_chunk
 
 from langchain_cope.engine.grammar import CALL_END
 from langchain_cope.engine.json_scan import JsonScan
+from langchain_cope.engine.text import overlap
 
 _HEAD = re.compile(r'\s*\{\s*"name":\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)":\s*(?=\{)')
 
@@ -86,7 +87,7 @@ class ReplyStream:
         while self._past_mark and self._call is not None:
             body, mark, rest = self._past_mark.partition(CALL_END)
             if not mark:
-                held = next((n for n in range(len(CALL_END) - 1, 0, -1) if body.endswith(CALL_END[:n])), 0)
+                held = overlap(body, CALL_END)
                 self._past_mark = body[len(body) - held :]
                 return found + self._call.push(body[: len(body) - held])
             found += self._call.push(body)

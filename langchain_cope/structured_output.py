@@ -1,6 +1,6 @@
 """``with_structured_output`` for ChatCoPe: answers as objects."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from operator import itemgetter
 from typing import Any, Literal
 
@@ -19,11 +19,15 @@ Method = Literal["json_schema", "function_calling", "json_mode"]
 _METHODS = ("json_schema", "function_calling", "json_mode")
 
 
-def structured_output(model: Any, schema: Any, method: str, include_raw: bool) -> Runnable[LanguageModelInput, Any]:
+def structured_output(
+    model: Any, schema: Any, method: str, include_raw: bool, unknown: Mapping[str, Any]
+) -> Runnable[LanguageModelInput, Any]:
     """``model``, a chat model or a binding of one, bound to ``schema`` and followed by what makes an object of its answer.
 
-    Raises ``InputError`` for a method that there is not, a schema that is missing or that no answer can be held to.
+    Raises ``InputError`` for ``unknown`` options, a method that there is not, and a schema that is missing or cannot be held to.
     """
+    if unknown:
+        raise InputError(f"with_structured_output knows no option {', '.join(sorted(unknown))}")
     if method not in _METHODS:
         raise InputError(f"method must be one of {', '.join(_METHODS)}, not {method!r}")
     if schema is None and method != "json_mode":

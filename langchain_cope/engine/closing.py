@@ -141,7 +141,6 @@ class Closing:
         if not self._closes:
             return allowed
         self._path = self._path or self._shortest(matcher)
-        left = self._room - len(self._path) - _SPARE
         if self._path and matcher.compute_ff_tokens():
             return self._only(allowed, self._path[:1])
         ranks = self._ranks.inside if self._place.scan.in_string else self._ranks.outside
@@ -150,6 +149,7 @@ class Closing:
         if not self._path:  # the end may come
             return lowest
         if len(tokens) > _MOST_WAYS:
+            left = self._room - len(self._path) - _SPARE
             return lowest if left >= self._reserve else self._only(allowed, self._path[:1])
         return self._only(allowed, [token for token in tokens if self._fits(matcher, token)] or self._path[:1])
 

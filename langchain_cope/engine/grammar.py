@@ -7,6 +7,7 @@ is refused when it is bound. llguidance (extra ``grammar``) does the parsing.
 import importlib.util
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from langchain_cope.errors import InputError
@@ -57,17 +58,22 @@ def closed_schema(schema: dict[str, Any]) -> str:
 
     What fits the result fits ``schema``. Raises ``InputError`` for keywords that no grammar can hold an answer to, by name.
     """
-    parser = llguidance().LLMatcher
+    if not isinstance(schema, dict):
+        raise InputError(f"a JSON schema is an object, not {type(schema).__name__}")
     try:
-        schema = json.loads(json.dumps(schema))
-        if not isinstance(schema, dict):
-            raise InputError(f"a JSON schema is an object, not {type(schema).__name__}")
-        closed = _closed(schema, closes=not _combines(schema))
+        return _closed_text(json.dumps(schema))
+    except InputError:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         what = "is nested too deep" if isinstance(error, RecursionError) else f"cannot be written as JSON: {error}"
         raise InputError(f"a JSON schema is needed, but this one {what}") from error
+
+
+@lru_cache(maxsize=256)  # a schema is bound once, and asked for in every call
+def _closed_text(schema_text: str) -> str:
+    parser = llguidance().LLMatcher
+    schema = json.loads(schema_text)
+    closed = _closed(schema, closes=not _combines(schema))
     text = json.dumps({**closed, "x-guidance": _PARSER_SETTINGS})
     refused, messages = parser.validate_grammar_with_warnings(parser.grammar_from_json_schema(text))
     if refused:

@@ -89,6 +89,11 @@ class Base:
         tokens = {token: str(self.tokenizer.convert_ids_to_tokens(token)) for token in self.special_ids - self.eos_ids}
         return frozenset(token for token, text in tokens.items() if self.reply_format.uses(text))
 
+    @cached_property
+    def hidden_ids(self) -> frozenset[int]:
+        """Tokens that are not shown: the special ones but those that mark a part of an answer."""
+        return self.special_ids - self.markers
+
     @property
     def vocabulary_size(self) -> int:
         """Entries of a row of logits."""
