@@ -5,10 +5,12 @@ only, nothing is unpacked to a disk, and no more is read at once than the manife
 """
 
 import contextlib
+import hashlib
+import hmac
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, cast
@@ -23,33 +25,49 @@ from adapter_store.checks import (
     check_user_id,
 )
 from adapter_store.entry import MAX_ENTRY_BYTES, check_format, version_from_json, version_to_json
-from adapter_store.errors import (
-    AdapterStoreError,
-    BackendError,
-    FormatVersionError,
-    InvalidAdapterError,
-    UserErasedError,
-)
+from adapter_store.errors import BackendError, FormatVersionError, InvalidAdapterError
 from adapter_store.facts import AdapterVersion, Limits, UserHead
 from adapter_store.files import read_adapter
-from adapter_store.log import ErasedSinceError
 from adapter_store.opened import Opened
-from adapter_store.publishing import CollectedError, activated, check_fences, remove_dropped, without_oldest
+from adapter_store.root import Root, keyed_hash
 from adapter_store.text import parse_json_object, shorten, to_json
 
 MANIFEST: Final = "manifest.json"
 _PIECE = 1024**2
 
 
+Origin = tuple[str, str]
+"""What tells a version in every store that it was brought to: its idempotency key, and its digest."""
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """What an archive says of its user. `store_id` and `seq`: which store it comes from, and where the log was."""
+    """What an archive says of its user. `store_id` and `seq`: which store it comes from, and where the log was.
+
+    Anybody can write that. `proof` is what only that store can make of all the rest, `proven`.
+    """
 
     store_id: str
     seq: int
     user_id: str
     active: str | None
     versions: tuple[AdapterVersion, ...]
+    proven: str
+    proof: str
+
+    def comes_from(self, root: Root) -> bool:
+        """Tell whether that store wrote it, and nobody changed it since."""
+        return self.store_id == root.store_id and hmac.compare_digest(self.proof, keyed_hash(root.pepper, self.proven))
+
+    def origin(self, version: AdapterVersion) -> Origin:
+        """Return what one of its versions is known by."""
+        return origin_of(self.store_id, version)
+
+
+def origin_of(store_id: str, version: AdapterVersion) -> Origin:
+    """Return what a version of that store is known by everywhere; without a key of its own, by where it was first."""
+    key = version.idempotency_key
+    return f"import {store_id} {version.version}" if key is None else key, version.digest
 
 
 def write_archive(
@@ -95,125 +113,16 @@ def read_archive(
     return manifest, _versions(members, manifest, limits, where)
 
 
-def import_archive(opened: Opened, file: BinaryIO, limits: Limits, where: str) -> UserHead:
-    """Put an archive's versions into the store, in one commit, and return the user's head.
-
-    Versions get new ids: files under the old ones may be somebody's to remove. Those that are there already, told by
-    their content and by their idempotency key, or by the place that they were first exported from, are left as they
-    are. The archive's active version becomes the active one where the user has none. UserErasedError where the user
-    was erased in this store after the archive was written, or ever where it comes from another store: nothing tells
-    then which of the two came first.
-    """
-    # Read to its end first: of a bad archive nothing is stored.
+def check_archive(file: BinaryIO, limits: Limits, where: str) -> Manifest:
+    """Read an archive to its end and return its manifest. InvalidAdapterError where anything in it is wrong."""
     manifest, versions = read_archive(file, limits, where)
     for _ in versions:
         pass
-    file.seek(0)
-    user_key = opened.log.user_key(manifest.user_id)
-    began = opened.log.head_or_new(user_key, manifest.user_id)
-    data_seq = _data_seq(opened, manifest, began, where)
-    key = opened.key_for(began)
-    written: list[AdapterVersion] = []
-
-    def imported(head: UserHead) -> UserHead | None:
-        check_fences(head, manifest.user_id, data_seq, began.seq)
-        there = _by_origin(opened, head)
-        new = [version for version in written if _origin(manifest.store_id, version) not in there]
-        there |= {_origin(manifest.store_id, version): version for version in new}
-        active = next((v for v in manifest.versions if v.version == manifest.active), None)
-        here = None if active is None else there.get(_origin(manifest.store_id, active))
-        return _with_imported(head, new, here, key, limits.live_versions) if new else None
-
-    try:
-        there = _by_origin(opened, began)
-        for version, files in read_archive(file, limits, where, user_key)[1]:
-            origin = _origin(manifest.store_id, version)
-            if origin not in there:
-                new_id = layout.other_version(version.version)
-                written.append(replace(version, version=new_id, idempotency_key=origin[0]))
-                opened.blobs.write(written[-1], files, key)
-        before, after = opened.log.commit(user_key, imported)
-    except (ErasedSinceError, FileNotFoundError):  # or the key is gone, of a user erased since
-        _discard(opened, written, began, key)
-        raise UserErasedError(
-            f"user {shorten(manifest.user_id)} was erased meanwhile: nothing of it is kept; destroy {where}"
-        ) from None
-    except CollectedError:
-        _discard(opened, written, began, key)
-        raise BackendError(
-            f"a garbage collection of user {shorten(manifest.user_id)} came in between: nothing was imported; repeat it"
-        ) from None
-    except BaseException:  # Ctrl-C too leaves nothing behind
-        _discard(opened, written, began, key)
-        raise
-    remove_dropped(opened, before, after)
-    listed = {version.version for version in (*before.versions, *after.versions)}
-    for version in written:
-        if version.version not in listed:  # beyond the number that is kept, or imported by another process meanwhile
-            opened.blobs.remove(version)
-    return after
-
-
-def _data_seq(opened: Opened, manifest: Manifest, began: UserHead, where: str) -> int:
-    """Return where this store's log was when the archive was written, or now for one of another store."""
-    if manifest.store_id != opened.root.store_id:
-        if began.erased_seq > 0:
-            raise UserErasedError(
-                f"user {shorten(manifest.user_id)} was erased in this store, and {where}, of another store, may be "
-                "older: nothing was imported; destroy it, and publish what the user has now"
-            )
-        return began.seq
-    if manifest.seq < began.erased_seq:
-        raise UserErasedError(
-            f"user {shorten(manifest.user_id)} was erased after {where} was written: nothing was imported; destroy it"
-        )
-    return manifest.seq
-
-
-_Origin = tuple[str, str]
-"""What tells a version in every store that it was brought to: its idempotency key, and its digest."""
-
-
-def _origin(store_id: str, version: AdapterVersion) -> _Origin:
-    key = version.idempotency_key
-    return f"import {store_id} {version.version}" if key is None else key, version.digest
-
-
-def _by_origin(opened: Opened, head: UserHead) -> dict[_Origin, AdapterVersion]:
-    return {_origin(opened.root.store_id, version): version for version in head.versions}
-
-
-def _discard(opened: Opened, written: Sequence[AdapterVersion], began: UserHead, key: str | None) -> None:
-    """Remove what was not committed. In doubt it stays: a listed version must have its files."""
-    with contextlib.suppress(AdapterStoreError):
-        head = opened.log.head_or_new(began.user_key)
-        for version in written:
-            if head.find(version.version) is None:
-                opened.blobs.remove(version)
-        if head.key != key:
-            opened.drop_unused_key(began, key)
-
-
-def _with_imported(
-    head: UserHead, new: Sequence[AdapterVersion], active: AdapterVersion | None, key: str | None, live_versions: int
-) -> UserHead:
-    # Older than what is there, so they stand before it.
-    changed = replace(
-        head,
-        user_id=new[0].user_id,
-        key=head.key or key,
-        operation="import",
-        operation_version=new[-1].version,
-        reason="",
-        versions=(*new, *head.versions),
-    )
-    if changed.active is None and active is not None:
-        changed = activated(changed, active.version)
-    return without_oldest(changed, live_versions, ())
+    return manifest
 
 
 def _manifest_json(opened: Opened, head: UserHead) -> dict[str, Any]:
-    return {
+    content = {
         "format": layout.FORMAT,
         "store": opened.root.store_id,
         "seq": head.seq,
@@ -221,17 +130,26 @@ def _manifest_json(opened: Opened, head: UserHead) -> dict[str, Any]:
         "active": head.active,
         "versions": [version_to_json(version) for version in head.versions],
     }
+    return {**content, "proof": keyed_hash(opened.root.pepper, _proven(content))}
+
+
+def _proven(content: Mapping[str, Any]) -> str:
+    # No user key is ever equal to what is made of it: user ids hold no NUL.
+    return f"\0archive {hashlib.sha256(to_json(content)).hexdigest()}"
 
 
 def _manifest(data: bytes, limits: Limits, user_key: str) -> Manifest:
     content = parse_json_object(data)
     check_format(content)
+    proof = content.pop("proof", "")  # before there were any, there was none
     store_id, seq, active = content.get("store"), content.get("seq"), content.get("active")
     user_id, rows = content.get("user_id"), content.get("versions")
     if not isinstance(store_id, str) or type(seq) is not int or not isinstance(rows, list):
         raise ValueError("it lacks the store, the place in the log or the versions")
     if not isinstance(user_id, str) or not (active is None or isinstance(active, str)):
         raise ValueError("it lacks the user, or what was active")
+    if not isinstance(proof, str) or not proof.isascii():
+        raise ValueError("its proof is not text")
     try:
         check_user_id(user_id, limits)
         versions = tuple(_checked(version_from_json(user_id, user_key, row), store_id, limits) for row in rows)
@@ -239,12 +157,12 @@ def _manifest(data: bytes, limits: Limits, user_key: str) -> Manifest:
         raise ValueError(str(error)) from None
     if len({version.version for version in versions}) != len(versions):
         raise ValueError("it lists a version twice")
-    return Manifest(store_id, seq, user_id, active, versions)
+    return Manifest(store_id, seq, user_id, active, versions, _proven(content), proof)
 
 
 def _checked(version: AdapterVersion, store_id: str, limits: Limits) -> AdapterVersion:
     """Return a version whose facts a publish would accept, or raise what that raises."""
-    check_idempotency_key(_origin(store_id, version)[0])
+    check_idempotency_key(origin_of(store_id, version)[0])
     return replace(
         version,
         base=check_base(version.base, limits),

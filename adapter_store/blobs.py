@@ -8,10 +8,10 @@ from adapter_store import layout
 from adapter_store.backend import Backend
 from adapter_store.cache import AdapterCache
 from adapter_store.errors import BackendError, IntegrityError, InvalidAdapterError
-from adapter_store.facts import AdapterVersion, Limits
+from adapter_store.facts import AdapterVersion, Limits, UserHead
 from adapter_store.parallel import each
 from adapter_store.root import Root
-from adapter_store.scratch import remove_scratch
+from adapter_store.scratch import remove_scratch, remove_scratch_everywhere, scratch_names
 from adapter_store.text import location, shorten
 from adapter_store.vault import MAX_SEALED_BYTES, OVERHEAD_BYTES
 
@@ -89,8 +89,11 @@ class Blobs:
             self._backend.delete(f"{folder}/{name}")
 
     def forget(self, user_key: str, version: str | None = None) -> None:
-        """Remove what this machine's cache and this process's temporary folders hold of a version, or of a user."""
-        remove_scratch(user_key if version is None else f"{user_key}@{version}")
+        """Remove what this machine's cache and temporary folders hold of a user, or the cache and this process of a version."""
+        if version is None:
+            remove_scratch_everywhere(f"{user_key}@")
+        else:
+            remove_scratch(f"{user_key}@{version}")
         if self._cache is not None:
             try:
                 self._cache.drop(self._store_id, user_key, version)
@@ -98,6 +101,15 @@ class Blobs:
                 raise BackendError(
                     f"a copy in {self._cache} cannot be removed ({error}): mend that, then repeat this"
                 ) from error
+
+    def forget_unlisted(self, head: UserHead) -> None:
+        """Remove what this machine keeps of a user's versions that `head` does not list."""
+        kept = {name.partition("@")[2] for name in scratch_names(f"{head.user_key}@")}
+        if self._cache is not None:
+            kept.update(self._cache.versions(self._store_id, head.user_key))
+        for version in kept:
+            if head.find(version) is None:
+                self.forget(head.user_key, version)
 
     def _holds(self, version: AdapterVersion, name: str, place: str, content: bytes) -> bool:
         try:

@@ -6,7 +6,7 @@ grace only keeps that rare, and it is measured by the storage's own clock.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +17,7 @@ from adapter_store.errors import AdapterStoreError, FormatVersionError, Integrit
 from adapter_store.facts import UserHead
 from adapter_store.log import ErasedSinceError
 from adapter_store.opened import Opened
-from adapter_store.vault import STORE
+from adapter_store.vault import OVERHEAD_BYTES, STORE, key_of
 
 
 @dataclass
@@ -61,7 +61,7 @@ def collect_user(opened: Opened, user_key: str, rules: Rules, time: float, done:
         _finish_erasure(opened, head, rules, done)
         _orphans(opened, head, rules, time, done)
         _trim(opened, user_key, rules, time, done)
-    except (IntegrityError, FormatVersionError) as error:
+    except (IntegrityError, KeyMismatchError, FormatVersionError) as error:
         done.problems.append(str(error))
 
 
@@ -82,13 +82,15 @@ def collect_unfinished(opened: Opened, rules: Rules, time: float, done: Collecte
 def collect_cache(opened: Opened, cache: AdapterCache, rules: Rules, done: Collected) -> None:
     """Remove from this machine's cache what is no longer listed."""
     for user_key in cache.users(opened.root.store_id):
-        with suppress(IntegrityError, FormatVersionError):
+        with suppress(IntegrityError, KeyMismatchError, FormatVersionError):
             head = opened.log.head(user_key)
             for version in cache.versions(opened.root.store_id, user_key):
                 if head is None or head.find(version) is None:
                     done.cached_versions += 1
                     if not rules.dry_run:
                         opened.blobs.forget(user_key, version)
+    if not rules.dry_run:
+        cache.evict()  # what was removed by processes that were killed meanwhile
 
 
 def rotate_pepper(opened: Opened, problems: list[AdapterStoreError]) -> int:
@@ -119,8 +121,10 @@ def _finish_erasure(opened: Opened, head: UserHead, rules: Rules, done: Collecte
             done.entries += 1
             if not rules.dry_run:
                 opened.log.remove(head.user_key, seq)
-    if opened.root.vault is not None and head.erased_seq and not rules.dry_run:
-        done.keys += opened.root.vault.shred(head.user_key, before_seq=head.erased_seq)
+    if opened.root.vault is not None and head.erased_seq:
+        done.keys += len(opened.root.vault.made_before(head.user_key, head.erased_seq))
+        if not rules.dry_run:
+            opened.root.vault.shred(head.user_key, head.erased_seq)
 
 
 def _orphans(opened: Opened, head: UserHead, rules: Rules, time: float, done: Collected) -> None:
@@ -131,24 +135,51 @@ def _orphans(opened: Opened, head: UserHead, rules: Rules, time: float, done: Co
         for version, size, newest in _unlisted(opened.backend, head)
         if newest is None or newest <= time - grace
     }
-    if not sizes:
+    removed, keys = set(sizes), _unused_keys(opened, head, set(sizes), time - grace)
+    if not removed and not keys:
         return
-    removed = set(sizes)
 
     def collected(current: UserHead) -> UserHead | None:
         removed.difference_update(version.version for version in current.versions)
-        if not removed:
+        if not removed and not keys:
             return None
         return replace(current, operation="collect", operation_version="", reason="", collected_seq=current.seq + 1)
 
     if not rules.dry_run:
         with suppress(ErasedSinceError):
-            opened.log.commit(head.user_key, collected)
+            _, head = opened.log.commit(head.user_key, collected)
+        keys &= _unused_keys(opened, head, removed, time - grace)  # of those a publisher may have used one meanwhile
+    _remove_keys(opened, head.user_key, keys, rules, done)
     for version in sorted(removed):
         done.versions += 1
         done.version_bytes += sizes[version]
         if not rules.dry_run:
             opened.blobs.remove_folder(head.user_key, version)
+
+
+def _unused_keys(opened: Opened, head: UserHead, removed: Set[str], time: float) -> set[str]:
+    """Return the keys written until `time` that neither entries nor files, but of `removed` versions, are sealed with."""
+    if opened.root.vault is None:
+        return set()
+    unused = set(opened.root.vault.written_until(head.user_key, time)) - {head.key}
+    if not unused:  # almost always
+        return unused
+    for version in opened.backend.list_folder(layout.versions_folder(head.user_key)):
+        folder = layout.version_folder(head.user_key, version)
+        for name in opened.backend.list_folder(folder) if version not in removed else []:
+            with suppress(FileNotFoundError):
+                try:
+                    unused.discard(key_of(opened.backend.get(f"{folder}/{name}", OVERHEAD_BYTES)))
+                except ValueError:  # damaged: nobody knows what opens it
+                    return set()
+    return unused
+
+
+def _remove_keys(opened: Opened, user_key: str, keys: Set[str], rules: Rules, done: Collected) -> None:
+    done.keys += len(keys)
+    if opened.root.vault is not None and not rules.dry_run:
+        for key in keys:
+            opened.root.vault.remove(user_key, key)
 
 
 def _unlisted(backend: Backend, head: UserHead) -> Iterator[tuple[str, int, float | None]]:

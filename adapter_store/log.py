@@ -87,15 +87,14 @@ class Log:
             seq = self._newest(user_key)
             if seq is None:
                 return None
-            while self._stat(user_key, seq + 1) is not None:  # put since, or missed by a listing that is not one moment
-                seq += 1
             own = self._stat(user_key, seq)  # before it is read: of another one put in between the mark does not fit
             try:
                 head = self.entry(user_key, seq)
             except FileNotFoundError:  # erased since
                 continue
-            self._remember(head, own)
-            return head
+            if self._was_listed(user_key, seq):
+                self._remember(head, own)
+                return head
         raise self._damaged(user_key, seq or 0, "it is listed, but it or its key is not there")
 
     def head_or_new(self, user_key: str, user_id: str = "") -> UserHead:
@@ -181,16 +180,16 @@ class Log:
         """Remove one entry; of several the lowest first."""
         self._backend.delete(layout.entry_key(user_key, seq))
 
-    def user_keys(self, after: str = "") -> Iterator[str]:
-        """Yield the keys of all users with a folder, in ascending order, those up to `after` left out."""
-        for first in self._names_from(layout.USERS, after[:2]):
-            seconds = self._names_from(f"{layout.USERS}/{first}", after[2:4] if first == after[:2] else "")
-            folders = [f"{layout.USERS}/{first}/{second}" for second in seconds]
+    def user_keys(self, after: str = "", top: str = layout.USERS) -> Iterator[str]:
+        """Yield the keys of all users with a folder below `top`, in ascending order, those up to `after` left out."""
+        for first in self._names_from(top, after[:2]):
+            seconds = self._names_from(f"{top}/{first}", after[2:4] if first == after[:2] else "")
+            folders = [f"{top}/{first}/{second}" for second in seconds]
             for start in range(0, len(folders), _LISTED_AT_ONCE):
                 listed = folders[start : start + _LISTED_AT_ONCE]
                 for folder, names in zip(listed, each(self._backend, self._backend.list_folder, listed), strict=True):
                     for name in names[bisect_right(names, after) :]:
-                        if layout.is_sha256(name) and f"{layout.USERS}/{name[:2]}/{name[2:4]}" == folder:
+                        if layout.is_sha256(name) and f"{top}/{name[:2]}/{name[2:4]}" == folder:
                             yield name
 
     def _names_from(self, folder: str, least: str) -> list[str]:
@@ -202,6 +201,13 @@ class Log:
     def _newest(self, user_key: str) -> int | None:
         names = self._backend.list_folder(layout.log_folder(user_key))
         return next((seq for name in reversed(names) if (seq := layout.number_of(name)) is not None), None)
+
+    def _was_listed(self, user_key: str, seq: int) -> bool:
+        """Tell whether the entry just read is the one that a listing called the newest, and not one put there late.
+
+        Entries go in ascending order: while the one before is there, so is the one that was listed.
+        """
+        return (seq > 1 and self._stat(user_key, seq - 1) is not None) or self._newest(user_key) == seq
 
     def _remember(self, head: UserHead, file: StoredFile | None) -> None:
         if file is None:

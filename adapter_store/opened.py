@@ -1,10 +1,13 @@
 """An opened store: the parts that its operations work on."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import merge
 
 from adapter_store.backend import Backend
 from adapter_store.blobs import Blobs
 from adapter_store.facts import UserHead
+from adapter_store.layout import KEYS
 from adapter_store.log import Log
 from adapter_store.root import Root
 
@@ -17,6 +20,17 @@ class Opened:
     root: Root
     log: Log
     blobs: Blobs
+
+    def user_keys(self) -> Iterator[str]:
+        """Yield the keys of all users of whom there is anything, in ascending order."""
+        if self.root.vault is None:
+            yield from self.log.user_keys()
+            return
+        last = ""
+        for user_key in merge(self.log.user_keys(), self.log.user_keys(top=KEYS)):
+            if user_key != last:
+                yield user_key
+            last = user_key
 
     def key_for(self, head: UserHead) -> str | None:
         """Return the encryption key that a user's next things are sealed with, made where there is none yet."""

@@ -1,7 +1,7 @@
 """A publish, step by step: data first, entry last; and the files of versions that are not listed (any more) removed."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from adapter_store import layout
@@ -11,7 +11,8 @@ from adapter_store.log import ErasedSinceError
 from adapter_store.opened import Opened
 from adapter_store.text import shorten, value_or_none
 
-_MAX_TRIES = 30
+MAX_TRIES = 30
+"""How often what was collected as garbage in the middle is written anew."""
 
 
 class CollectedError(Exception):
@@ -115,7 +116,7 @@ def _way_back(head: UserHead, listed: set[str]) -> tuple[str, ...]:
 
 def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, bytes], terms: Terms) -> AdapterVersion:
     """Write the files, commit the version, and return what is published: `version`, or the earlier one of the same job."""
-    for _ in range(_MAX_TRIES):
+    for _ in range(MAX_TRIES):
         began = opened.log.head_or_new(version.user_key, version.user_id)
         if terms.data_seq is None:
             terms = replace(terms, data_seq=began.seq)  # for all tries: an erasure between two of them counts
@@ -135,19 +136,19 @@ def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, by
             written = True
             before, after = opened.log.commit(version.user_key, change, known=began)
         except (CollectedError, FileNotFoundError):  # the files may be gone; or the key is, of a user erased since
-            _discard(opened, version, began, key)
+            discard(opened, [version], began, key)
             version = replace(version, version=layout.new_version(version.created_at))
             continue
         except ErasedSinceError:
-            _discard(opened, version, began, key)
+            discard(opened, [version], began, key)
             raise erased_error(version.user_id) from None
         except BaseException as error:  # Ctrl-C too
             # An entry whose put was not answered may land yet, and needs its files: gc removes them where it does not.
-            if not written or not _may_land(error):
-                _discard(opened, version, began, key)
+            if not written or not may_land(error):
+                discard(opened, [version], began, key)
             raise
         if after.find(version.version) is None:
-            _discard(opened, version, began, key)
+            discard(opened, [version], began, key)
         # The publish is done, whatever becomes of the files of a version that it dropped.
         with contextlib.suppress(BackendError):
             remove_dropped(opened, before, after)
@@ -155,7 +156,7 @@ def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, by
     earlier = _published_before(began, version)
     if earlier is None:
         raise PublishConflictError(
-            f"what was written for user {shorten(version.user_id)} was collected as garbage {_MAX_TRIES} times: "
+            f"what was written for user {shorten(version.user_id)} was collected as garbage {MAX_TRIES} times: "
             "nothing was published; let gc run less often, and try again"
         )
     return earlier
@@ -177,16 +178,21 @@ def _published_before(head: UserHead, version: AdapterVersion) -> AdapterVersion
     return next((live for live in same if live.version != version.version), None)
 
 
-def _may_land(error: BaseException) -> bool:
+def may_land(error: BaseException) -> bool:
     """Tell whether the entry may land after this error of its commit."""
     return not error.refused if isinstance(error, BackendError) else not isinstance(error, Exception)
 
 
-def _discard(opened: Opened, version: AdapterVersion, began: UserHead, key: str | None) -> None:
-    """Remove the files of a version that was not committed. In doubt they stay: a listed version must have its files."""
+def discard(opened: Opened, versions: Iterable[AdapterVersion], began: UserHead, key: str | None) -> None:
+    """Remove the files of those versions that were not committed, and their key where no other is sealed with it.
+
+    In doubt they stay: a listed version must have its files.
+    """
     with contextlib.suppress(AdapterStoreError):
-        head = opened.log.head_or_new(version.user_key)
-        if head.find(version.version) is None:
-            opened.blobs.remove(version)
-            if head.key != key:
-                opened.drop_unused_key(began, key)
+        head = opened.log.head_or_new(began.user_key)
+        listed = [version for version in versions if head.find(version.version) is not None]
+        for version in versions:
+            if version not in listed:
+                opened.blobs.remove(version)
+        if not listed and head.key != key:
+            opened.drop_unused_key(began, key)

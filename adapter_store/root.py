@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from adapter_store.entry import check_format
 from adapter_store.errors import FormatVersionError, IntegrityError, KeyMismatchError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adapter_store.backend import Backend
     from adapter_store.keys import KeyProvider
 
+MIN_PEPPER_BYTES: Final = 16
 _MAX_ROOT_BYTES = 64 * 1024
 # No user key is ever equal to it: user ids hold no NUL.
 _CHECKED_TEXT = "\0adapter_store check value"

@@ -7,6 +7,7 @@ What a killed process left is removed by the next one: each locks its folder for
 import atexit
 import contextlib
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,10 +45,24 @@ def write_scratch(name: str, files: Mapping[str, bytes]) -> Path:
     return folder
 
 
+def scratch_names(prefix: str) -> list[str]:
+    """Return the names of this process's folders that begin so."""
+    root = _folders.get(os.getpid())
+    return [] if root is None else [folder.name for folder in root.glob(f"{prefix}*")]
+
+
 def remove_scratch(name: str) -> None:
-    """Remove the folder of that name, and of all versions where it is a user's key, if this process wrote them."""
+    """Remove this process's folder of that name."""
     if (root := _folders.get(os.getpid())) is not None:
-        for folder in root.glob(f"{name}*"):
+        remove_tree(root / name, ignore_errors=True)
+
+
+def remove_scratch_everywhere(prefix: str) -> None:
+    """Remove all folders whose names begin so, of every process of this user with the same temporary folder."""
+    import tempfile  # slow to import, and rarely needed
+
+    for root in [*_ours(Path(tempfile.gettempdir())), *_folders.values()]:
+        for folder in root.glob(f"{prefix}*"):
             remove_tree(folder, ignore_errors=True)
 
 
@@ -95,11 +110,22 @@ def _hold(folder: Path) -> bool:
 def _remove_abandoned(temporary: Path) -> None:
     from filelock import FileLock, Timeout
 
-    for folder in temporary.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError, Timeout):  # another user's, or one whose process lives
+    for folder in _ours(temporary):
+        with contextlib.suppress(OSError, Timeout):  # one whose process lives
             if (folder / _LOCK).exists():
                 with FileLock(folder / _LOCK, timeout=0):
                     remove_tree(folder, ignore_errors=True)
+
+
+def _ours(temporary: Path) -> list[Path]:
+    """Return the folders of all processes of this user; what others put there under such a name is not touched."""
+    found = []
+    for folder in temporary.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                found.append(folder)
+    return found
 
 
 def _remove_all(process: int) -> None:

@@ -8,7 +8,8 @@ of threads and processes may use the same store. Calls block; asynchronous calle
 
 import os
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -36,9 +37,12 @@ from adapter_store.erasing import erase
 from adapter_store.errors import (
     AdapterNotFoundError,
     AdapterStoreError,
+    BackendError,
     BaseModelMismatchError,
+    FormatVersionError,
     IntegrityError,
     InvalidAdapterError,
+    KeyMismatchError,
     PublishConflictError,
 )
 from adapter_store.facts import (
@@ -59,7 +63,7 @@ from adapter_store.opened import Opened
 from adapter_store.parallel import each, is_near
 from adapter_store.probing import probe_put_if_absent
 from adapter_store.publishing import Terms, activated, publish_version, remove_dropped, without
-from adapter_store.root import Root, make_root, open_root
+from adapter_store.root import MIN_PEPPER_BYTES, Root, make_root, open_root
 from adapter_store.scratch import write_scratch
 from adapter_store.text import location, shorten, value_or_none, without_secrets
 from adapter_store.verifying import UserReport, Verified, verify_user
@@ -67,6 +71,7 @@ from adapter_store.verifying import UserReport, Verified, verify_user
 _NOTHING: Mapping[str, Any] = {}
 _ROOT_TRUST_SECONDS = 60.0  # on remote storage; it changes only where a store is removed and made anew
 _ENTRIES_KEPT = 100
+_MAX_EXPORTS = 10
 
 
 class _Known(NamedTuple):
@@ -97,8 +102,8 @@ class AdapterStore:
         cache: str | os.PathLike[str] | AdapterCache | None = None,
         limits: Limits | None = None,
     ) -> None:
-        if pepper is not None and (not isinstance(pepper, bytes) or len(pepper) < 16):
-            raise ValueError("pepper must be at least 16 random bytes, such as os.urandom(32)")
+        if pepper is not None and (not isinstance(pepper, bytes) or len(pepper) < MIN_PEPPER_BYTES):
+            raise ValueError(f"pepper must be at least {MIN_PEPPER_BYTES} random bytes, such as os.urandom(32)")
         if keys is not None and not isinstance(keys, KeyProvider):
             raise TypeError(f"keys is {shorten(keys)}, expected a KeyProvider such as EnvironmentKeys or FileKeys")
         self._backend = open_backend(place)
@@ -312,10 +317,18 @@ class AdapterStore:
                 )
         return found
 
-    def list_users(self, cursor: str | None = None, limit: int = 1000) -> tuple[list[UserHead], str | None]:
+    def list_users(
+        self,
+        cursor: str | None = None,
+        limit: int = 1000,
+        *,
+        on_problem: Callable[[AdapterStoreError], None] | None = None,
+    ) -> tuple[list[UserHead], str | None]:
         """Return up to `limit` users in the order of their keys, and the cursor of the next page, None on the last.
 
-        A user whose versions were all deleted is listed without versions, an erased one is not listed.
+        A user whose versions were all deleted is listed without versions, an erased one is not listed. `on_problem` is
+        called with what is wrong with a user that cannot be read; without it, that is raised: IntegrityError,
+        KeyMismatchError or FormatVersionError.
         """
         if cursor is not None and not (isinstance(cursor, str) and layout.is_sha256(cursor)):
             raise InvalidAdapterError(f"cursor {shorten(cursor)} comes from no listing: pass the one returned, or None")
@@ -326,8 +339,14 @@ class AdapterStore:
             return [], None
         keys = list(islice(opened.log.user_keys(cursor or ""), limit + 1))
         # A folder without an entry is a first publish under way: not a user yet.
-        found = each(self._backend, opened.log.head, keys[:limit])
-        heads = [head for head in found if head is not None and not head.is_erased]
+        found = each(self._backend, partial(_head_or_problem, opened), keys[:limit])
+        heads = []
+        for head in found:
+            with _passed_over(on_problem):
+                if isinstance(head, AdapterStoreError):
+                    raise head
+                if head is not None and not head.is_erased:
+                    heads.append(head)
         return heads, keys[limit - 1] if len(keys) > limit else None
 
     # ── change ──
@@ -446,7 +465,7 @@ class AdapterStore:
         if min(rules.grace, rules.entry_age) < 0:
             raise InvalidAdapterError("a grace below zero would remove what is being written: give at least 0")
         storage_time = collecting.storage_time(self._backend)
-        for user_key in opened.log.user_keys():
+        for user_key in opened.user_keys():
             collecting.collect_user(opened, user_key, rules, storage_time, done)
             if on_user is not None:
                 on_user(done.users)
@@ -466,7 +485,7 @@ class AdapterStore:
             return 0
         problems: list[AdapterStoreError] = []
         rewrapped = collecting.rotate_pepper(opened, problems)
-        for number, user_key in enumerate(opened.log.user_keys(), 1):
+        for number, user_key in enumerate(opened.log.user_keys(top=layout.KEYS), 1):
             rewrapped += collecting.rotate_user_keys(opened, user_key, problems)
             if on_user is not None:
                 on_user(number)
@@ -495,53 +514,63 @@ class AdapterStore:
         damaged, BackendError where the file is there already or cannot be written.
         """
         check_user_id(user_id, self._limits)
-        opened = self._open()
-        head = opened.log.head(opened.log.user_key(user_id)) if opened else None
-        if opened is None or head is None or not head.versions:
-            raise self._not_found(user_id, None, head)
         from adapter_store import archive  # tar is slow to import, and few need it
 
-        path = local_path(file)
-        try:
-            archive.write_archive(opened, head, path, self.fetch)
-        except AdapterNotFoundError:
-            raise PublishConflictError(
-                f"a version of user {shorten(user_id)} was deleted while it was exported: nothing was written; try again"
-            ) from None
-        return path
+        path, opened = local_path(file), self._open()
+        for _ in range(_MAX_EXPORTS):
+            head = opened.log.head(opened.log.user_key(user_id)) if opened else None
+            if opened is None or head is None or not head.versions:
+                raise self._not_found(user_id, None, head)
+            with suppress(AdapterNotFoundError):  # a version was deleted meanwhile
+                archive.write_archive(opened, head, path, self.fetch)
+                return path
+        raise PublishConflictError(
+            f"versions of user {shorten(user_id)} were deleted each of {_MAX_EXPORTS} times that it was exported: "
+            "nothing was written; try again"
+        )
 
     def import_user(self, file: str | os.PathLike[str]) -> UserHead:
         """Read a user from a tar file that `export_user` wrote, of this store or of another, and return the user's head.
 
         Versions get new ids, and an idempotency key where they had none, so that a repeated import finds them: those that
-        are there already are left as they are. Nothing or everything is imported.
-        InvalidAdapterError where the file is not such an archive. UserErasedError where the user was erased in this
-        store after it was written; of an archive of another store nobody knows, so one erasure ever is enough.
+        are there already are left as they are, and those beyond `Limits.live_versions` stay away. All is imported or
+        nothing. InvalidAdapterError where the file is not such an archive. UserErasedError where the user was erased in
+        this store after it was written; of an archive that this store did not write nobody knows, so one erasure ever is
+        enough.
         """
-        from adapter_store import archive
+        from adapter_store import archive, importing
 
         path = local_path(file)
         try:
             with path.open("rb") as opened_file:
-                archive.read_archive(opened_file, self._limits, str(path))
-                opened_file.seek(0)
-                return archive.import_archive(self._open_to_write(), opened_file, self._limits, str(path))
+                manifest = archive.check_archive(opened_file, self._limits, str(path))
+                opened = self._open_to_write()
+                return importing.import_archive(opened, opened_file, manifest, self._limits, str(path))
         except OSError as error:
             raise InvalidAdapterError(f"cannot read {path} ({error.strerror or error}): name an archive") from error
 
-    def export_users(self, folder: str | os.PathLike[str], *, on_user: Callable[[int], None] | None = None) -> int:
+    def export_users(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        on_user: Callable[[int], None] | None = None,
+        on_problem: Callable[[AdapterStoreError], None] | None = None,
+    ) -> int:
         """Write every user as a tar file of a folder and return how many were written.
 
         Users with a file there already are passed over, so that an export that was interrupted goes on where it was.
-        `on_user` is called with the number written so far. Raises what `export_user` raises.
+        `on_user` is called with the number written so far, `on_problem` with why a user could not be exported; without
+        it, that is raised. Raises what `export_user` raises.
         """
         path, count = local_path(folder), 0
         cursor: str | None = None
         while True:
-            heads, cursor = self.list_users(cursor)
+            heads, cursor = self.list_users(cursor, on_problem=on_problem)
             for head in heads:
                 target = path / f"{head.user_key}.tar"
-                if head.versions and not target.exists():
+                if not head.versions or target.exists():
+                    continue
+                with suppress(AdapterNotFoundError), _passed_over(on_problem):  # deleted or erased since it was listed
                     self.export_user(head.user_id, target)
                     count += 1
                     if on_user is not None:
@@ -549,13 +578,25 @@ class AdapterStore:
             if cursor is None:
                 return count
 
-    def import_users(self, folder: str | os.PathLike[str], *, on_user: Callable[[int], None] | None = None) -> int:
-        """Read every tar file of a folder that `export_users` wrote and return how many those are; safe to repeat."""
+    def import_users(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        on_user: Callable[[int], None] | None = None,
+        on_problem: Callable[[AdapterStoreError], None] | None = None,
+    ) -> int:
+        """Read every tar file of a folder that `export_users` wrote; return how many could be imported. Safe to repeat.
+
+        `on_user` is called with their number so far, `on_problem` with why a file could not be imported; without it,
+        that is raised. Raises what `import_user` raises.
+        """
         count = 0
-        for count, file in enumerate(sorted(local_path(folder).glob("*.tar")), 1):
-            self.import_user(file)
-            if on_user is not None:
-                on_user(count)
+        for file in sorted(local_path(folder).glob("*.tar")):
+            with _passed_over(on_problem):
+                self.import_user(file)
+                count += 1
+                if on_user is not None:
+                    on_user(count)
         return count
 
     # ── inside ──
@@ -608,9 +649,13 @@ class AdapterStore:
         opened = self._open()
         if opened is None:
             return None
-        head = opened.log.head(opened.log.user_key(user_id))
-        if head is not None and head.is_erased:
-            opened.blobs.forget(head.user_key)
+        return self._purged(opened, opened.log.head(opened.log.user_key(user_id)))
+
+    @staticmethod
+    def _purged(opened: Opened, head: UserHead | None) -> UserHead | None:
+        """Return `head`, once this machine keeps nothing from before an erasure, of whatever machine, that it tells of."""
+        if head is not None and head.erased_seq:
+            opened.blobs.forget_unlisted(head)
         return head
 
     def _change(
@@ -636,10 +681,10 @@ class AdapterStore:
 
     def _check_listed(self, opened: Opened, version: AdapterVersion) -> None:
         """Raise AdapterNotFoundError unless a version is live now; this machine's copies of one that is not are removed."""
-        head = opened.log.head(version.user_key)
+        head = self._purged(opened, opened.log.head(version.user_key))
         found = None if head is None else head.find(version.version)
         if found is None or found.files != version.files:
-            opened.blobs.forget(version.user_key, None if head is None or head.is_erased else version.version)
+            opened.blobs.forget(version.user_key, None if head is None else version.version)
             raise self._not_found(version.user_id, version.version, head)
 
     def _live(self, user_id: str, version: str | None, head: UserHead | None) -> AdapterVersion:
@@ -673,6 +718,26 @@ class AdapterStore:
             if name
             else f"the key that {where} is encrypted with is missing; restore it from a backup, or publish again"
         )
+
+
+@contextmanager
+def _passed_over(on_problem: Callable[[AdapterStoreError], None] | None) -> Iterator[None]:
+    """Give `on_problem`, where there is one, what is wrong with one user; storage that fails, fails for all."""
+    try:
+        yield
+    except (BackendError, AdapterNotFoundError):
+        raise
+    except AdapterStoreError as error:
+        if on_problem is None:
+            raise
+        on_problem(error)
+
+
+def _head_or_problem(opened: Opened, user_key: str) -> UserHead | AdapterStoreError | None:
+    try:
+        return opened.log.head(user_key)
+    except (IntegrityError, KeyMismatchError, FormatVersionError) as error:
+        return error
 
 
 def _entry_or_none(opened: Opened, user_key: str, seq: int) -> UserHead | None:

@@ -97,18 +97,32 @@ class Vault:
         for number in self._numbers(user_key, key):
             self._backend.delete(f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(number)}")
 
-    def shred(self, user_key: str, before_seq: int) -> int:
-        """Shred a user's keys that were made before that place in the log, damaged ones too; return how many."""
-        shredded = 0
+    def shred(self, user_key: str, before_seq: int) -> None:
+        """Shred a user's keys that were made before that place in the log, damaged ones too."""
+        for key in self.made_before(user_key, before_seq):
+            self.remove(user_key, key)
+
+    def made_before(self, user_key: str, before_seq: int) -> list[str]:
+        """Return a user's keys that were made before that place in the log, and damaged ones."""
+        found = []
         for key in self._ids(user_key):
             try:
                 since_seq = self._newest(user_key, key).since_seq
             except (FileNotFoundError, IntegrityError):
                 since_seq = 0
             if since_seq < before_seq:
-                self.remove(user_key, key)
-                shredded += 1
-        return shredded
+                found.append(key)
+        return found
+
+    def written_until(self, user_key: str, time: float) -> list[str]:
+        """Return a user's keys that were written last at that time of the storage's clock, or before."""
+        found = []
+        for key in self._ids(user_key):
+            folder = f"{layout.keys_folder(user_key)}/{key}"
+            files = [self._backend.stat(f"{folder}/{layout.numbered(n)}") for n in self._numbers(user_key, key)]
+            if all(file is None or file.modified <= time for file in files):
+                found.append(key)
+        return found
 
     def rewrap(self, user_key: str, problems: list[AdapterStoreError], keys: Sequence[str] | None = None) -> int:
         """Wrap a user's keys (or only `keys`) with the newest master key where they are not yet; return how many.

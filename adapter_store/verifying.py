@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from adapter_store import layout
-from adapter_store.errors import FormatVersionError, IntegrityError, InvalidAdapterError
+from adapter_store.errors import FormatVersionError, IntegrityError, InvalidAdapterError, KeyMismatchError
 from adapter_store.facts import UserHead
 from adapter_store.opened import Opened
 
@@ -53,12 +53,12 @@ class Verified:
 
 
 def verify_user(opened: Opened, user_key: str) -> UserReport:
-    """Check one user. Damage is reported, not raised; BackendError and KeyMismatchError come through."""
+    """Check one user. Damage is reported, not raised; BackendError comes through."""
     problems: list[str] = []
     head = None
     try:
         head = opened.log.head(user_key)
-    except (IntegrityError, FormatVersionError) as error:
+    except (IntegrityError, KeyMismatchError, FormatVersionError) as error:
         problems.append(str(error))
     seqs = opened.log.seqs(user_key)
     if head is not None:
@@ -87,7 +87,7 @@ def _entry_problems(opened: Opened, head: UserHead, seqs: list[int]) -> list[str
             opened.log.entry(head.user_key, seq)
         except FileNotFoundError:
             continue  # trimmed or erased meanwhile
-        except (IntegrityError, FormatVersionError) as error:
+        except (IntegrityError, KeyMismatchError, FormatVersionError) as error:
             problems.append(str(error))
     kept = [seq for seq in seqs if head.erased_seq <= seq <= head.seq]
     if kept and kept != list(range(kept[0], kept[0] + len(kept))):
@@ -106,6 +106,6 @@ def _file_problems(opened: Opened, head: UserHead) -> list[str]:
                 problems.append(
                     f"a file, or the key, of version {version.version} is missing: restore it from a backup"
                 )
-        except (IntegrityError, InvalidAdapterError) as error:
+        except (IntegrityError, KeyMismatchError, InvalidAdapterError) as error:
             problems.append(str(error))
     return problems

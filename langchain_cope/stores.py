@@ -14,6 +14,7 @@ from platformdirs import user_data_path
 
 from adapter_store import AdapterStore
 from adapter_store.errors import KeyMismatchError
+from adapter_store.root import MIN_PEPPER_BYTES
 
 _SETTINGS = ("COPE_STORE_KEY_FILE", "COPE_STORE_KEYS", "COPE_STORE_PEPPER", "COPE_STORE_CACHE")
 
@@ -40,13 +41,20 @@ def _opened(place: str, key_file: str | None, keys: str | None, pepper: str | No
     from adapter_store.keys import EnvironmentKeys, FileKeys
 
     provider = FileKeys(key_file) if key_file else EnvironmentKeys("COPE_STORE_KEYS") if keys else None
+    return AdapterStore(place, pepper=None if pepper is None else _pepper(pepper), keys=provider, cache=cache)
+
+
+def _pepper(text: str) -> bytes:
     try:
-        secret = None if pepper is None else bytes.fromhex(pepper)
-        return AdapterStore(place, pepper=secret, keys=provider, cache=cache)
-    except ValueError as error:
+        pepper = bytes.fromhex(text)
+    except ValueError:  # what it says may hold the secret
+        pepper = b""
+    if len(pepper) < MIN_PEPPER_BYTES:
         raise KeyMismatchError(
-            f"the environment's COPE_STORE_PEPPER cannot be used ({error}): give it in hexadecimal"
-        ) from None
+            "the environment's COPE_STORE_PEPPER cannot be used: give it in hexadecimal, "
+            f"at least {MIN_PEPPER_BYTES} random bytes"
+        )
+    return pepper
 
 
 def default_folder() -> Path:

@@ -30,21 +30,37 @@ def list_users(
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """List the users of a store, page by page."""
-    from cope_lc.screen import cell, console, say, table
-    from cope_lc.text import name_of, print_json
+    """List the users of a store, page by page.
+
+    Exit code 1 where some cannot be read; all others are listed.
+    """
+    from cope_lc.text import print_json
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
-    heads, following = opened.list_users(cursor, limit=limit)
+    problems: list[str] = []
+    heads, following = opened.list_users(cursor, limit=limit, on_problem=lambda error: problems.append(str(error)))
     heads = sorted(heads, key=lambda head: head.user_id)
     if as_json:
         page = {"next": following} if following else {}
-        print_json({"store": opened.url, "users": [_head_facts(head) for head in heads], **page})
-        return
+        users = [_head_facts(head) for head in heads]
+        print_json({"store": opened.url, "users": users, "problems": problems, **page})
+    else:
+        _show_page(opened, heads, following, problems, is_whole=cursor is None and following is None)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _show_page(
+    store: "AdapterStore", heads: list["UserHead"], following: str | None, problems: list[str], is_whole: bool
+) -> None:
+    from cope_lc.screen import cell, console, say, say_passed_over, table
+    from cope_lc.text import name_of
+
     out = console()
-    if not heads and following is None:
-        say(out, f"no users in {place_of(opened)}; add one with: cope-lc personalize FILE --user ID", whole=True)
+    say_passed_over(problems)
+    if not heads and is_whole and not problems:
+        say(out, f"no users in {place_of(store)}; add one with: cope-lc personalize FILE --user ID", whole=True)
         return
     rows = table(
         "user", "active version", "versions", "updated", right=("versions",), whole=("active version", "updated")
@@ -54,7 +70,7 @@ def list_users(
         rows.add_row(cell(name_of(head.user_id)), head.active or "none", count, local_time(head.updated_at))
     out.print(rows)
     count = f"{len(heads)} user{'s' if len(heads) != 1 else ''}"
-    where = f"{'of those ' if following or cursor else ''}in {place_of(opened)}"
+    where = f"{'' if is_whole else 'of those '}in {place_of(store)}"
     say(out, f"\n{count} {where}", "dim", whole=True)
     if following is not None:
         say(out, f"more: cope-lc adapters list --cursor {following}", whole=True)

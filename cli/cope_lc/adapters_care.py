@@ -68,7 +68,7 @@ def gc(
     hundred, and copies of deleted versions in the cache. Nothing that is listed is touched.
     """
     from cope_lc.progress import counted
-    from cope_lc.screen import console, say
+    from cope_lc.screen import say_passed_over
     from cope_lc.text import print_json
     from langchain_cope.stores import open_store
 
@@ -78,9 +78,7 @@ def gc(
     if as_json:
         print_json({"store": opened.url, "dry_run": dry_run, **asdict(done)})
     else:
-        out = console()
-        for problem in done.problems:
-            say(out, f"passed over: {problem}", "yellow")
+        say_passed_over(done.problems)
         print(
             f"{'would remove' if dry_run else 'removed'} {done.versions} unlisted versions "
             f"({done.version_bytes / 1e6:.1f} MB), {done.entries} log entries, {done.keys} keys, "

@@ -61,19 +61,25 @@ def export_all(
 ) -> None:
     """Write every user as a file of a folder.
 
-    What is there already is passed over, so that an interrupted export goes on.
+    What is there already is passed over, so that an interrupted export goes on. Exit code 1 where some users cannot be
+    written; all others are.
     """
     from cope_lc.progress import counted
+    from cope_lc.screen import say_passed_over
     from cope_lc.text import clean, print_json
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
+    problems: list[str] = []
     with counted("users exported") as count:
-        number = opened.export_users(folder, on_user=count)
+        number = opened.export_users(folder, on_user=count, on_problem=lambda error: problems.append(str(error)))
     if as_json:
-        print_json({"folder": str(folder), "users": number})
+        print_json({"folder": str(folder), "users": number, "problems": problems})
     else:
+        say_passed_over(problems)
         print(f"{number} user{'s' if number != 1 else ''} written to {clean(str(folder))}; they are not encrypted")
+    if problems:
+        raise typer.Exit(1)
 
 
 def import_one(
@@ -115,21 +121,27 @@ def import_all(
 ) -> None:
     """Bring in every user of such a folder.
 
-    Safe to repeat. So a store moves elsewhere, or becomes an encrypted one. A user who was erased here is refused.
+    Safe to repeat. So a store moves elsewhere, or becomes an encrypted one. A user who was erased here is refused; all
+    others are brought in, and the exit code is 1.
     """
     from cope_lc.progress import counted
+    from cope_lc.screen import say_passed_over
     from cope_lc.text import print_json
     from langchain_cope.stores import open_store
 
     if not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no folder: name one that export-all wrote", param_hint="FOLDER")
     opened = open_store(store)
+    problems: list[str] = []
     with counted("users imported") as count:
-        number = opened.import_users(folder, on_user=count)
+        number = opened.import_users(folder, on_user=count, on_problem=lambda error: problems.append(str(error)))
     if as_json:
-        print_json({"store": opened.url, "users": number})
+        print_json({"store": opened.url, "users": number, "problems": problems})
     else:
+        say_passed_over(problems)
         print(f"{number} user{'s' if number != 1 else ''} imported")
+    if problems:
+        raise typer.Exit(1)
 
 
 def _import_folder(store: "AdapterStore", folder: Path, user: str | None, model: str) -> str:

@@ -40,6 +40,14 @@ def say(out: "Console", line: str, style: str = "", *, whole: bool = False) -> N
     out.print(cell(line, style), soft_wrap=whole or not out.is_terminal)
 
 
+def say_passed_over(problems: list[str]) -> None:
+    """Print what is wrong with users that a command had to pass over."""
+    if problems:
+        out = console()
+        for problem in problems:
+            say(out, f"passed over: {problem}", "yellow")
+
+
 def pairs(out: "Console", rows: "list[tuple[str, str, str]]") -> None:
     """Print (name, text, style) rows as two columns, and an empty line."""
     from rich.table import Table

@@ -95,6 +95,34 @@ def test_what_is_deleted_or_erased_is_gone_from_here_at_once_and_elsewhere_at_th
     assert copies("there") == {bob.version}
 
 
+@pytest.mark.parametrize("access", ["resolve", "fetch"])
+def test_what_was_erased_is_gone_elsewhere_at_the_next_access_though_the_user_was_published_again(
+    backend, tmp_path, files, access
+):
+    here = AdapterStore(backend, cache=tmp_path / "here")
+    there = AdapterStore(backend, cache=tmp_path / "there")
+    first = here.publish("alice", files(1), base=BASE)
+    there.fetch(first)
+    here.erase_user("alice")
+    second = here.publish("alice", files(2), base=BASE)
+    assert there.resolve("alice") == second if access == "resolve" else there.fetch(second) == files(2)
+    assert first.version not in {path.parent.name for path in (tmp_path / "there").rglob("*.safetensors")}
+    assert there.fetch(second) == files(2)
+    assert second.version in {path.parent.name for path in (tmp_path / "there").rglob("*.safetensors")}
+
+
+def test_a_collection_removes_what_a_killed_process_was_removing(backend, tmp_path, files):
+    store = AdapterStore(backend, cache=tmp_path / "cache")
+    store.fetch(store.publish("alice", files(1), base=BASE))
+    left = tmp_path / "cache" / "tmp" / "gone-0"
+    left.mkdir(parents=True, exist_ok=True)
+    (left / "adapter_model.safetensors").write_bytes(b"of somebody who was erased")
+    store.gc(dry_run=True)
+    assert left.exists()
+    store.gc()
+    assert not left.exists()
+
+
 def test_a_collection_empties_the_cache_of_users_nobody_asked_for_since(backend, tmp_path, files):
     there = AdapterStore(backend, cache=tmp_path / "there")
     there.fetch(there.publish("alice", files(1), base=BASE))

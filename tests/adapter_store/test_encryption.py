@@ -4,18 +4,22 @@ import base64
 import json
 import os
 import shutil
+import threading
+from datetime import timedelta
 
 import pytest
 
 from adapter_store import (
     AdapterNotFoundError,
     AdapterStore,
+    AdapterStoreError,
     BackendError,
     EnvironmentKeys,
     FileKeys,
     IntegrityError,
     KeyMismatchError,
     KmsKeys,
+    MemoryBackend,
     UserErasedError,
 )
 from adapter_store.keys import cipher, new_key
@@ -252,6 +256,124 @@ class TestErasure:
         assert half.verify().ok
 
 
+class TestUnusedKeys:
+    @pytest.fixture
+    def backend(self):
+        return MemoryBackend()
+
+    @pytest.fixture
+    def slow(self, backend):
+        """The same storage, on which a test acts before the first put whose key holds `slow.at`."""
+        found = MemoryBackend()
+        found.__dict__.update(backend.__dict__)
+        done = []
+
+        def put(key, data):
+            if found.at in key and not done:
+                done.append(key)
+                found.act()
+            backend.put_if_absent(key, data)
+
+        found.put_if_absent = put
+        return found
+
+    @pytest.mark.parametrize("at", ["adapter_model", "adapter_config", "/log/"])
+    def test_a_publish_whose_key_is_collected_in_its_middle_makes_another(self, backend, slow, keys, files, at):
+        other = AdapterStore(backend, keys=keys)
+        other.prepare("alice")
+        slow.at, slow.act = at, lambda: other.gc(grace=timedelta(0))
+        AdapterStore(slow, keys=keys).publish("alice", files(1), base=BASE)
+        fresh = AdapterStore(backend, keys=keys)
+        assert fresh.fetch(fresh.resolve("alice")) == files(1)
+        assert fresh.gc(grace=timedelta(0)).keys == 0
+
+    def test_a_key_is_collected_whose_publisher_was_killed_before_its_first_file(self, store, root):
+        store.prepare("alice")
+        opened = store._open()
+        opened.key_for(opened.log.head_or_new(opened.log.user_key("alice")))
+        assert store.gc().keys == 0  # young
+        assert store.gc(grace=timedelta(0), dry_run=True).keys == 1
+        assert store.gc(grace=timedelta(0)).keys == 1
+        assert len(list((root / "keys").rglob("*.json"))) == 1  # the store's own
+
+    def test_a_key_that_is_used_between_a_collection_s_look_and_its_entry_is_kept(self, backend, slow, keys, files):
+        AdapterStore(backend, keys=keys).prepare("alice")
+        looked, has_key = threading.Event(), threading.Event()
+        put = backend.put_if_absent
+
+        def wait_for_the_look(key, data):
+            if "/versions/" in key:
+                has_key.set()
+                assert looked.wait(30)
+            put(key, data)
+
+        backend.put_if_absent = wait_for_the_look
+        publisher = threading.Thread(
+            target=lambda: AdapterStore(backend, keys=keys).publish("alice", files(1), base=BASE)
+        )
+
+        def let_it_publish():
+            looked.set()
+            publisher.join(30)
+
+        publisher.start()
+        assert has_key.wait(30)
+        slow.at, slow.act = "/log/", let_it_publish
+        assert AdapterStore(slow, keys=keys).gc(grace=timedelta(0)).keys == 0
+        fresh = AdapterStore(backend, keys=keys)
+        assert fresh.fetch(fresh.resolve("alice")) == files(1)
+
+    def test_a_key_that_only_files_are_sealed_with_is_kept(self, backend, slow, keys, files):
+        """Two first publishes at once each make a key; the entries have that of the faster one."""
+        other = AdapterStore(backend, keys=keys)
+        slow.at, slow.act = "/log/", lambda: other.publish("alice", files(1), base=BASE)
+        AdapterStore(slow, keys=keys).publish("alice", files(2), base=BASE)
+        other.gc(grace=timedelta(0))
+        fresh = AdapterStore(backend, keys=keys)
+        assert [fresh.fetch(version) for version in fresh.versions("alice")] == [files(1), files(2)]
+        slower = fresh.versions("alice")[1]
+        fresh.delete_version("alice", slower.version)
+        assert fresh.gc(grace=timedelta(0), dry_run=True).keys == 1
+        assert fresh.gc(grace=timedelta(0)).keys == 1
+        fresh = AdapterStore(backend, keys=keys)
+        assert fresh.fetch(fresh.versions("alice")[0]) == files(1)
+
+    def test_an_import_that_lost_a_race_and_its_answer_keeps_its_key(self, backend, slow, keys, files, tmp_path):
+        """Its files are listed under the key of the faster publish, whose entry it extended."""
+        source = AdapterStore(tmp_path / "source")
+        source.publish("alice", files(2), base=BASE)
+        archive = source.export_user("alice", tmp_path / "alice.tar")
+        other = AdapterStore(backend, keys=keys)
+        slow.at, slow.act = "/log/", lambda: other.publish("alice", files(1), base=BASE)
+        put = slow.put_if_absent
+
+        def unanswered(key, data):
+            put(key, data)
+            if key.endswith("000000000002.json"):
+                raise OSError("connection lost")
+
+        slow.put_if_absent = unanswered
+        with pytest.raises((OSError, AdapterStoreError)):
+            AdapterStore(slow, keys=keys).import_user(archive)
+        fresh = AdapterStore(backend, keys=keys)
+        assert [fresh.fetch(version) for version in fresh.versions("alice")] == [files(2), files(1)]
+
+    def test_a_user_whose_key_is_damaged_stops_nobody_else(self, store, root, keys, files):
+        for user in ("alice", "bob"):
+            store.publish(user, files(1), base=BASE)
+        user_key = store.resolve("alice").user_key
+        record = next((root / "keys").rglob(f"{user_key}/*/*.json"))
+        content = json.loads(record.read_text())
+        wrapped = bytearray(base64.b64decode(content["wrapped"]))
+        wrapped[-1] ^= 1
+        record.write_text(json.dumps({**content, "wrapped": base64.b64encode(wrapped).decode()}))
+        fresh, problems = AdapterStore(root, keys=keys), []
+        assert [head.user_id for head in fresh.list_users(on_problem=problems.append)[0]] == ["bob"]
+        assert [type(problem) for problem in problems] == [KeyMismatchError]
+        assert [report.user_key for report in fresh.verify().damaged] == [user_key]
+        assert len(fresh.gc().problems) == 1
+
+
 class TestRotation:
     def test_after_a_rotation_the_old_master_key_is_needed_no_more(self, store, root, keys, files, tmp_path):
         for user in ("alice", "bob"):
@@ -272,6 +394,27 @@ class TestRotation:
         alone = AdapterStore(root, keys=FileKeys(tmp_path / "keys"))
         assert alone.fetch(alone.resolve("alice")) == files(1)
         assert b'"master": "key-1"' not in everything(root)
+
+    def test_a_key_of_a_first_publish_under_way_is_wrapped_anew_too(self, keys, files, tmp_path):
+        """It has made its key, and nothing that lies under users/ yet."""
+        backend = MemoryBackend()
+        AdapterStore(backend, keys=keys).publish("bob", files(2), base=BASE)
+        put, rotated = backend.put_if_absent, []
+
+        def rotate(key, data):
+            if "/versions/" in key and not rotated:
+                keys.add("key-2")
+                rotated.append(AdapterStore(backend, keys=keys).rotate_keys())
+            put(key, data)
+
+        slow = MemoryBackend()
+        slow.__dict__.update(backend.__dict__)
+        slow.put_if_absent = rotate
+        AdapterStore(slow, keys=keys).publish("alice", files(1), base=BASE)
+        assert rotated == [3]
+        (tmp_path / "keys").write_text((tmp_path / "keys").read_text().splitlines()[0] + "\n")
+        alone = AdapterStore(backend, keys=FileKeys(tmp_path / "keys"))
+        assert alone.fetch(alone.resolve("alice")) == files(1)
 
     def test_a_key_wrapped_anew_while_its_user_is_erased_does_not_come_back(self, store, root, keys, files):
         """The rotation has read the key, the erasure removes it, the rotation writes it."""

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from adapter_store import (
     AdapterStoreError,
     BackendError,
     BaseModelMismatchError,
+    FileKeys,
     Limits,
     LocalBackend,
     MemoryBackend,
     errors,
+    scratch,
 )
 
 
@@ -213,9 +216,51 @@ sys.stdin.readline()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("adapter-store-")] == []
 
 
-def test_temporary_folders_stay_within_bounds(monkeypatch, files):
-    from adapter_store import scratch
+def test_an_erasure_takes_the_temporary_folders_of_other_processes_too(tmp_path, files):
+    script = """
+import sys
+from adapter_store import AdapterStore, FileKeys
+store = AdapterStore(sys.argv[1], keys=FileKeys(sys.argv[2]))
+print(store.fetch_dir(store.resolve("alice")), flush=True)
+print(store.fetch_dir(store.resolve("bob")), flush=True)
+input()
+"""
+    keys = FileKeys.create(tmp_path / "keys")
+    store = AdapterStore(tmp_path / "store", keys=keys)
+    for number, user in enumerate(("alice", "bob")):
+        store.publish(user, files(number), base={})
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "store"), str(tmp_path / "keys")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    alice, bob = (Path(process.stdout.readline().strip()) for _ in range(2))
+    assert alice.is_dir()
+    store.erase_user("alice")
+    assert not alice.exists()
+    assert bob.is_dir()
+    process.communicate("\n")
 
+
+def test_folders_that_others_put_in_the_temporary_folder_are_not_touched(tmp_path, files, monkeypatch):
+    temporary, elsewhere = tmp_path / "temporary", tmp_path / "elsewhere"
+    user_key = AdapterStore(tmp_path / "store").publish("alice", files(1), base={}).user_key
+    (elsewhere / f"{user_key}@x").mkdir(parents=True)
+    (elsewhere / ".lock").touch()
+    temporary.mkdir()
+    (temporary / "adapter-store-link").symlink_to(elsewhere)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(scratch, "_folders", {})
+    store = AdapterStore(tmp_path / "other", keys=FileKeys.create(tmp_path / "keys"))
+    folder = store.fetch_dir(store.publish("alice", files(1), base={}))
+    assert folder.is_relative_to(temporary)
+    AdapterStore(tmp_path / "store").erase_user("alice")
+    assert (elsewhere / f"{user_key}@x").is_dir()
+    assert (elsewhere / ".lock").exists()
+
+
+def test_temporary_folders_stay_within_bounds(monkeypatch, files):
     monkeypatch.setattr(scratch, "MAX_BYTES", 50_000)
     store = AdapterStore(MemoryBackend())
     folders = [

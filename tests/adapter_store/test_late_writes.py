@@ -6,7 +6,7 @@ import pytest
 
 from adapter_store import AdapterNotFoundError, AdapterStore, BackendError, FileKeys, MemoryBackend, UserErasedError
 from adapter_store.conformance import all_keys, make_adapter
-from adapter_store.layout import ROOT_FILE, keys_folder
+from adapter_store.layout import ROOT_FILE, entry_key, keys_folder
 from adapter_store.vault import STORE
 
 BASE = {"weights": "w"}
@@ -69,6 +69,32 @@ def test_a_head_in_memory_is_not_taken_for_a_late_entry_in_its_place_after_an_er
     assert seen == [reader]
 
 
+@pytest.mark.parametrize("num_entries", [1, 2])
+def test_an_entry_that_lands_late_between_a_listing_and_its_reading_is_not_taken_for_the_one_listed(num_entries):
+    backend = MemoryBackend()
+    writer, slow_backend = AdapterStore(backend), Hooked(backend)
+    versions = [writer.publish("alice", make_adapter(n, 64), base=BASE) for n in range(num_entries)]
+    key = entry_key(versions[0].user_key, num_entries)
+    late = backend.get(key, 10**6)
+    acts = ["once"]
+
+    def list_folder(folder):
+        found = backend.list_folder(folder)
+        if folder.endswith("/log") and acts:
+            acts.pop()
+            writer.erase_user("alice")
+            writer.erase_user("alice")
+            backend.put_if_absent(key, late)
+        return found
+
+    slow_backend.list_folder = list_folder
+    reader = AdapterStore(slow_backend)
+    for _ in range(2):
+        with pytest.raises(AdapterNotFoundError):
+            reader.resolve("alice")
+    assert acts == []
+
+
 class TestAPublishWithoutAnAnswer:
     """The put of its entry fails for the caller, who cannot know whether it lands."""
 
@@ -106,6 +132,7 @@ class TestAPublishWithoutAnAnswer:
         assert store.verify().orphans == 1
         store.gc(grace=timedelta(0))
         assert store.verify().orphans == 0
+        assert len(all_keys(backend, "keys")) == (1 if keys else 0)  # the store's own
         version = store.publish("alice", make_adapter(2, 64), base=BASE)
         assert store.fetch(version) == make_adapter(2, 64)
 

@@ -24,7 +24,11 @@ def test_an_empty_store_says_how_to_add_someone(cope_lc: Callable, store_folder:
     outcome = cope_lc("adapters", "list")
     assert outcome.code == 0
     assert outcome.stdout == f"no users in {store_folder}; add one with: cope-lc personalize FILE --user ID\n"
-    assert cope_lc("adapters", "list", "--json").json == {"store": store_folder.as_uri(), "users": []}
+    assert cope_lc("adapters", "list", "--json").json == {
+        "store": store_folder.as_uri(),
+        "users": [],
+        "problems": [],
+    }
     assert not store_folder.exists()
 
 

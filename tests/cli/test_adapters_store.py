@@ -216,6 +216,36 @@ def test_verify_names_damage_and_ends_with_one(cope_lc: Callable, store: Adapter
     assert cope_lc("adapters", "verify", damaged).code == 1
 
 
+def test_users_who_cannot_be_read_are_named_and_stop_nobody_else(
+    cope_lc: Callable, store: AdapterStore, store_folder: Path, tmp_path: Path
+) -> None:
+    for number in range(3):
+        put(store, f"user-{number}")
+    key = store.resolve("user-1").user_key
+    next(store_folder.rglob(f"{key}/log/*.json")).write_bytes(b"damaged")
+    listed = cope_lc("adapters", "list")
+    assert listed.code == 1
+    assert "user-0" in listed.stdout
+    assert "2 users" in listed.stdout
+    assert re.search(rf"passed over: .*{key}", listed.stdout)
+    as_json = cope_lc("adapters", "list", "--json")
+    assert as_json.code == 1
+    assert [key in problem for problem in as_json.json["problems"]] == [True]
+    exported = cope_lc("adapters", "export-all", tmp_path / "out")
+    assert exported.code == 1
+    assert "2 users written" in exported.stdout
+    assert key in exported.stdout
+    (tmp_path / "out" / "bad.tar").write_bytes(b"no archive")
+    other = ("--store", tmp_path / "other")
+    imported = cope_lc("adapters", "import-all", tmp_path / "out", *other)
+    assert imported.code == 1
+    assert "2 users imported" in imported.stdout
+    assert "bad.tar" in imported.stdout
+    (tmp_path / "out" / "bad.tar").unlink()
+    again = cope_lc("adapters", "import-all", tmp_path / "out", *other, "--json")
+    assert (again.code, again.json["users"], again.json["problems"]) == (0, 2, [])
+
+
 def test_gc_takes_what_is_not_listed(cope_lc: Callable, store: AdapterStore, store_folder: Path) -> None:
     version = put(store)
     orphan = next(store_folder.rglob(version)).with_name("20200101T000000Z-000000000000")
@@ -262,7 +292,7 @@ def test_a_store_in_object_storage_is_as_good_as_a_folder(cope_lc: Callable, tmp
     ("name", "value", "said"),
     [
         ("COPE_STORE_PEPPER", "no hex", "COPE_STORE_PEPPER cannot be used"),
-        ("COPE_STORE_PEPPER", "ab", "COPE_STORE_PEPPER cannot be used .*16 random bytes"),
+        ("COPE_STORE_PEPPER", "ab", "COPE_STORE_PEPPER cannot be used.*16 random bytes"),
         ("COPE_STORE_KEYS", "s3cr3t", "COPE_STORE_KEYS"),
         ("COPE_STORE_KEY_FILE", "/nowhere", "cannot read the key file /nowhere"),
     ],
