@@ -1,5 +1,6 @@
 """Where the store meets models: a published version in plain peft, and an erased user in a running engine."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from langchain_core.callbacks import BaseCallbackHandler
 from peft import PeftModel
 from personal import QUICK, ROWS
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from adapter_store import AdapterNotFoundError, AdapterStore, FileKeys, MemoryBackend, UserErasedError
@@ -45,8 +47,30 @@ def test_a_published_version_works_in_plain_peft(
     assert torch.equal(logits_with(base, exported), expected)
     assert torch.equal(logits_with(base, store.fetch_dir(version)), expected)
     assert not torch.equal(expected, other)
-    # What vLLM reads: these two names, and nothing that it would take for another format.
-    assert {path.name for path in exported.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_trained_version_is_what_vllm_reads(base: Path, tmp_path: Path) -> None:
+    """Its loader takes these two files; of a config, plain LoRA without trained biases or whole modules; and A and B
+    of every module, by names that begin and end so (its PEFTHelper and parse_fine_tuned_lora_name)."""
+    store = AdapterStore(tmp_path / "store")
+    PersonalizeUser(model=str(base), store=store, recipe=QUICK, gate="always").invoke(
+        {"user_id": "alice", "history": ROWS}
+    )
+    folder = store.export_peft("alice", tmp_path / "exported")
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["bias"] == "none"
+    assert not any(config[name] for name in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    modules = dict(AutoModelForCausalLM.from_pretrained(base).named_modules())
+    adapted = {name for name in modules if name.rpartition(".")[2] in config["target_modules"]}
+    assert adapted
+    assert set(weights) == {f"base_model.model.{name}.lora_{part}.weight" for name in adapted for part in "AB"}
+    for name in adapted:
+        num_out, num_in = modules[name].weight.shape
+        assert weights[f"base_model.model.{name}.lora_A.weight"].shape == (config["r"], num_in)
+        assert weights[f"base_model.model.{name}.lora_B.weight"].shape == (num_out, config["r"])
 
 
 def test_an_erased_user_is_not_served_from_a_slot_of_a_running_engine(

@@ -85,7 +85,7 @@ def test_a_url_that_cannot_be_is_refused_without_its_secret(url, said):
 def test_the_schemes_of_the_three_clouds_open_lazily(monkeypatch):
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
-    for url in ("s3://bucket/prefix", "az://container/prefix"):
+    for url in ("s3://bucket/prefix", "gs://bucket/prefix", "az://container/prefix"):
         assert AdapterStore(url).url == url
 
 
