@@ -137,7 +137,7 @@ class Batch:
                 for rows in (self._answers, self._prompts):
                     if row not in rows:  # in neither, where there was no memory to take it in
                         continue
-                    if running.finished:
+                    if running.finished and running.request.goes_on:
                         self.prefixes.store(row, rows)
                     rows.remove(row)
             running.rows = ()

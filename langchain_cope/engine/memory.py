@@ -24,9 +24,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back(device: torch.device) -> None:
-    """Return what torch holds in reserve, after an allocation failed."""
+    """Return to the system what torch, or the C library, holds in reserve of memory that was let go."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        # glibc keeps what one thread let go for that thread, as the engine's, while another takes new memory.
+        trim(ctypes.c_size_t(0))
 
 
 class CheckpointPages:

@@ -43,6 +43,8 @@ class Request:
     """What the answer is held to; None: anything."""
     logprobs: bool = False
     """Report log π_user and log π_base of every token; this takes two rows even at α = 0."""
+    goes_on: bool = True
+    """Later prompts may begin with this answer, as a chat's do; False: it is not worth the memory of keeping its states."""
 
     def __post_init__(self) -> None:
         check_alpha_tau(self.alpha, self.tau)

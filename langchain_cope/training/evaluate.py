@@ -111,6 +111,7 @@ def _generate(
                 alpha=alpha,
                 tau=recipe.tau,
                 sampling=sampling,
+                goes_on=False,
             )
             for item in batch
             for _, adapter, alpha in ways

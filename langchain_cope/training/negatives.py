@@ -119,7 +119,7 @@ def _request(engine: Engine, item: Encoded, recipe: Recipe, draw: int) -> Reques
         top_p=recipe.negatives.top_p,
         seed=seed,
     )
-    return Request(prompt=engine.base.prompt_ids(item.example.prompt), sampling=sampling)
+    return Request(prompt=engine.base.prompt_ids(item.example.prompt), sampling=sampling, goes_on=False)
 
 
 def _usable(answer: Completion, item: Encoded) -> bool:

@@ -106,16 +106,19 @@ def _run(
     watch: Callable[[str], Watch],
     stage: Callable[[str], AbstractContextManager[object]],
 ) -> None:
+    from langchain_cope.engine.memory import give_back
     from langchain_cope.training.dpo import train_dpo
     from langchain_cope.training.sft import train_sft
 
     if not result.sft.exists():
         with stage("sft"), _timed(result, "sft"):
             train_sft(engine.base, items, result.recipe, result.sft, watch("sft"))
+        give_back(engine.base.device)  # before each stage that follows: its peak does not stand on the last one's
     negatives = result.sft.with_name("negatives.json")
     if not negatives.exists():
         with stage("negatives"), _timed(result, "negatives"):
             _mine(engine, items, result, watch("negatives"), negatives)
+        give_back(engine.base.device)
     pairs = _read_pairs(negatives, result)
     if not result.dpo.exists():
         with stage("dpo"), _timed(result, "dpo"):

@@ -70,6 +70,20 @@ def test_a_chat_goes_on_from_its_last_answer(tiny: Tiny, adapter: Tiny, closing:
     assert engine.statistics().prefix_tokens_reused == 2 * ((turns - 1) // BLOCK) * BLOCK
 
 
+def test_of_an_answer_that_does_not_go_on_only_the_prompt_is_kept(
+    tiny: Tiny, adapter: Tiny, closing: list[Engine]
+) -> None:
+    closing += engines(tiny("llama"))
+    engine, plain = closing
+    kept, prompt = engine.load_adapter(adapter(tiny("llama"), seed=1)), tokens(BLOCK + 5, 7)
+    sampling = Sampling(max_tokens=2 * BLOCK)
+    (answer,) = engine.generate([Request(prompt, kept, 0.5, sampling=sampling, goes_on=False)])
+    assert len(answer.token_ids) > BLOCK
+    again = Request([*prompt, *answer.token_ids, *tokens(6, 8)], kept, 0.5, sampling=SAMPLING)
+    assert engine.generate([again]) == plain.generate([again])
+    assert engine.statistics().prefix_tokens_reused == 2 * BLOCK
+
+
 def test_users_never_share_their_own_states(tiny: Tiny, adapter: Tiny, closing: list[Engine]) -> None:
     closing += engines(tiny("llama"))
     engine, plain = closing
