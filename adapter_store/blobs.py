@@ -3,15 +3,16 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from adapter_store import layout
 from adapter_store.backend import Backend
 from adapter_store.cache import AdapterCache
 from adapter_store.errors import BackendError, IntegrityError, InvalidAdapterError
-from adapter_store.facts import AdapterVersion, Limits, UserHead
+from adapter_store.facts import AdapterVersion, Limits
 from adapter_store.parallel import each
 from adapter_store.root import Root
-from adapter_store.scratch import remove_scratch, remove_scratch_everywhere, scratch_names
+from adapter_store.scratch import remove_scratch, remove_scratch_everywhere, scratch_names, write_scratch
 from adapter_store.text import location, shorten
 from adapter_store.vault import MAX_SEALED_BYTES, OVERHEAD_BYTES
 
@@ -68,8 +69,7 @@ class Blobs:
         self._checked(version, self._stored(version))
 
     def remove(self, version: AdapterVersion) -> None:
-        """Remove a version's files, here and in this machine's cache. BackendError names what is left."""
-        self.forget(version.user_key, version.version)
+        """Remove a version's files, then this machine's copies. BackendError names what is left."""
         for _, place in _places(version):
             try:
                 self._backend.delete(place)
@@ -78,10 +78,10 @@ class Blobs:
                     f"version {version.version} of user {shorten(version.user_id)} is no longer listed, "
                     f"but its files are left: {error}, then remove them with gc"
                 ) from error
+        self.forget(version.user_key, version.version)
 
     def remove_folder(self, user_key: str, version: str) -> None:
-        """Remove whatever lies in the folder of a version that is not listed."""
-        self.forget(user_key, version)
+        """Remove whatever lies in the storage's folder of a version that is not listed."""
         folder = layout.version_folder(user_key, version)
         for name in (
             self._backend.list_folder(folder) or layout.ADAPTER_FILES
@@ -91,9 +91,9 @@ class Blobs:
     def forget(self, user_key: str, version: str | None = None) -> None:
         """Remove what this machine's cache and temporary folders hold of a user, or the cache and this process of a version."""
         if version is None:
-            remove_scratch_everywhere(f"{user_key}@")
+            remove_scratch_everywhere(self._scratch_name(user_key))
         else:
-            remove_scratch(f"{user_key}@{version}")
+            remove_scratch(self._scratch_name(user_key, version))
         if self._cache is not None:
             try:
                 self._cache.drop(self._store_id, user_key, version)
@@ -102,14 +102,17 @@ class Blobs:
                     f"a copy in {self._cache} cannot be removed ({error}): mend that, then repeat this"
                 ) from error
 
-    def forget_unlisted(self, head: UserHead) -> None:
-        """Remove what this machine keeps of a user's versions that `head` does not list."""
-        kept = {name.partition("@")[2] for name in scratch_names(f"{head.user_key}@")}
-        if self._cache is not None:
-            kept.update(self._cache.versions(self._store_id, head.user_key))
-        for version in kept:
-            if head.find(version) is None:
-                self.forget(head.user_key, version)
+    def kept_here(self, user_key: str) -> set[str]:
+        """Return the versions of a user of which this process, or this machine's cache, has a copy."""
+        kept = {name.rpartition("@")[2] for name in scratch_names(self._scratch_name(user_key))}
+        return kept if self._cache is None else kept | set(self._cache.versions(self._store_id, user_key))
+
+    def as_folder(self, version: AdapterVersion, files: Mapping[str, bytes]) -> Path:
+        """Return a temporary folder of this process with a version's files. BackendError where it cannot be written."""
+        return write_scratch(self._scratch_name(version.user_key, version.version), files)
+
+    def _scratch_name(self, user_key: str, version: str = "") -> str:
+        return f"{self._store_id[:16]}-{user_key}@{version}"
 
     def _holds(self, version: AdapterVersion, name: str, place: str, content: bytes) -> bool:
         try:

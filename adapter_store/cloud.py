@@ -99,12 +99,12 @@ class ObjectBackend:
         return self._ask("read", key, got)
 
     def stat(self, key: str) -> StoredFile | None:
-        """Return an object's size, time and ETag."""
+        """Return an object's size and time, and a mark of its ETag and time: equal content written anew has the same ETag."""
         try:
             found = self._ask("read", key, lambda: self._store.head(key))
         except FileNotFoundError:
             return None
-        mark = (found.get("e_tag"), found.get("version"))
+        mark = (found.get("e_tag"), found.get("version"), found["last_modified"])
         return StoredFile(found["size"], found["last_modified"].timestamp(), mark)
 
     def put_if_absent(self, key: str, data: bytes) -> None:

@@ -5,7 +5,6 @@ user's log says that what began earlier was collected; a publisher that finds it
 grace only keeps that rare, and it is measured by the storage's own clock.
 """
 
-import os
 from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -13,11 +12,18 @@ from dataclasses import dataclass, field, replace
 from adapter_store import layout
 from adapter_store.backend import Backend
 from adapter_store.cache import AdapterCache
-from adapter_store.errors import AdapterStoreError, FormatVersionError, IntegrityError, KeyMismatchError
+from adapter_store.errors import (
+    AdapterStoreError,
+    BackendError,
+    FormatVersionError,
+    IntegrityError,
+    KeyMismatchError,
+    PublishConflictError,
+)
 from adapter_store.facts import UserHead
 from adapter_store.log import ErasedSinceError
 from adapter_store.opened import Opened
-from adapter_store.vault import OVERHEAD_BYTES, STORE, key_of
+from adapter_store.vault import OVERHEAD_BYTES, STORE, Vault, key_of
 
 
 @dataclass
@@ -46,8 +52,9 @@ class Rules:
 
 def storage_time(backend: Backend) -> float:
     """Return the storage's time, in seconds since 1970."""
-    place = f"{layout.PROBES}/{os.urandom(16).hex()}/probe"
-    backend.put_if_absent(place, b"")
+    place = layout.new_probe()
+    with suppress(FileExistsError):  # said of our own write, where its first answer was lost
+        backend.put_if_absent(place, b"")
     found = backend.stat(place)
     backend.delete(place)
     return found.modified if found else 0.0
@@ -61,7 +68,7 @@ def collect_user(opened: Opened, user_key: str, rules: Rules, time: float, done:
         _finish_erasure(opened, head, rules, done)
         _orphans(opened, head, rules, time, done)
         _trim(opened, user_key, rules, time, done)
-    except (IntegrityError, KeyMismatchError, FormatVersionError) as error:
+    except (IntegrityError, KeyMismatchError, FormatVersionError, PublishConflictError) as error:
         done.problems.append(str(error))
 
 
@@ -69,8 +76,9 @@ def collect_unfinished(opened: Opened, rules: Rules, time: float, done: Collecte
     """Remove what killed processes left of writing and of probing."""
     backend = opened.backend
     places = [f"{layout.STAGING}/{name}" for name in backend.list_folder(layout.STAGING)]
-    for folder in backend.list_folder(layout.PROBES):
-        places += [f"{layout.PROBES}/{folder}/{name}" for name in backend.list_folder(f"{layout.PROBES}/{folder}")]
+    places += [
+        f"{layout.PROBES}/{name}/{layout.PROBE}" for name in backend.list_folder(layout.PROBES) if layout.is_probe(name)
+    ]
     for place in places:
         found = backend.stat(place)
         if found is not None and found.modified <= time - rules.grace:
@@ -83,12 +91,13 @@ def collect_cache(opened: Opened, cache: AdapterCache, rules: Rules, done: Colle
     """Remove from this machine's cache what is no longer listed."""
     for user_key in cache.users(opened.root.store_id):
         with suppress(IntegrityError, KeyMismatchError, FormatVersionError):
-            head = opened.log.head(user_key)
-            for version in cache.versions(opened.root.store_id, user_key):
+            kept = cache.versions(opened.root.store_id, user_key)
+            head = opened.log.head(user_key)  # after the look: it lists whatever was fetched until then
+            for version in kept:
                 if head is None or head.find(version) is None:
                     done.cached_versions += 1
                     if not rules.dry_run:
-                        opened.blobs.forget(user_key, version)
+                        _forget(opened, user_key, version, done)
     if not rules.dry_run:
         cache.evict()  # what was removed by processes that were killed meanwhile
 
@@ -108,10 +117,9 @@ def rotate_user_keys(opened: Opened, user_key: str, problems: list[AdapterStoreE
     rewrapped = opened.root.vault.rewrap(user_key, problems)
     if rewrapped:
         # An erasure in between may have missed the copy just written; it has left its entry, so look for that now.
-        with suppress(AdapterStoreError):
-            head = opened.log.head(user_key)
-            if head is not None:
-                opened.root.vault.shred(user_key, before_seq=head.erased_seq)
+        with suppress(IntegrityError, KeyMismatchError, FormatVersionError):
+            head = opened.log.head_or_new(user_key)
+            _shred(opened.root.vault, user_key, head.erased_seq)
     return rewrapped
 
 
@@ -124,16 +132,20 @@ def _finish_erasure(opened: Opened, head: UserHead, rules: Rules, done: Collecte
     if opened.root.vault is not None and head.erased_seq:
         done.keys += len(opened.root.vault.made_before(head.user_key, head.erased_seq))
         if not rules.dry_run:
-            opened.root.vault.shred(head.user_key, head.erased_seq)
+            _shred(opened.root.vault, head.user_key, head.erased_seq)
+
+
+def _shred(vault: Vault, user_key: str, before_seq: int) -> None:
+    # Not the damaged ones, as an erasure does: of those nobody knows whether something is still sealed with them.
+    for key in vault.made_before(user_key, before_seq):
+        vault.remove(user_key, key)
 
 
 def _orphans(opened: Opened, head: UserHead, rules: Rules, time: float, done: Collected) -> None:
     """Remove the files of versions that are not listed, once the log says so."""
     grace = 0.0 if head.erased_seq and head.is_erased else rules.grace
     sizes = {
-        version: size
-        for version, size, newest in _unlisted(opened.backend, head)
-        if newest is None or newest <= time - grace
+        version: size for version, size, newest in _unlisted(opened, head) if newest is None or newest <= time - grace
     }
     removed, keys = set(sizes), _unused_keys(opened, head, set(sizes), time - grace)
     if not removed and not keys:
@@ -155,6 +167,7 @@ def _orphans(opened: Opened, head: UserHead, rules: Rules, time: float, done: Co
         done.version_bytes += sizes[version]
         if not rules.dry_run:
             opened.blobs.remove_folder(head.user_key, version)
+            _forget(opened, head.user_key, version, done)
 
 
 def _unused_keys(opened: Opened, head: UserHead, removed: Set[str], time: float) -> set[str]:
@@ -164,7 +177,8 @@ def _unused_keys(opened: Opened, head: UserHead, removed: Set[str], time: float)
     unused = set(opened.root.vault.written_until(head.user_key, time)) - {head.key}
     if not unused:  # almost always
         return unused
-    for version in opened.backend.list_folder(layout.versions_folder(head.user_key)):
+    unused.difference_update(opened.root.vault.made_before(head.user_key, head.erased_seq))  # counted before
+    for version in opened.version_folders(head.user_key):
         folder = layout.version_folder(head.user_key, version)
         for name in opened.backend.list_folder(folder) if version not in removed else []:
             with suppress(FileNotFoundError):
@@ -182,12 +196,19 @@ def _remove_keys(opened: Opened, user_key: str, keys: Set[str], rules: Rules, do
             opened.root.vault.remove(user_key, key)
 
 
-def _unlisted(backend: Backend, head: UserHead) -> Iterator[tuple[str, int, float | None]]:
+def _forget(opened: Opened, user_key: str, version: str, done: Collected) -> None:
+    try:
+        opened.blobs.forget(user_key, version)
+    except BackendError as error:  # this machine's own trouble: no reason to stop
+        done.problems.append(str(error))
+
+
+def _unlisted(opened: Opened, head: UserHead) -> Iterator[tuple[str, int, float | None]]:
     """Yield (version, bytes, time of its newest file) of what lies there and is not listed."""
-    for version in backend.list_folder(layout.versions_folder(head.user_key)):
+    for version in opened.version_folders(head.user_key):
         if head.find(version) is None:
             folder = layout.version_folder(head.user_key, version)
-            found = [backend.stat(f"{folder}/{name}") for name in backend.list_folder(folder)]
+            found = [opened.backend.stat(f"{folder}/{name}") for name in opened.backend.list_folder(folder)]
             files = [file for file in found if file is not None]
             yield version, sum(file.size for file in files), max((file.modified for file in files), default=None)
 

@@ -342,7 +342,7 @@ class AdapterStoreConformance:
         orphan = "20200101T000000Z-000000000000"
         for name, data in make_adapter(2).items():
             backend.put_if_absent(f"{store_layout.version_folder(version.user_key, orphan)}/{name}", data)
-        backend.put_if_absent("probes/left/probe", b"")
+        backend.put_if_absent(store_layout.new_probe(), b"")
         seen: list[UserReport] = []
         assert store.verify(on_user=seen.append).ok
         assert [report.orphans for report in seen] == [(orphan,)]

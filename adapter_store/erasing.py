@@ -1,13 +1,12 @@
 """A user erased: from the first step on nothing of the user is handed out, after the last nothing is left.
 
 The entry comes first; it fences whatever began before. Then the user's keys are shredded, the versions' files removed,
-and the older entries, strictly in ascending order, which is what warm readers rely on. Killed in between, a second
-call or a garbage collection does the rest.
+and the older entries, strictly in ascending order, which is what warm readers rely on; then what this machine keeps.
+Killed in between, a second call or a garbage collection does the rest.
 """
 
 from os import urandom
 
-from adapter_store import layout
 from adapter_store.facts import UserHead
 from adapter_store.log import now
 from adapter_store.opened import Opened
@@ -20,7 +19,7 @@ def erase(opened: Opened, user_key: str) -> None:
     def erased(seq: int) -> UserHead:
         # Listed between the entries before and this one: what was committed is in it, and of what is written by
         # publishers that began later, to whom this entry will be the past, nothing.
-        doomed[:] = opened.backend.list_folder(layout.versions_folder(user_key))
+        doomed[:] = opened.version_folders(user_key)
         return UserHead(
             user_id="",
             user_key=user_key,
@@ -35,16 +34,12 @@ def erase(opened: Opened, user_key: str) -> None:
         )
 
     entry = opened.log.commit_blind(user_key, erased)
-    remove_remains(opened, user_key, entry.erased_seq)
+    if opened.root.vault is not None:
+        for key in opened.root.vault.made_before(user_key, entry.seq, or_damaged=True):
+            opened.root.vault.remove(user_key, key)
     for version in doomed:
         opened.blobs.remove_folder(user_key, version)
     for seq in opened.log.seqs(user_key):
         if seq < entry.seq:
             opened.log.remove(user_key, seq)
-
-
-def remove_remains(opened: Opened, user_key: str, erased_seq: int) -> None:
-    """Shred the keys from before an erasure, and empty this machine's cache of the user."""
-    if opened.root.vault is not None:
-        opened.root.vault.shred(user_key, before_seq=erased_seq)
     opened.blobs.forget(user_key)

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from adapter_store import layout
 from adapter_store.archive import Manifest, Origin, origin_of, read_archive
-from adapter_store.errors import PublishConflictError, UserErasedError
+from adapter_store.errors import BackendError, InvalidAdapterError, PublishConflictError, UserErasedError
 from adapter_store.facts import AdapterVersion, Limits, UserHead
 from adapter_store.log import ErasedSinceError
 from adapter_store.opened import Opened
@@ -58,7 +58,10 @@ def _import_once(opened: Opened, file: BinaryIO, manifest: Manifest, limits: Lim
     written = False
     try:
         file.seek(0)
-        for version, files in read_archive(file, limits, where, user_key)[1]:
+        again, versions = read_archive(file, limits, where, user_key)
+        if (again.proven, again.proof) != (manifest.proven, manifest.proof):
+            raise InvalidAdapterError(f"{where} was changed while it was read: nothing was imported; try again")
+        for version, files in versions:
             if version.version in brought:
                 opened.blobs.write(brought[version.version], files, key)
         written = True
@@ -72,7 +75,8 @@ def _import_once(opened: Opened, file: BinaryIO, manifest: Manifest, limits: Lim
         if not written or not may_land(error):
             discard(opened, brought.values(), began, key)
         raise
-    remove_dropped(opened, before, after)
+    with suppress(BackendError):  # the import is done, whatever becomes of the files of a version that it dropped
+        remove_dropped(opened, before, after)
     # Some may have been imported by another process meanwhile, or be too many since.
     discard(opened, brought.values(), began, key)
     return after

@@ -25,6 +25,7 @@ ROOT_FILE: Final = "adapter_store.json"
 USERS: Final = "users"
 KEYS: Final = "keys"
 PROBES: Final = "probes"
+PROBE: Final = "probe"
 STAGING: Final = "staging"
 WEIGHTS: Final = "adapter_model.safetensors"
 CONFIG: Final = "adapter_config.json"
@@ -33,6 +34,8 @@ ADAPTER_FILES: Final = (WEIGHTS, CONFIG)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
+_SHARD = re.compile(r"[0-9a-f]{2}")
+_PROBE = re.compile(r"[0-9a-f]{32}")
 _NUMBERED = re.compile(r"([0-9]{12})\.json")
 
 
@@ -44,6 +47,21 @@ def is_sha256(text: str) -> bool:
 def is_version(text: str) -> bool:
     """Tell whether `text` has the form of a version id, such as 20260131T235959Z-0123456789ab."""
     return _VERSION.fullmatch(text) is not None
+
+
+def is_shard(text: str) -> bool:
+    """Tell whether `text` is two lower-case hex digits, as the folders above those of users are."""
+    return _SHARD.fullmatch(text) is not None
+
+
+def new_probe() -> str:
+    """Return the key of a new file that a writer puts and removes, in a folder of its own, which goes with it."""
+    return f"{PROBES}/{os.urandom(16).hex()}/{PROBE}"
+
+
+def is_probe(text: str) -> bool:
+    """Tell whether `text` has the form of the name of such a folder."""
+    return _PROBE.fullmatch(text) is not None
 
 
 def new_version(time: datetime) -> str:

@@ -10,7 +10,8 @@ import base64
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -21,7 +22,13 @@ from typing import Any, NamedTuple
 from adapter_store import layout
 from adapter_store.backend import Backend
 from adapter_store.entry import MAX_ENTRY_BYTES, decode, encode, parse
-from adapter_store.errors import FormatVersionError, IntegrityError, InvalidAdapterError, PublishConflictError
+from adapter_store.errors import (
+    BackendError,
+    FormatVersionError,
+    IntegrityError,
+    InvalidAdapterError,
+    PublishConflictError,
+)
 from adapter_store.facts import StoredFile, UserHead
 from adapter_store.parallel import each
 from adapter_store.root import Root, keyed_hash
@@ -50,6 +57,10 @@ class ErasedSinceError(Exception):
     def __init__(self, before: UserHead, after: UserHead) -> None:
         super().__init__()
         self.heads: Heads = before, after
+
+
+class _GoneError(Exception):
+    """An entry was put, and was not there a moment later. Never leaves this module."""
 
 
 class _Remembered(NamedTuple):
@@ -84,7 +95,8 @@ class Log:
             return known.head
         seq = None
         for _ in range(_MAX_LOOKS):
-            seq = self._newest(user_key)
+            names = self._names(user_key)
+            seq = _first_number(reversed(names))
             if seq is None:
                 return None
             own = self._stat(user_key, seq)  # before it is read: of another one put in between the mark does not fit
@@ -92,7 +104,7 @@ class Log:
                 head = self.entry(user_key, seq)
             except FileNotFoundError:  # erased since
                 continue
-            if self._was_listed(user_key, seq):
+            if self._was_listed(user_key, seq, oldest=_first_number(names) or 0):
                 self._remember(head, own)
                 return head
         raise self._damaged(user_key, seq or 0, "it is listed, but it or its key is not there")
@@ -119,7 +131,8 @@ class Log:
         `change` gets a head without versions for a new user; it is called again each time that another commit came
         first, and returns None where nothing is left to do. What it raises comes through, with nothing changed. `known`
         is a head that the caller has read: it is tried on top of that first, since the put tells whether it is newest.
-        ErasedSinceError where the user was erased right after: somebody may have seen the change.
+        ErasedSinceError where the user was erased right after: somebody may have seen the change. BackendError where
+        the call slept so long that its entry was trimmed: then nobody can tell.
         """
         for attempt in range(_MAX_ATTEMPTS):
             before = self.head_or_new(user_key) if known is None or attempt else known
@@ -127,13 +140,18 @@ class Log:
             if changed is None:
                 return before, before
             after = self.following(before, changed)
-            was_put = self._put(after)
-            if was_put and self._is_kept(after):
-                return before, after
+            try:
+                if self._put(after) and self._is_kept(after):
+                    return before, after
+            except _GoneError:
+                if self.head_or_new(user_key).erased_seq > after.seq:
+                    raise ErasedSinceError(before, after) from None
+                raise BackendError(
+                    f"what was changed of user {shorten(before.user_id)} took so long that its log entry was trimmed: "
+                    "nobody can tell whether it counted; look at what is active, then decide"
+                ) from None
             with self._lock:
                 self._remembered.pop(user_key, None)
-            if was_put and self.head_or_new(user_key).erased_seq > after.seq:
-                raise ErasedSinceError(before, after)
             time.sleep(_chance() * min(_MAX_PAUSE_SECONDS, 0.001 * 2 ** min(attempt, 10)))
         raise PublishConflictError(
             f"user {shorten(before.user_id)} was changed by others {_MAX_ATTEMPTS} times in a row, always first: "
@@ -147,8 +165,9 @@ class Log:
         """
         for _ in range(_MAX_ATTEMPTS):
             entry = make((self._newest(user_key) or 0) + 1)
-            if self._put(entry) and self._is_kept(entry):
-                return entry
+            with suppress(_GoneError):  # by another erasure
+                if self._put(entry) and self._is_kept(entry):
+                    return entry
         raise PublishConflictError(f"others changed this user {_MAX_ATTEMPTS} times in a row, always first: try again")
 
     @staticmethod
@@ -158,7 +177,7 @@ class Log:
 
     def seqs(self, user_key: str) -> list[int]:
         """Return the numbers of a user's entries, ascending."""
-        names = self._backend.list_folder(layout.log_folder(user_key))
+        names = self._names(user_key)
         return [seq for name in names if (seq := layout.number_of(name)) is not None]
 
     def entry(self, user_key: str, seq: int) -> UserHead:
@@ -193,21 +212,23 @@ class Log:
                             yield name
 
     def _names_from(self, folder: str, least: str) -> list[str]:
-        return [name for name in self._backend.list_folder(folder) if name >= least]
+        return [name for name in self._backend.list_folder(folder) if name >= least and layout.is_shard(name)]
 
     def _stat(self, user_key: str, seq: int) -> StoredFile | None:
         return self._backend.stat(layout.entry_key(user_key, seq))
 
     def _newest(self, user_key: str) -> int | None:
-        names = self._backend.list_folder(layout.log_folder(user_key))
-        return next((seq for name in reversed(names) if (seq := layout.number_of(name)) is not None), None)
+        return _first_number(reversed(self._names(user_key)))
 
-    def _was_listed(self, user_key: str, seq: int) -> bool:
+    def _names(self, user_key: str) -> list[str]:
+        return self._backend.list_folder(layout.log_folder(user_key))
+
+    def _was_listed(self, user_key: str, seq: int, oldest: int) -> bool:
         """Tell whether the entry just read is the one that a listing called the newest, and not one put there late.
 
-        Entries go in ascending order: while the one before is there, so is the one that was listed.
+        Entries go in ascending order: while the oldest that was listed is there, so is the newest.
         """
-        return (seq > 1 and self._stat(user_key, seq - 1) is not None) or self._newest(user_key) == seq
+        return (seq > oldest and self._stat(user_key, oldest) is not None) or self._newest(user_key) == seq
 
     def _remember(self, head: UserHead, file: StoredFile | None) -> None:
         if file is None:
@@ -242,7 +263,7 @@ class Log:
             try:
                 return self.entry(head.user_key, head.seq).commit == head.commit
             except FileNotFoundError:
-                return False
+                raise _GoneError from None
         return True
 
     def _is_kept(self, head: UserHead) -> bool:
@@ -253,12 +274,13 @@ class Log:
             self._remember(head, own)
             return True
         if head.seq not in seqs:
-            return False  # erased since
+            raise _GoneError
         try:
             if self.entry(head.user_key, head.seq + 1).parent == head.commit:
                 return True
-        except FileNotFoundError:
-            pass  # a hole: there were entries here before
+        except FileNotFoundError:  # a hole, where there were entries before; or ours has gone before that one
+            if self._stat(head.user_key, head.seq) is None:
+                raise _GoneError from None
         self.remove(head.user_key, head.seq)
         return False
 
@@ -287,6 +309,10 @@ class Log:
     def _damaged(self, user_key: str, seq: int, why: str) -> IntegrityError:
         where = location(self._backend.url, layout.entry_key(user_key, seq))
         return IntegrityError(f"the log entry {where} is damaged: {why}; restore it from a backup")
+
+
+def _first_number(names: Iterable[str]) -> int | None:
+    return next((seq for name in names if (seq := layout.number_of(name)) is not None), None)
 
 
 def _chance() -> float:

@@ -7,7 +7,7 @@ from heapq import merge
 from adapter_store.backend import Backend
 from adapter_store.blobs import Blobs
 from adapter_store.facts import UserHead
-from adapter_store.layout import KEYS
+from adapter_store.layout import KEYS, is_version, versions_folder
 from adapter_store.log import Log
 from adapter_store.root import Root
 
@@ -31,6 +31,10 @@ class Opened:
             if user_key != last:
                 yield user_key
             last = user_key
+
+    def version_folders(self, user_key: str) -> list[str]:
+        """Return the versions of a user of which something lies there, listed or not."""
+        return [name for name in self.backend.list_folder(versions_folder(user_key)) if is_version(name)]
 
     def key_for(self, head: UserHead) -> str | None:
         """Return the encryption key that a user's next things are sealed with, made where there is none yet."""

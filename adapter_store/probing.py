@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING
 
 from adapter_store.errors import BackendError
-from adapter_store.layout import PROBES
+from adapter_store.layout import new_probe
 from adapter_store.text import without_secrets
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def probe_put_if_absent(backend: "Backend") -> None:
 
 
 def _keeps(backend: "Backend") -> bool:
-    key = f"{PROBES}/{os.urandom(16).hex()}/probe"  # in a folder of its own, which goes with it
+    key = new_probe()
     first, second = os.urandom(16), os.urandom(16)
     try:
         with contextlib.suppress(FileExistsError):  # said of our own write, where its first answer was lost

@@ -39,10 +39,10 @@ class Terms:
 def with_version(head: UserHead, version: AdapterVersion, terms: Terms) -> UserHead | None:
     """Return `head` with `version` published on top, the oldest dropped beyond the terms' `live_versions`.
 
-    None where its idempotency key says that it was published before; PublishConflictError where another version is
+    None where it is there, or its idempotency key says that it was published before; PublishConflictError where another version is
     active than the expected one, UserErasedError where the user was erased since the data was read.
     """
-    if _published_before(head, version) is not None:
+    if _published_before(head, version) is not None or head.find(version.version) is not None:
         return None
     data_seq = terms.began_seq if terms.data_seq is None else terms.data_seq
     check_fences(head, version.user_id, data_seq, terms.began_seq)

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from adapter_store.errors import BackendError
 from adapter_store.files import remove_tree
@@ -24,12 +23,13 @@ _MIN_FOLDERS = 16  # whatever their size
 
 _lock = Lock()
 _folders: dict[int, Path] = {}  # by process, since a forked child must not remove its parent's
-_locks: list[Any] = []  # held, and never let go
+_locks: list[int] = []  # held, and never let go
 _sizes: OrderedDict[tuple[int, str], int] = OrderedDict()  # by process and name, the longest unused first
 
 
 def write_scratch(name: str, files: Mapping[str, bytes]) -> Path:
     """Return a folder of that name with exactly these files. Equal content may be written again at any time."""
+    _make_room(name, sum(map(len, files.values())))
     try:
         folder = _root() / name
         folder.mkdir(0o700, exist_ok=True)
@@ -41,7 +41,6 @@ def write_scratch(name: str, files: Mapping[str, bytes]) -> Path:
         raise BackendError(
             f"cannot write an adapter to the temporary folder ({error}): free some space, or point TMPDIR elsewhere"
         ) from error
-    _make_room(name, sum(map(len, files.values())))
     return folder
 
 
@@ -53,6 +52,8 @@ def scratch_names(prefix: str) -> list[str]:
 
 def remove_scratch(name: str) -> None:
     """Remove this process's folder of that name."""
+    with _lock:
+        _sizes.pop((os.getpid(), name), None)
     if (root := _folders.get(os.getpid())) is not None:
         remove_tree(root / name, ignore_errors=True)
 
@@ -61,7 +62,9 @@ def remove_scratch_everywhere(prefix: str) -> None:
     """Remove all folders whose names begin so, of every process of this user with the same temporary folder."""
     import tempfile  # slow to import, and rarely needed
 
-    for root in [*_ours(Path(tempfile.gettempdir())), *_folders.values()]:
+    for name in scratch_names(prefix):
+        remove_scratch(name)
+    for root in _ours(Path(tempfile.gettempdir())):
         for folder in root.glob(f"{prefix}*"):
             remove_tree(folder, ignore_errors=True)
 
@@ -77,13 +80,14 @@ def _make_room(name: str, num_bytes: int) -> None:
             if total <= MAX_BYTES:
                 break
             total -= _sizes.pop(key)
-            remove_tree(_folders[process] / key[1], ignore_errors=True)
+            if process in _folders:
+                remove_tree(_folders[process] / key[1], ignore_errors=True)
 
 
 def _root() -> Path:
     with _lock:
         process = os.getpid()
-        if process not in _folders:
+        if process not in _folders or not _folders[process].is_dir():  # a cleaner of temporary files may have come
             import tempfile  # slow to import, and rarely needed
 
             _remove_abandoned(Path(tempfile.gettempdir()))
@@ -96,25 +100,37 @@ def _root() -> Path:
 
 def _hold(folder: Path) -> bool:
     """Lock a folder until this process ends; False where another took it for an abandoned one in between."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / _LOCK)
     try:
-        lock.acquire(timeout=0)
-    except (Timeout, OSError):
+        _locks.append(_locked(folder, os.O_CREAT))
+    except OSError:
         return False
-    _locks.append(lock)
     return (folder / _LOCK).exists()
 
 
 def _remove_abandoned(temporary: Path) -> None:
-    from filelock import FileLock, Timeout
-
     for folder in _ours(temporary):
-        with contextlib.suppress(OSError, Timeout):  # one whose process lives
-            if (folder / _LOCK).exists():
-                with FileLock(folder / _LOCK, timeout=0):
-                    remove_tree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # one whose process lives
+            lock = _locked(folder)
+            try:
+                remove_tree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _locked(folder: Path, flags: int = 0) -> int:
+    """Return the descriptor of a folder's lock file, which holds it; OSError where another process does.
+
+    Not a FileLock: one that a forked child inherits lets go of its parent's lock, when the child ends.
+    """
+    import fcntl  # not on every system
+
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _ours(temporary: Path) -> list[Path]:

@@ -64,7 +64,6 @@ from adapter_store.parallel import each, is_near
 from adapter_store.probing import probe_put_if_absent
 from adapter_store.publishing import Terms, activated, publish_version, remove_dropped, without
 from adapter_store.root import MIN_PEPPER_BYTES, Root, make_root, open_root
-from adapter_store.scratch import write_scratch
 from adapter_store.text import location, shorten, value_or_none, without_secrets
 from adapter_store.verifying import UserReport, Verified, verify_user
 
@@ -264,16 +263,18 @@ class AdapterStore:
         """Return a folder on this machine that holds a version as a plain peft folder, checked as in `fetch`.
 
         Read only, and to be read soon: in a local store it is the store's own, elsewhere a temporary one of this
-        process, removed at its exit, or earlier where many others were asked for since. A later delete of the version
-        takes either away.
+        process, removed at its exit, or earlier where many others were asked for since. Deleting the version in this
+        process takes either away, erasing the user in any process of this machine does.
         """
-        files = self.fetch(version)
+        files, opened = self.fetch(version), self._open()
         if isinstance(self._backend, LocalBackend) and self._keys is None:
             return self._backend.path_of(layout.version_folder(version.user_key, version.version))
-        folder = write_scratch(version.name, files)
-        if (opened := self._open()) is not None:
+        if opened is None:
+            raise self._not_found(version.user_id, version.version, None)
+        try:
+            return opened.blobs.as_folder(version, files)
+        finally:
             self._check_listed(opened, version)  # an erasure since has missed this folder, and takes it away now
-        return folder
 
     def versions(self, user_id: str) -> list[AdapterVersion]:
         """Return a user's live versions in the order of their publishing; none for an unknown user."""
@@ -654,8 +655,15 @@ class AdapterStore:
     @staticmethod
     def _purged(opened: Opened, head: UserHead | None) -> UserHead | None:
         """Return `head`, once this machine keeps nothing from before an erasure, of whatever machine, that it tells of."""
-        if head is not None and head.erased_seq:
-            opened.blobs.forget_unlisted(head)
+        if head is None or not head.erased_seq:
+            return head
+        kept = opened.blobs.kept_here(head.user_key)
+        if all(head.find(version) is not None for version in kept):
+            return head
+        newer = opened.log.head_or_new(head.user_key)  # read after the look: it lists whatever was fetched until then
+        for version in kept:
+            if newer.find(version) is None:
+                opened.blobs.forget(head.user_key, version)
         return head
 
     def _change(

@@ -15,7 +15,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Final
 
 from adapter_store import layout
-from adapter_store.errors import AdapterStoreError, IntegrityError
+from adapter_store.errors import AdapterStoreError, BackendError, IntegrityError
 from adapter_store.keys import KEY_BYTES, NONCE_BYTES, KeyProvider, cipher
 from adapter_store.text import location, parse_json_object, to_json
 
@@ -57,7 +57,8 @@ class Vault:
     def add(self, user_key: str, secret: bytes | None = None, since_seq: int = 0) -> str:
         """Make a key (or keep the `secret` given) for a user whose log is at `since_seq`; return its id."""
         key, made = os.urandom(_KEY_ID_BYTES).hex(), secret or os.urandom(KEY_BYTES)
-        self._write(user_key, key, _Record(1, *self._wrap(user_key, key, made), since_seq))
+        with contextlib.suppress(FileExistsError):  # said of our own write, where its first answer was lost
+            self._write(user_key, key, _Record(1, *self._wrap(user_key, key, made), since_seq))
         self._remember(user_key, key, made)
         return key
 
@@ -97,20 +98,15 @@ class Vault:
         for number in self._numbers(user_key, key):
             self._backend.delete(f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(number)}")
 
-    def shred(self, user_key: str, before_seq: int) -> None:
-        """Shred a user's keys that were made before that place in the log, damaged ones too."""
-        for key in self.made_before(user_key, before_seq):
-            self.remove(user_key, key)
-
-    def made_before(self, user_key: str, before_seq: int) -> list[str]:
-        """Return a user's keys that were made before that place in the log, and damaged ones."""
+    def made_before(self, user_key: str, before_seq: int, *, or_damaged: bool = False) -> list[str]:
+        """Return a user's keys that were made before that place in the log."""
         found = []
         for key in self._ids(user_key):
             try:
-                since_seq = self._newest(user_key, key).since_seq
+                is_old = self._newest(user_key, key).since_seq < before_seq
             except (FileNotFoundError, IntegrityError):
-                since_seq = 0
-            if since_seq < before_seq:
+                is_old = or_damaged
+            if is_old:
                 found.append(key)
         return found
 
@@ -132,27 +128,31 @@ class Vault:
         rewrapped = 0
         for key in self._ids(user_key) if keys is None else keys:
             try:
-                record = self._newest(user_key, key)
+                rewrapped += self._rewrap(user_key, key)
             except FileNotFoundError:  # shredded a moment ago
                 continue
-            except IntegrityError as error:
-                problems.append(error)
-                continue
-            if record.master != self._keys.key_id:
-                try:
-                    secret = self._keys.unwrap(record.master, record.wrapped, self._context(user_key, key))
-                except AdapterStoreError as error:
-                    where = location(self._backend.url, f"{layout.keys_folder(user_key)}/{key}")
-                    problems.append(type(error)(f"{where}: {error}"))
-                    continue
-                record = _Record(record.number + 1, *self._wrap(user_key, key, secret), record.since_seq)
-                with contextlib.suppress(FileExistsError):  # another rotation is at it, and does the same
-                    self._write(user_key, key, record)
-                    rewrapped += 1
-            for number in self._numbers(user_key, key):
-                if number < record.number:
-                    self._backend.delete(f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(number)}")
+            except BackendError:
+                raise
+            except AdapterStoreError as error:
+                where = location(self._backend.url, f"{layout.keys_folder(user_key)}/{key}")
+                problems.append(type(error)(f"{where}: {error}"))
         return rewrapped
+
+    def _rewrap(self, user_key: str, key: str) -> bool:
+        """Wrap one key with the newest master key; return whether it was not yet."""
+        record, was_written = self._newest(user_key, key), False
+        while record.master != self._keys.key_id:
+            secret = self._keys.unwrap(record.master, record.wrapped, self._context(user_key, key))
+            anew = _Record(record.number + 1, *self._wrap(user_key, key, secret), record.since_seq)
+            try:
+                self._write(user_key, key, anew)
+                record, was_written = anew, True
+            except FileExistsError:  # another rotation is at it, perhaps to another master key
+                record = self._newest(user_key, key)
+        for number in self._numbers(user_key, key):
+            if number < record.number:
+                self._backend.delete(f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(number)}")
+        return was_written
 
     def _context(self, user_key: str, place: str) -> str:
         return f"{self._store_id}/{user_key}/{place}"

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from adapter_store import layout
 from adapter_store.errors import FormatVersionError, IntegrityError, InvalidAdapterError, KeyMismatchError
 from adapter_store.facts import UserHead
 from adapter_store.opened import Opened
@@ -65,7 +64,7 @@ def verify_user(opened: Opened, user_key: str) -> UserReport:
         problems += _entry_problems(opened, head, seqs)
         problems += _file_problems(opened, head)
     listed = {version.version for version in head.versions} if head else set()
-    there = opened.backend.list_folder(layout.versions_folder(user_key))
+    there = opened.version_folders(user_key)
     return UserReport(
         user_key=user_key,
         user_id=head.user_id if head else "",

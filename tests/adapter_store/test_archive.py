@@ -25,6 +25,7 @@ from adapter_store import (
     MemoryBackend,
     PublishConflictError,
     UserErasedError,
+    importing,
     layout,
 )
 from adapter_store.conformance import make_adapter
@@ -257,6 +258,22 @@ class TestArchives:
         assert len(times) == 2
         assert [store.fetch(version) for version in head.versions] == [make_adapter(0), make_adapter(1)]
         assert store.verify().orphans == 0
+
+    def test_a_file_that_is_written_anew_while_it_is_read_is_refused(self, archive, other, tmp_path, monkeypatch):
+        source = AdapterStore(tmp_path / "source")
+        source.publish("alice", make_adapter(9), base=BASE)
+        another = source.export_user("alice", tmp_path / "another.tar").read_bytes()
+        read = importing.read_archive
+
+        def written_anew(*arguments):
+            with archive.open("r+b") as file:
+                file.write(another)
+            return read(*arguments)
+
+        monkeypatch.setattr(importing, "read_archive", written_anew)
+        with pytest.raises(InvalidAdapterError, match="was changed while it was read: nothing was imported"):
+            other.import_user(archive)
+        assert other.versions("alice") == []
 
     def test_a_manifest_that_was_changed_does_not_pass_for_one_of_this_store(self, local, archive):
         local.erase_user("alice")

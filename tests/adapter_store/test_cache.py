@@ -9,8 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from adapter_store import AdapterCache, AdapterNotFoundError, AdapterStore, IntegrityError, LocalBackend
-from adapter_store.conformance import at_once
+from adapter_store import (
+    AdapterCache,
+    AdapterNotFoundError,
+    AdapterStore,
+    BackendError,
+    IntegrityError,
+    LocalBackend,
+    MemoryBackend,
+)
+from adapter_store.conformance import all_keys, at_once
 
 BASE = {"weights": "w"}
 
@@ -121,6 +129,67 @@ def test_a_collection_removes_what_a_killed_process_was_removing(backend, tmp_pa
     assert left.exists()
     store.gc()
     assert not left.exists()
+
+
+class Hooked(MemoryBackend):
+    """Calls `act` once, with the storage as it is, when a look at a log entry is through."""
+
+    def __init__(self, backend):
+        self.__dict__.update(backend.__dict__)
+        self.act = []
+
+    def stat(self, key):
+        found = super().stat(key)
+        if "/log/" in key and len(self.act) > 1:
+            self.act.pop()
+        elif "/log/" in key and self.act:
+            self.act.pop()()
+        return found
+
+
+def test_what_is_published_and_handed_out_while_a_head_is_looked_at_is_not_taken_for_something_old(files):
+    backend = MemoryBackend()
+    writer, hooked = AdapterStore(backend), Hooked(backend)
+    writer.publish("alice", files(1), base=BASE)
+    writer.erase_user("alice")
+    writer.publish("alice", files(2), base=BASE)
+    reader, folders = AdapterStore(hooked), []
+    reader.exists()
+
+    def publish():
+        folders.append(writer.fetch_dir(writer.publish("alice", files(3), base=BASE)))
+
+    hooked.act = [publish, None]  # at the second look
+    reader.resolve("alice")
+    assert len(folders) == 1
+    assert folders[0].is_dir()
+
+
+def test_stores_with_one_pepper_leave_each_others_folders_alone(files):
+    pepper = b"the same pepper for both of them"
+    one, other = (AdapterStore(MemoryBackend(), pepper=pepper) for _ in range(2))
+    one.publish("alice", files(1), base=BASE)
+    folder = other.fetch_dir(other.publish("alice", files(2), base=BASE))
+    one.erase_user("alice")
+    assert one.versions("alice") == []
+    assert folder.is_dir()
+
+
+def test_a_copy_that_cannot_be_removed_keeps_nothing_in_the_storage_and_stops_no_collection(tmp_path, files):
+    class Stuck(AdapterCache):
+        def drop(self, *names):
+            raise PermissionError("read-only")
+
+    backend = MemoryBackend()
+    store = AdapterStore(backend, cache=tmp_path / "cache")
+    version = store.publish("alice", files(1), base=BASE)
+    store.fetch(version)
+    stuck = AdapterStore(backend, cache=Stuck(tmp_path / "cache"))
+    with pytest.raises(BackendError, match=r"a copy in .* cannot be removed"):
+        stuck.erase_user("alice")
+    assert [key for key in all_keys(backend, "users") if "/versions/" in key] == []
+    assert len(all_keys(backend, "users")) == 1
+    assert [("cannot be removed" in problem) for problem in stuck.gc().problems] == [True]
 
 
 def test_a_collection_empties_the_cache_of_users_nobody_asked_for_since(backend, tmp_path, files):

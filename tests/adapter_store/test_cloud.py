@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def test_the_small_server_can_do_everything_else(files):
         assert backend.stat("a/b.bin").size == 7
         backend.delete("a/b.bin")
         assert objects == {}
+
+
+def test_equal_content_that_is_written_again_has_another_mark(s3_url):
+    """Its ETag is the same: a warm reader would take it for what it remembers."""
+    backend = open_backend(s3_url)
+    marks = []
+    for _ in range(2):
+        backend.put_if_absent("a/b.bin", b"content")
+        marks.append(backend.stat("a/b.bin").mark)
+        backend.delete("a/b.bin")
+        time.sleep(1.1)  # the storage's clock tells seconds
+    assert marks[0] != marks[1]
+    assert marks[0][0] == marks[1][0]
 
 
 def test_a_backend_of_ones_own_that_writes_over_things_is_refused_too(files, tmp_path):

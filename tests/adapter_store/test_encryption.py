@@ -22,7 +22,10 @@ from adapter_store import (
     MemoryBackend,
     UserErasedError,
 )
+from adapter_store.conformance import all_keys
 from adapter_store.keys import cipher, new_key
+from adapter_store.layout import version_folder
+from adapter_store.vault import key_of
 
 BASE = {"weights": "a fingerprint"}
 PEPPER = b"a pepper of sixteen bytes or more"
@@ -323,6 +326,22 @@ class TestUnusedKeys:
         fresh = AdapterStore(backend, keys=keys)
         assert fresh.fetch(fresh.resolve("alice")) == files(1)
 
+    def test_a_dry_run_counts_the_keys_of_an_interrupted_erasure_once(self, backend, slow, keys, files):
+        AdapterStore(backend, keys=keys).publish("alice", files(1), base=BASE)
+
+        def delete(key):
+            if key.startswith("keys/"):
+                raise KeyboardInterrupt
+            backend.delete(key)
+
+        slow.at, slow.delete = "nowhere", delete
+        with pytest.raises(KeyboardInterrupt):
+            AdapterStore(slow, keys=keys).erase_user("alice")
+        store = AdapterStore(backend, keys=keys)
+        planned, done = store.gc(dry_run=True), store.gc()
+        assert planned == done
+        assert done.keys == 1
+
     def test_a_key_that_only_files_are_sealed_with_is_kept(self, backend, slow, keys, files):
         """Two first publishes at once each make a key; the entries have that of the faster one."""
         other = AdapterStore(backend, keys=keys)
@@ -394,6 +413,61 @@ class TestRotation:
         alone = AdapterStore(root, keys=FileKeys(tmp_path / "keys"))
         assert alone.fetch(alone.resolve("alice")) == files(1)
         assert b'"master": "key-1"' not in everything(root)
+
+    @pytest.mark.parametrize("call", ["rotate", "gc"])
+    def test_a_damaged_key_that_something_is_sealed_with_stays(self, files, tmp_path, keys, call):
+        backend = MemoryBackend()
+        store, slow = AdapterStore(backend, keys=keys), MemoryBackend()
+        store.publish("alice", files(1), base=BASE)
+        store.erase_user("alice")
+        slow.__dict__.update(backend.__dict__)
+        raced = []
+
+        def put(key, data):
+            if "/log/" in key and not raced:
+                raced.append(store.publish("alice", files(2), base=BASE))
+            backend.put_if_absent(key, data)
+
+        slow.put_if_absent = put
+        second = AdapterStore(slow, keys=keys).publish("alice", files(3), base=BASE)
+        weights = backend.get(f"{version_folder(second.user_key, second.version)}/adapter_model.safetensors", 100)
+        record = next(key for key in all_keys(backend, "keys") if key_of(weights + bytes(100)) in key)
+        content = backend.get(record, 10**6)
+        backend.delete(record)
+        backend.put_if_absent(record, content[:-5])
+        keys.add("key-2")
+        fresh = AdapterStore(backend, keys=keys)
+        if call == "rotate":
+            with pytest.raises(IntegrityError, match="1 could not be read and stay as they are"):
+                fresh.rotate_keys()
+        else:
+            fresh.gc(grace=timedelta(0))
+        assert backend.stat(record) is not None
+        fresh.erase_user("alice")
+        assert backend.stat(record) is None
+
+    def test_of_two_rotations_at_once_none_says_that_it_wrapped_what_the_other_did(self, files, monkeypatch):
+        one, two, three = (f"{name}:{new_key()}" for name in ("one", "two", "three"))
+
+        def holding(*pairs):
+            monkeypatch.setenv("COPE_STORE_KEYS", ",".join(pairs))
+            return EnvironmentKeys()
+
+        backend, slow, raced = MemoryBackend(), MemoryBackend(), []
+        AdapterStore(backend, keys=holding(one)).publish("alice", files(1), base=BASE)
+        slow.__dict__.update(backend.__dict__)
+        faster = AdapterStore(backend, keys=holding(two, one))
+
+        def put(key, data):
+            if key.startswith("keys/") and not raced:
+                raced.append(faster.rotate_keys())
+            backend.put_if_absent(key, data)
+
+        slow.put_if_absent = put
+        assert AdapterStore(slow, keys=holding(three, two, one)).rotate_keys() == 2
+        assert raced == [2]
+        alone = AdapterStore(backend, keys=holding(three))
+        assert alone.fetch(alone.resolve("alice")) == files(1)
 
     def test_a_key_of_a_first_publish_under_way_is_wrapped_anew_too(self, keys, files, tmp_path):
         """It has made its key, and nothing that lies under users/ yet."""

@@ -2,10 +2,12 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -258,6 +260,46 @@ def test_folders_that_others_put_in_the_temporary_folder_are_not_touched(tmp_pat
     AdapterStore(tmp_path / "store").erase_user("alice")
     assert (elsewhere / f"{user_key}@x").is_dir()
     assert (elsewhere / ".lock").exists()
+
+
+def test_a_cleaner_of_temporary_files_costs_nothing_but_another_folder(files):
+    store = AdapterStore(MemoryBackend())
+    version = store.publish("alice", files(1), base={})
+    shutil.rmtree(store.fetch_dir(version).parent)
+    assert (store.fetch_dir(version) / "adapter_config.json").is_file()
+
+
+def test_a_forked_child_does_not_let_go_of_its_parents_folders(tmp_path):
+    code = """
+import os, subprocess, sys
+from adapter_store import scratch
+folder = scratch.write_scratch("a", {"file": b"1"})
+if (child := os.fork()) == 0:
+    sys.exit()
+os.waitpid(child, 0)
+other = "from adapter_store import scratch; scratch.write_scratch('b', {'file': b'1'})"
+subprocess.run([sys.executable, "-c", other], check=True)
+print(folder.is_dir())
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert found.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("place", ["users", "users/{0}", "users/{0}/{1}/{2}/versions", "probes", "keys"])
+def test_files_that_others_leave_in_a_store_are_in_nobodys_way(tmp_path, files, place):
+    store = AdapterStore(tmp_path / "store", keys=FileKeys.create(tmp_path / "keys"))
+    key = store.publish("alice", files(1), base={}).user_key
+    folder = tmp_path / "store" / place.format(key[:2], key[2:4], key)
+    folder.mkdir(exist_ok=True)
+    (folder / ".DS_Store").write_bytes(b"from elsewhere")
+    assert len(store.list_users()[0]) == 1
+    assert store.verify().ok
+    assert store.gc(grace=timedelta(0)).problems == []
+    assert store.rotate_keys() == 0
+    store.erase_user("alice")
+    assert store.versions("alice") == []
+    assert (folder / ".DS_Store").exists()
 
 
 def test_temporary_folders_stay_within_bounds(monkeypatch, files):

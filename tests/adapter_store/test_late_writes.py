@@ -95,6 +95,49 @@ def test_an_entry_that_lands_late_between_a_listing_and_its_reading_is_not_taken
     assert acts == []
 
 
+@pytest.mark.parametrize("others", ["activate", "publish"])
+def test_a_change_whose_entry_was_trimmed_while_it_slept_is_not_made_twice(others):
+    """It cannot tell whether it counted, and says so."""
+    backend = MemoryBackend()
+    other, hooked = AdapterStore(backend), Hooked(backend)
+    versions = [other.publish("alice", make_adapter(n, 64), base=BASE).version for n in range(6)]
+
+    def change_and_trim():
+        for number in range(102):
+            if others == "activate":
+                other.activate("alice", versions[number % 2])
+            else:
+                other.publish("alice", make_adapter(number, 64), base=BASE)
+        other.gc(entry_age=timedelta(0))
+
+    hooked.after = once(change_and_trim)
+    call = AdapterStore(hooked).rollback if others == "activate" else AdapterStore(hooked).publish
+    with pytest.raises(BackendError, match="nobody can tell whether it counted"):
+        call("alice") if others == "activate" else call("alice", make_adapter(7, 64), base=BASE)
+    reader = AdapterStore(backend)
+    assert reader.verify().ok
+    assert reader.fetch(reader.resolve("alice"))
+
+
+@pytest.mark.parametrize("place", ["keys/", "probes/"])
+def test_a_put_whose_first_answer_was_lost_is_told_that_its_file_is_there(place, tmp_path):
+    backend = MemoryBackend()
+    hooked, keys = Hooked(backend), FileKeys.create(tmp_path / "keys")
+
+    def lost(key):
+        if key.startswith(place):
+            raise FileExistsError(key)
+
+    hooked.after = lost
+    store = AdapterStore(hooked, keys=keys)
+    store.prepare("bob")
+    version = store.publish("alice", make_adapter(1, 64), base=BASE)
+    store.gc()
+    fresh = AdapterStore(backend, keys=keys)
+    assert fresh.fetch(fresh.resolve("alice")) == make_adapter(1, 64)
+    assert version == fresh.resolve("alice")
+
+
 class TestAPublishWithoutAnAnswer:
     """The put of its entry fails for the caller, who cannot know whether it lands."""
 
