@@ -134,14 +134,19 @@ class ObjectBackend:
             return call()
         except FileNotFoundError:
             if verb in ("write", "list"):
-                raise BackendError(
-                    f"cannot {verb} {location(self._url, key)}: there is no such bucket; make it, or name another"
-                ) from None
+                raise self._no_bucket(verb, key) from None
             raise FileNotFoundError(key) from None
         except AlreadyExistsError:
             raise FileExistsError(key) from None
         except Exception as error:  # obstore's other errors, and its plain ValueErrors
+            if "NoSuchBucket" in str(error):
+                raise self._no_bucket(verb, key) from None
             raise BackendError(f"cannot {verb} {location(self._url, key)}: {_said(error)}{_advice(error)}") from None
+
+    def _no_bucket(self, verb: str, key: str) -> BackendError:
+        return BackendError(
+            f"cannot {verb} {location(self._url, key)}: there is no such bucket; make it, or name another"
+        )
 
     def _check_process(self) -> None:
         global _used_by
@@ -165,6 +170,8 @@ def _said(error: Exception) -> str:
 
 def _advice(error: Exception) -> str:
     kind = type(error).__name__
+    if "169.254.169.254" in str(error):  # where cloud machines get theirs from, asked when there are none elsewhere
+        return "; there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what your cloud uses"
     if kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return "; give credentials that may list, read, write and delete there"
     if kind in ("NotSupportedError", "NotImplementedError"):

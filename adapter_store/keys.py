@@ -223,14 +223,15 @@ class KmsKeys:
 
 def _parsed(pairs: list[tuple[str, str]], where: str) -> dict[str, bytes]:
     keys: dict[str, bytes] = {}
-    for name, text in pairs:
+    for number, (name, text) in enumerate(pairs, 1):
         _checked_name(name.strip(), where)
         try:
             key = base64.b64decode(text.strip(), validate=True)
         except (binascii.Error, ValueError):
             key = b""
         if len(key) != KEY_BYTES:
-            raise KeyMismatchError(f"the key {name.strip()} of {where} is not {KEY_BYTES} bytes in base64")
+            # Its name may be the secret, in the wrong place.
+            raise KeyMismatchError(f"key number {number} of {where} is not a name and {KEY_BYTES} bytes in base64")
         if name.strip() in keys:
             raise KeyMismatchError(f"{where} has the key {name.strip()} twice: give each its own name")
         keys[name.strip()] = key

@@ -141,7 +141,8 @@ class Log:
                 return before, before
             after = self.following(before, changed)
             try:
-                if self._put(after) and self._is_kept(after):
+                if self._put(after):
+                    self._check_kept(after)
                     return before, after
             except _GoneError:
                 if self.head_or_new(user_key).erased_seq > after.seq:
@@ -166,7 +167,8 @@ class Log:
         for _ in range(_MAX_ATTEMPTS):
             entry = make((self._newest(user_key) or 0) + 1)
             with suppress(_GoneError):  # by another erasure
-                if self._put(entry) and self._is_kept(entry):
+                if self._put(entry):
+                    self._check_kept(entry)
                     return entry
         raise PublishConflictError(f"others changed this user {_MAX_ATTEMPTS} times in a row, always first: try again")
 
@@ -263,26 +265,29 @@ class Log:
             try:
                 return self.entry(head.user_key, head.seq).commit == head.commit
             except FileNotFoundError:
+                if self.head_or_new(head.user_key).erased_seq > head.seq:
+                    return False
                 raise _GoneError from None
         return True
 
-    def _is_kept(self, head: UserHead) -> bool:
-        """Tell whether an entry that was put is part of the log; remember the newest, take back what is not."""
+    def _check_kept(self, head: UserHead) -> None:
+        """Raise _GoneError unless an entry that was put is part of the log, and take it back; remember the newest.
+
+        Taken back is the lowest only: what lies below an erasure's entry goes in ascending order, by whomever.
+        """
         own = self._stat(head.user_key, head.seq)  # before the list, which says that nothing was erased until then
         seqs = self.seqs(head.user_key)
         if seqs and seqs[-1] == head.seq:
             self._remember(head, own)
-            return True
-        if head.seq not in seqs:
-            raise _GoneError
-        try:
-            if self.entry(head.user_key, head.seq + 1).parent == head.commit:
-                return True
-        except FileNotFoundError:  # a hole, where there were entries before; or ours has gone before that one
-            if self._stat(head.user_key, head.seq) is None:
-                raise _GoneError from None
-        self.remove(head.user_key, head.seq)
-        return False
+            return
+        if head.seq in seqs:
+            # Gone where ours lies in a hole, with entries before it once; or where ours has gone since, before that one.
+            with suppress(FileNotFoundError):
+                if self.entry(head.user_key, head.seq + 1).parent == head.commit:
+                    return
+            if head.seq == seqs[0]:
+                self.remove(head.user_key, head.seq)
+        raise _GoneError
 
     def _sealed(self, head: UserHead, data: bytes) -> bytes:
         if self._vault is None or head.is_erased:  # what is left of an erased user says nothing

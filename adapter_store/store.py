@@ -129,6 +129,11 @@ class AdapterStore:
         """The store's place as a URL, with userinfo and query masked."""
         return without_secrets(self._backend.url)
 
+    def is_encrypted(self) -> bool:
+        """Tell whether there is a store here that is encrypted. Raises what opening it raises."""
+        opened = self._open()
+        return opened is not None and opened.root.vault is not None
+
     def exists(self) -> bool:
         """Tell whether there is a store in this place yet; the first publish makes it. Raises what opening it raises."""
         return self._open() is not None
@@ -332,7 +337,7 @@ class AdapterStore:
         KeyMismatchError or FormatVersionError.
         """
         if cursor is not None and not (isinstance(cursor, str) and layout.is_sha256(cursor)):
-            raise InvalidAdapterError(f"cursor {shorten(cursor)} comes from no listing: pass the one returned, or None")
+            raise InvalidAdapterError(f"cursor {shorten(cursor)} comes from no listing: pass the one returned, or none")
         if limit < 1:
             raise InvalidAdapterError(f"limit is {limit}: give at least 1")
         opened = self._open()
@@ -564,6 +569,8 @@ class AdapterStore:
         it, that is raised. Raises what `export_user` raises.
         """
         path, count = local_path(folder), 0
+        if path.exists() and not path.is_dir():
+            raise BackendError(f"{path} is no folder: name a new one, or one that an earlier export wrote")
         cursor: str | None = None
         while True:
             heads, cursor = self.list_users(cursor, on_problem=on_problem)

@@ -77,6 +77,8 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
         value = _DECODER.decode(data.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"it holds a JSON {type(value).__name__} where an object is expected")
     return value

@@ -72,7 +72,7 @@ def verify_user(opened: Opened, user_key: str) -> UserReport:
         num_versions=len(listed),
         num_bytes=sum(file.size for version in head.versions for file in version.files.values()) if head else 0,
         problems=tuple(problems),
-        orphans=tuple(name for name in there if name not in listed),
+        orphans=tuple(name for name in there if name not in listed) if not problems or head else (),
     )
 
 

@@ -8,7 +8,7 @@ import typer
 
 from cope_lc import adapters_care, adapters_transfer
 from cope_lc.options import Json, Limit, Reason, Store, User, Version, Yes
-from cope_lc.stored import history_facts, local_time, place_of, version_facts
+from cope_lc.stored import history_facts, local_time, open_existing, place_of, version_facts
 
 if TYPE_CHECKING:
     from adapter_store import AdapterStore, AdapterVersion, UserHead
@@ -73,7 +73,7 @@ def _show_page(
     where = f"{'' if is_whole else 'of those '}in {place_of(store)}"
     say(out, f"\n{count} {where}", "dim", whole=True)
     if following is not None:
-        say(out, f"more: cope-lc adapters list --cursor {following}", whole=True)
+        say(out, f"more: the same command with --cursor {following}", whole=True)
 
 
 @app.command(epilog="Example: cope-lc adapters show alice")
@@ -168,7 +168,8 @@ def delete(
         left = opened.active(user)
         print_json({"user_id": user, "deleted": [found.version for found in doomed], "active": left})
     else:
-        print(f"deleted {what} of {name_of(user)}")
+        served = "" if opened.active(user) else "; none is active now"
+        print(f"deleted {what} of {name_of(user)}{served}")
 
 
 @app.command(epilog="Example: cope-lc adapters erase alice --yes")
@@ -178,13 +179,9 @@ def erase(user: User, yes: Yes = False, store: Store = None, as_json: Json = Fal
     Every version, the history and the keys go, damaged ones too; trainings under way are refused when they publish.
     """
     from adapter_store.errors import FormatVersionError, IntegrityError
-    from cope_lc.text import clean, name_of, print_json
-    from langchain_cope.stores import open_store
+    from cope_lc.text import name_of, print_json
 
-    opened = open_store(store)
-    if not opened.exists():
-        where = clean(place_of(opened))
-        raise typer.BadParameter(f"{where} is no store: nothing was erased; name the right one", param_hint="--store")
+    opened = open_existing(store)
     count: int | None = None
     versions = "what is there cannot be read"
     with contextlib.suppress(IntegrityError, FormatVersionError):  # damage is no reason to keep it
@@ -196,7 +193,7 @@ def erase(user: User, yes: Yes = False, store: Store = None, as_json: Json = Fal
     if as_json:
         print_json({"user_id": user, "erased": True, "versions": count})
     else:
-        print(f"erased {name_of(user)}")
+        print(f"erased {name_of(user)}" + ("" if count != 0 else "; no adapter was there under this id"))
 
 
 app.command(epilog=adapters_transfer.EXPORT_EXAMPLE)(adapters_transfer.export)

@@ -29,14 +29,15 @@ def verify(
     """
     from cope_lc.progress import counted
     from cope_lc.screen import console, say
-    from cope_lc.stored import place_of
+    from cope_lc.stored import open_existing, place_of
     from cope_lc.text import name_of, print_json
-    from langchain_cope.stores import open_store
 
-    opened = open_store(store)
+    opened = open_existing(store)
     with counted("users checked") as count:
         numbers = itertools.count(1)
         found = opened.verify(user, on_user=lambda _: count(next(numbers)))
+    if user is not None and not found.entries:
+        opened.resolve(user)  # it says best what is not there
     if as_json:
         figures = {name: value for name, value in asdict(found).items() if name != "damaged"}
         damaged = [{"user_id": r.user_id, "user_key": r.user_key, "problems": list(r.problems)} for r in found.damaged]
@@ -69,10 +70,10 @@ def gc(
     """
     from cope_lc.progress import counted
     from cope_lc.screen import say_passed_over
+    from cope_lc.stored import open_existing
     from cope_lc.text import print_json
-    from langchain_cope.stores import open_store
 
-    opened = open_store(store)
+    opened = open_existing(store)
     with counted("users looked at") as count:
         done = opened.gc(grace=timedelta(hours=grace_hours), dry_run=dry_run, on_user=count)
     if as_json:
@@ -102,15 +103,20 @@ def new_key(
     from cope_lc.text import clean, print_json
 
     path = file.expanduser()
-    if path.exists():
-        keys = FileKeys(path)
-        keys.add(name or _next_name(keys.names))
-    else:
-        keys = FileKeys.create(path, name or "key-1")
+    try:
+        if path.exists():
+            keys = FileKeys(path)
+            keys.add(name or _next_name(keys.names))
+        else:
+            keys = FileKeys.create(path, name or "key-1")
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--name") from None
     if as_json:
         print_json({"file": str(path), "key": keys.key_id, "keys": keys.names})
     else:
         print(f"{keys.key_id} wraps what is new; keep {clean(str(path))} safe: without it an encrypted store is lost")
+        if len(keys.names) > 1:
+            print("then, for each store that is encrypted with it: cope-lc adapters rotate-keys")
 
 
 def _next_name(names: Iterable[str]) -> str:
@@ -122,13 +128,13 @@ def _next_name(names: Iterable[str]) -> str:
 def rotate_keys(store: Store = None, as_json: Json = False) -> None:
     """Wrap all keys with the newest master key.
 
-    Afterwards the older master keys can be destroyed.
+    Afterwards the older master keys can be destroyed: take their lines out of the key file.
     """
     from cope_lc.progress import counted
+    from cope_lc.stored import open_existing
     from cope_lc.text import print_json
-    from langchain_cope.stores import open_store
 
-    opened = open_store(store)
+    opened = open_existing(store)
     with counted("users") as count:
         rewrapped = opened.rotate_keys(on_user=count)
     if as_json:

@@ -35,6 +35,8 @@ def export(
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
+    if target.name.endswith((".tar.gz", ".tgz", ".zip")):
+        raise typer.BadParameter("archives are plain: give a name that ends in .tar, or a folder", param_hint="TARGET")
     if target.suffix == ".tar":
         if version is not None:
             raise typer.BadParameter(
@@ -61,23 +63,26 @@ def export_all(
 ) -> None:
     """Write every user as a file of a folder.
 
-    What is there already is passed over, so that an interrupted export goes on. Exit code 1 where some users cannot be
-    written; all others are.
+    A user whose file is there already is passed over, changed or not, so that an interrupted export goes on: for a
+    backup name a new folder. Exit code 1 where some users cannot be written; all others are.
     """
     from cope_lc.progress import counted
     from cope_lc.screen import say_passed_over
+    from cope_lc.stored import open_existing
     from cope_lc.text import clean, print_json
-    from langchain_cope.stores import open_store
 
-    opened = open_store(store)
+    opened = open_existing(store)
+    there = len(list(folder.glob("*.tar")))
     problems: list[str] = []
     with counted("users exported") as count:
         number = opened.export_users(folder, on_user=count, on_problem=lambda error: problems.append(str(error)))
     if as_json:
-        print_json({"folder": str(folder), "users": number, "problems": problems})
+        print_json({"folder": str(folder), "users": number, "already_there": there, "problems": problems})
     else:
         say_passed_over(problems)
         print(f"{number} user{'s' if number != 1 else ''} written to {clean(str(folder))}; they are not encrypted")
+        if there:
+            print(f"{there} {'were' if there != 1 else 'was'} there already and left as they are")
     if problems:
         raise typer.Exit(1)
 
@@ -93,8 +98,8 @@ def import_one(
 ) -> None:
     """Bring in a user's file, or a peft folder.
 
-    A folder that was trained elsewhere, on --model, becomes the active version of --user. A user who was erased here
-    does not come back through a file.
+    A folder that was trained elsewhere, on --model, becomes the active version of --user. Versions of a file get new
+    ids. A user who was erased here does not come back through a file.
     """
     from cope_lc.text import name_of, print_json
     from langchain_cope.stores import open_store
@@ -121,12 +126,13 @@ def import_all(
 ) -> None:
     """Bring in every user of such a folder.
 
-    Safe to repeat. So a store moves elsewhere, or becomes an encrypted one. A user who was erased here is refused; all
-    others are brought in, and the exit code is 1.
+    So a store moves elsewhere, or becomes an encrypted one. Versions get new ids, and the history begins anew. Safe to
+    repeat. A user who was erased here is refused; all others are brought in, and the exit code is 1.
     """
     from cope_lc.progress import counted
     from cope_lc.screen import say_passed_over
-    from cope_lc.text import print_json
+    from cope_lc.stored import place_of
+    from cope_lc.text import clean, print_json
     from langchain_cope.stores import open_store
 
     if not folder.is_dir():
@@ -139,7 +145,8 @@ def import_all(
         print_json({"store": opened.url, "users": number, "problems": problems})
     else:
         say_passed_over(problems)
-        print(f"{number} user{'s' if number != 1 else ''} imported")
+        kind = "encrypted" if opened.is_encrypted() else "not encrypted"
+        print(f"{number} user{'s' if number != 1 else ''} imported into {clean(place_of(opened))}, which is {kind}")
     if problems:
         raise typer.Exit(1)
 

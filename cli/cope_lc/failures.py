@@ -42,7 +42,7 @@ def exit_with(call: Callable[[], Any], *, debug: bool) -> NoReturn:
 
 def explain(error: Exception) -> tuple[int, str]:
     """The exit code of an error, and its line."""
-    from adapter_store.errors import AdapterNotFoundError, AdapterStoreError, InvalidAdapterError
+    from adapter_store.errors import AdapterNotFoundError, AdapterStoreError, InvalidAdapterError, KeyMismatchError
     from langchain_cope.errors import Cancelled, CopeError, InputError
 
     if isinstance(error, Cancelled):
@@ -51,6 +51,11 @@ def explain(error: Exception) -> tuple[int, str]:
         return WRONG_INPUT, f"error: {_usage(error)}"
     if isinstance(error, InputError | InvalidAdapterError | AdapterNotFoundError):
         return WRONG_INPUT, f"error: {error}"
+    if isinstance(error, KeyMismatchError):
+        return (
+            FAILED,
+            f"error: {error}. Here keys are COPE_STORE_KEY_FILE or COPE_STORE_KEYS, the pepper COPE_STORE_PEPPER",
+        )
     if isinstance(error, CopeError | AdapterStoreError):
         return FAILED, f"error: {error}"
     if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):

@@ -32,6 +32,12 @@ def _check_temperature(value: float) -> float:
     return value
 
 
+def _check_store(value: str | None) -> str | None:
+    if value == "":  # as of a variable that is not set: it shall not mean the default store
+        raise typer.BadParameter("it is empty: name a folder or a URL, or leave it out")
+    return value
+
+
 Target = Annotated[
     Side | None,
     typer.Option(
@@ -48,6 +54,7 @@ Store = Annotated[
     typer.Option(
         "--store",
         metavar="URL",
+        callback=_check_store,
         help="Adapter store: a folder, or a file://, s3://, gs:// or az:// URL. Default: COPE_STORE, else the user data folder.",
     ),
 ]

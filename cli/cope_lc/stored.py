@@ -9,6 +9,21 @@ if TYPE_CHECKING:
     from adapter_store import AdapterStore, AdapterVersion, HistoryEntry
 
 
+def open_existing(store: str | None) -> "AdapterStore":
+    """Open a store that must be there already: whoever looks after one shall not be told that a mistyped one is well."""
+    import typer
+
+    from cope_lc.text import clean
+    from langchain_cope.stores import open_store
+
+    opened = open_store(store)
+    if not opened.exists():
+        raise typer.BadParameter(
+            f"{clean(place_of(opened))} is no store: nothing was done; name the right one", param_hint="--store"
+        )
+    return opened
+
+
 def local_folder(store: "AdapterStore") -> Path | None:
     """Return the folder of a local store, whether it is there yet or not."""
     scheme, _, path = store.url.partition("://")

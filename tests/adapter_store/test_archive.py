@@ -345,11 +345,14 @@ class TestArchives:
 
         assert local.export_users(tmp_path / "out", on_user=erase) == 2
 
-    def test_a_full_disk_stops_an_export_at_once(self, local, tmp_path):
+    def test_a_place_that_cannot_be_written_stops_an_export_at_once(self, local, tmp_path):
         local.publish("alice", make_adapter(1), base=BASE)
-        (tmp_path / "out").write_bytes(b"in the way")
-        with pytest.raises(BackendError, match="cannot write an archive"):
-            local.export_users(tmp_path / "out", on_problem=lambda problem: None)
+        (tmp_path / "file").write_bytes(b"in the way")
+        problems = []
+        for place in ("file", "file/out"):
+            with pytest.raises(BackendError, match="is no folder|cannot write an archive"):
+                local.export_users(tmp_path / place, on_problem=problems.append)
+        assert problems == []
 
     def test_a_peft_folder_is_imported_with_what_is_known_of_it(self, local, peft_folder, files):
         version = local.import_peft("alice", peft_folder, base=BASE, alpha=0.2)

@@ -173,8 +173,8 @@ class TestKeysAtHand:
         ("text", "said"),
         [
             ("", "MY_KEYS is not set: set it to name:base64"),
-            ("justakey", "the key justakey of .* is not 32 bytes in base64"),
-            ("name:c2hvcnQ=", "the key name of the environment's MY_KEYS is not 32 bytes in base64"),
+            ("justakey", "key number 1 of .* is not a name and 32 bytes in base64"),
+            ("name:c2hvcnQ=", "key number 1 of the environment's MY_KEYS is not a name and 32 bytes in base64"),
             ("c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0IHNlY3I=", "has no name"),
             (f"a:{'A' * 43}=,a:{'B' * 42}A=", "has the key a twice"),
         ],

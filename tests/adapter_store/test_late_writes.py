@@ -6,7 +6,7 @@ import pytest
 
 from adapter_store import AdapterNotFoundError, AdapterStore, BackendError, FileKeys, MemoryBackend, UserErasedError
 from adapter_store.conformance import all_keys, make_adapter
-from adapter_store.layout import ROOT_FILE, entry_key, keys_folder
+from adapter_store.layout import ROOT_FILE, entry_key, keys_folder, log_folder, numbered
 from adapter_store.vault import STORE
 
 BASE = {"weights": "w"}
@@ -93,6 +93,33 @@ def test_an_entry_that_lands_late_between_a_listing_and_its_reading_is_not_taken
         with pytest.raises(AdapterNotFoundError):
             reader.resolve("alice")
     assert acts == []
+
+
+def test_an_entry_that_an_erasure_overtook_is_left_to_it_while_older_ones_are_there():
+    """Taken back out of turn, it would make a warm reader of the one before believe that nothing came after."""
+    backend = MemoryBackend()
+    slow_backend, killed_backend = Hooked(backend), Hooked(backend)
+    reader = AdapterStore(backend)
+    key = reader.publish("alice", make_adapter(1, 64), base=BASE).user_key
+    reader.resolve("alice")
+
+    def kill(place):
+        if place.startswith("users/"):
+            raise KeyboardInterrupt
+
+    def erase_and_be_killed():
+        killed_backend.delete = kill
+        with pytest.raises(KeyboardInterrupt):
+            AdapterStore(killed_backend).erase_user("alice")
+
+    slow_backend.after = once(erase_and_be_killed)
+    with pytest.raises(UserErasedError):
+        AdapterStore(slow_backend).publish("alice", make_adapter(2, 64), base=BASE)
+    with pytest.raises(AdapterNotFoundError):
+        reader.resolve("alice")
+    assert backend.list_folder(log_folder(key)) == [numbered(seq) for seq in (1, 2, 3)]
+    reader.erase_user("alice")
+    assert backend.list_folder(log_folder(key)) == [numbered(4)]
 
 
 @pytest.mark.parametrize("others", ["activate", "publish"])

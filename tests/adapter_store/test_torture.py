@@ -136,15 +136,14 @@ class TestLinearizable:
 
     def test_a_store_that_believes_its_memory_is_caught(self, tmp_path, monkeypatch):
         """The same rounds on a store whose warm readers do not look again: so the check above can fail."""
-        from adapter_store.log import Log
+        look = AdapterStore._head
 
-        look = Log.head
+        def believing(self, user_id):
+            opened = self._open()
+            known = opened and opened.log._remembered.get(opened.log.user_key(user_id))
+            return known.head if known else look(self, user_id)
 
-        def forgetful(self, user_key):
-            known = self._remembered.get(user_key)
-            return known.head if known else look(self, user_key)
-
-        monkeypatch.setattr(Log, "head", forgetful)
+        monkeypatch.setattr(AdapterStore, "_head", believing)
         with pytest.raises(AssertionError, match="no order explains"):
             model.linear(lambda: AdapterStore(MemoryBackend(), limits=Limits(live_versions=1000)), rounds=20)
 

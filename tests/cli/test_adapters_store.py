@@ -29,7 +29,7 @@ def test_users_are_listed_page_by_page(cope_lc: Callable, store: AdapterStore) -
     assert "next" not in rest
     assert len({user["user_id"] for user in first["users"] + rest["users"]}) == 5
     shown = cope_lc("adapters", "list", "--limit", 3).stdout
-    assert f"more: cope-lc adapters list --cursor {first['next']}" in shown
+    assert f"more: the same command with --cursor {first['next']}" in shown
     assert cope_lc("adapters", "list", "--cursor", "../x").code == 2
     assert cope_lc("adapters", "list", "--limit", 0).code == 2
 
@@ -120,7 +120,7 @@ def test_a_damaged_user_is_erased_too(
 def test_erase_makes_no_store_where_there_is_none(cope_lc: Callable, tmp_path: Path) -> None:
     outcome = cope_lc("adapters", "erase", "alice", "--yes", "--store", tmp_path / "mistyped")
     assert outcome.code == 2
-    assert "mistyped is no store: nothing was erased" in outcome.error
+    assert "mistyped is no store: nothing was done" in outcome.error
     assert not (tmp_path / "mistyped").exists()
 
 
@@ -156,11 +156,13 @@ def test_all_users_move_into_an_encrypted_store(
     assert cope_lc("adapters", "new-key", key_file, "--json").json["key"] == "key-1"
     monkeypatch.setenv("COPE_STORE_KEY_FILE", str(key_file))
     encrypted = ("--store", tmp_path / "encrypted")
-    assert cope_lc("adapters", "import-all", tmp_path / "out", *encrypted).stdout == "3 users imported\n"
+    assert cope_lc("adapters", "import-all", tmp_path / "out", *encrypted).stdout == (
+        f"3 users imported into {tmp_path / 'encrypted'}, which is encrypted\n"
+    )
     assert cope_lc("adapters", "import-all", tmp_path / "none", *encrypted).code == 2
     assert b"user-1" not in b"".join(p.read_bytes() for p in (tmp_path / "encrypted").rglob("*") if p.is_file())
     assert cope_lc("adapters", "new-key", key_file, "--json").json["keys"] == ["key-2", "key-1"]
-    assert cope_lc("adapters", "new-key", key_file, "--name", "key-1").code == 1
+    assert cope_lc("adapters", "new-key", key_file, "--name", "key-1").code == 2
     assert cope_lc("adapters", "rotate-keys", *encrypted, "--json").json["rewrapped"] == 4
     assert cope_lc("adapters", "verify", *encrypted, "--json").json["ok"] is True
     reader = AdapterStore(tmp_path / "encrypted", keys=FileKeys(key_file))
@@ -259,6 +261,38 @@ def test_gc_takes_what_is_not_listed(cope_lc: Callable, store: AdapterStore, sto
     assert not orphan.exists()
     assert store.active("alice") == version
     assert cope_lc("adapters", "gc", "--grace-hours", "-1").code == 2
+
+
+def test_who_mistypes_a_store_or_a_user_is_not_told_that_all_is_well(
+    cope_lc: Callable, store: AdapterStore, tmp_path: Path
+) -> None:
+    put(store)
+    for words in (["verify"], ["gc"], ["rotate-keys"], ["export-all", tmp_path / "out"], ["erase", "alice", "--yes"]):
+        outcome = cope_lc("adapters", *words, "--store", tmp_path / "nowhere")
+        assert outcome.code == 2
+        assert "is no store: nothing was done" in outcome.error
+        outcome = cope_lc("adapters", *words, "--store", "")
+        assert outcome.code == 2
+        assert "it is empty" in outcome.error
+    assert not (tmp_path / "nowhere").exists()
+    outcome = cope_lc("adapters", "verify", "bob")
+    assert outcome.code == 2
+    assert "user 'bob' has no adapter" in outcome.error
+    assert cope_lc("adapters", "erase", "bob", "--yes").stdout == "erased bob; no adapter was there under this id\n"
+    assert cope_lc("adapters", "verify", "bob").code == 0  # what is left says that he was erased
+
+
+def test_what_an_export_passes_over_is_said(cope_lc: Callable, store: AdapterStore, tmp_path: Path) -> None:
+    put(store)
+    assert cope_lc("adapters", "export-all", tmp_path / "out", "--json").json["already_there"] == 0
+    shown = cope_lc("adapters", "export-all", tmp_path / "out").stdout
+    assert "0 users written" in shown
+    assert "1 was there already" in shown
+    (tmp_path / "file").write_text("no folder")
+    outcome = cope_lc("adapters", "export-all", tmp_path / "file")
+    assert outcome.code == 1
+    assert "is no folder" in outcome.error
+    assert cope_lc("adapters", "export", "alice", tmp_path / "alice.tar.gz").code == 2
 
 
 def test_a_store_url_never_prints_its_secret(cope_lc: Callable, tmp_path: Path) -> None:
