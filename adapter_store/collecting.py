@@ -5,6 +5,7 @@ user's log says that what began earlier was collected; a publisher that finds it
 grace only keeps that rare, and it is measured by the storage's own clock.
 """
 
+import time
 from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -50,8 +51,10 @@ class Rules:
     dry_run: bool
 
 
-def storage_time(backend: Backend) -> float:
-    """Return the storage's time, in seconds since 1970."""
+def storage_time(backend: Backend, dry_run: bool) -> float:
+    """Return the storage's time, in seconds since 1970; in a dry run, which writes nothing, this machine's."""
+    if dry_run:
+        return time.time()
     place = layout.new_probe()
     with suppress(FileExistsError):  # said of our own write, where its first answer was lost
         backend.put_if_absent(place, b"")
@@ -60,19 +63,19 @@ def storage_time(backend: Backend) -> float:
     return found.modified if found else 0.0
 
 
-def collect_user(opened: Opened, user_key: str, rules: Rules, time: float, done: Collected) -> None:
+def collect_user(opened: Opened, user_key: str, rules: Rules, now: float, done: Collected) -> None:
     """Collect the garbage of one user."""
     done.users += 1
     try:
         head = opened.log.head_or_new(user_key)
         _finish_erasure(opened, head, rules, done)
-        _orphans(opened, head, rules, time, done)
-        _trim(opened, user_key, rules, time, done)
+        _orphans(opened, head, rules, now, done)
+        _trim(opened, user_key, rules, now, done)
     except (IntegrityError, KeyMismatchError, FormatVersionError, PublishConflictError) as error:
         done.problems.append(str(error))
 
 
-def collect_unfinished(opened: Opened, rules: Rules, time: float, done: Collected) -> None:
+def collect_unfinished(opened: Opened, rules: Rules, now: float, done: Collected) -> None:
     """Remove what killed processes left of writing and of probing."""
     backend = opened.backend
     places = [f"{layout.STAGING}/{name}" for name in backend.list_folder(layout.STAGING)]
@@ -81,7 +84,7 @@ def collect_unfinished(opened: Opened, rules: Rules, time: float, done: Collecte
     ]
     for place in places:
         found = backend.stat(place)
-        if found is not None and found.modified <= time - rules.grace:
+        if found is not None and found.modified <= now - rules.grace:
             done.unfinished_files += 1
             if not rules.dry_run:
                 backend.delete(place)
@@ -141,13 +144,13 @@ def _shred(vault: Vault, user_key: str, before_seq: int) -> None:
         vault.remove(user_key, key)
 
 
-def _orphans(opened: Opened, head: UserHead, rules: Rules, time: float, done: Collected) -> None:
+def _orphans(opened: Opened, head: UserHead, rules: Rules, now: float, done: Collected) -> None:
     """Remove the files of versions that are not listed, once the log says so."""
     grace = 0.0 if head.erased_seq and head.is_erased else rules.grace
     sizes = {
-        version: size for version, size, newest in _unlisted(opened, head) if newest is None or newest <= time - grace
+        version: size for version, size, newest in _unlisted(opened, head) if newest is None or newest <= now - grace
     }
-    removed, keys = set(sizes), _unused_keys(opened, head, set(sizes), time - grace)
+    removed, keys = set(sizes), _unused_keys(opened, head, set(sizes), now - grace)
     if not removed and not keys:
         return
 
@@ -160,7 +163,7 @@ def _orphans(opened: Opened, head: UserHead, rules: Rules, time: float, done: Co
     if not rules.dry_run:
         with suppress(ErasedSinceError):
             _, head = opened.log.commit(head.user_key, collected)
-        keys &= _unused_keys(opened, head, removed, time - grace)  # of those a publisher may have used one meanwhile
+        keys &= _unused_keys(opened, head, removed, now - grace)  # of those a publisher may have used one meanwhile
     _remove_keys(opened, head.user_key, keys, rules, done)
     for version in sorted(removed):
         done.versions += 1
@@ -170,11 +173,11 @@ def _orphans(opened: Opened, head: UserHead, rules: Rules, time: float, done: Co
             _forget(opened, head.user_key, version, done)
 
 
-def _unused_keys(opened: Opened, head: UserHead, removed: Set[str], time: float) -> set[str]:
-    """Return the keys written until `time` that neither entries nor files, but of `removed` versions, are sealed with."""
+def _unused_keys(opened: Opened, head: UserHead, removed: Set[str], now: float) -> set[str]:
+    """Return the keys written until `now` that neither entries nor files, but of `removed` versions, are sealed with."""
     if opened.root.vault is None:
         return set()
-    unused = set(opened.root.vault.written_until(head.user_key, time)) - {head.key}
+    unused = set(opened.root.vault.written_until(head.user_key, now)) - {head.key}
     if not unused:  # almost always
         return unused
     unused.difference_update(opened.root.vault.made_before(head.user_key, head.erased_seq))  # counted before
@@ -213,11 +216,11 @@ def _unlisted(opened: Opened, head: UserHead) -> Iterator[tuple[str, int, float 
             yield version, sum(file.size for file in files), max((file.modified for file in files), default=None)
 
 
-def _trim(opened: Opened, user_key: str, rules: Rules, time: float, done: Collected) -> None:
+def _trim(opened: Opened, user_key: str, rules: Rules, now: float, done: Collected) -> None:
     seqs = opened.log.seqs(user_key)
     for seq in seqs[: -rules.keep_entries]:
         found = opened.backend.stat(layout.entry_key(user_key, seq))
-        if found is not None and found.modified > time - rules.entry_age:
+        if found is not None and found.modified > now - rules.entry_age:
             break  # in ascending order: the ones after are younger
         done.entries += 1
         if not rules.dry_run:

@@ -176,7 +176,10 @@ class FileKeys(_HeldKeys):
             mode = stat.S_IMODE(self._path.stat().st_mode)
             text = self._path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise KeyMismatchError(f"cannot read the key file {self._where} ({error})") from error
+            said = error.strerror if isinstance(error, OSError) else str(error)
+            raise KeyMismatchError(
+                f"cannot read the key file {self._where} ({said}): name one that new-key made"
+            ) from error
         if mode & 0o077:
             raise KeyMismatchError(f"the key file {self._where} can be read by others (mode {mode:o}): chmod 600 it")
         lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]

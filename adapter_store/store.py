@@ -470,7 +470,7 @@ class AdapterStore:
         rules = collecting.Rules(grace.total_seconds(), _ENTRIES_KEPT, entry_age.total_seconds(), dry_run)
         if min(rules.grace, rules.entry_age) < 0:
             raise InvalidAdapterError("a grace below zero would remove what is being written: give at least 0")
-        storage_time = collecting.storage_time(self._backend)
+        storage_time = collecting.storage_time(self._backend, dry_run)
         for user_key in opened.user_keys():
             collecting.collect_user(opened, user_key, rules, storage_time, done)
             if on_user is not None:

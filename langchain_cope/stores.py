@@ -16,7 +16,8 @@ from adapter_store import AdapterStore
 from adapter_store.errors import KeyMismatchError
 from adapter_store.root import MIN_PEPPER_BYTES
 
-_SETTINGS = ("COPE_STORE_KEY_FILE", "COPE_STORE_KEYS", "COPE_STORE_PEPPER", "COPE_STORE_CACHE")
+_SECRETS = ("COPE_STORE_KEY_FILE", "COPE_STORE_KEYS", "COPE_STORE_PEPPER")
+_SETTINGS = (*_SECRETS, "COPE_STORE_CACHE")
 
 
 def open_store(store: "str | os.PathLike[str] | AdapterStore | None" = None) -> AdapterStore:
@@ -33,7 +34,14 @@ def open_store(store: "str | os.PathLike[str] | AdapterStore | None" = None) -> 
         from adapter_store.local import local_path
 
         place = str(local_path(place))  # what is relative, or the home folder's, may mean another one later
-    return _opened(place, *(os.environ.get(name) or None for name in _SETTINGS))
+    return _opened(place, *map(_setting, _SETTINGS))
+
+
+def _setting(name: str) -> str | None:
+    value = os.environ.get(name)
+    if value == "" and name in _SECRETS:  # as where a secret did not arrive: a plain store shall not be made of that
+        raise KeyMismatchError(f"the environment's {name} is set and empty: give it a value, or unset it")
+    return value or None
 
 
 @lru_cache(maxsize=64)

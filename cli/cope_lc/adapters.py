@@ -93,9 +93,9 @@ def show(
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
-    versions = _versions(opened, user)
-    active = opened.active(user)
-    history = opened.history(user, limit=limit)
+    versions, active, history = opened.versions(user), opened.active(user), opened.history(user, limit=limit)
+    if not history:
+        opened.resolve(user)  # it says best what is not there
     if as_json:
         facts = [version_facts(version) | {"active": version.version == active} for version in versions]
         changes = [history_facts(change) for change in history]
@@ -103,14 +103,17 @@ def show(
         return
     out = console()
     say(out, f"{name_of(user)} in {place_of(opened)}\n", whole=True)
-    out.print(version_table(versions, active))
+    if versions:
+        out.print(version_table(versions, active))
     if (chart := chart_of(versions, active)) is not None:
         say(out, "held-out NLL against the base's, by version", "dim")
         out.print(chart)
     say(out, "\nhistory", "dim")
     out.print(history_table(history))
-    if active is None:
-        say(out, "\nnone is active: cope-lc adapters activate USER VERSION")
+    if not versions:
+        say(out, "\nno version is left")
+    elif active is None:
+        say(out, f"\nnone is active: cope-lc adapters activate {name_of(user)} VERSION", whole=True)
 
 
 @app.command(epilog="Example: cope-lc adapters activate alice 20260131T235959Z-0123456789ab")
@@ -228,7 +231,8 @@ def _say_active(user: str, active: "AdapterVersion", before: str | None, as_json
     if as_json:
         print_json({"user_id": user, "active": active.version, "before": before})
     else:
-        print(f"{name_of(user)}: {active.version} is active (before: {before or 'none'})")
+        said = "was active already" if active.version == before else f"is active (before: {before or 'none'})"
+        print(f"{name_of(user)}: {active.version} {said}")
 
 
 def _confirm(question: str, doing: str) -> None:

@@ -46,7 +46,12 @@ def verify(
         out = console()
         for report in found.damaged:
             for problem in report.problems:
-                say(out, f"{name_of(report.user_id) if report.user_id else report.user_key}: {problem}", "red")
+                say(
+                    out,
+                    f"{name_of(report.user_id) if report.user_id else report.user_key}: {problem}",
+                    "red",
+                    whole=True,
+                )
         users = f"{found.users} user{'s' if found.users != 1 else ''}"
         say(out, f"{users}, {found.versions} versions, {found.bytes / 1e6:.1f} MB in {place_of(opened)}", whole=True)
         said = "all is what was published" if found.ok else f"{len(found.damaged)} of them with damage"
@@ -89,9 +94,20 @@ def gc(
         raise typer.Exit(1)
 
 
+def _check_name(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value):
+        raise typer.BadParameter(f"{value!r} is no name: give 1 to 64 letters, digits, dots, dashes and underscores")
+    return value
+
+
 def new_key(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Made where it is not there; for you only.")],
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Default: key-1, key-2 and so on.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", metavar="NAME", callback=_check_name, help="Letters and digits. Default: key-1, key-2 and so on."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a master key for an encrypted store.
@@ -140,4 +156,4 @@ def rotate_keys(store: Store = None, as_json: Json = False) -> None:
     if as_json:
         print_json({"store": opened.url, "rewrapped": rewrapped})
     else:
-        print(f"{rewrapped} keys wrapped anew")
+        print(f"{rewrapped} keys wrapped anew; none needs an older master key now")

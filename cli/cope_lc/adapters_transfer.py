@@ -137,6 +137,8 @@ def import_all(
 
     if not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no folder: name one that export-all wrote", param_hint="FOLDER")
+    if not any(folder.glob("*.tar")):
+        raise typer.BadParameter(f"{folder} holds no .tar file: name one that export-all wrote", param_hint="FOLDER")
     opened = open_store(store)
     problems: list[str] = []
     with counted("users imported") as count:

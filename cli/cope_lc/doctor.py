@@ -143,16 +143,21 @@ def _store(asked: str | None) -> Iterator[Finding]:
     whence = "--store" if asked else "COPE_STORE" if os.environ.get("COPE_STORE") else "the default"
     try:
         store = open_store(asked)
-        heads, more = store.list_users()
+        problems: list[AdapterStoreError] = []
+        heads, more = store.list_users(on_problem=problems.append)
     except AdapterStoreError as error:
         yield Finding("store", f"cannot be read ({whence})", False, str(error))
         return
     users = f"{len(heads)} user{'s' if len(heads) != 1 else ''}" if more is None else f"more than {len(heads)} users"
     yield Finding("store", f"{place_of(store)} ({whence}), {users}")
+    if problems:
+        yield Finding("users", f"{len(problems)} cannot be read", False, f"cope-lc adapters verify; {problems[0]}")
     folder = local_folder(store)
     if folder is not None:
-        yield _writable(folder)
+        yield _writable(folder, "store")
         yield _space(folder)
+    if cache := os.environ.get("COPE_STORE_CACHE"):
+        yield _writable(Path(cache).expanduser(), "cache", "COPE_STORE_CACHE")
 
 
 def _existing(folder: Path) -> Path:
@@ -161,7 +166,7 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _writable(folder: Path) -> Finding:
+def _writable(folder: Path, what: str, setting: str = "--store or COPE_STORE") -> Finding:
     """Write into the folder, or where it would be made, and leave nothing there."""
     from tempfile import TemporaryFile
 
@@ -170,10 +175,10 @@ def _writable(folder: Path) -> Finding:
         with TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        advice = "give this user access, or choose another store with --store or COPE_STORE"
-        return Finding("store writable", f"no: {existing}: {error.strerror}", False, advice)
+        advice = f"give this user access, or choose another {what} with {setting}"
+        return Finding(f"{what} writable", f"no: {existing}: {error.strerror}", False, advice)
     return Finding(
-        "store writable", "yes" if existing == folder else f"yes; it is made in {existing} at the first publish"
+        f"{what} writable", "yes" if existing == folder else f"yes; it is made in {existing} when it is needed"
     )
 
 

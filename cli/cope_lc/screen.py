@@ -45,7 +45,7 @@ def say_passed_over(problems: list[str]) -> None:
     if problems:
         out = console()
         for problem in problems:
-            say(out, f"passed over: {problem}", "yellow")
+            say(out, f"passed over: {problem}", "yellow", whole=True)
 
 
 def pairs(out: "Console", rows: "list[tuple[str, str, str]]") -> None:

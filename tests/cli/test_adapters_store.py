@@ -282,6 +282,42 @@ def test_who_mistypes_a_store_or_a_user_is_not_told_that_all_is_well(
     assert cope_lc("adapters", "verify", "bob").code == 0  # what is left says that he was erased
 
 
+def test_the_history_of_who_was_deleted_or_erased_is_shown(cope_lc: Callable, store: AdapterStore) -> None:
+    put(store)
+    assert "none is active now" in cope_lc("adapters", "delete", "alice", "--reason", "left us", "--yes").stdout
+    shown = cope_lc("adapters", "show", "alice")
+    assert shown.code == 0
+    assert "left us" in shown.stdout
+    assert "no version is left" in shown.stdout
+    cope_lc("adapters", "erase", "alice", "--yes")
+    assert [change["operation"] for change in cope_lc("adapters", "show", "alice", "--json").json["history"]] == [
+        "erase"
+    ]
+    assert cope_lc("adapters", "show", "bob").code == 2
+
+
+def test_an_activation_that_changes_nothing_says_so(cope_lc: Callable, store: AdapterStore) -> None:
+    version = put(store)
+    assert cope_lc("adapters", "activate", "alice", version).stdout == f"alice: {version} was active already\n"
+
+
+def test_a_dry_run_writes_nothing(cope_lc: Callable, store: AdapterStore, store_folder: Path) -> None:
+    put(store)
+    before = {path: path.stat().st_mtime_ns for path in store_folder.rglob("*")}
+    assert cope_lc("adapters", "gc", "--dry-run").code == 0
+    assert {path: path.stat().st_mtime_ns for path in store_folder.rglob("*")} == before
+
+
+def test_a_folder_without_archives_and_a_name_that_is_none_are_refused(cope_lc: Callable, tmp_path: Path) -> None:
+    outcome = cope_lc("adapters", "import-all", tmp_path)
+    assert outcome.code == 2
+    assert "holds no .tar file" in outcome.error
+    outcome = cope_lc("adapters", "new-key", tmp_path / "keys", "--name", "b ad")
+    assert outcome.code == 2
+    assert "'b ad' is no name" in outcome.error
+    assert not (tmp_path / "keys").exists()
+
+
 def test_what_an_export_passes_over_is_said(cope_lc: Callable, store: AdapterStore, tmp_path: Path) -> None:
     put(store)
     assert cope_lc("adapters", "export-all", tmp_path / "out", "--json").json["already_there"] == 0
@@ -328,6 +364,7 @@ def test_a_store_in_object_storage_is_as_good_as_a_folder(cope_lc: Callable, tmp
         ("COPE_STORE_PEPPER", "no hex", "COPE_STORE_PEPPER cannot be used"),
         ("COPE_STORE_PEPPER", "ab", "COPE_STORE_PEPPER cannot be used.*16 random bytes"),
         ("COPE_STORE_KEYS", "s3cr3t", "COPE_STORE_KEYS"),
+        ("COPE_STORE_KEYS", "", "COPE_STORE_KEYS is set and empty"),
         ("COPE_STORE_KEY_FILE", "/nowhere", "cannot read the key file /nowhere"),
     ],
 )

@@ -2,6 +2,8 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 AsNobody = Callable[..., contextlib.AbstractContextManager[Path]]
 
 
@@ -31,6 +33,17 @@ def test_a_store_that_cannot_be_written_is_a_finding(cope_lc: Callable, read_onl
     assert outcome.code == 1
     assert "Permission denied" in outcome.stdout
     assert "1 thing to mend" in outcome.stdout
+
+
+def test_a_cache_that_cannot_be_written_is_a_finding(
+    cope_lc: Callable, store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("COPE_STORE_CACHE", str(tmp_path / "file" / "cache"))
+    outcome = cope_lc("doctor")
+    assert outcome.code == 1
+    assert "cache writable" in outcome.stdout
+    assert "choose another cache with COPE_STORE_CACHE" in " ".join(outcome.stdout.split())
 
 
 def test_a_damaged_store_is_a_finding(cope_lc: Callable, publish: Callable, store_folder: Path) -> None:
