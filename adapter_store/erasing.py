@@ -16,7 +16,7 @@ def erase(opened: Opened, user_key: str) -> None:
     """Erase a user, known or not: what an unknown one has in training is refused too."""
     doomed: list[str] = []
 
-    def erased(seq: int) -> UserHead:
+    def erased(seq: int, parent: str) -> UserHead:
         # Listed between the entries before and this one: what was committed is in it, and of what is written by
         # publishers that began later, to whom this entry will be the past, nothing.
         doomed[:] = opened.version_folders(user_key)
@@ -25,6 +25,7 @@ def erase(opened: Opened, user_key: str) -> None:
             user_key=user_key,
             seq=seq,
             commit=urandom(16).hex(),
+            parent=parent,
             updated_at=now(),
             operation="erase",
             operation_version="",
@@ -39,8 +40,7 @@ def erase(opened: Opened, user_key: str) -> None:
             opened.root.vault.remove(user_key, key)
     for version in doomed:
         opened.blobs.remove_folder(user_key, version)
-    # Until none is left: whoever put one late takes it back only where none is below.
-    while older := [seq for seq in opened.log.seqs(user_key) if seq < entry.seq]:
-        for seq in older:
+    for seq in opened.log.seqs(user_key):
+        if seq < entry.seq:
             opened.log.remove(user_key, seq)
     opened.blobs.forget(user_key)

@@ -95,7 +95,7 @@ def _data_seq(opened: Opened, manifest: Manifest, began: UserHead, where: str) -
         raise UserErasedError(
             f"user {shorten(manifest.user_id)} was erased after {where} was written: nothing was imported; destroy it"
         )
-    return manifest.seq
+    return min(manifest.seq, began.seq)  # this store may be a restored one, and its log shorter than it was
 
 
 def _brought(opened: Opened, manifest: Manifest, head: UserHead, live_versions: int) -> dict[str, AdapterVersion]:

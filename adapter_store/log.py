@@ -10,7 +10,7 @@ import base64
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -27,6 +27,7 @@ from adapter_store.errors import (
     FormatVersionError,
     IntegrityError,
     InvalidAdapterError,
+    KeyMismatchError,
     PublishConflictError,
 )
 from adapter_store.facts import StoredFile, UserHead
@@ -95,8 +96,7 @@ class Log:
             return known.head
         seq = None
         for _ in range(_MAX_LOOKS):
-            names = self._names(user_key)
-            seq = _first_number(reversed(names))
+            seq = self._newest(user_key)
             if seq is None:
                 return None
             own = self._stat(user_key, seq)  # before it is read: of another one put in between the mark does not fit
@@ -104,7 +104,7 @@ class Log:
                 head = self.entry(user_key, seq)
             except FileNotFoundError:  # erased since
                 continue
-            if self._was_listed(user_key, seq, oldest=_first_number(names) or 0):
+            if self._newest(user_key) == seq:  # so it is the one that was listed, and not one put there late
                 self._remember(head, own)
                 return head
         raise self._damaged(user_key, seq or 0, "it is listed, but it or its key is not there")
@@ -132,7 +132,7 @@ class Log:
         first, and returns None where nothing is left to do. What it raises comes through, with nothing changed. `known`
         is a head that the caller has read: it is tried on top of that first, since the put tells whether it is newest.
         ErasedSinceError where the user was erased right after: somebody may have seen the change. BackendError where
-        the call slept so long that its entry was trimmed: then nobody can tell.
+        the call slept so long that its entry was trimmed, or the one after it cannot be read: then nobody can tell.
         """
         for attempt in range(_MAX_ATTEMPTS):
             before = self.head_or_new(user_key) if known is None or attempt else known
@@ -141,15 +141,14 @@ class Log:
                 return before, before
             after = self.following(before, changed)
             try:
-                if self._put(after):
-                    self._check_kept(after)
+                if self._put(after) and self._counts(after):
                     return before, after
             except _GoneError:
-                if self.head_or_new(user_key).erased_seq > after.seq:
+                if self._is_erased_after(after):
                     raise ErasedSinceError(before, after) from None
                 raise BackendError(
-                    f"what was changed of user {shorten(before.user_id)} took so long that its log entry was trimmed: "
-                    "nobody can tell whether it counted; look at what is active, then decide"
+                    f"a change of user {shorten(before.user_id)} took so long, or was followed by something that cannot be "
+                    "read, that nobody can tell whether it counted: look at what is active, then decide"
                 ) from None
             with self._lock:
                 self._remembered.pop(user_key, None)
@@ -159,18 +158,33 @@ class Log:
             "nothing was changed by this call; try again when fewer write at once"
         )
 
-    def commit_blind(self, user_key: str, make: Callable[[int], UserHead]) -> UserHead:
-        """Put an entry that rests on no earlier one, which may be damaged.
+    def commit_blind(self, user_key: str, make: Callable[[int, str], UserHead]) -> UserHead:
+        """Put the entry of an erasure, which rests on no earlier one: that may be damaged.
 
-        `make` gets its number, and is called after the entries before it were looked at and before this one is put.
+        `make` gets its number and the commit of the entry before, "" where that cannot be read. It is called after the
+        entries before it were looked at and before this one is put. Where another erasure came after it, that will do.
         """
         for _ in range(_MAX_ATTEMPTS):
-            entry = make((self._newest(user_key) or 0) + 1)
-            with suppress(_GoneError):  # by another erasure
-                if self._put(entry):
-                    self._check_kept(entry)
+            newest = self._newest(user_key) or 0
+            entry = make(newest + 1, self._commit_of(user_key, newest))
+            with suppress(_GoneError):
+                if self._put(entry) and self._counts(entry):
                     return entry
+            if self._is_erased_after(entry):
+                return entry
         raise PublishConflictError(f"others changed this user {_MAX_ATTEMPTS} times in a row, always first: try again")
+
+    def _commit_of(self, user_key: str, seq: int) -> str:
+        try:
+            return self.entry(user_key, seq).commit
+        except (FileNotFoundError, IntegrityError, KeyMismatchError, FormatVersionError):
+            return ""
+
+    def _is_erased_after(self, entry: UserHead) -> bool:
+        try:
+            return self.head_or_new(entry.user_key).erased_seq > entry.seq
+        except (IntegrityError, KeyMismatchError, FormatVersionError):
+            return False
 
     @staticmethod
     def following(before: UserHead, changed: UserHead) -> UserHead:
@@ -179,7 +193,7 @@ class Log:
 
     def seqs(self, user_key: str) -> list[int]:
         """Return the numbers of a user's entries, ascending."""
-        names = self._names(user_key)
+        names = self._backend.list_folder(layout.log_folder(user_key))
         return [seq for name in names if (seq := layout.number_of(name)) is not None]
 
     def entry(self, user_key: str, seq: int) -> UserHead:
@@ -220,17 +234,8 @@ class Log:
         return self._backend.stat(layout.entry_key(user_key, seq))
 
     def _newest(self, user_key: str) -> int | None:
-        return _first_number(reversed(self._names(user_key)))
-
-    def _names(self, user_key: str) -> list[str]:
-        return self._backend.list_folder(layout.log_folder(user_key))
-
-    def _was_listed(self, user_key: str, seq: int, oldest: int) -> bool:
-        """Tell whether the entry just read is the one that a listing called the newest, and not one put there late.
-
-        Entries go in ascending order: while the oldest that was listed is there, so is the newest.
-        """
-        return (seq > oldest and self._stat(user_key, oldest) is not None) or self._newest(user_key) == seq
+        names = self._backend.list_folder(layout.log_folder(user_key))
+        return next((seq for name in reversed(names) if (seq := layout.number_of(name)) is not None), None)
 
     def _remember(self, head: UserHead, file: StoredFile | None) -> None:
         if file is None:
@@ -265,29 +270,42 @@ class Log:
             try:
                 return self.entry(head.user_key, head.seq).commit == head.commit
             except FileNotFoundError:
-                if self.head_or_new(head.user_key).erased_seq > head.seq:
+                if self._is_erased_after(head):
                     return False
                 raise _GoneError from None
         return True
 
-    def _check_kept(self, head: UserHead) -> None:
-        """Raise _GoneError unless an entry that was put is part of the log, and take it back; remember the newest.
+    def _counts(self, head: UserHead) -> bool:
+        """Tell whether an entry that was put is part of the log; remember the newest, take back what never was.
 
-        Taken back is the lowest only: what lies below an erasure's entry goes in ascending order, by whomever.
+        _GoneError where it was and is erased by now, or where nobody can tell any more.
         """
         own = self._stat(head.user_key, head.seq)  # before the list, which says that nothing was erased until then
         seqs = self.seqs(head.user_key)
         if seqs and seqs[-1] == head.seq:
             self._remember(head, own)
-            return
-        if head.seq in seqs:
-            # Gone where ours lies in a hole, with entries before it once; or where ours has gone since, before that one.
-            with suppress(FileNotFoundError):
-                if self.entry(head.user_key, head.seq + 1).parent == head.commit:
-                    return
-            if head.seq == seqs[0]:
-                self.remove(head.user_key, head.seq)
-        raise _GoneError
+            return True
+        if own is None or head.seq not in seqs:
+            raise _GoneError
+        try:
+            following = self.entry(head.user_key, head.seq + 1)
+        except FileNotFoundError:
+            again = self._stat(head.user_key, head.seq)
+            if again is None or again.mark != own.mark:
+                raise _GoneError from None
+            may_count = False  # a hole: ours would have gone before the one that followed
+        except (IntegrityError, FormatVersionError):
+            raise _GoneError from None
+        else:
+            if following.parent == head.commit and following.seq != following.erased_seq:
+                return True
+            may_count = following.parent in (head.commit, "")
+        # Erased, or never there for anybody; and so are those below, which go first.
+        for seq in seqs[: seqs.index(head.seq) + 1]:
+            self.remove(head.user_key, seq)
+        if may_count:
+            raise _GoneError
+        return False
 
     def _sealed(self, head: UserHead, data: bytes) -> bytes:
         if self._vault is None or head.is_erased:  # what is left of an erased user says nothing
@@ -314,10 +332,6 @@ class Log:
     def _damaged(self, user_key: str, seq: int, why: str) -> IntegrityError:
         where = location(self._backend.url, layout.entry_key(user_key, seq))
         return IntegrityError(f"the log entry {where} is damaged: {why}; restore it from a backup")
-
-
-def _first_number(names: Iterable[str]) -> int | None:
-    return next((seq for name in names if (seq := layout.number_of(name)) is not None), None)
 
 
 def _chance() -> float:

@@ -1,6 +1,7 @@
 """Whole users in and out: archives that are ours, and archives that somebody else made to harm."""
 
 import contextlib
+import copy
 import gzip
 import io
 import json
@@ -274,6 +275,30 @@ class TestArchives:
         with pytest.raises(InvalidAdapterError, match="was changed while it was read: nothing was imported"):
             other.import_user(archive)
         assert other.versions("alice") == []
+
+    def test_an_import_into_a_store_that_was_restored_is_fenced_by_its_own_log(self, tmp_path, monkeypatch):
+        """The archive is from further on in the log than the restored one is: an erasure meanwhile still counts."""
+        backend = MemoryBackend()
+        store = AdapterStore(backend)
+        store.publish("alice", make_adapter(1), base=BASE)
+        backup = copy.deepcopy(backend._tree)
+        for number in range(2, 8):
+            store.publish("alice", make_adapter(number), base=BASE)
+        archive = store.export_user("alice", tmp_path / "alice.tar")
+        backend._tree = backup
+        put, erased = backend.put_if_absent, []
+
+        def erase_first(key, data):
+            if "/log/" in key and not erased:
+                erased.append(key)
+                AdapterStore(backend).erase_user("alice")
+            put(key, data)
+
+        monkeypatch.setattr(backend, "put_if_absent", erase_first)
+        with pytest.raises(UserErasedError):
+            AdapterStore(backend).import_user(archive)
+        assert AdapterStore(backend).versions("alice") == []
+        assert AdapterStore(backend).verify().ok
 
     def test_a_manifest_that_was_changed_does_not_pass_for_one_of_this_store(self, local, archive):
         local.erase_user("alice")

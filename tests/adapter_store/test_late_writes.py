@@ -1,10 +1,19 @@
 """Writes that land late, or whose answer is lost: nothing erased is served again, nothing listed lacks its files."""
 
+import threading
 from datetime import timedelta
 
 import pytest
 
-from adapter_store import AdapterNotFoundError, AdapterStore, BackendError, FileKeys, MemoryBackend, UserErasedError
+from adapter_store import (
+    AdapterNotFoundError,
+    AdapterStore,
+    BackendError,
+    FileKeys,
+    MemoryBackend,
+    PublishConflictError,
+    UserErasedError,
+)
 from adapter_store.conformance import all_keys, make_adapter
 from adapter_store.layout import ROOT_FILE, entry_key, keys_folder, log_folder, numbered
 from adapter_store.vault import STORE
@@ -95,7 +104,7 @@ def test_an_entry_that_lands_late_between_a_listing_and_its_reading_is_not_taken
     assert acts == []
 
 
-def test_an_entry_that_an_erasure_overtook_is_left_to_it_while_older_ones_are_there():
+def test_an_entry_that_an_erasure_overtook_is_taken_back_after_the_older_ones():
     """Taken back out of turn, it would make a warm reader of the one before believe that nothing came after."""
     backend = MemoryBackend()
     slow_backend, killed_backend = Hooked(backend), Hooked(backend)
@@ -117,9 +126,143 @@ def test_an_entry_that_an_erasure_overtook_is_left_to_it_while_older_ones_are_th
         AdapterStore(slow_backend).publish("alice", make_adapter(2, 64), base=BASE)
     with pytest.raises(AdapterNotFoundError):
         reader.resolve("alice")
-    assert backend.list_folder(log_folder(key)) == [numbered(seq) for seq in (1, 2, 3)]
-    reader.erase_user("alice")
+    assert backend.list_folder(log_folder(key)) == [numbered(3)]
+
+
+class Sleeper:
+    """A publish in a thread, which sleeps before the put of its log entry, and again after it."""
+
+    def __init__(self, backend, seed):
+        self.hooked = Hooked(backend)
+        self.asleep, self.may_put, self.landed, self.may_go_on = (threading.Event() for _ in range(4))
+        self.hooked.before, self.hooked.after = self.before, self.after
+        self.result = None
+        self.thread = threading.Thread(target=self.publish, args=(AdapterStore(self.hooked), seed))
+        self.thread.start()
+        assert self.asleep.wait(30)
+
+    def publish(self, store, seed):
+        try:
+            self.result = store.publish("alice", make_adapter(seed, 64), base=BASE)
+        except Exception as error:
+            self.result = error
+
+    def before(self, key):
+        if "/log/" in key and not self.asleep.is_set():
+            self.asleep.set()
+            assert self.may_put.wait(30)
+
+    def after(self, key):
+        if "/log/" in key and not self.landed.is_set():
+            self.landed.set()
+            assert self.may_go_on.wait(30)
+
+    def put(self):
+        self.may_put.set()
+        assert self.landed.wait(30)
+
+    def finish(self):
+        self.may_go_on.set()
+        self.thread.join(30)
+        assert isinstance(self.result, UserErasedError)
+
+
+def test_of_two_entries_that_land_after_an_erasure_none_stays():
+    """The first finds the second below it, and must not leave its own for that."""
+    backend = MemoryBackend()
+    store = AdapterStore(backend)
+    key = store.publish("alice", make_adapter(1, 64), base=BASE).user_key
+    second = Sleeper(backend, 2)
+    store.publish("alice", make_adapter(21, 64), base=BASE)
+    third = Sleeper(backend, 3)
+    store.publish("alice", make_adapter(31, 64), base=BASE)
+    store.erase_user("alice")
+    third.put()
+    second.put()
+    third.finish()
+    second.finish()
     assert backend.list_folder(log_folder(key)) == [numbered(4)]
+    assert store.verify().ok
+
+
+def test_a_reader_between_two_late_entries_believes_neither():
+    backend = MemoryBackend()
+    store, hooked, acts = AdapterStore(backend), Hooked(backend), ["erase", "land"]
+    store.prepare("alice")
+    first = Sleeper(backend, 1)
+    store.publish("alice", make_adapter(11, 64), base=BASE)
+    second = Sleeper(backend, 2)
+    store.publish("alice", make_adapter(21, 64), base=BASE)
+
+    def list_folder(folder):
+        found = backend.list_folder(folder)
+        if folder.endswith("/log") and acts[:1] == ["erase"]:
+            acts.pop(0)
+            store.erase_user("alice")
+            store.erase_user("alice")
+            second.put()
+        return found
+
+    def get(key, max_bytes):
+        found = backend.get(key, max_bytes)
+        if key.endswith("/log/" + numbered(2)) and acts[:1] == ["land"]:
+            acts.pop(0)
+            first.put()
+        return found
+
+    hooked.list_folder, hooked.get = list_folder, get
+    reader = AdapterStore(hooked)
+    for _ in range(2):
+        with pytest.raises(AdapterNotFoundError):
+            reader.resolve("alice")
+    assert acts == []
+    second.finish()
+    first.finish()
+    with pytest.raises(AdapterNotFoundError):
+        reader.resolve("alice")
+
+
+@pytest.mark.parametrize("is_deleted", [True, False], ids=["in a hole", "before the erasure's entry"])
+def test_a_change_that_never_was_in_the_log_is_not_reported_as_made(is_deleted):
+    """Another one won against the same state, and the user was erased since."""
+    backend = MemoryBackend()
+    other, hooked = AdapterStore(backend), Hooked(backend)
+    versions = [other.publish("alice", make_adapter(n, 64), base=BASE).version for n in range(3)]
+
+    def overtake():
+        other.activate("alice", versions[0], expected_active=versions[2])
+        if is_deleted:
+            other.delete_version("alice", versions[1])
+        other.erase_user("alice")
+
+    hooked.before = once(overtake)
+    with pytest.raises(PublishConflictError, match="has none active where"):
+        AdapterStore(hooked).activate("alice", versions[1], expected_active=versions[2])
+
+
+def test_of_two_erasures_at_once_none_takes_what_was_published_after_the_other():
+    backend = MemoryBackend()
+    other, hooked = AdapterStore(backend), Hooked(backend)
+    other.publish("alice", make_adapter(1, 64), base=BASE)
+    again = []
+
+    def erase_and_publish():
+        other.erase_user("alice")
+        again.append(other.publish("alice", make_adapter(2, 64), base=BASE))
+
+    hooked.after = once(erase_and_publish)
+    AdapterStore(hooked).erase_user("alice")
+    assert other.fetch(other.resolve("alice")) == make_adapter(2, 64)
+    assert other.versions("alice") == again
+
+
+def test_a_change_that_is_followed_by_what_cannot_be_read_says_that_nobody_can_tell():
+    backend = MemoryBackend()
+    other, hooked = AdapterStore(backend), Hooked(backend)
+    versions = [other.publish("alice", make_adapter(n, 64), base=BASE) for n in range(2)]
+    hooked.after = once(lambda: backend.put_if_absent(entry_key(versions[0].user_key, 4), b"damaged"))
+    with pytest.raises(BackendError, match="nobody can tell whether it counted"):
+        AdapterStore(hooked).activate("alice", versions[0].version)
 
 
 @pytest.mark.parametrize("others", ["activate", "publish"])
