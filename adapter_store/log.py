@@ -104,7 +104,8 @@ class Log:
                 head = self.entry(user_key, seq)
             except FileNotFoundError:  # erased since
                 continue
-            if self._newest(user_key) == seq:  # so it is the one that was listed, and not one put there late
+            # So it is the one that was listed, and not one put there late; where many write, another has followed it.
+            if self._newest(user_key) == seq or self._is_followed(head):
                 self._remember(head, own)
                 return head
         raise self._damaged(user_key, seq or 0, "it is listed, but it or its key is not there")
@@ -236,6 +237,12 @@ class Log:
     def _newest(self, user_key: str) -> int | None:
         names = self._backend.list_folder(layout.log_folder(user_key))
         return next((seq for name in reversed(names) if (seq := layout.number_of(name)) is not None), None)
+
+    def _is_followed(self, head: UserHead) -> bool:
+        try:
+            return self.entry(head.user_key, head.seq + 1).parent == head.commit
+        except (FileNotFoundError, IntegrityError, KeyMismatchError, FormatVersionError):
+            return False  # and the next look reads that one
 
     def _remember(self, head: UserHead, file: StoredFile | None) -> None:
         if file is None:

@@ -129,6 +129,23 @@ def test_an_entry_that_an_erasure_overtook_is_taken_back_after_the_older_ones():
     assert backend.list_folder(log_folder(key)) == [numbered(3)]
 
 
+def test_a_reader_whom_writers_overtake_at_every_look_gets_an_answer():
+    backend = MemoryBackend()
+    writer, hooked = AdapterStore(backend), Hooked(backend)
+    versions = [writer.publish("alice", make_adapter(n, 64), base=BASE).version for n in range(2)]
+    looks = []
+
+    def get(key, max_bytes):
+        if "/log/" in key:
+            looks.append(key)
+            writer.activate("alice", versions[len(looks) % 2])
+        return backend.get(key, max_bytes)
+
+    hooked.get = get
+    assert AdapterStore(hooked).resolve("alice").version in versions
+    assert len(looks) < 5
+
+
 class Sleeper:
     """A publish in a thread, which sleeps before the put of its log entry, and again after it."""
 
