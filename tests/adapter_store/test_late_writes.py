@@ -138,7 +138,7 @@ def test_a_reader_whom_writers_overtake_at_every_look_gets_an_answer():
     def get(key, max_bytes):
         if "/log/" in key:
             looks.append(key)
-            writer.activate("alice", versions[len(looks) % 2])
+            writer.activate("alice", versions[(len(looks) + 1) % 2])
         return backend.get(key, max_bytes)
 
     hooked.get = get
