@@ -6,7 +6,7 @@ grace only keeps that rare, and it is measured by the storage's own clock.
 """
 
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -14,17 +14,16 @@ from adapter_store import layout
 from adapter_store.backend import Backend
 from adapter_store.cache import AdapterCache
 from adapter_store.errors import (
+    UNREADABLE,
     AdapterStoreError,
     BackendError,
-    FormatVersionError,
-    IntegrityError,
     KeyMismatchError,
     PublishConflictError,
 )
 from adapter_store.facts import UserHead
 from adapter_store.log import ErasedSinceError
 from adapter_store.opened import Opened
-from adapter_store.vault import OVERHEAD_BYTES, STORE, Vault, key_of
+from adapter_store.vault import OVERHEAD_BYTES, STORE, key_of
 
 
 @dataclass
@@ -71,7 +70,7 @@ def collect_user(opened: Opened, user_key: str, rules: Rules, now: float, done: 
         _finish_erasure(opened, head, rules, done)
         _orphans(opened, head, rules, now, done)
         _trim(opened, user_key, rules, now, done)
-    except (IntegrityError, KeyMismatchError, FormatVersionError, PublishConflictError) as error:
+    except (*UNREADABLE, PublishConflictError) as error:
         done.problems.append(str(error))
 
 
@@ -93,7 +92,7 @@ def collect_unfinished(opened: Opened, rules: Rules, now: float, done: Collected
 def collect_cache(opened: Opened, cache: AdapterCache, rules: Rules, done: Collected) -> None:
     """Remove from this machine's cache what is no longer listed."""
     for user_key in cache.users(opened.root.store_id):
-        with suppress(IntegrityError, KeyMismatchError, FormatVersionError):
+        with suppress(*UNREADABLE):
             kept = cache.versions(opened.root.store_id, user_key)
             head = opened.log.head(user_key)  # after the look: it lists whatever was fetched until then
             for version in kept:
@@ -120,9 +119,10 @@ def rotate_user_keys(opened: Opened, user_key: str, problems: list[AdapterStoreE
     rewrapped = opened.root.vault.rewrap(user_key, problems)
     if rewrapped:
         # An erasure in between may have missed the copy just written; it has left its entry, so look for that now.
-        with suppress(IntegrityError, KeyMismatchError, FormatVersionError):
+        with suppress(*UNREADABLE):
             head = opened.log.head_or_new(user_key)
-            _shred(opened.root.vault, user_key, head.erased_seq)
+            for key in opened.root.vault.made_before(user_key, head.erased_seq):
+                opened.root.vault.remove(user_key, key)
     return rewrapped
 
 
@@ -133,15 +133,9 @@ def _finish_erasure(opened: Opened, head: UserHead, rules: Rules, done: Collecte
             if not rules.dry_run:
                 opened.log.remove(head.user_key, seq)
     if opened.root.vault is not None and head.erased_seq:
-        done.keys += len(opened.root.vault.made_before(head.user_key, head.erased_seq))
-        if not rules.dry_run:
-            _shred(opened.root.vault, head.user_key, head.erased_seq)
-
-
-def _shred(vault: Vault, user_key: str, before_seq: int) -> None:
-    # Not the damaged ones, as an erasure does: of those nobody knows whether something is still sealed with them.
-    for key in vault.made_before(user_key, before_seq):
-        vault.remove(user_key, key)
+        # Not the damaged ones, as an erasure does: of those nobody knows whether something is still sealed with them.
+        keys = opened.root.vault.made_before(head.user_key, head.erased_seq)
+        _remove_keys(opened, head.user_key, keys, rules, done)
 
 
 def _orphans(opened: Opened, head: UserHead, rules: Rules, now: float, done: Collected) -> None:
@@ -192,7 +186,7 @@ def _unused_keys(opened: Opened, head: UserHead, removed: Set[str], now: float) 
     return unused
 
 
-def _remove_keys(opened: Opened, user_key: str, keys: Set[str], rules: Rules, done: Collected) -> None:
+def _remove_keys(opened: Opened, user_key: str, keys: Collection[str], rules: Rules, done: Collected) -> None:
     done.keys += len(keys)
     if opened.root.vault is not None and not rules.dry_run:
         for key in keys:

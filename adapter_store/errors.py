@@ -69,3 +69,7 @@ class BackendError(AdapterStoreError):
     def __init__(self, message: str, *, refused: bool = False) -> None:
         super().__init__(message)
         self.refused = refused
+
+
+UNREADABLE = (IntegrityError, KeyMismatchError, FormatVersionError)
+"""What keeps one user from being read, and is no reason to stop for the others."""

@@ -58,6 +58,11 @@ def cipher(key: bytes) -> Any:
     return AESGCM(key)
 
 
+def is_key_name(text: str) -> bool:
+    """Tell whether `text` may name a master key: 1 to 64 letters, digits, dots, dashes and underscores."""
+    return _NAME.fullmatch(text) is not None
+
+
 def new_key() -> str:
     """Return a new random master key as base64 text."""
     return base64.b64encode(os.urandom(KEY_BYTES)).decode()
@@ -245,7 +250,7 @@ def _parsed(pairs: list[tuple[str, str]], where: str) -> dict[str, bytes]:
 
 def _checked_name(name: str, where: str) -> None:
     # Never the whole text: where a separator is missing, it would be the key itself.
-    if not _NAME.fullmatch(name):
+    if not is_key_name(name):
         raise KeyMismatchError(
             f"a key of {where} has no name of 1 to 64 letters, digits, dots, dashes and underscores in front"
         )

@@ -23,11 +23,11 @@ from adapter_store import layout
 from adapter_store.backend import Backend
 from adapter_store.entry import MAX_ENTRY_BYTES, decode, encode, parse
 from adapter_store.errors import (
+    UNREADABLE,
     BackendError,
     FormatVersionError,
     IntegrityError,
     InvalidAdapterError,
-    KeyMismatchError,
     PublishConflictError,
 )
 from adapter_store.facts import StoredFile, UserHead
@@ -167,7 +167,8 @@ class Log:
         """
         for _ in range(_MAX_ATTEMPTS):
             newest = self._newest(user_key) or 0
-            entry = make(newest + 1, self._commit_of(user_key, newest))
+            before = self._readable_or_none(user_key, newest)
+            entry = make(newest + 1, before.commit if before else "")
             with suppress(_GoneError):
                 if self._put(entry) and self._counts(entry):
                     return entry
@@ -175,16 +176,16 @@ class Log:
                 return entry
         raise PublishConflictError(f"others changed this user {_MAX_ATTEMPTS} times in a row, always first: try again")
 
-    def _commit_of(self, user_key: str, seq: int) -> str:
+    def _readable_or_none(self, user_key: str, seq: int) -> UserHead | None:
         try:
-            return self.entry(user_key, seq).commit
-        except (FileNotFoundError, IntegrityError, KeyMismatchError, FormatVersionError):
-            return ""
+            return self.entry(user_key, seq)
+        except (FileNotFoundError, *UNREADABLE):
+            return None
 
     def _is_erased_after(self, entry: UserHead) -> bool:
         try:
             return self.head_or_new(entry.user_key).erased_seq > entry.seq
-        except (IntegrityError, KeyMismatchError, FormatVersionError):
+        except UNREADABLE:
             return False
 
     @staticmethod
@@ -239,10 +240,8 @@ class Log:
         return next((seq for name in reversed(names) if (seq := layout.number_of(name)) is not None), None)
 
     def _is_followed(self, head: UserHead) -> bool:
-        try:
-            return self.entry(head.user_key, head.seq + 1).parent == head.commit
-        except (FileNotFoundError, IntegrityError, KeyMismatchError, FormatVersionError):
-            return False  # and the next look reads that one
+        following = self._readable_or_none(head.user_key, head.seq + 1)
+        return following is not None and following.parent == head.commit
 
     def _remember(self, head: UserHead, file: StoredFile | None) -> None:
         if file is None:

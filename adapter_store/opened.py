@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import merge
+from itertools import groupby
 
 from adapter_store.backend import Backend
 from adapter_store.blobs import Blobs
@@ -26,11 +27,8 @@ class Opened:
         if self.root.vault is None:
             yield from self.log.user_keys()
             return
-        last = ""
-        for user_key in merge(self.log.user_keys(), self.log.user_keys(top=KEYS)):
-            if user_key != last:
-                yield user_key
-            last = user_key
+        for user_key, _ in groupby(merge(self.log.user_keys(), self.log.user_keys(top=KEYS))):
+            yield user_key
 
     def version_folders(self, user_key: str) -> list[str]:
         """Return the versions of a user of which something lies there, listed or not."""

@@ -35,14 +35,13 @@ from adapter_store.checks import (
 from adapter_store.collecting import Collected
 from adapter_store.erasing import erase
 from adapter_store.errors import (
+    UNREADABLE,
     AdapterNotFoundError,
     AdapterStoreError,
     BackendError,
     BaseModelMismatchError,
-    FormatVersionError,
     IntegrityError,
     InvalidAdapterError,
-    KeyMismatchError,
     PublishConflictError,
 )
 from adapter_store.facts import (
@@ -271,9 +270,10 @@ class AdapterStore:
         process, removed at its exit, or earlier where many others were asked for since. Deleting the version in this
         process takes either away, erasing the user in any process of this machine does.
         """
-        files, opened = self.fetch(version), self._open()
+        files = self.fetch(version)
         if isinstance(self._backend, LocalBackend) and self._keys is None:
             return self._backend.path_of(layout.version_folder(version.user_key, version.version))
+        opened = self._open()
         if opened is None:
             raise self._not_found(version.user_id, version.version, None)
         try:
@@ -657,11 +657,12 @@ class AdapterStore:
         opened = self._open()
         if opened is None:
             return None
-        return self._purged(opened, opened.log.head(opened.log.user_key(user_id)))
+        return self._head_of(opened, opened.log.user_key(user_id))
 
     @staticmethod
-    def _purged(opened: Opened, head: UserHead | None) -> UserHead | None:
-        """Return `head`, once this machine keeps nothing from before an erasure, of whatever machine, that it tells of."""
+    def _head_of(opened: Opened, user_key: str) -> UserHead | None:
+        """Return a head, once this machine keeps nothing from before an erasure, of whatever machine, that it tells of."""
+        head = opened.log.head(user_key)
         if head is None or not head.erased_seq:
             return head
         kept = opened.blobs.kept_here(head.user_key)
@@ -696,7 +697,7 @@ class AdapterStore:
 
     def _check_listed(self, opened: Opened, version: AdapterVersion) -> None:
         """Raise AdapterNotFoundError unless a version is live now; this machine's copies of one that is not are removed."""
-        head = self._purged(opened, opened.log.head(version.user_key))
+        head = self._head_of(opened, version.user_key)
         found = None if head is None else head.find(version.version)
         if found is None or found.files != version.files:
             opened.blobs.forget(version.user_key, None if head is None else version.version)
@@ -751,7 +752,7 @@ def _passed_over(on_problem: Callable[[AdapterStoreError], None] | None) -> Iter
 def _head_or_problem(opened: Opened, user_key: str) -> UserHead | AdapterStoreError | None:
     try:
         return opened.log.head(user_key)
-    except (IntegrityError, KeyMismatchError, FormatVersionError) as error:
+    except UNREADABLE as error:
         return error
 
 

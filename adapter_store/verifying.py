@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from adapter_store.errors import FormatVersionError, IntegrityError, InvalidAdapterError, KeyMismatchError
+from adapter_store.errors import UNREADABLE, IntegrityError, InvalidAdapterError, KeyMismatchError
 from adapter_store.facts import UserHead
 from adapter_store.opened import Opened
 
@@ -57,7 +57,7 @@ def verify_user(opened: Opened, user_key: str) -> UserReport:
     head = None
     try:
         head = opened.log.head(user_key)
-    except (IntegrityError, KeyMismatchError, FormatVersionError) as error:
+    except UNREADABLE as error:
         problems.append(str(error))
     seqs = opened.log.seqs(user_key)
     if head is not None:
@@ -86,7 +86,7 @@ def _entry_problems(opened: Opened, head: UserHead, seqs: list[int]) -> list[str
             opened.log.entry(head.user_key, seq)
         except FileNotFoundError:
             continue  # trimmed or erased meanwhile
-        except (IntegrityError, KeyMismatchError, FormatVersionError) as error:
+        except UNREADABLE as error:
             problems.append(str(error))
     kept = [seq for seq in seqs if head.erased_seq <= seq <= head.seq]
     if kept and kept != list(range(kept[0], kept[0] + len(kept))):

@@ -95,7 +95,9 @@ def gc(
 
 
 def _check_name(value: str | None) -> str | None:
-    if value is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value):
+    from adapter_store.keys import is_key_name
+
+    if value is not None and not is_key_name(value):
         raise typer.BadParameter(f"{value!r} is no name: give 1 to 64 letters, digits, dots, dashes and underscores")
     return value
 
