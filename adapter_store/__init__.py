@@ -4,9 +4,10 @@ Read `store.py` first (the whole interface), then `layout.py` (what lies where),
 and one of the backends. `errors.py` draws the tree of what can go wrong. `conformance.py` tests a backend of your own.
 """
 
-from adapter_store.backend import Backend
+from adapter_store.backends.local import LocalBackend
+from adapter_store.backends.memory import MemoryBackend
+from adapter_store.backends.protocol import Backend
 from adapter_store.cache import AdapterCache
-from adapter_store.collecting import Collected
 from adapter_store.errors import (
     AdapterNotFoundError,
     AdapterStoreError,
@@ -21,10 +22,9 @@ from adapter_store.errors import (
 )
 from adapter_store.facts import UNSET, AdapterVersion, FileFacts, HistoryEntry, Limits, StoredFile, UserHead
 from adapter_store.keys import EnvironmentKeys, FileKeys, KeyProvider, KmsClient, KmsKeys
-from adapter_store.local import LocalBackend
-from adapter_store.memory import MemoryBackend
+from adapter_store.operations.gc import Collected
+from adapter_store.operations.verifying import UserReport, Verified
 from adapter_store.store import AdapterStore
-from adapter_store.verifying import UserReport, Verified
 
 __all__ = [
     "UNSET",

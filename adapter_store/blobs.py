@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from adapter_store import layout
-from adapter_store.backend import Backend
+from adapter_store.backends.parallel import each
+from adapter_store.backends.protocol import Backend
 from adapter_store.cache import AdapterCache
 from adapter_store.errors import BackendError, IntegrityError, InvalidAdapterError
 from adapter_store.facts import AdapterVersion, Limits
-from adapter_store.parallel import each
 from adapter_store.root import Root
 from adapter_store.scratch import remove_scratch, remove_scratch_everywhere, scratch_names, write_scratch
 from adapter_store.text import location, shorten

@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from adapter_store.backends.local import local_path
 from adapter_store.files import remove_tree
 from adapter_store.layout import ADAPTER_FILES
-from adapter_store.local import local_path
 from adapter_store.text import shorten
 
 _TMP = "tmp"

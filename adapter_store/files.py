@@ -8,8 +8,8 @@ from pathlib import Path
 from adapter_store.errors import BackendError, InvalidAdapterError
 from adapter_store.facts import Limits
 from adapter_store.layout import ADAPTER_FILES, CONFIG, WEIGHTS
+from adapter_store.safetensors_check import check_safetensors
 from adapter_store.text import parse_json_object, shorten
-from adapter_store.weights import check_safetensors
 
 
 def read_adapter(source: str | os.PathLike[str] | Mapping[str, bytes], limits: Limits) -> dict[str, bytes]:

@@ -20,7 +20,8 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from adapter_store import layout
-from adapter_store.backend import Backend
+from adapter_store.backends.parallel import each
+from adapter_store.backends.protocol import Backend
 from adapter_store.entry import MAX_ENTRY_BYTES, decode, encode, parse
 from adapter_store.errors import (
     UNREADABLE,
@@ -31,7 +32,6 @@ from adapter_store.errors import (
     PublishConflictError,
 )
 from adapter_store.facts import StoredFile, UserHead
-from adapter_store.parallel import each
 from adapter_store.root import Root, keyed_hash
 from adapter_store.text import location, shorten, to_json
 from adapter_store.vault import key_of

@@ -19,7 +19,7 @@ from adapter_store.text import location, parse_json_object, to_json
 from adapter_store.vault import STORE, Vault
 
 if TYPE_CHECKING:
-    from adapter_store.backend import Backend
+    from adapter_store.backends.protocol import Backend
     from adapter_store.keys import KeyProvider
 
 MIN_PEPPER_BYTES: Final = 16

@@ -18,8 +18,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from adapter_store import collecting, layout
-from adapter_store.backend import Backend, open_backend
+from adapter_store import layout
+from adapter_store.backends.local import LocalBackend, local_path
+from adapter_store.backends.parallel import each, is_near
+from adapter_store.backends.probing import probe_put_if_absent
+from adapter_store.backends.protocol import Backend, open_backend
 from adapter_store.blobs import Blobs
 from adapter_store.cache import AdapterCache
 from adapter_store.checks import (
@@ -32,8 +35,6 @@ from adapter_store.checks import (
     check_tau,
     check_user_id,
 )
-from adapter_store.collecting import Collected
-from adapter_store.erasing import erase
 from adapter_store.errors import (
     UNREADABLE,
     AdapterNotFoundError,
@@ -56,15 +57,15 @@ from adapter_store.facts import (
 )
 from adapter_store.files import read_adapter, write_new_folder
 from adapter_store.keys import KeyProvider
-from adapter_store.local import LocalBackend, local_path
 from adapter_store.log import ErasedSinceError, Log, now
-from adapter_store.opened import Opened
-from adapter_store.parallel import each, is_near
-from adapter_store.probing import probe_put_if_absent
-from adapter_store.publishing import Terms, activated, publish_version, remove_dropped, without
+from adapter_store.open_store import Opened
+from adapter_store.operations import gc as collecting
+from adapter_store.operations.erasing import erase
+from adapter_store.operations.gc import Collected
+from adapter_store.operations.publishing import Terms, activated, publish_version, remove_dropped, without
+from adapter_store.operations.verifying import UserReport, Verified, verify_user
 from adapter_store.root import MIN_PEPPER_BYTES, Root, make_root, open_root
 from adapter_store.text import location, shorten, value_or_none, without_secrets
-from adapter_store.verifying import UserReport, Verified, verify_user
 
 _NOTHING: Mapping[str, Any] = {}
 _ROOT_TRUST_SECONDS = 60.0  # on remote storage; it changes only where a store is removed and made anew
@@ -520,7 +521,7 @@ class AdapterStore:
         damaged, BackendError where the file is there already or cannot be written.
         """
         check_user_id(user_id, self._limits)
-        from adapter_store import archive  # tar is slow to import, and few need it
+        from adapter_store.operations import archive  # tar is slow to import, and few need it
 
         path, opened = local_path(file), self._open()
         for _ in range(_MAX_EXPORTS):
@@ -544,7 +545,7 @@ class AdapterStore:
         this store after it was written; of an archive that this store did not write nobody knows, so one erasure ever is
         enough.
         """
-        from adapter_store import archive, importing
+        from adapter_store.operations import archive, importing
 
         path = local_path(file)
         try:

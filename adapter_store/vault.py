@@ -20,7 +20,7 @@ from adapter_store.keys import KEY_BYTES, NONCE_BYTES, KeyProvider, cipher
 from adapter_store.text import location, parse_json_object, to_json
 
 if TYPE_CHECKING:
-    from adapter_store.backend import Backend
+    from adapter_store.backends.protocol import Backend
 
 STORE: Final = "store"
 """Stands in the place of a user key for the store's own secret, its pepper."""

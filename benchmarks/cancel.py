@@ -30,8 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 from adapter_store import AdapterStore
 from langchain_cope import PersonalizeUser
+from langchain_cope.engine.base.base import load_base
 from langchain_cope.engine.engine import Engine
-from langchain_cope.engine.model import load_base
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from personal import FOUR_STEPS, ROWS

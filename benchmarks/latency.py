@@ -36,8 +36,8 @@ from torch import Tensor
 from transformers.generation import BaseStreamer
 from worker import SEED, VOCABULARY, Setting, Worker, machine, prepared, print_report
 
+from langchain_cope.engine.base.base import load_base
 from langchain_cope.engine.engine import Engine, Piece, Request, Sampling
-from langchain_cope.engine.model import load_base
 from langchain_cope.engine.options import EngineOptions
 
 NUM_USERS = 16

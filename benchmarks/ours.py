@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from worker import Setting, peak_memory
 
 from adapter_store import AdapterStore
+from langchain_cope.engine.adapter import WEIGHTS, Adapter
+from langchain_cope.engine.adapter_slots import AdapterSlots
+from langchain_cope.engine.base.base import load_base
 from langchain_cope.engine.engine import AdapterSource, Engine, EngineOptions, Piece, Request, Sampling, Stream
-from langchain_cope.engine.lora import WEIGHTS, Adapter
-from langchain_cope.engine.model import load_base
-from langchain_cope.engine.slots import AdapterSlots
 
 ALPHA, TAU = 0.1, 0.1
 OPTIONS = EngineOptions(  # prompts are not timed: they hold up whom they will, and are read once for all rounds

@@ -40,12 +40,12 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from langchain_cope.engine.base.base import STARTER, load_base
 from langchain_cope.engine.engine import Engine
-from langchain_cope.engine.model import STARTER, load_base
+from langchain_cope.evaluation.evaluate import evaluate
 from langchain_cope.training.adapter import lora_config, save_adapter
 from langchain_cope.training.dpo import train_dpo
 from langchain_cope.training.encode import Example, fit
-from langchain_cope.training.evaluate import evaluate
 from langchain_cope.training.negatives import Pair, mine_negatives
 from langchain_cope.training.pipeline import TrainingResult, train_user
 from langchain_cope.training.progress import Watch, never, unheard

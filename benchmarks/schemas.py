@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import make_model
 
-from langchain_cope.engine.constraint import Constraint
+from langchain_cope.engine.base.base import load_base
 from langchain_cope.engine.engine import Engine, Request, Sampling
-from langchain_cope.engine.grammar import Grammar, closed_schema
-from langchain_cope.engine.model import load_base
+from langchain_cope.engine.grammar.constraint import Constraint
+from langchain_cope.engine.grammar.schema import Grammar, closed_schema
 from langchain_cope.errors import InputError
 
 FORMATS = ("date-time", "date", "time", "email", "uuid", "ipv4", "ipv6", "hostname", "uri", "duration")

@@ -41,11 +41,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from langchain_cope.engine import sampling as engine_sampling
+from langchain_cope.engine.adapter_slots import AdapterSource
+from langchain_cope.engine.base.base import Base, load_base
+from langchain_cope.engine.decoding import sampling as engine_sampling
 from langchain_cope.engine.engine import Adapter, Completion, Engine, Request, Sampling
-from langchain_cope.engine.model import Base, load_base
 from langchain_cope.engine.options import EngineOptions
-from langchain_cope.engine.slots import AdapterSource
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from engine.reference import TIE, Reference, scores

@@ -47,8 +47,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from worker import SEED, Worker, machine
 
+from langchain_cope.engine.base.base import STARTER, load_base
 from langchain_cope.engine.engine import Engine, Request, Sampling
-from langchain_cope.engine.model import STARTER, load_base
 from langchain_cope.engine.options import EngineOptions
 
 ALPHA, TAU = 0.1, 0.1

@@ -43,7 +43,7 @@ from adapter_store import (
     UserErasedError,
     layout,
 )
-from adapter_store.backend import open_backend
+from adapter_store.backends.protocol import open_backend
 from adapter_store.conformance import all_keys, make_adapter
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -9,25 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from langchain_cope.chat_history import RecordedChatHistory
     from langchain_cope.chat_models import ChatCoPe
-    from langchain_cope.chroma_history import ChromaHistory
     from langchain_cope.engine.options import EngineOptions
     from langchain_cope.history import Item, UserHistory, as_history, read_history
+    from langchain_cope.history.chroma import ChromaHistory
+    from langchain_cope.history.recorded import RecordedChatHistory
     from langchain_cope.middleware import CoPeUserMiddleware
     from langchain_cope.personalize import PersonalizeResult, PersonalizeUser
     from langchain_cope.training.recipe import Recipe
 
 _MODULES = {
     "ChatCoPe": "chat_models",
-    "ChromaHistory": "chroma_history",
+    "ChromaHistory": "history.chroma",
     "CoPeUserMiddleware": "middleware",
     "EngineOptions": "engine.options",
     "Item": "history",
     "PersonalizeResult": "personalize",
     "PersonalizeUser": "personalize",
     "Recipe": "training.recipe",
-    "RecordedChatHistory": "chat_history",
+    "RecordedChatHistory": "history.recorded",
     "UserHistory": "history",
     "as_history": "history",
     "read_history": "history",

@@ -31,20 +31,20 @@ from pydantic import ConfigDict, Field, SecretStr, field_validator
 
 from adapter_store import AdapterStore, AdapterVersion
 from adapter_store.errors import AdapterNotFoundError
-from langchain_cope.bases import BaseSettings
+from langchain_cope.chat.messages import template_messages
+from langchain_cope.chat.profile import profile_of
+from langchain_cope.chat.reply import ReplyStream
+from langchain_cope.chat.structured_output import Method, structured_output
+from langchain_cope.chat.tools import TOOL_OPTIONS, ToolUse, described_tool
+from langchain_cope.chat.user import PinnedUser, user_of_run
 from langchain_cope.errors import ContextOverflow, InputError, ModelNotFound
-from langchain_cope.messages import template_messages
-from langchain_cope.profile import profile_of
-from langchain_cope.replies import ReplyStream
+from langchain_cope.settings import BaseSettings
 from langchain_cope.stores import open_store
-from langchain_cope.structured_output import Method, structured_output
-from langchain_cope.tools import TOOL_OPTIONS, ToolUse, described_tool
 from langchain_cope.tracing import TraceUserId, traced_user
-from langchain_cope.users import PinnedUser, user_of_run
 
 if TYPE_CHECKING:
+    from langchain_cope.engine.base.base import Base
     from langchain_cope.engine.engine import AdapterSource, Completion, Engine, Piece, Request
-    from langchain_cope.engine.model import Base
 
 DEFAULT_ALPHA = DEFAULT_TAU = 0.1  # the paper's
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
@@ -429,8 +429,8 @@ class ChatCoPe(BaseSettings, BaseChatModel):
 
     def _prepare(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> _Call:
         """The engine, the request and the facts of one call."""
-        from langchain_cope.engine.constraint import vocabulary_of
         from langchain_cope.engine.engine import Request, Sampling
+        from langchain_cope.engine.grammar.constraint import vocabulary_of
 
         unknown = sorted(kwargs.keys() - {_PINNED, *_CALL_OPTIONS, *_CORE_OPTIONS})
         if unknown:

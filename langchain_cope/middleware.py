@@ -3,8 +3,8 @@
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from langchain_cope.chat.user import user_of_run
 from langchain_cope.errors import InputError
-from langchain_cope.users import user_of_run
 
 try:
     from langchain.agents.middleware import AgentMiddleware

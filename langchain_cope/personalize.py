@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import CallbackManagerForChainRun, dispatch_custom_event
@@ -25,23 +24,21 @@ from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool, convert_runnable_to_tool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from langchain_cope import held_out
-from langchain_cope.bases import BaseSettings
 from langchain_cope.errors import Cancelled, InputError
+from langchain_cope.evaluation.comparison import as_examples, train_and_evaluate
 from langchain_cope.history import Item, Target, UserHistory, as_history
-from langchain_cope.jobs import Job, digest_of, kept_job, passing_job
-from langchain_cope.publishing import Outcome, Publisher
+from langchain_cope.personalization import held_out
+from langchain_cope.personalization.gate import Outcome, Publisher
+from langchain_cope.personalization.job_folder import Job, digest_of, kept_job, passing_job
+from langchain_cope.personalization.turns import turn_on
+from langchain_cope.settings import BaseSettings
 from langchain_cope.stores import open_store
 from langchain_cope.tracing import TracedError, TraceUserId, traced_error, traced_user
 from langchain_cope.training.progress import Progress
 from langchain_cope.training.recipe import Recipe
-from langchain_cope.turns import turn_on
 
 if TYPE_CHECKING:
     from langchain_cope.engine.engine import Engine
-    from langchain_cope.training.encode import Example
-    from langchain_cope.training.evaluate import Evaluation
-    from langchain_cope.training.pipeline import TrainingResult
 
 PROGRESS = "cope.progress"
 TOOL_NAME = "personalize_user"
@@ -471,50 +468,6 @@ class _Run:
         told = {"user_id": self.traced_user, **asdict(progress)}
         dispatch_custom_event(PROGRESS, told, config=self.config)
         self.tell_graph({"event": PROGRESS, **told})
-
-
-def train_and_evaluate(
-    engine: "Engine",
-    trained: Sequence[Item],
-    judged: Sequence[Item],
-    recipe: Recipe,
-    folder: Path,
-    on_progress: Callable[[Progress], None],
-    should_stop: Callable[[], bool],
-    stage: Callable[[str], Any],
-) -> "tuple[TrainingResult, Evaluation]":
-    """Train on the one list of items in ``folder``, then compare base, SFT, DPO and CoPe on the other.
-
-    Stages that ``folder`` holds the work of are not run again.
-    """
-    from langchain_cope.training.evaluate import Evaluation, evaluate
-    from langchain_cope.training.finished import read_json, write_json
-    from langchain_cope.training.pipeline import train_user
-
-    training = train_user(
-        engine, as_examples(trained), recipe, folder, on_progress=on_progress, should_stop=should_stop, stage=stage
-    )
-    judgement = folder / "evaluation.json"
-    if not judgement.exists():
-        with stage("evaluate"):
-            evaluation = evaluate(
-                engine,
-                as_examples(judged),
-                training.recipe,
-                sft=training.sft,
-                dpo=training.dpo,
-                on_progress=on_progress,
-                should_stop=should_stop,
-            )
-            write_json(judgement, asdict(evaluation))
-    return training, Evaluation(**read_json(judgement))
-
-
-def as_examples(items: Sequence[Item]) -> "list[Example]":
-    """The items as the training chain takes them."""
-    from langchain_cope.training.encode import Example
-
-    return [Example(item.messages, item.completion, item.rejected) for item in items]
 
 
 def _checked(given: PersonalizeRequest | dict[str, Any]) -> PersonalizeRequest:

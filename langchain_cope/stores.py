@@ -31,7 +31,7 @@ def open_store(store: "str | os.PathLike[str] | AdapterStore | None" = None) -> 
         return store
     place = os.fspath(store or os.environ.get("COPE_STORE") or default_folder())
     if isinstance(place, str) and "://" not in place:
-        from adapter_store.local import local_path
+        from adapter_store.backends.local import local_path
 
         place = str(local_path(place))  # what is relative, or the home folder's, may mean another one later
     return _opened(place, *map(_setting, _SETTINGS))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from adapter_store import AdapterNotFoundError, AdapterStore, FileKeys, MemoryBackend, UserErasedError
 from langchain_cope import ChatCoPe, EngineOptions, PersonalizeUser
-from langchain_cope.engine.model import load_base
+from langchain_cope.engine.base.base import load_base
 
 QUESTION = "What does the fox do all day?"
 

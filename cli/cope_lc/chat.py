@@ -36,7 +36,7 @@ def chat(
     dtype: Dtype = None,
 ) -> None:
     """Chat with a user's model, or with the base where the user has none. A message a line; also from a pipe."""
-    from cope_lc.quiet import prints_to_stderr
+    from cope_lc.quiet_libraries import prints_to_stderr
     from langchain_cope import ChatCoPe
 
     settings = {"model": model, "store": store, "adapter_version": version, "device": device, "dtype": dtype}
@@ -51,7 +51,7 @@ def _greeting(user: str | None, settings: dict[str, Any]) -> str:
     """Load what is needed, so that a wrong user or model is told now and not at the first message."""
     from adapter_store import AdapterNotFoundError
     from cope_lc.text import name_of
-    from langchain_cope.engine.model import load_base
+    from langchain_cope.engine.base.base import load_base
     from langchain_cope.stores import open_store
 
     base = load_base(settings["model"], device=settings["device"], dtype=settings["dtype"])
@@ -105,7 +105,7 @@ class Conversation:
 
     def _print_answer(self) -> str:
         """Print the answer as it comes and return it, or what there was of it when Ctrl-C came."""
-        from cope_lc.quiet import prints_to_stderr
+        from cope_lc.quiet_libraries import prints_to_stderr
         from cope_lc.text import clean
 
         out, pieces = sys.stdout, []

@@ -30,7 +30,7 @@ class Finding:
 
 def doctor(store: Store = None, as_json: Json = False) -> None:
     """Show what is installed, the devices, the store, and what is wrong. Exit code 1: something needed is broken."""
-    from cope_lc.quiet import prints_to_stderr
+    from cope_lc.quiet_libraries import prints_to_stderr
     from cope_lc.text import print_json
 
     with prints_to_stderr():
@@ -137,7 +137,7 @@ def _starter() -> Finding:
 
 def _store(asked: str | None) -> Iterator[Finding]:
     from adapter_store.errors import AdapterStoreError
-    from cope_lc.stored import local_folder, place_of
+    from cope_lc.adapters.stored import local_folder, place_of
     from langchain_cope.stores import open_store
 
     whence = "--store" if asked else "COPE_STORE" if os.environ.get("COPE_STORE") else "the default"

@@ -9,7 +9,7 @@ import typer
 from cope_lc.options import Device, Dtype, Json, Model, Target
 
 if TYPE_CHECKING:
-    from langchain_cope.evaluation import UserEvaluation
+    from langchain_cope.evaluation.comparison import UserEvaluation
     from langchain_cope.history import UserHistory
 
 EXAMPLE = "Example: cope-lc evaluate users.jsonl --limit 6"
@@ -32,7 +32,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare base, SFT, DPO and CoPe: train on each user's history, judge on the queries, publish nothing."""
-    from cope_lc.quiet import prints_to_stderr
+    from cope_lc.quiet_libraries import prints_to_stderr
     from cope_lc.text import print_json
     from langchain_cope.history import read_users
 
@@ -66,9 +66,9 @@ def _evaluate_all(
     from cope_lc.progress import display, follower
     from cope_lc.text import shorten
     from langchain_cope import Recipe
+    from langchain_cope.engine.base.base import load_base
     from langchain_cope.engine.engine import Engine
-    from langchain_cope.engine.model import load_base
-    from langchain_cope.evaluation import evaluate_user
+    from langchain_cope.evaluation.comparison import evaluate_user
 
     base = load_base(**settings)
     found = []
@@ -92,7 +92,7 @@ def _summary(user: "UserEvaluation") -> str:
 def _facts(found: "list[UserEvaluation]", model: str) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from cope_lc.figures import mean_metrics, relative_change
+    from cope_lc.metrics_table import mean_metrics, relative_change
 
     mean = mean_metrics([user.metrics for user in found])
     return {
@@ -105,13 +105,13 @@ def _facts(found: "list[UserEvaluation]", model: str) -> dict[str, Any]:
 
 
 def _changes(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
-    from cope_lc.figures import relative_change
+    from cope_lc.metrics_table import relative_change
 
     return {way: relative_change(metrics, way) for way in _LEARNT}
 
 
 def _show(found: "list[UserEvaluation]") -> None:
-    from cope_lc.figures import metrics_table
+    from cope_lc.metrics_table import metrics_table
     from cope_lc.progress import duration
     from cope_lc.screen import console, say
 

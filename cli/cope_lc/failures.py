@@ -13,7 +13,7 @@ _INTERRUPTED = 130  # what Typer returns after Ctrl-C
 
 def exit_with(call: Callable[[], Any], *, debug: bool) -> NoReturn:
     """Run ``call`` and end the process with the contract's exit code; ``debug`` shows the traceback of what failed."""
-    from cope_lc.quiet import quiet_libraries
+    from cope_lc.quiet_libraries import quiet_libraries
 
     try:
         with quiet_libraries(debug=debug):

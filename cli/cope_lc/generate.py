@@ -75,7 +75,7 @@ def _answer(
     prompt: str, user: str | None, settings: dict[str, Any], *, explain: bool, silent: bool
 ) -> "AIMessageChunk":
     """The whole answer, printed as it comes unless ``silent``."""
-    from cope_lc.quiet import prints_to_stderr
+    from cope_lc.quiet_libraries import prints_to_stderr
     from cope_lc.text import clean
     from langchain_cope import ChatCoPe
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cope_lc import adapters, chat, doctor, evaluate, generate, personalize
+from cope_lc import chat, doctor, evaluate, generate, personalize
+from cope_lc.adapters import versions as adapters
 
 HELP = """Answer every user in that user's own manner, on one local base model.
 

@@ -66,7 +66,7 @@ def personalize(
     as_json: Json = False,
 ) -> None:
     """Learn from what a user wrote, and publish the adapter where it is better than what is active."""
-    from cope_lc.quiet import prints_to_stderr
+    from cope_lc.quiet_libraries import prints_to_stderr
     from langchain_cope.history import read_history
 
     with prints_to_stderr():
@@ -88,7 +88,7 @@ def personalize(
 
 def _facts(history: "UserHistory") -> dict[str, Any]:
     """How the history is divided. Raises HistoryError where it is too short for that."""
-    from langchain_cope.held_out import split
+    from langchain_cope.personalization.held_out import split
 
     trained, judged = split(history.items)
     return {
@@ -193,8 +193,8 @@ def _recipe(history: "UserHistory", settings: dict[str, Any], *, paper: bool, se
         return replace(Recipe.paper(), seed=seed)
     if not seed:
         return None
-    from langchain_cope.engine.model import load_base
-    from langchain_cope.held_out import split
+    from langchain_cope.engine.base.base import load_base
+    from langchain_cope.personalization.held_out import split
 
     return Recipe.for_model(load_base(**settings), split(history.items)[0], seed=seed)
 
@@ -213,7 +213,7 @@ def _print_result_json(result: "PersonalizeResult", store: str | None) -> None:
 
 
 def _show_result(result: "PersonalizeResult", history: "UserHistory", store: str | None) -> None:
-    from cope_lc.figures import metrics_table
+    from cope_lc.metrics_table import metrics_table
     from cope_lc.progress import STAGES, duration
     from cope_lc.screen import console, say
     from cope_lc.text import name_of, shorten

@@ -7,11 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from langchain_cope.engine.constraint import compile_grammar
-from langchain_cope.engine.model import Base
+from langchain_cope.engine.adapter_slots import Lease
+from langchain_cope.engine.base.base import Base
+from langchain_cope.engine.decoding.text import Detokenizer, StopStrings
+from langchain_cope.engine.grammar.constraint import compile_grammar
 from langchain_cope.engine.request import Chosen, Request, Running, TokenLogprobs
-from langchain_cope.engine.slots import Lease
-from langchain_cope.engine.text import Detokenizer, StopStrings
 from langchain_cope.errors import Cancelled, ModelError
 
 STOP_SECONDS = 0.05  # between two looks at whether to stop, where no piece comes meanwhile

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from langchain_cope.engine.choosing import Ask, choose
-from langchain_cope.engine.draft import MAX_DRAFT, PromptLookup, Speculation
-from langchain_cope.engine.forward import choose_forward
-from langchain_cope.engine.kv import KeyValues, layer_shapes
-from langchain_cope.engine.lora import Adapter, LoraRows, low_rank_dtype
-from langchain_cope.engine.memory import free_bytes
+from langchain_cope.engine.adapter import Adapter, LoraRows, low_rank_dtype
+from langchain_cope.engine.decoding.speculation import MAX_DRAFT, PromptLookup, Speculation
+from langchain_cope.engine.device import free_bytes
+from langchain_cope.engine.forward.kv_cache import KeyValues, layer_shapes
+from langchain_cope.engine.forward.plain import choose_forward
+from langchain_cope.engine.next_token import Ask, choose
 from langchain_cope.engine.options import EngineOptions
-from langchain_cope.engine.prefix import PrefixCache
+from langchain_cope.engine.prefix_cache import PrefixCache
 from langchain_cope.engine.request import Chosen, Request, Running
 from langchain_cope.engine.rows import Row, Rows
 

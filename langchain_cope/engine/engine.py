@@ -22,15 +22,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from langchain_cope.engine.adapter import Adapter, low_rank_dtype, read_adapter
+from langchain_cope.engine.adapter_slots import AdapterSlots
 from langchain_cope.engine.answer import Completion, Event, Job, Piece, Stream
+from langchain_cope.engine.base.base import Base
 from langchain_cope.engine.batch import MIN_COLUMNS, Batch
-from langchain_cope.engine.lora import Adapter, low_rank_dtype, read_adapter
-from langchain_cope.engine.memory import give_back, is_out_of_memory
-from langchain_cope.engine.model import Base
+from langchain_cope.engine.decoding.sampling import Sampling
+from langchain_cope.engine.device import give_back, is_out_of_memory
 from langchain_cope.engine.options import EngineOptions
 from langchain_cope.engine.request import AdapterSource, Request, Running, TokenLogprobs
-from langchain_cope.engine.sampling import Sampling
-from langchain_cope.engine.slots import AdapterSlots
 from langchain_cope.engine.threads import release_pool
 from langchain_cope.errors import Cancelled, ContextOverflow, EngineClosed, InputError, ModelError
 

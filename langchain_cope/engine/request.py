@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from langchain_cope.engine.constraint import Constraint
-from langchain_cope.engine.contrast import check_alpha_tau
-from langchain_cope.engine.grammar import Grammar
-from langchain_cope.engine.lora import Adapter
-from langchain_cope.engine.sampling import Sampling
+from langchain_cope.engine.adapter import Adapter
+from langchain_cope.engine.decoding.contrast import check_alpha_tau
+from langchain_cope.engine.decoding.sampling import Sampling
+from langchain_cope.engine.grammar.constraint import Constraint
+from langchain_cope.engine.grammar.schema import Grammar
 
 if TYPE_CHECKING:
-    from langchain_cope.engine.draft import PromptLookup
+    from langchain_cope.engine.decoding.speculation import PromptLookup
     from langchain_cope.engine.rows import Row
 
 

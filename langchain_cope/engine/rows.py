@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from langchain_cope.engine.forward import Forward, Inputs
-from langchain_cope.engine.kv import KeyValues
-from langchain_cope.engine.lora import Adapter, LoraRows
+from langchain_cope.engine.adapter import Adapter, LoraRows
+from langchain_cope.engine.forward.kv_cache import KeyValues
+from langchain_cope.engine.forward.plain import Forward, Inputs
 
 if TYPE_CHECKING:
     from langchain_cope.engine.request import Running

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from langchain_cope.engine.model import Base
+from langchain_cope.engine.base.base import Base
 from langchain_cope.training.adapter import load_weights, lora_config, save_adapter
 from langchain_cope.training.negatives import Pair
 from langchain_cope.training.progress import Watch

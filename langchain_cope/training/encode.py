@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from langchain_cope.engine.model import Base
-from langchain_cope.engine.template import Message
+from langchain_cope.engine.base.base import Base
+from langchain_cope.engine.base.chat_template import Message
 
 _WORD = re.compile(r"\S+")
 CHARACTERS_A_TOKEN = 100  # more than any text has; what is beyond that need not be tokenized to be cut

@@ -9,10 +9,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from langchain_cope.engine.adapter import Adapter
+from langchain_cope.engine.base.base import Base
+from langchain_cope.engine.decoding.sampling import Sampling
 from langchain_cope.engine.engine import Completion, Engine, Request
-from langchain_cope.engine.lora import Adapter
-from langchain_cope.engine.model import Base
-from langchain_cope.engine.sampling import Sampling
 from langchain_cope.training.encode import Encoded, common_prefix, encode, encode_candidate
 from langchain_cope.training.progress import Watch
 from langchain_cope.training.recipe import Recipe

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from langchain_cope.errors import HistoryError, ModelError
-from langchain_cope.training.finished import read_json, whole_folder, write_json
+from langchain_cope.training.atomic_files import read_json, whole_folder, write_json
 from langchain_cope.training.progress import Progress, Watch, never, unheard
 from langchain_cope.training.recipe import Recipe
 
@@ -106,7 +106,7 @@ def _run(
     watch: Callable[[str], Watch],
     stage: Callable[[str], AbstractContextManager[object]],
 ) -> None:
-    from langchain_cope.engine.memory import give_back
+    from langchain_cope.engine.device import give_back
     from langchain_cope.training.dpo import train_dpo
     from langchain_cope.training.sft import train_sft
 

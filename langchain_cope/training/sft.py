@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from langchain_cope.engine.model import Base
+from langchain_cope.engine.base.base import Base
 from langchain_cope.training.adapter import lora_config, save_adapter
 from langchain_cope.training.encode import Encoded
 from langchain_cope.training.progress import Watch

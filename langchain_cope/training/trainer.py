@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from langchain_cope.engine.model import Base
+from langchain_cope.engine.base.base import Base
 from langchain_cope.errors import ModelError
 from langchain_cope.training.progress import Watch
 from langchain_cope.training.recipe import Schedule

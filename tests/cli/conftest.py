@@ -83,7 +83,7 @@ def publish(
     store: AdapterStore, tiny: Callable[..., Path], adapter: Callable[..., Path]
 ) -> Callable[..., AdapterVersion]:
     """Publishes a random adapter of the tiny Llama for a user."""
-    from langchain_cope.engine.model import load_base
+    from langchain_cope.engine.base.base import load_base
 
     def published(user: str = "alice", seed: int = 1, family: str = "llama", **facts: Any) -> AdapterVersion:
         base = load_base(tiny(family))

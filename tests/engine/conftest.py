@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from langchain_cope.engine.base.base import load_base
 from langchain_cope.engine.engine import Engine
-from langchain_cope.engine.model import load_base
 
 EngineFor = Callable[..., Engine]
 

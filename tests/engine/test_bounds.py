@@ -12,10 +12,10 @@ import torch
 from engine.test_failures import before_each_forward, slowly
 from safetensors.torch import load_file, save_file
 
-from langchain_cope.engine import kv as kv_module
+from langchain_cope.engine.base.base import load_base
 from langchain_cope.engine.engine import Completion, Engine, EngineOptions, Piece, Request, Sampling
-from langchain_cope.engine.forward import Inputs
-from langchain_cope.engine.model import load_base
+from langchain_cope.engine.forward import kv_cache as kv_module
+from langchain_cope.engine.forward.plain import Inputs
 from langchain_cope.errors import InputError, ModelError
 
 Tiny = Callable[..., Path]

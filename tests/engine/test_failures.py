@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from langchain_cope.engine.base.base import load_base
 from langchain_cope.engine.engine import Completion, Engine, Piece, Request, Sampling
-from langchain_cope.engine.forward import Inputs
-from langchain_cope.engine.model import load_base
+from langchain_cope.engine.forward.plain import Inputs
 from langchain_cope.errors import EngineClosed, ModelError
 
 Tiny = Callable[..., Path]

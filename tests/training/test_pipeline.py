@@ -8,8 +8,8 @@ from training.tiny import example
 
 from langchain_cope.engine.engine import Completion, Request, Sampling
 from langchain_cope.errors import Cancelled, HistoryError
+from langchain_cope.evaluation.evaluate import evaluate, mean_nll
 from langchain_cope.training.encode import encode
-from langchain_cope.training.evaluate import evaluate, mean_nll
 from langchain_cope.training.pipeline import train_user
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")

@@ -1,0 +1,110 @@
+"""Verification: every entry and every file of a user read and checked, and said what is wrong."""
+
+from dataclasses import dataclass, field
+
+from adapter_store.errors import UNREADABLE, IntegrityError, InvalidAdapterError, KeyMismatchError
+from adapter_store.facts import UserHead
+from adapter_store.open_store import Opened
+
+
+@dataclass(frozen=True)
+class UserReport:
+    """What was found of one user: how much was checked, what is wrong, and versions' folders that no entry names.
+
+    `user_id` is "" of an erased user and of one whose head cannot be read. Orphans are no damage: they are publishes
+    under way, or garbage for `gc`.
+    """
+
+    user_key: str
+    user_id: str
+    num_entries: int
+    num_versions: int
+    num_bytes: int
+    problems: tuple[str, ...]
+    orphans: tuple[str, ...]
+
+
+@dataclass
+class Verified:
+    """What was checked of a store; `damaged` are the reports of users with problems, `orphans` counts unlisted versions."""
+
+    users: int = 0
+    entries: int = 0
+    versions: int = 0
+    bytes: int = 0
+    orphans: int = 0
+    damaged: list[UserReport] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that is listed is what was published."""
+        return not self.damaged
+
+    def add(self, report: UserReport) -> None:
+        """Count one more user."""
+        self.users += 1
+        self.entries += report.num_entries
+        self.versions += report.num_versions
+        self.bytes += report.num_bytes
+        self.orphans += len(report.orphans)
+        if report.problems:
+            self.damaged.append(report)
+
+
+def verify_user(opened: Opened, user_key: str) -> UserReport:
+    """Check one user. Damage is reported, not raised; BackendError comes through."""
+    problems: list[str] = []
+    head = None
+    try:
+        head = opened.log.head(user_key)
+    except UNREADABLE as error:
+        problems.append(str(error))
+    seqs = opened.log.seqs(user_key)
+    if head is not None:
+        problems += _entry_problems(opened, head, seqs)
+        problems += _file_problems(opened, head)
+    listed = {version.version for version in head.versions} if head else set()
+    there = opened.version_folders(user_key)
+    return UserReport(
+        user_key=user_key,
+        user_id=head.user_id if head else "",
+        num_entries=len(seqs),
+        num_versions=len(listed),
+        num_bytes=sum(file.size for version in head.versions for file in version.files.values()) if head else 0,
+        problems=tuple(problems),
+        orphans=tuple(name for name in there if name not in listed) if not problems or head else (),
+    )
+
+
+def _entry_problems(opened: Opened, head: UserHead, seqs: list[int]) -> list[str]:
+    problems = []
+    for seq in seqs:
+        if seq < head.erased_seq:
+            problems.append(f"entry {seq} of user key {head.user_key} is left of an erasure: erase again, or run gc")
+            continue
+        try:
+            opened.log.entry(head.user_key, seq)
+        except FileNotFoundError:
+            continue  # trimmed or erased meanwhile
+        except UNREADABLE as error:
+            problems.append(str(error))
+    kept = [seq for seq in seqs if head.erased_seq <= seq <= head.seq]
+    if kept and kept != list(range(kept[0], kept[0] + len(kept))):
+        problems.append(f"entries are missing in the log of user key {head.user_key}: restore them from a backup")
+    return problems
+
+
+def _file_problems(opened: Opened, head: UserHead) -> list[str]:
+    problems = []
+    for version in head.versions:
+        try:
+            opened.blobs.check(version)
+        except FileNotFoundError:
+            current = opened.log.head(head.user_key)
+            if current is not None and current.find(version.version) is not None:
+                problems.append(
+                    f"a file, or the key, of version {version.version} is missing: restore it from a backup"
+                )
+        except (IntegrityError, KeyMismatchError, InvalidAdapterError) as error:
+            problems.append(str(error))
+    return problems

@@ -1,0 +1,1 @@
+"""`cope-lc adapters`: the commands on what is in a store."""

@@ -1,0 +1,1 @@
+"""What `ChatCoPe` is made of: its user, messages, tools, structured output and replies."""

@@ -1,0 +1,1 @@
+"""What is loaded: the base model, its fingerprint, chat template and reply format."""

@@ -1,0 +1,55 @@
+"""Projections that read the same input, laid side by side in memory, so that one product can serve them all.
+
+Nothing is copied for good: the parameters become views of the common tensor, each with its own name, shape and values.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from langchain_cope.engine.device import CheckpointPages
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def lay_side_by_side(model: nn.Module) -> None:
+    """Move the weights (and biases) of every group of projections in ``model`` into common tensors, group by group."""
+    pages = CheckpointPages()
+    for module in model.modules():
+        for names in GROUPS:
+            layers = [getattr(module, name, None) for name in names]
+            if all(type(layer) is nn.Linear for layer in layers):
+                _join([layer.weight for layer in layers], pages)  # type: ignore[union-attr]
+                _join([layer.bias for layer in layers], pages)  # type: ignore[union-attr]
+
+
+def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The common tensor of parameters that lie side by side: a view of all of them; None where they do not, or are absent."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if len(present) != len(tensors) or not present:
+        return None
+    first = present[0]
+    start = first.storage_offset()
+    for tensor in present:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and tensor.dtype == first.dtype
+        if not (
+            same and tensor.is_contiguous() and tensor.storage_offset() == start and tensor.shape[1:] == first.shape[1:]
+        ):
+            return None
+        start += tensor.numel()
+    rows = sum(tensor.shape[0] for tensor in present)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def _join(parameters: Sequence[nn.Parameter | None], pages: CheckpointPages) -> None:
+    present = [parameter for parameter in parameters if parameter is not None]
+    kinds = {(parameter.dtype, parameter.device, parameter.shape[1:]) for parameter in present}
+    if len(present) != len(parameters) or len(kinds) != 1:
+        return
+    common = torch.cat([parameter.data for parameter in present])
+    start = 0
+    for parameter in present:
+        pages.let_go(parameter.data)
+        parameter.data = common[start : start + parameter.shape[0]]
+        start += parameter.shape[0]

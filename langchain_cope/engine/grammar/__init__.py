@@ -1,0 +1,1 @@
+"""What may come next where an answer must fit a schema."""

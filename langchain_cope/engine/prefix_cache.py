@@ -1,0 +1,103 @@
+"""Beginnings of prompts and chats that were processed before: their keys and values, to be copied instead of computed.
+
+A tree of blocks of tokens under each owner, the base or one adapter's matrices, so that nobody's personal states serve another.
+The base's are shared by everyone; who must not learn from timing what others asked switches the cache off.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from langchain_cope.engine.device import is_out_of_memory
+from langchain_cope.engine.forward.kv_cache import Block
+from langchain_cope.engine.rows import Row, Rows
+
+BLOCK = 32  # tokens
+
+
+@dataclass(eq=False)
+class _Node:
+    parent: "_Node | None"
+    tokens: tuple[int, ...] = ()
+    states: Block = field(default_factory=list)
+    children: dict[tuple[int, ...], "_Node"] = field(default_factory=dict)
+    owner: Hashable = None
+
+
+class PrefixCache:
+    """Bounded by ``capacity`` bytes; what was used least recently goes first."""
+
+    def __init__(self, capacity: int, bytes_per_position: int) -> None:
+        self._block_bytes = BLOCK * bytes_per_position
+        self._capacity = capacity // self._block_bytes if self._block_bytes else 0
+        self._roots: dict[Hashable, _Node] = {}
+        self._nodes: OrderedDict[_Node, None] = OrderedDict()
+        """Least recently used first; a node never before its children."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What is held."""
+        return len(self._nodes) * self._block_bytes
+
+    def find(self, row: Row) -> list[Block]:
+        """The longest known beginning of the row's tokens, in blocks; at least one token is left to compute."""
+        nodes = self._path(_owner(row), row.running.tokens[:-1])
+        self._touch(nodes)
+        return [node.states for node in nodes]
+
+    def store(self, row: Row, rows: Rows) -> None:
+        """Keep what the cache of ``rows`` holds of ``row``, in whole blocks; where memory runs out, forget everything instead."""
+        if self._capacity == 0:
+            return
+        try:
+            self._store(row, rows)
+        except Exception as error:
+            self.clear()
+            if not is_out_of_memory(error):
+                raise
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._roots.clear()
+        self._nodes.clear()
+
+    def _store(self, row: Row, rows: Rows) -> None:
+        tokens = row.running.tokens[: row.length]
+        owner = _owner(row)
+        nodes = self._path(owner, tokens)
+        place = None
+        for start in range(len(nodes) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
+            place = rows.all().index(row) if place is None else place
+            parent = nodes[-1] if nodes else self._roots.setdefault(owner, _Node(None, owner=owner))
+            key = tuple(tokens[start : start + BLOCK])
+            node = _Node(parent, key, rows.kv.read(place, start, start + BLOCK))
+            parent.children[key] = node
+            nodes.append(node)
+        self._touch(nodes)
+        while len(self._nodes) > self._capacity:
+            self._forget(next(iter(self._nodes)))
+
+    def _path(self, owner: Hashable, tokens: Sequence[int]) -> list[_Node]:
+        node, path = self._roots.get(owner), []
+        for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
+            node = None if node is None else node.children.get(tuple(tokens[start : start + BLOCK]))
+            if node is None:
+                break
+            path.append(node)
+        return path
+
+    def _touch(self, nodes: Sequence[_Node]) -> None:
+        for node in reversed(nodes):  # the deepest first: it is to go before those it rests on
+            self._nodes[node] = None
+            self._nodes.move_to_end(node)
+
+    def _forget(self, node: _Node) -> None:
+        del self._nodes[node]
+        assert node.parent is not None
+        del node.parent.children[node.tokens]
+        if node.parent.parent is None and not node.parent.children:
+            del self._roots[node.parent.owner]
+
+
+def _owner(row: Row) -> Hashable:
+    return None if row.adapter is None else row.adapter.owner

@@ -1,0 +1,44 @@
+"""What users wrote, read from files, rows, Chroma and an app's own chats, as one list of items a user.
+
+Read `items.py` first (what an item is), then `formats.py` (the table of formats) and `read.py` (files and rows).
+Knows no torch and no training. Names are loaded when first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from langchain_cope._front_door import lazy_names
+
+if TYPE_CHECKING:
+    from langchain_cope.history.chroma import ChromaHistory
+    from langchain_cope.history.items import Item, Message, Target, UserHistory
+    from langchain_cope.history.read import as_history, as_items, read_history, read_users
+    from langchain_cope.history.recorded import RecordedChatHistory
+
+__all__ = [
+    "ChromaHistory",
+    "Item",
+    "Message",
+    "RecordedChatHistory",
+    "Target",
+    "UserHistory",
+    "as_history",
+    "as_items",
+    "read_history",
+    "read_users",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ChromaHistory": "chroma",
+        "Item": "items",
+        "Message": "items",
+        "RecordedChatHistory": "recorded",
+        "Target": "items",
+        "UserHistory": "items",
+        "as_history": "read",
+        "as_items": "read",
+        "read_history": "read",
+        "read_users": "read",
+    },
+)

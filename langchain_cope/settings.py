@@ -1,0 +1,44 @@
+"""How the base is named: the fields that `ChatCoPe` and `PersonalizeUser` share, and the engine they lead to."""
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field
+
+from langchain_cope.engine.options import EngineOptions
+
+if TYPE_CHECKING:
+    from langchain_cope.engine.engine import Engine
+
+
+class BaseSettings(BaseModel):
+    """Which base model, and how it is loaded. Two settings that agree share one base in memory."""
+
+    model: str = "starter"
+    """``starter`` (bundled), a Hugging Face id or a local path."""
+    revision: str | None = None
+    """Of a Hugging Face id."""
+    task_adapter: str | None = None
+    """A shared peft LoRA, a folder or a Hugging Face id (the paper's task-adapted model), merged into the base at load."""
+    device: str | None = None
+    """``cpu``, ``cuda``, ``cuda:1`` or ``mps``; None: the best there is."""
+    dtype: str | None = None
+    """``float32``, ``bfloat16``, ``float16``; None: float32 on a CPU (bfloat16 for large models), else the checkpoint's."""
+    quantization_config: Any = None
+    """Handed to ``from_pretrained`` as it is."""
+    engine_options: EngineOptions | None = Field(default=None, exclude=True)
+    """Bounds of the engine that all users of the base share; None: those it has, else the defaults."""
+
+    def _engine(self, model: str | None = None) -> "Engine":
+        """The engine of the base, or of another ``model`` loaded in the same way; loads it at the first call."""
+        from langchain_cope.engine.base.base import load_base
+        from langchain_cope.engine.engine import Engine
+
+        base = load_base(
+            model or self.model,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+            task_adapter=self.task_adapter,
+            quantization_config=self.quantization_config,
+        )
+        return Engine.of(base, self.engine_options)

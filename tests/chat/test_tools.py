@@ -1,0 +1,199 @@
+"""Tools as LangChain users bind them: every form, every choice, streamed, and refused where they cannot be."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pytest
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.runnables import RunnableBinding
+from langchain_core.tools import tool
+from pydantic import BaseModel, Field
+from tiny import NO_SYSTEM, THINKS_FIRST, TOOLS
+
+from langchain_cope import ChatCoPe
+from langchain_cope.chat.messages import template_messages
+from langchain_cope.chat.tools import ToolUse
+from langchain_cope.engine.base.base import load_base
+from langchain_cope.errors import InputError
+
+
+@tool
+def weather(city: str, days: int = 1) -> str:
+    """The weather in a city."""
+    return f"{city}: sun for {days}"
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiply.
+
+    Args:
+        a: one
+        b: the other
+    """
+    return a * b
+
+
+class Search(BaseModel):
+    """Search the web."""
+
+    query: str = Field(max_length=40)
+
+
+class Note(TypedDict):
+    """Write a note."""
+
+    text: str
+
+
+RAW = {"title": "ping", "description": "Ping.", "type": "object", "properties": {}}
+ALL = [weather, multiply, Search, Note, RAW]
+NAMES = ["weather", "multiply", "Search", "Note", "ping"]
+
+
+def chat_on(folder: Path, **settings: Any) -> ChatCoPe:
+    fields = {"max_tokens": 300, "temperature": 1.0, "seed": 0, **settings}
+    return ChatCoPe(model=str(folder), store="memory://tools", device="cpu", **fields)
+
+
+@pytest.fixture(scope="module")
+def chat(tiny: Callable[..., Path]) -> ChatCoPe:
+    return chat_on(tiny("llama", context=4096))
+
+
+@pytest.mark.parametrize("template", [None, TOOLS, NO_SYSTEM])
+def test_a_forced_call_is_one_of_the_tools_with_arguments_that_fit(template: Any, tiny: Callable[..., Path]) -> None:
+    chat = chat_on(tiny("llama", context=4096, **({} if template is None else {"template": template})))
+    for seed in range(6):
+        message = chat.bind_tools(ALL, tool_choice="any").invoke("Do something", seed=seed)
+        assert not message.invalid_tool_calls
+        assert message.tool_calls
+        assert {call["name"] for call in message.tool_calls} <= set(NAMES)
+        assert message.content == ""
+        assert len({call["id"] for call in message.tool_calls}) == len(message.tool_calls)
+
+
+@pytest.mark.parametrize("choice", ["Search", {"type": "function", "function": {"name": "Search"}}])
+def test_a_tool_chosen_by_name_is_the_one_that_is_called(chat: ChatCoPe, choice: Any) -> None:
+    bound = chat.bind_tools(ALL, tool_choice=choice, parallel_tool_calls=False)
+    message = bound.invoke("Do something")
+    assert [call["name"] for call in message.tool_calls] == ["Search"]
+    Search.model_validate(message.tool_calls[0]["args"])
+
+
+@pytest.mark.parametrize("choice", ["required", True])
+def test_other_words_for_any(chat: ChatCoPe, choice: Any) -> None:
+    assert chat.bind_tools([weather], tool_choice=choice).invoke("Do something").tool_calls
+
+
+def test_none_calls_no_tool_and_auto_may(chat: ChatCoPe) -> None:
+    plain = chat.invoke("Do something")
+    assert chat.bind_tools(ALL, tool_choice="none").invoke("Do something").content == plain.content
+    assert isinstance(chat.bind_tools(ALL).invoke("Do something"), AIMessage)
+
+
+def test_calls_stream_name_and_id_first(chat: ChatCoPe) -> None:
+    chunks = list(chat.bind_tools([Search], tool_choice="any", parallel_tool_calls=False).stream("Do something"))
+    pieces = [piece for chunk in chunks for piece in chunk.tool_call_chunks]
+    assert (pieces[0]["name"], pieces[0]["args"]) == ("Search", "")
+    assert pieces[0]["id"]
+    assert len(pieces) > 4
+    assert {piece["index"] for piece in pieces} == {0}
+    whole: AIMessageChunk = sum(chunks[1:], chunks[0])  # type: ignore[arg-type]
+    assert whole.tool_calls[0]["args"] == json.loads("".join(piece["args"] or "" for piece in pieces))
+    assert whole.chunk_position == "last"
+
+
+async def test_a_call_that_the_budget_cuts_is_invalid_and_no_exception(chat: ChatCoPe) -> None:
+    bound = chat.bind_tools([Search], tool_choice="any")
+    message = await bound.ainvoke("Do something", max_tokens=30)
+    assert message.tool_calls == []
+    assert message.invalid_tool_calls
+    assert message.response_metadata["finish_reason"] == "length"
+
+
+def test_the_prompt_tells_the_tools_and_what_they_returned(tiny: Callable[..., Path]) -> None:
+    called = AIMessage("", tool_calls=[{"name": "weather", "args": {"city": "Kiel"}, "id": "1"}])
+    talk = [
+        SystemMessage("Be kind."),
+        HumanMessage("Weather?"),
+        called,
+        ToolMessage("sun", tool_call_id="1", status="error"),
+    ]
+    for template, native in ((TOOLS, True), (NO_SYSTEM, False)):
+        base = load_base(tiny("llama", context=4096, template=template), device="cpu")
+        use = ToolUse.of({"tools": ALL})
+        text = base.tokenizer.decode(base.prompt_ids(*use.prompt(template_messages(talk), native)))
+        for part in (
+            "Be kind.",
+            '"multiply"',
+            "Search the web.",
+            "Weather?",
+            '"arguments": {"city": "Kiel"}',
+            "Error: sun",
+        ):
+            assert part in text
+        assert ("<tool_response>" in text) is not native
+
+
+def test_content_blocks_of_other_providers_are_read() -> None:
+    blocks = [
+        {"type": "thinking", "thinking": "?"},
+        {"type": "text", "text": "a"},
+        {"type": "tool_use", "id": "1", "name": "f", "input": {}},
+    ]
+    talk = [
+        HumanMessage([{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]),
+        AIMessage(blocks, tool_calls=[{"name": "f", "args": {}, "id": "1"}]),
+        HumanMessage(
+            [{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "r"}], "is_error": True}]
+        ),
+    ]
+    turns = template_messages(talk)
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "tool"]
+    assert [turn["content"] for turn in turns] == ["hi", "a", "Error: r"]
+    with pytest.raises(InputError, match="image"):
+        template_messages([HumanMessage([{"type": "image", "url": "x"}])])
+
+
+def test_a_thought_is_not_part_of_the_answer_and_a_forced_answer_has_none(tiny: Callable[..., Path]) -> None:
+    chat = chat_on(tiny("llama", context=4096, template=THINKS_FIRST), max_tokens=40)
+    message = chat.invoke("Think")
+    assert message.content == ""  # a random model never ends its thought
+    assert message.additional_kwargs["reasoning_content"]
+    assert message.content_blocks[0]["type"] == "reasoning"
+    forced = chat.bind_tools([multiply], tool_choice="any").invoke("Do", max_tokens=200)
+    assert forced.tool_calls
+    assert "reasoning_content" not in forced.additional_kwargs
+
+
+def test_tools_count_as_tokens(chat: ChatCoPe) -> None:
+    talk = [HumanMessage("Hello")]
+    with_tools = chat.get_num_tokens_from_messages(talk, tools=ALL)
+    assert with_tools > chat.get_num_tokens_from_messages(talk) + 100
+    assert chat.bind_tools(ALL).invoke(talk, max_tokens=1).usage_metadata["input_tokens"] == with_tools  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("tools", "options", "named"),
+    [
+        ([weather], {"tool_choice": "wether"}, "wether"),
+        ([], {"tool_choice": "any"}, "no tools were given"),
+        ([{"title": "odd", "description": "", "type": "object", "properties": {"a": {"not": {}}}}], {}, "tool 'odd'.*not"),
+        ([weather], {"response_format": "json"}, "response_format"),
+        ([{"type": "web_search"}], {}, "only functions can be called"),
+        ([{"name": "a\ud800", "description": "", "parameters": {}}], {}, "name"),
+        ([weather], {"tool_choice": {"type": "function", "function": "wether"}}, "wether"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_when_it_is_bound(chat: ChatCoPe, tools: Any, options: Any, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        chat.bind_tools(tools, **options)
+
+
+def test_binding_is_lazy_and_keeps_the_user(chat: ChatCoPe) -> None:
+    bound = chat.bind_tools(ALL, user_id="alice")
+    assert isinstance(bound, RunnableBinding)
+    assert bound.kwargs["user_id"] == "alice"
+    assert bound.invoke("Do", max_tokens=2).response_metadata["user_id"] == "alice"

@@ -1,0 +1,150 @@
+"""From scores to tokens: transformers' own processors are the measure, and seeds mean the same in any batch."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from langchain_cope.engine.decoding.sampling import Sampling, choose_tokens, warp
+
+
+def random_scores(rows: int = 6, vocabulary: int = 200, seed: int = 0) -> torch.Tensor:
+    noise = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
+    return torch.log_softmax(noise * 3, dim=-1)
+
+
+def by_transformers(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Transformers' warpers, in the order in which `generate` applies them."""
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    for warper in warpers:
+        scores = warper(None, scores)
+    return scores
+
+
+SETTINGS = [
+    Sampling(temperature=0.7),
+    Sampling(temperature=1.0, top_k=5),
+    Sampling(temperature=1.0, top_k=500),
+    Sampling(temperature=1.3, top_p=0.9),
+    Sampling(temperature=1.0, top_p=1e-6),
+    Sampling(temperature=0.5, min_p=0.1),
+    Sampling(temperature=2.0, top_k=20, top_p=0.8),
+    Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05),
+    Sampling(temperature=1.0, min_p=1.0),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=lambda s: f"T={s.temperature},k={s.top_k},p={s.top_p},min={s.min_p}")
+def test_warping_equals_transformers_warpers(sampling: Sampling) -> None:
+    scores = random_scores()
+    found, wanted = warp(scores, [sampling] * 6), by_transformers(scores, sampling)
+    assert torch.equal(found == -math.inf, wanted == -math.inf)
+    kept = wanted > -math.inf
+    torch.testing.assert_close(found[kept], wanted[kept])
+
+
+def test_every_row_is_warped_by_its_own_settings() -> None:
+    scores = random_scores(rows=len(SETTINGS))
+    together = warp(scores, SETTINGS)
+    for row, sampling in enumerate(SETTINGS):
+        wanted = by_transformers(scores[row : row + 1], sampling)[0]
+        assert torch.equal(together[row] == -math.inf, wanted == -math.inf), sampling
+
+
+@pytest.mark.parametrize("penalty", [0.8, 1.2, 3.0])
+def test_the_repetition_penalty_equals_transformers_on_the_log_probabilities(penalty: float) -> None:
+    scores = random_scores(rows=3, seed=1)
+    seen = [[1, 5, 9, 5], list(range(100)), [int(scores[2].argmax())]]
+    settings = [Sampling(repetition_penalty=penalty)] * 3
+    wanted = [
+        int(RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), scores[row : row + 1]).argmax())
+        for row, ids in enumerate(seen)
+    ]
+    before = scores.clone()
+    assert choose_tokens(scores, settings, seen, [0, 0, 0]).tolist() == wanted
+    assert torch.equal(scores, before), "the caller's scores stay as they are"
+
+
+def test_only_the_request_that_asks_for_it_is_penalised() -> None:
+    scores = random_scores(rows=1, seed=2).repeat(2, 1)
+    best = int(scores[0].argmax())
+    tokens = choose_tokens(scores, [Sampling(repetition_penalty=50.0), Sampling()], [[best], [best]], [0, 0]).tolist()
+    assert tokens[0] != best
+    assert tokens[1] == best
+
+
+def test_samples_follow_the_expected_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05, 0.0])
+    scores = probabilities.log().unsqueeze(0)
+    draws = 4000
+    tokens = [int(choose_tokens(scores, [Sampling(temperature=1.0, seed=s)], [[]], [s % 7])) for s in range(draws)]
+    counts = torch.bincount(torch.tensor(tokens), minlength=6).double()
+    expected = probabilities.double() * draws
+    assert counts[5] == 0, "what has no probability is never drawn"
+    chi_square = float(((counts - expected)[:5] ** 2 / expected[:5]).sum())
+    assert chi_square < 18.5, "the 99.9 % quantile for four degrees of freedom"
+
+
+def test_the_steps_of_one_seed_draw_independently() -> None:
+    scores = torch.zeros(1, 2)
+    draws = [int(choose_tokens(scores, [Sampling(temperature=1.0, seed=11)], [[]], [step])) for step in range(1000)]
+    pairs = torch.bincount(torch.tensor([2 * a + b for a, b in itertools.pairwise(draws)]), minlength=4)
+    assert ((pairs - 250).abs() < 60).all(), f"each pair of neighbours about 250 times, not {pairs.tolist()}"
+
+
+def test_a_seed_means_the_same_in_any_batch_and_place() -> None:
+    scores = random_scores(rows=5, seed=4)
+    settings = [Sampling(temperature=1.5, seed=row) for row in range(5)]
+    steps = [3, 0, 7, 1, 2]
+    together = choose_tokens(scores, settings, [[]] * 5, steps).tolist()
+    alone = [
+        int(choose_tokens(scores[row : row + 1], settings[row : row + 1], [[]], steps[row : row + 1]))
+        for row in range(5)
+    ]
+    assert together == alone
+    backwards = choose_tokens(scores.flip(0), settings[::-1], [[]] * 5, steps[::-1]).tolist()
+    assert backwards == together[::-1]
+
+
+def test_greedy_and_sampled_requests_share_a_step() -> None:
+    scores = random_scores(rows=2, seed=5)
+    tokens = choose_tokens(scores, [Sampling(), Sampling(temperature=1.0, seed=3)], [[], []], [0, 0]).tolist()
+    assert tokens[0] == int(scores[0].argmax())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", 2.5),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_p", math.nan),
+        ("top_k", -1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("stop", ("",)),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name_and_value(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, not "):
+        Sampling(**{name: value})  # type: ignore[arg-type]

@@ -1,0 +1,110 @@
+"""Shared beginnings are copied instead of computed, never across users, within their bound; answers stay the same."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from langchain_cope.engine.base.base import load_base
+from langchain_cope.engine.engine import Engine, EngineOptions, Request, Sampling
+from langchain_cope.engine.prefix_cache import BLOCK
+
+Tiny = Callable[..., Path]
+SAMPLING = Sampling(max_tokens=12)
+
+
+def tokens(length: int, seed: int) -> list[int]:
+    return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(params=["llama", "gemma2", "gpt2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def engines(base: Path, **options: int) -> tuple[Engine, Engine]:
+    """One that remembers beginnings, one that does not."""
+    loaded = load_base(base, device="cpu", dtype="float32")
+    return Engine(loaded, EngineOptions(**options)), Engine(loaded, EngineOptions(prefix_cache=0))
+
+
+@pytest.fixture
+def closing() -> Iterator[list[Engine]]:
+    opened: list[Engine] = []
+    yield opened
+    for engine in opened:
+        engine.close()
+
+
+def test_a_known_beginning_gives_the_same_answer_with_less_to_read(
+    family: str, tiny: Tiny, adapter: Tiny, closing: list[Engine]
+) -> None:
+    base = tiny(family)
+    closing += engines(base)
+    remembering, plain = closing
+    extra = {"fan_in_fan_out": True} if family == "gpt2" else {}
+    folder = adapter(base, seed=1, **extra)
+    system = tokens(3 * BLOCK + 5, 1)
+    for seed in range(3):
+        prompt = system + tokens(9 + seed, 100 + seed)
+        answers = [
+            engine.generate([Request(prompt, engine.load_adapter(folder), 0.5, sampling=SAMPLING)])[0]
+            for engine in (remembering, plain)
+        ]
+        assert answers[0] == answers[1]
+    # Every adapter that is loaded by hand is another owner: what is shared here is the base's row.
+    assert remembering.statistics().prefix_tokens_reused == 2 * 3 * BLOCK
+    assert plain.statistics().prefix_tokens_reused == 0
+
+
+def test_a_chat_goes_on_from_its_last_answer(tiny: Tiny, adapter: Tiny, closing: list[Engine]) -> None:
+    closing += engines(tiny("llama"))
+    engine, plain = closing
+    kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    prompt = tokens(40, 7)
+    answer = engine.generate([Request(prompt, kept, 0.5, sampling=Sampling(max_tokens=60))])[0]
+    turns = len(prompt) + len(answer.token_ids)
+    again = Request([*prompt, *answer.token_ids, *tokens(6, 8)], kept, 0.5, sampling=SAMPLING)
+    assert engine.generate([again]) == plain.generate([again])
+    assert engine.statistics().prefix_tokens_reused == 2 * ((turns - 1) // BLOCK) * BLOCK
+
+
+def test_of_an_answer_that_does_not_go_on_only_the_prompt_is_kept(
+    tiny: Tiny, adapter: Tiny, closing: list[Engine]
+) -> None:
+    closing += engines(tiny("llama"))
+    engine, plain = closing
+    kept, prompt = engine.load_adapter(adapter(tiny("llama"), seed=1)), tokens(BLOCK + 5, 7)
+    sampling = Sampling(max_tokens=2 * BLOCK)
+    (answer,) = engine.generate([Request(prompt, kept, 0.5, sampling=sampling, goes_on=False)])
+    assert len(answer.token_ids) > BLOCK
+    again = Request([*prompt, *answer.token_ids, *tokens(6, 8)], kept, 0.5, sampling=SAMPLING)
+    assert engine.generate([again]) == plain.generate([again])
+    assert engine.statistics().prefix_tokens_reused == 2 * BLOCK
+
+
+def test_users_never_share_their_own_states(tiny: Tiny, adapter: Tiny, closing: list[Engine]) -> None:
+    closing += engines(tiny("llama"))
+    engine, plain = closing
+    prompt = tokens(2 * BLOCK + 3, 3)
+    ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
+    for kept in (ann, bob, ann):
+        request = Request(prompt, kept, alpha=0.0, sampling=SAMPLING)  # the personal row alone
+        assert engine.generate([request]) == plain.generate([request])
+    assert engine.statistics().prefix_tokens_reused == 2 * BLOCK, "ann's second request alone"
+
+
+def test_the_bound_holds_and_what_was_used_last_stays(tiny: Tiny, closing: list[Engine]) -> None:
+    base = load_base(tiny("llama"), device="cpu", dtype="float32")
+    probe = Engine(base, EngineOptions())
+    block_bytes = BLOCK * probe._batch.bytes_per_position
+    closing += [probe, *engines(tiny("llama"), prefix_cache=5 * block_bytes)]
+    _, engine, plain = closing
+    often = tokens(2 * BLOCK + 1, 1)
+    for seed in range(2, 12):
+        for prompt in (often, tokens(3 * BLOCK + 1, seed)):
+            request = Request(prompt, sampling=Sampling(max_tokens=2))
+            assert engine.generate([request]) == plain.generate([request])
+        assert engine._batch.prefixes.num_bytes <= 5 * block_bytes
+    assert engine.statistics().prefix_tokens_reused == 9 * 2 * BLOCK

@@ -1,0 +1,449 @@
+"""Files and rows of every format become items; what is wrong is named with file and line."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_cope.errors import HistoryError
+from langchain_cope.history import Item, UserHistory, as_history, as_items, read_history, read_users
+from langchain_cope.history.reader import MESSAGE_INSTRUCTION, TEXT_INSTRUCTION
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "data" / "user.jsonl"
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "hi there"},
+    {"role": "user", "content": "what is new?"},
+    {"role": "assistant", "content": "nothing much"},
+]
+
+
+def write(folder: Path, *rows: object, name: str = "user.jsonl") -> Path:
+    path = folder / name
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def pair(number: int, **more: object) -> dict[str, object]:
+    return {"prompt": f"question {number}", "completion": f"answer {number}", **more}
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def completions(history: UserHistory) -> list[str]:
+    return [item.completion for item in history.items]
+
+
+# Formats
+
+
+def test_prompt_and_completion_rows_become_items_in_their_order(tmp_path: Path) -> None:
+    history = read_history(write(tmp_path, pair(1), "", pair(2)), user_id="ann")
+    assert history.items == [
+        Item(prompt="question 1", completion="answer 1"),
+        Item(prompt="question 2", completion="answer 2"),
+    ]
+    assert (history.user_id, history.queries, history.instruction) == ("ann", [], None)
+    assert history.notes == ["the items have no created_at: their order is taken as oldest first"]
+
+
+def test_a_conversation_gives_one_item_for_each_assistant_turn(tmp_path: Path) -> None:
+    history = read_history(write(tmp_path, {"messages": CHAT}), user_id="ann")
+    assert [(item.prompt, item.completion) for item in history.items] == [
+        (CHAT[:2], "hi there"),
+        (CHAT[:4], "nothing much"),
+    ]
+    assert history.instruction is None
+
+
+def test_with_target_user_the_roles_of_the_prompt_are_swapped(tmp_path: Path) -> None:
+    history = read_history(write(tmp_path, {"messages": CHAT}), user_id="ann", target="user")
+    system, instruction = turn("system", "Be kind."), turn("user", MESSAGE_INSTRUCTION)
+    assert [(item.prompt, item.completion) for item in history.items] == [
+        ([system, instruction], "hello"),
+        ([system, instruction, turn("assistant", "hello"), turn("user", "hi there")], "what is new?"),
+    ]
+    assert history.instruction == MESSAGE_INSTRUCTION
+    assert any(MESSAGE_INSTRUCTION in note for note in history.notes)
+
+
+def test_a_first_user_turn_is_answered_to_the_instruction_that_was_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, {"messages": CHAT[1:3]})
+    history = read_history(path, user_id="ann", target="user", instruction="Say something.")
+    assert [(item.prompt, item.completion) for item in history.items] == [("Say something.", "hello")]
+    assert history.instruction == "Say something."
+
+
+def test_an_assistant_that_speaks_first_answers_the_instruction() -> None:
+    items = as_items([{"messages": [turn("assistant", "welcome"), turn("user", "hi"), turn("assistant", "so?")]}])
+    instruction = turn("user", MESSAGE_INSTRUCTION)
+    assert [item.messages for item in items] == [
+        [instruction],
+        [instruction, turn("assistant", "welcome"), turn("user", "hi")],
+    ]
+
+
+@given(
+    roles=st.lists(st.sampled_from(["system", "user", "assistant", "tool"]), min_size=1, max_size=9),
+    target=st.sampled_from(["assistant", "user"]),
+)
+def test_every_prompt_alternates_and_ends_in_a_user_turn(roles: list[str], target: str) -> None:
+    messages = [turn(role, f"text {index}") for index, role in enumerate(roles)]
+    if target not in roles:
+        with pytest.raises(HistoryError, match=f"no {target} turn"):
+            as_items([{"messages": messages}], target=target)
+        return
+    for item in as_items([{"messages": messages}], target=target):
+        found = [message["role"] for message in item.messages]
+        dialogue = found[1:] if found[0] == "system" else found
+        assert dialogue == ["user", "assistant"] * (len(dialogue) // 2) + ["user"]
+
+
+def test_what_a_tool_answered_reaches_the_assistant_but_not_the_user() -> None:
+    messages = [
+        turn("user", "weather?"),
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        turn("tool", "18 degrees"),
+        turn("assistant", "It is mild."),
+        turn("user", "thanks"),
+    ]
+    (answer,) = as_items([{"messages": messages}])
+    assert answer.prompt == [turn("user", "weather?\n\n18 degrees")]
+    last = as_items([{"messages": messages}], target="user")[-1]
+    assert last.messages[1:] == [turn("assistant", "weather?"), turn("user", "It is mild.")]
+
+
+def test_content_in_parts_is_joined_and_parts_that_are_no_text_are_counted() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": "two"}]
+    messages = [{"role": "user", "content": parts}, turn("assistant", "fine"), turn("developer", "later")]
+    history = as_history([{"messages": messages}])
+    assert history.items[0].prompt == [turn("user", "one\ntwo")]
+    assert "parts of messages left out because they are no text: 1" in history.notes
+
+
+def test_a_prompt_may_be_messages_and_a_missing_one_gets_the_instruction() -> None:
+    history = as_history(
+        [{"prompt": CHAT[:2], "completion": "a"}, {"completion": "b"}, {"prompt": " ", "completion": "c"}]
+    )
+    assert [item.prompt for item in history.items] == [CHAT[:2], TEXT_INSTRUCTION, TEXT_INSTRUCTION]
+    assert history.instruction == TEXT_INSTRUCTION
+
+
+def test_plain_text_is_one_text_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "first text", "", "  second, with U+2028\u2028inside ", name="posts.TXT")
+    history = read_history(path, user_id="ann", target="user")
+    assert completions(history) == ["first text", "second, with U+2028\u2028inside"]
+    assert {item.prompt for item in history.items} == {TEXT_INSTRUCTION} == {history.instruction}
+
+
+def test_a_user_a_line_brings_history_and_queries(tmp_path: Path) -> None:
+    row = {"user_id": "ann", "history": [pair(1), {"messages": CHAT}], "queries": [pair(9)]}
+    history = read_history(write(tmp_path, row))
+    assert history.user_id == "ann"
+    assert completions(history) == ["answer 1", "hi there", "nothing much"]
+    assert [query.completion for query in history.queries] == ["answer 9"]
+
+
+def test_the_example_user_is_read_whole() -> None:
+    history = read_history(EXAMPLE)
+    assert (history.user_id, len(history.items), len(history.queries)) == ("robin", 102, 25)
+    assert all(item.messages[0]["content"].startswith("Generate a headline") for item in history.items)
+
+
+@pytest.mark.parametrize(
+    ("entry", "question", "prompt", "completion"),
+    [
+        ({"text": "t", "category": "c", "title": "h"}, "", "Which category", "c"),
+        ({"description": "d", "tag": "comedy"}, "", "Which tag", "comedy"),
+        ({"text": "t", "score": 4}, "", "What is the score", "4"),
+        (
+            {"title": "h", "text": "t"},
+            "Generate a headline for",
+            "Generate a headline for the following article: t",
+            "h",
+        ),
+        ({"title": "h", "text": "t"}, "a subject for the following email: x", "Generate a subject", "h"),
+        ({"title": "h", "abstract": "a"}, "Generate a title for", "Generate a title for the following abstract", "h"),
+        (
+            {"title": "h", "abstract": "a"},
+            'Generate an abstract for the title "x"',
+            'Generate an abstract for the title "h"',
+            "a",
+        ),
+        (
+            {"reviewText": "r", "summary": "s", "description": ["p", "q"], "overall": 5.0},
+            "",
+            "Generate the review text",
+            "r",
+        ),
+        ({"summary": "s", "content": "c"}, "", "Generate the content for a reddit post s", "c"),
+        ({"input": "i", "output": "o"}, "", "i", "o"),
+        ({"text": "a tweet"}, "Paraphrase", TEXT_INSTRUCTION, "a tweet"),
+    ],
+)
+def test_lamp_profiles_of_every_task_are_known(
+    tmp_path: Path, entry: dict[str, object], question: str, prompt: str, completion: str
+) -> None:
+    row = {
+        "user_id": 7,
+        "profile": [{"id": "1", "date": "2017-03", **entry}],
+        "query": [{"input": question, "gold": "g"}],
+    }
+    history = read_history(write(tmp_path, [row], name="lamp.json"))
+    (item,) = history.items
+    assert isinstance(item.prompt, str)
+    assert item.prompt.startswith(prompt)
+    assert (history.user_id, item.completion, item.created_at) == ("7", completion, datetime(2017, 3, 1, tzinfo=UTC))
+    assert [query.completion for query in history.queries] == ["g"]
+
+
+def test_a_question_without_its_answer_is_no_query(tmp_path: Path) -> None:
+    row = {"id": "10", "input": "Generate a title for x", "profile": [{"title": "h", "abstract": "a"}]}
+    history = read_history(write(tmp_path, row))
+    assert (history.user_id, len(history.items), history.queries) == ("10", 1, [])
+
+
+def test_an_unknown_profile_is_refused_with_its_fields(tmp_path: Path) -> None:
+    path = write(tmp_path, {"user_id": "a", "profile": [{"id": 1, "text": "t", "mood": "sad"}]})
+    with pytest.raises(
+        HistoryError, match=r"user\.jsonl:1: profile\[0\]: fields of no known task: 'id', 'text', 'mood'"
+    ):
+        read_history(path)
+
+
+def test_a_json_file_may_hold_a_list_an_object_or_lines(tmp_path: Path) -> None:
+    as_list = write(tmp_path, json.dumps([pair(1), pair(2)], indent=1), name="a.json")
+    as_object = write(tmp_path, json.dumps({"user_id": "u", "history": [pair(1), pair(2)]}, indent=1), name="b.json")
+    as_lines = write(tmp_path, pair(1), pair(2), name="c.json")
+    for path in (as_list, as_object, as_lines):
+        assert completions(read_users(path)[0]) == ["answer 1", "answer 2"]
+
+
+# Order, duplicates, conversations
+
+
+def test_items_are_sorted_when_all_have_a_time_in_any_notation() -> None:
+    times = [
+        "2024-05-31T12:00:00+02:00",
+        1717142400,
+        "2023",
+        "2024-05-31",
+        "2024-05-31T10:00:01",
+    ]  # 1717142400 = 08:00Z
+    history = as_history([pair(number, created_at=time) for number, time in enumerate(times)])
+    assert completions(history) == ["answer 2", "answer 3", "answer 1", "answer 0", "answer 4"]
+    assert all(item.created_at and item.created_at.utcoffset() is not None for item in history.items)
+    assert history.notes == []
+
+
+def test_items_keep_their_order_when_only_some_have_a_time() -> None:
+    history = as_history([pair(1, created_at="2024-01-01"), pair(2)])
+    assert completions(history) == ["answer 1", "answer 2"]
+    assert history.notes == ["only 1 of 2 items have created_at: their order is taken as oldest first"]
+
+
+def test_milliseconds_and_datetimes_are_times_too() -> None:
+    moment = datetime(2024, 5, 31, 8, tzinfo=UTC)
+    naive = moment.replace(tzinfo=None)
+    items = as_items([pair(1, created_at=1717142400000), pair(2, created_at=moment), pair(3, date=naive)])
+    assert {item.created_at for item in items} == {moment}
+    assert Item(prompt="p", completion="c", created_at=naive).created_at == moment
+
+
+def test_of_exact_duplicates_the_oldest_stays_where_it_was() -> None:
+    history = as_history([pair(1), pair(2), pair(1), pair(3), pair(1)])
+    assert completions(history) == ["answer 1", "answer 2", "answer 3"]
+    assert history.notes[-1] == "2 exact duplicates removed, 3 items left"
+    dated = as_history([pair(1, created_at="2024"), pair(1, created_at="2020")])
+    assert dated.items[0].created_at == datetime(2020, 1, 1, tzinfo=UTC)
+
+
+def test_items_of_one_conversation_share_a_name_and_others_do_not() -> None:
+    other = [turn("user", "bye"), turn("assistant", "see you")]
+    items = as_items([{"messages": CHAT}, {"messages": other}, pair(1), pair(2, conversation=5)])
+    names = [item.conversation for item in items]
+    assert names[0] == names[1] is not None
+    assert names[2] not in (None, names[0])
+    assert names[3:] == [None, "5"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_log_that_repeats_a_conversation_from_its_beginning_is_one_conversation(order: int) -> None:
+    rows = [{"messages": CHAT[:3]}, {"messages": CHAT}][::order]
+    history = as_history(rows)
+    assert sorted(completions(history)) == ["hi there", "nothing much"]
+    assert len({item.conversation for item in history.items}) == 1
+
+
+def test_a_common_greeting_does_not_join_conversations() -> None:
+    greeting = [turn("system", "Be kind."), turn("assistant", "welcome")]
+    longer = [[*greeting, turn("user", text), turn("assistant", f"re: {text}")] for text in ("a", "b")]
+    items = as_items([{"messages": messages} for messages in (greeting, *longer)])
+    assert len({item.conversation for item in items}) == 3
+
+
+# Whose file it is
+
+
+def test_one_of_several_users_is_picked_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path, pair(1, user_id="ann"), pair(2, user_id="bob"), pair(3, user_id="ann"))
+    assert completions(read_history(path, user_id="ann")) == ["answer 1", "answer 3"]
+    assert [(user.user_id, len(user.items)) for user in read_users(path)] == [("ann", 2), ("bob", 1)]
+
+
+def test_several_users_where_one_is_wanted_are_counted_and_named(tmp_path: Path) -> None:
+    path = write(tmp_path, *[pair(number, user_id=f"user{number}") for number in range(7)])
+    with pytest.raises(
+        HistoryError, match=r"7 users: 'user0', 'user1', 'user2', 'user3', 'user4', …; pick one \(--user"
+    ):
+        read_history(path)
+
+
+def test_a_file_of_another_user_is_refused_naming_both(tmp_path: Path) -> None:
+    path = write(tmp_path, pair(1, user_id="ann"))
+    with pytest.raises(HistoryError, match="asked for the user 'bob', but the file has the user 'ann'"):
+        read_history(path, user_id="bob")
+
+
+def test_a_file_that_names_nobody_needs_a_user(tmp_path: Path) -> None:
+    path = write(tmp_path, pair(1))
+    with pytest.raises(HistoryError, match=r"names no user; name one \(--user ID\)"):
+        read_history(path)
+    assert read_users(path)[0].user_id is None
+
+
+def test_a_file_that_names_a_user_on_some_lines_only_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, pair(1, user_id="ann"), pair(2))
+    with pytest.raises(HistoryError, match=r"user\.jsonl:2: names no user, while .*user\.jsonl:1 does"):
+        read_history(path, user_id="ann")
+
+
+def test_rows_of_two_users_are_never_mixed_in_memory() -> None:
+    with pytest.raises(HistoryError, match=r"history\[1\]: belongs to the user 'bob', not to 'ann'"):
+        as_items([pair(1, user_id="ann"), pair(2, user_id="bob")])
+    with pytest.raises(HistoryError, match=r"history\[0\]: belongs to the user 'bob', not to 'ann'"):
+        as_history([pair(1, user_id="bob")], user_id="ann")
+
+
+@pytest.mark.parametrize("user_id", ["../x", "$ne", "a\0b", "🙂", "x" * 10_000, " "])
+def test_any_text_is_a_user_id(tmp_path: Path, user_id: str) -> None:
+    assert read_history(write(tmp_path, pair(1, user_id=user_id))).user_id == user_id
+
+
+# Bad input
+
+DEEP = "[" * 100_000
+BAD_LINES = [
+    ('{"prompt": "p", "completion"', r":2: broken JSON: Expecting ':' delimiter"),
+    ("not json", r":2: broken JSON: Expecting value at character 1"),
+    ('"text"', r":2: expected an object with named fields, found str"),
+    ("[1]", r":2: expected an object with named fields, found list"),
+    ({"question": "q", "answer": "a"}, r":2: no text to learn from: expected the keys prompt and completion, or messages"),
+    ({"question": "q", "answer": "a"}, r"found 'question', 'answer'"),
+    ({}, r":2: no text to learn from.*found none"),
+    ({"prompt": "p", "completion": "  \n"}, r":2: completion is blank"),
+    ({"prompt": "p", "completion": None}, r":2: completion must be text, not NoneType"),
+    ({"prompt": "p", "completion": 3}, r":2: completion must be text, not int"),
+    ({"prompt": 3, "completion": "c"}, r":2: prompt must be a list, not int"),
+    ({"prompt": [turn("assistant", "x")], "completion": "c"}, r":2: prompt ends in an assistant turn"),
+    ('{"prompt": "p", "completion": "\\ud800"}', r":2: completion holds half of a surrogate pair at character 0"),
+    ({"messages": "hi"}, r":2: messages must be a list, not str"),
+    ({"messages": []}, r":2: no assistant turn with text in messages; roles with text: none"),
+    ({"messages": [turn("user", "hi")]}, r":2: no assistant turn with text in messages; roles with text: user"),
+    ({"messages": [turn("alien", "hi")]}, r":2: messages\[0\] has the role 'alien'; known roles: system"),
+    ({"messages": [{"content": "hi"}]}, r":2: messages\[0\] has the role None"),
+    ({"messages": ["hi"]}, r":2: messages\[0\]: expected an object with named fields, found str"),
+    ({"messages": [{"role": "user", "content": 5}]}, r":2: messages\[0\]: content must be text, not int"),
+    (pair(1, created_at="yesterday"), r":2: the time is 'yesterday'; expected ISO 8601"),
+    (pair(1, created_at=True), r":2: the time is"),
+    (pair(1, created_at=float("nan")), r":2: the time is nan"),
+    (pair(1, created_at=10**400), r":2: the time is a number out of range"),
+    (pair(1, conversation=[1]), r":2: conversation must be text, not list"),
+    ({"history": "x"}, r":2: history must be a list, not str"),
+    ({"history": [pair(1), {"prompt": "x"}]}, r":2: history\[1\]: no text to learn from"),
+    ({"profile": "x"}, r":2: profile must be a list, not str"),
+    ('{"prompt": "p", "completion": ' + "1" * 5000 + "}", r":2: JSON that cannot be read"),
+    (DEEP, r":2: JSON that cannot be read: nested too deeply"),
+    (f'{{"messages": [{{"role": "user", "content": {"[" * 900}{"]" * 900}}}]}}', r"nested too deeply|must be text|found list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_is_named_with_what_is_wrong(tmp_path: Path, line: object, message: str) -> None:
+    with pytest.raises(HistoryError, match=message):
+        read_history(write(tmp_path, pair(0), line), user_id="ann")
+
+
+@pytest.mark.parametrize(
+    ("user_id", "message"), [("", "user id is empty"), (1.5, "must be text"), ([], "must be text")]
+)
+def test_a_user_id_that_is_no_text_is_refused(tmp_path: Path, user_id: object, message: str) -> None:
+    with pytest.raises(HistoryError, match=message):
+        read_history(write(tmp_path, pair(1, user_id=user_id)))
+
+
+def test_a_huge_number_or_nan_beside_the_texts_does_no_harm(tmp_path: Path) -> None:
+    path = write(tmp_path, pair(1, score=10**300, other=float("nan")), pair(2, note="x" * 1_000_000))
+    assert len(read_history(path, user_id="ann").items) == 2
+
+
+def test_a_missing_file_a_folder_and_an_empty_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(HistoryError, match=r"absent\.jsonl: no such file"):
+        read_history(tmp_path / "absent.jsonl")
+    with pytest.raises(HistoryError, match="is a folder; name a file in it"):
+        read_history(tmp_path)
+    for name in ("empty.jsonl", "empty.txt", "empty.json"):
+        with pytest.raises(HistoryError, match="the file is empty"):
+            read_history(write(tmp_path, " ", "", name=name))
+    with pytest.raises(HistoryError, match=r"cannot be read: .*null byte"):
+        read_history("a\0b")
+
+
+def test_a_byte_order_mark_is_skipped_and_another_encoding_named(tmp_path: Path) -> None:
+    path = tmp_path / "user.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(pair(1)).encode() + b"\r\n")
+    assert completions(read_history(path, user_id="ann")) == ["answer 1"]
+    path.write_bytes(json.dumps(pair(1)).encode() + b"\n\xe9t\xe9")
+    with pytest.raises(HistoryError, match=r"user\.jsonl:2: not UTF-8 but another encoding"):
+        read_history(path, user_id="ann")
+    path.write_text(json.dumps(pair(1)), encoding="utf-16")
+    with pytest.raises(HistoryError, match="not UTF-8 but UTF-16"):
+        read_history(path, user_id="ann")
+
+
+def test_a_broken_json_file_is_named_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "[", json.dumps(pair(1)), "oops]", name="user.json")
+    with pytest.raises(HistoryError, match=r"user\.json:3: broken JSON"):
+        read_history(path, user_id="ann")
+    with pytest.raises(HistoryError, match=r"user\.json\[1\]: no text to learn from"):
+        read_history(write(tmp_path, [pair(1), {}], name="user.json"), user_id="ann")
+    with pytest.raises(HistoryError, match="nested too deeply"):
+        read_history(write(tmp_path, DEEP, name="user.json"), user_id="ann")
+
+
+@pytest.mark.parametrize("rows", ["text", {"prompt": "p"}, 5])
+def test_a_history_in_memory_must_be_a_list(rows: object) -> None:
+    with pytest.raises(HistoryError, match="history must be a list of rows"):
+        as_items(rows)  # type: ignore[arg-type]
+
+
+def test_a_row_in_memory_is_named_by_its_index() -> None:
+    with pytest.raises(HistoryError, match=r"history\[3\]: completion is blank"):
+        as_items([pair(0), pair(1), pair(2), Item(prompt="p", completion=" ")])
+    with pytest.raises(HistoryError, match="target is 'me'; expected 'assistant' or 'user'"):
+        as_items([pair(0)], target="me")  # type: ignore[arg-type]
+
+
+@given(rows=st.lists(st.tuples(st.text(), st.text().filter(str.strip), st.integers(0, 50))))
+def test_reading_items_again_changes_nothing(rows: list[tuple[str, str, int]]) -> None:
+    start = datetime(2024, 1, 1, tzinfo=UTC)
+    raw = [{"prompt": p, "completion": c, "created_at": start + timedelta(days=days)} for p, c, days in rows]
+    items = as_items(raw)
+    assert as_items(items) == items
+    assert len({item.key for item in items}) == len(items)

@@ -1,0 +1,143 @@
+"""RecordedChatHistory: a chat of LangChain's, kept in a real Chroma as what its user wrote."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.chat_history import BaseChatMessageHistory, InMemoryChatMessageHistory
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.runnables.history import RunnableWithMessageHistory
+
+from langchain_cope import ChromaHistory, RecordedChatHistory
+from langchain_cope.errors import HistoryError
+from langchain_cope.history import as_items
+from langchain_cope.history.reader import MESSAGE_INSTRUCTION
+
+# LangChain prefers its checkpointers nowadays; apps that have chat histories keep them all the same.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The class `InMemoryChatMessageHistory`"),
+    pytest.mark.filterwarnings("ignore:RunnableWithMessageHistory is deprecated"),
+]
+TURNS: list[BaseMessage] = [HumanMessage("hello"), AIMessage("hi"), HumanMessage("bye"), AIMessage("see you")]
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> ChromaHistory:
+    return ChromaHistory(tmp_path / "chroma")
+
+
+def recorded(history: ChromaHistory, **settings: Any) -> RecordedChatHistory:
+    settings = {"user_id": "ann", "session_id": "1", **settings}
+    return RecordedChatHistory(InMemoryChatMessageHistory(), history, **settings)
+
+
+def written(history: ChromaHistory, user_id: str = "ann") -> list[str]:
+    return [item.completion for item in history.fetch(user_id)]
+
+
+def test_it_is_a_chat_history_and_what_the_user_wrote_is_in_chroma(history: ChromaHistory) -> None:
+    chat = recorded(history)
+    assert isinstance(chat, BaseChatMessageHistory)
+    chat.add_messages(TURNS[:2])
+    chat.add_messages(TURNS[2:])
+    assert chat.messages == TURNS
+    found = history.fetch("ann")
+    assert [(item.messages, item.completion) for item in found] == [
+        (item.messages, item.completion) for item in as_items(TURNS)
+    ]
+    assert {item.conversation for item in found} == {"1"}
+    assert all(item.created_at for item in found)
+    assert history.history("ann").notes == []
+
+
+def test_a_turn_is_recorded_once_the_other_side_has_answered(history: ChromaHistory) -> None:
+    chat = recorded(history)
+    for number, message in enumerate([*TURNS, HumanMessage("still there?"), HumanMessage("hm"), AIMessage("yes")]):
+        chat.add_message(message)
+        expected = ["hello", "bye", "still there?\n\nhm"]
+        assert written(history) == expected[: [0, 1, 1, 2, 2, 2, 3][number]]
+    assert history.count("ann") == 3
+
+
+def test_the_assistants_turns_are_recorded_where_they_are_the_target(history: ChromaHistory) -> None:
+    chat = recorded(history, target="assistant")
+    chat.add_messages([SystemMessage("Be kind."), *TURNS])
+    assert written(history) == ["hi"]
+    chat.add_user_message("bye again")
+    assert written(history) == ["hi", "see you"]
+
+
+def test_tool_calls_images_and_blank_turns_do_no_harm(history: ChromaHistory) -> None:
+    chat = recorded(history)
+    chat.add_messages([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}]), AIMessage("a cat")])
+    assert written(history) == []
+    call = AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}])
+    chat.add_messages([HumanMessage("weather?"), call, ToolMessage("18", tool_call_id="1"), AIMessage("mild")])
+    assert written(history) == ["weather?"]
+
+
+def test_a_chat_that_was_kept_before_is_recorded_at_once_and_only_once(history: ChromaHistory) -> None:
+    kept = InMemoryChatMessageHistory(messages=list(TURNS))
+    chat = RecordedChatHistory(kept, history, user_id="ann", session_id="1")
+    chat.record()
+    before = history.fetch("ann")
+    chat.record()
+    assert history.fetch("ann") == before
+    assert written(history) == ["hello", "bye"]
+
+
+def test_clearing_the_chat_keeps_what_was_recorded(history: ChromaHistory) -> None:
+    chat = recorded(history)
+    chat.add_messages(TURNS)
+    chat.clear()
+    assert (chat.messages, written(history)) == ([], ["hello", "bye"])
+
+
+async def test_it_works_asynchronously_and_users_are_kept_apart(history: ChromaHistory) -> None:
+    chats = {user: recorded(history, user_id=user) for user in ("ann", "bob", "$ne")}
+    own = {user: [HumanMessage(f"I am {user}"), AIMessage("hi")] for user in chats}
+    await asyncio.gather(*[chat.aadd_messages(own[user]) for user, chat in chats.items()])
+    for user, chat in chats.items():
+        assert await chat.aget_messages() == own[user]
+        assert written(history, user) == [f"I am {user}"]
+        await chat.aclear()
+        assert chat.messages == []
+
+
+def test_an_app_with_message_history_feeds_the_store_by_use(history: ChromaHistory) -> None:
+    model = GenericFakeChatModel(messages=iter(["hi", "see you", "hello bob"]))
+    chats: dict[tuple[str, str], RecordedChatHistory] = {}
+
+    def get_chat(session_id: str) -> BaseChatMessageHistory:
+        user, session = session_id.split("/")
+        key = (user, session)
+        return chats.setdefault(key, recorded(history, user_id=user, session_id=session))
+
+    app = RunnableWithMessageHistory(model, get_chat)  # type: ignore[arg-type]
+    for session, text in [("ann/1", "hello"), ("ann/1", "bye"), ("bob/1", "I am Bob")]:
+        app.invoke([HumanMessage(text)], {"configurable": {"session_id": session}})
+    assert (written(history), written(history, "bob")) == (["hello", "bye"], ["I am Bob"])
+    assert history.fetch("ann")[1].messages == [
+        {"role": "user", "content": MESSAGE_INSTRUCTION},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "hi"},
+    ]
+
+
+def test_a_chroma_that_is_gone_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    chat = recorded(ChromaHistory(tmp_path / "file"))
+    with pytest.raises(HistoryError, match=r"Chroma at .*file"):
+        chat.add_messages(TURNS[:2])
+    assert chat.messages == TURNS[:2]
+    chat.history = ChromaHistory(tmp_path / "chroma")
+    chat.add_messages(TURNS[2:])
+    assert written(chat.history) == ["hello", "bye"]
+
+
+@pytest.mark.parametrize("wrong", [{"user_id": ""}, {"session_id": ""}, {"session_id": None}])
+def test_a_user_or_session_without_a_name_is_refused(history: ChromaHistory, wrong: dict[str, Any]) -> None:
+    with pytest.raises(HistoryError, match=r"the (user|session) id"):
+        recorded(history, **wrong)

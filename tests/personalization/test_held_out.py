@@ -1,0 +1,58 @@
+"""Which items are held out."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_cope.errors import HistoryError
+from langchain_cope.history import Item
+from langchain_cope.personalization import held_out
+
+
+def items(count: int, conversations: dict[int, str] | None = None) -> list[Item]:
+    named = conversations or {}
+    return [Item(prompt=f"p{i}", completion=f"c{i}", conversation=named.get(i)) for i in range(count)]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(5, 2), (10, 2), (12, 2), (13, 3), (50, 10), (74, 15)])
+def test_the_newest_fifth_is_held_out_and_at_least_two(count: int, expected: int) -> None:
+    trained, judged = held_out.split(items(count))
+    assert len(judged) == expected
+    assert [*trained, *judged] == items(count)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_fewer_than_five_items_are_refused_with_the_count_needed(count: int) -> None:
+    with pytest.raises(HistoryError, match=rf"holds {count} different item.*at least 5 are needed"):
+        held_out.split(items(count))
+
+
+def test_a_conversation_falls_on_one_side() -> None:
+    trained, judged = held_out.split(items(10, {1: "a", 8: "a", 5: "b", 6: "b"}))
+    assert [item.prompt for item in judged] == ["p1", "p8", "p9"]
+    assert len(trained) == 7
+
+
+def test_one_conversation_alone_cannot_be_split() -> None:
+    with pytest.raises(HistoryError, match="belong to the newest conversations"):
+        held_out.split(items(10, dict.fromkeys(range(10), "a")))
+
+
+@given(st.integers(5, 60), st.dictionaries(st.integers(0, 59), st.sampled_from("abc")))
+def test_every_item_is_on_exactly_one_side(count: int, conversations: dict[int, str]) -> None:
+    history = items(count, conversations)
+    try:
+        trained, judged = held_out.split(history)
+    except HistoryError:
+        return
+    assert sorted([*trained, *judged], key=history.index) == history
+    assert {i.conversation for i in trained} & {i.conversation for i in judged} <= {None}
+    assert len(judged) >= max(2, round(0.2 * count))
+
+
+def test_a_version_recognises_what_it_was_trained_on() -> None:
+    history = items(20)
+    mark = held_out.mark(history[:15])
+    assert held_out.overlap(mark, history[15:]) == 0
+    assert held_out.overlap(mark, history[10:]) == 5
+    assert held_out.overlap(None, history) == 0
