@@ -20,7 +20,15 @@ from adapter_store.errors import (
     PublishConflictError,
     UserErasedError,
 )
-from adapter_store.facts import UNSET, AdapterVersion, FileFacts, HistoryEntry, Limits, StoredFile, UserHead
+from adapter_store.facts import (
+    UNSET,
+    AdapterVersion,
+    FileFacts,
+    HistoryEntry,
+    Limits,
+    StoredFile,
+    UserHead,
+)
 from adapter_store.keys import EnvironmentKeys, FileKeys, KeyProvider, KmsClient, KmsKeys
 from adapter_store.operations.gc import Collected
 from adapter_store.operations.verifying import UserReport, Verified

@@ -12,7 +12,12 @@ from adapter_store.cache import AdapterCache
 from adapter_store.errors import BackendError, IntegrityError, InvalidAdapterError
 from adapter_store.facts import AdapterVersion, Limits
 from adapter_store.root import Root
-from adapter_store.scratch import remove_scratch, remove_scratch_everywhere, scratch_names, write_scratch
+from adapter_store.scratch import (
+    remove_scratch,
+    remove_scratch_everywhere,
+    scratch_names,
+    write_scratch,
+)
 from adapter_store.text import location, shorten
 from adapter_store.vault import MAX_SEALED_BYTES, OVERHEAD_BYTES
 
@@ -20,7 +25,9 @@ from adapter_store.vault import MAX_SEALED_BYTES, OVERHEAD_BYTES
 class Blobs:
     """What versions consist of, in one store."""
 
-    def __init__(self, backend: Backend, root: Root, cache: AdapterCache | None, limits: Limits) -> None:
+    def __init__(
+        self, backend: Backend, root: Root, cache: AdapterCache | None, limits: Limits
+    ) -> None:
         self._backend = backend
         self._store_id = root.store_id
         self._vault = root.vault
@@ -105,7 +112,11 @@ class Blobs:
     def kept_here(self, user_key: str) -> set[str]:
         """Return the versions of a user of which this process, or this machine's cache, has a copy."""
         kept = {name.rpartition("@")[2] for name in scratch_names(self._scratch_name(user_key))}
-        return kept if self._cache is None else kept | set(self._cache.versions(self._store_id, user_key))
+        return (
+            kept
+            if self._cache is None
+            else kept | set(self._cache.versions(self._store_id, user_key))
+        )
 
     def as_folder(self, version: AdapterVersion, files: Mapping[str, bytes]) -> Path:
         """Return a temporary folder of this process with a version's files. BackendError where it cannot be written."""
@@ -123,7 +134,9 @@ class Blobs:
 
     def _fetched(self, cache: AdapterCache, version: AdapterVersion) -> dict[str, bytes]:
         with cache.fetching(self._store_id, version.user_key, version.version):
-            if (cached := self._cached(version)) is not None:  # another process fetched it meanwhile
+            if (
+                cached := self._cached(version)
+            ) is not None:  # another process fetched it meanwhile
                 return cached
             stored = self._stored(version)
             files = self._checked(version, stored)
@@ -152,7 +165,9 @@ class Blobs:
             name, place = item
             return self._backend.get(place, version.files[name].size + self._overhead + 1)
 
-        return dict(zip(layout.ADAPTER_FILES, each(self._backend, got, _places(version)), strict=True))
+        return dict(
+            zip(layout.ADAPTER_FILES, each(self._backend, got, _places(version)), strict=True)
+        )
 
     def _checked(self, version: AdapterVersion, stored: Mapping[str, bytes]) -> dict[str, bytes]:
         files = {}
@@ -185,7 +200,9 @@ class Blobs:
         return self._vault.seal(version.user_key, key, f"{version.version}/{name}", data)
 
     def _where(self, version: AdapterVersion, name: str) -> str:
-        return location(self._backend.url, f"{layout.version_folder(version.user_key, version.version)}/{name}")
+        return location(
+            self._backend.url, f"{layout.version_folder(version.user_key, version.version)}/{name}"
+        )
 
     def _damaged(self, version: AdapterVersion, name: str, what: str) -> IntegrityError:
         return IntegrityError(

@@ -33,7 +33,9 @@ class AdapterCache:
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int = 10 * 1024**3) -> None:
         if not isinstance(max_bytes, int) or max_bytes < 1:
-            raise ValueError(f"max_bytes is {shorten(max_bytes)}, expected a whole number of at least 1")
+            raise ValueError(
+                f"max_bytes is {shorten(max_bytes)}, expected a whole number of at least 1"
+            )
         self._folder = local_path(folder)
         self._max_bytes = max_bytes
         self._unscanned = float("inf")  # the first write looks at what others left
@@ -41,7 +43,9 @@ class AdapterCache:
     def __repr__(self) -> str:
         return f"AdapterCache({str(self._folder)!r}, max_bytes={self._max_bytes})"
 
-    def read(self, store_id: str, user_key: str, version: str, sizes: Mapping[str, int]) -> dict[str, bytes] | None:
+    def read(
+        self, store_id: str, user_key: str, version: str, sizes: Mapping[str, int]
+    ) -> dict[str, bytes] | None:
         """Return a version's files, None where they are not here with these sizes."""
         folder = self._version(store_id, user_key, version)
         try:
@@ -60,7 +64,9 @@ class AdapterCache:
             try:
                 made.mkdir(parents=True, mode=0o700)
                 for name, data in files.items():
-                    with os.fdopen(os.open(made / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                    with os.fdopen(
+                        os.open(made / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+                    ) as file:
                         file.write(data)
                 target = self._version(store_id, user_key, version)
                 self._remove(target)  # one that could not be used
@@ -74,7 +80,11 @@ class AdapterCache:
 
     def drop(self, store_id: str, user_key: str, version: str | None = None) -> None:
         """Remove a version, or everything of a user. OSError where a copy that must go cannot be removed."""
-        target = self._folder / store_id / user_key if version is None else self._version(store_id, user_key, version)
+        target = (
+            self._folder / store_id / user_key
+            if version is None
+            else self._version(store_id, user_key, version)
+        )
         self._remove(target)
         if version is None:
             self._sweep()
@@ -158,6 +168,8 @@ class AdapterCache:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+        return [
+            Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)
+        ]
     except OSError:
         return []

@@ -32,7 +32,9 @@ def check_user_id(user_id: str, limits: Limits) -> str:
 
 def check_idempotency_key(key: str | None) -> str | None:
     """Return `key`, None or up to 256 characters of text."""
-    if key is not None and (not isinstance(key, str) or not 0 < len(key) <= 256 or not _is_encodable(key)):
+    if key is not None and (
+        not isinstance(key, str) or not 0 < len(key) <= 256 or not _is_encodable(key)
+    ):
         raise InvalidAdapterError(
             f"idempotency key {shorten(key)} is not 1 to 256 characters of text: give the job's id"
         )
@@ -41,7 +43,11 @@ def check_idempotency_key(key: str | None) -> str | None:
 
 def check_reason(reason: str, limits: Limits) -> str:
     """Return `reason`, text for people, which may be empty."""
-    if not isinstance(reason, str) or len(reason) > limits.reason_characters or not _is_encodable(reason):
+    if (
+        not isinstance(reason, str)
+        or len(reason) > limits.reason_characters
+        or not _is_encodable(reason)
+    ):
         raise InvalidAdapterError(
             f"reason {shorten(reason)} is not up to {limits.reason_characters} characters of text: say it shorter"
         )
@@ -64,14 +70,18 @@ def check_base(base: Mapping[str, str], limits: Limits) -> dict[str, str]:
     """Return `base`, which maps each part's name to its value, both text."""
     parts = check_facts(base, "base", limits)
     if not all(isinstance(value, str) for value in parts.values()):
-        raise InvalidAdapterError(f"base {shorten(base)} does not map text to text: give the base model's fingerprint")
+        raise InvalidAdapterError(
+            f"base {shorten(base)} does not map text to text: give the base model's fingerprint"
+        )
     return parts
 
 
 def check_facts(facts: Mapping[str, Any], what: str, limits: Limits) -> dict[str, Any]:
     """Return `facts` as JSON gives them back, so that a publisher sees what a later reader will see."""
     if not isinstance(facts, Mapping):
-        raise InvalidAdapterError(f"{what} {shorten(facts)} is no mapping: give a dict with str keys")
+        raise InvalidAdapterError(
+            f"{what} {shorten(facts)} is no mapping: give a dict with str keys"
+        )
     try:
         data = to_line(dict(facts))
         plain = parse_json_object(data)
@@ -80,7 +90,9 @@ def check_facts(facts: Mapping[str, Any], what: str, limits: Limits) -> dict[str
             f"{what} {shorten(facts)} cannot be kept as JSON ({error}): give text, finite numbers, lists and dicts"
         ) from None
     if plain.keys() != facts.keys():
-        raise InvalidAdapterError(f"{what} {shorten(facts)} has names that are not text: give a dict with str keys")
+        raise InvalidAdapterError(
+            f"{what} {shorten(facts)} has names that are not text: give a dict with str keys"
+        )
     if len(data) > limits.facts_bytes:
         raise InvalidAdapterError(
             f"{what} has {len(data)} bytes as JSON, at most {limits.facts_bytes} are kept, because every later entry "
@@ -92,14 +104,18 @@ def check_facts(facts: Mapping[str, Any], what: str, limits: Limits) -> dict[str
 def check_alpha(alpha: float | None) -> float | None:
     """Return a recommended alpha, None where nothing is recommended."""
     if alpha is not None and not (_is_finite(alpha) and alpha >= 0):
-        raise InvalidAdapterError(f"alpha is {shorten(alpha)}: give a finite number of at least 0, or None")
+        raise InvalidAdapterError(
+            f"alpha is {shorten(alpha)}: give a finite number of at least 0, or None"
+        )
     return None if alpha is None else float(alpha)
 
 
 def check_tau(tau: float | None) -> float | None:
     """Return a recommended tau, None where nothing is recommended."""
     if tau is not None and not (_is_finite(tau) and 0 < tau <= 1):
-        raise InvalidAdapterError(f"tau is {shorten(tau)}: give a number above 0 and at most 1, or None")
+        raise InvalidAdapterError(
+            f"tau is {shorten(tau)}: give a number above 0 and at most 1, or None"
+        )
     return None if tau is None else float(tau)
 
 

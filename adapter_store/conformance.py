@@ -41,7 +41,9 @@ _NO_GRACE = timedelta(0)
 
 def make_adapter(seed: int = 0, num_bytes: int = 256) -> dict[str, bytes]:
     """Return the two files of a small, valid adapter; other bytes for another seed."""
-    content = b"".join(hashlib.sha256(f"{seed} {block}".encode()).digest() for block in range(-(-num_bytes // 32)))
+    content = b"".join(
+        hashlib.sha256(f"{seed} {block}".encode()).digest() for block in range(-(-num_bytes // 32))
+    )
     tensor = {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}
     header = json.dumps({"base_model.model.q_proj.lora_A.weight": tensor}).encode()
     return {
@@ -132,7 +134,14 @@ class AdapterStoreConformance:
             assert backend.get(key, 10_000) == won[0]
 
     def test_a_folder_lists_what_is_directly_in_it_sorted(self, backend: Backend) -> None:
-        for key in ("f/b.bin", "f/a.bin", "f/sub/x.bin", "f/sub/y.bin", "f/a-longer.bin", "fo/z.bin"):
+        for key in (
+            "f/b.bin",
+            "f/a.bin",
+            "f/sub/x.bin",
+            "f/sub/y.bin",
+            "f/a-longer.bin",
+            "fo/z.bin",
+        ):
             backend.put_if_absent(key, b"x")
         assert backend.list_folder("f") == ["a-longer.bin", "a.bin", "b.bin", "sub"]
         assert backend.list_folder("f/sub") == ["x.bin", "y.bin"]
@@ -168,7 +177,9 @@ class AdapterStoreConformance:
 
     def test_what_was_published_is_what_is_fetched(self, backend: Backend) -> None:
         store = self.store(backend)
-        published = store.publish("ålice 😀", make_adapter(1), base=BASE, metrics={"nll": 2.5}, alpha=0.1)
+        published = store.publish(
+            "ålice 😀", make_adapter(1), base=BASE, metrics={"nll": 2.5}, alpha=0.1
+        )
         assert self.store(backend).resolve("ålice 😀") == published == store.resolve("ålice 😀")
         assert store.fetch(published) == make_adapter(1)
         folder = store.fetch_dir(published)
@@ -187,7 +198,10 @@ class AdapterStoreConformance:
 
     def test_going_back_and_why(self, backend: Backend) -> None:
         store = self.store(backend)
-        versions = [store.publish("alice", make_adapter(n), base=BASE, metrics={"n": n}).version for n in range(3)]
+        versions = [
+            store.publish("alice", make_adapter(n), base=BASE, metrics={"n": n}).version
+            for n in range(3)
+        ]
         assert store.rollback("alice", reason="worse answers").version == versions[1]
         assert store.rollback("alice").version == versions[0]
         with raises(AdapterNotFoundError, match="no earlier active version"):
@@ -202,7 +216,11 @@ class AdapterStoreConformance:
             ("rollback", versions[0]),
             ("activate", versions[2]),
         ]
-        assert [change.reason for change in history[3:]] == ["worse answers", "", "it was the prompt"]
+        assert [change.reason for change in history[3:]] == [
+            "worse answers",
+            "",
+            "it was the prompt",
+        ]
         assert history[5].metrics == {"n": 2}
         assert store.history("alice", limit=2) == history[-2:]
         assert store.history("alice", limit=2, before_seq=history[-2].seq) == history[2:4]
@@ -211,7 +229,10 @@ class AdapterStoreConformance:
     def test_a_retried_job_publishes_once(self, backend: Backend) -> None:
         store = self.store(backend)
         versions = at_once(
-            6, lambda number: store.publish("alice", make_adapter(number), base=BASE, idempotency_key="job")
+            6,
+            lambda number: store.publish(
+                "alice", make_adapter(number), base=BASE, idempotency_key="job"
+            ),
         )
         assert len({version.version for version in versions}) == 1
         assert store.versions("alice") == versions[:1]
@@ -219,9 +240,13 @@ class AdapterStoreConformance:
 
     def test_concurrent_publishes_are_all_kept_in_one_order(self, backend: Backend) -> None:
         stores = [self.store(backend) for _ in range(6)]
-        published = at_once(6, lambda n: [stores[n].publish("alice", make_adapter(n), base=BASE) for _ in range(2)])
+        published = at_once(
+            6, lambda n: [stores[n].publish("alice", make_adapter(n), base=BASE) for _ in range(2)]
+        )
         listed = self.store(backend).versions("alice")
-        assert {v.version for v in listed} == {v.version for versions in published for v in versions}
+        assert {v.version for v in listed} == {
+            v.version for versions in published for v in versions
+        }
         for one, other in published:
             assert listed.index(one) < listed.index(other)
         for version in listed:
@@ -233,7 +258,9 @@ class AdapterStoreConformance:
 
         def publish(number: int) -> AdapterVersion | None:
             try:
-                return store.publish("alice", make_adapter(number), base=BASE, expected_active=first.version)
+                return store.publish(
+                    "alice", make_adapter(number), base=BASE, expected_active=first.version
+                )
             except PublishConflictError:
                 return None
 
@@ -243,7 +270,9 @@ class AdapterStoreConformance:
 
     def test_only_so_many_versions_are_kept(self, backend: Backend) -> None:
         store = self.store(backend, limits=Limits(live_versions=3))
-        versions = [store.publish("alice", make_adapter(n), base=BASE, activate=n == 0) for n in range(6)]
+        versions = [
+            store.publish("alice", make_adapter(n), base=BASE, activate=n == 0) for n in range(6)
+        ]
         assert store.versions("alice") == [versions[0], *versions[4:]]
         assert len([key for key in all_keys(backend, "users") if "/versions/" in key]) == 6
 
@@ -286,14 +315,19 @@ class AdapterStoreConformance:
 
     def test_what_was_trained_before_an_erasure_is_refused_after_it(self, backend: Backend) -> None:
         store, trainer = self.store(backend), self.store(backend)
-        for data_seq in (trainer.data_seq("alice"), trainer.data_seq("alice")):  # before and after a first erasure
+        for data_seq in (
+            trainer.data_seq("alice"),
+            trainer.data_seq("alice"),
+        ):  # before and after a first erasure
             store.erase_user("alice")
             with raises(UserErasedError, match="nothing of it is kept"):
                 trainer.publish("alice", make_adapter(1), base=BASE, data_seq=data_seq)
         assert all_keys(backend, "users") == [
             key for key in all_keys(backend, "users") if key.endswith("/log/000000000002.json")
         ]
-        again = trainer.publish("alice", make_adapter(2), base=BASE, data_seq=trainer.data_seq("alice"))
+        again = trainer.publish(
+            "alice", make_adapter(2), base=BASE, data_seq=trainer.data_seq("alice")
+        )
         assert store.fetch(store.resolve("alice")) == make_adapter(2)
         assert store.versions("alice") == [again]
 
@@ -341,7 +375,9 @@ class AdapterStoreConformance:
         version = store.publish("alice", make_adapter(1), base=BASE)
         orphan = "20200101T000000Z-000000000000"
         for name, data in make_adapter(2).items():
-            backend.put_if_absent(f"{store_layout.version_folder(version.user_key, orphan)}/{name}", data)
+            backend.put_if_absent(
+                f"{store_layout.version_folder(version.user_key, orphan)}/{name}", data
+            )
         backend.put_if_absent(store_layout.new_probe(), b"")
         seen: list[UserReport] = []
         assert store.verify(on_user=seen.append).ok
@@ -356,7 +392,9 @@ class AdapterStoreConformance:
         assert store.gc(grace=_NO_GRACE).versions == 0
         assert len(store.versions("alice")) == 1
 
-    def test_a_collection_beside_writers_takes_nothing_that_they_publish(self, backend: Backend) -> None:
+    def test_a_collection_beside_writers_takes_nothing_that_they_publish(
+        self, backend: Backend
+    ) -> None:
         stop = threading.Event()
 
         def work(number: int) -> int:
@@ -396,7 +434,9 @@ class AdapterStoreConformance:
 
     def test_a_user_moves_to_another_store(self, backend: Backend, tmp_path: "Path") -> None:
         store = self.store(backend)
-        versions = [store.publish("alice", make_adapter(n), base=BASE, metrics={"n": n}) for n in range(3)]
+        versions = [
+            store.publish("alice", make_adapter(n), base=BASE, metrics={"n": n}) for n in range(3)
+        ]
         store.activate("alice", versions[1].version)
         archive = store.export_user("alice", tmp_path / f"{os.urandom(4).hex()}.tar")
         other = AdapterStore("memory://" + os.urandom(8).hex())

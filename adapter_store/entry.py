@@ -48,7 +48,10 @@ def version_to_json(version: AdapterVersion) -> dict[str, Any]:
     return {
         "version": version.version,
         "created_at": version.created_at.isoformat(),
-        "files": {name: {"sha256": facts.sha256, "size": facts.size} for name, facts in version.files.items()},
+        "files": {
+            name: {"sha256": facts.sha256, "size": facts.size}
+            for name, facts in version.files.items()
+        },
         "base": version.base,
         "metrics": version.metrics,
         "alpha": version.alpha,
@@ -72,7 +75,9 @@ def decode(entry: dict[str, Any], key: str | None = None) -> UserHead:
     while entry["format"] < FORMAT:
         entry = UPGRADES[entry["format"]](entry)
     user_id, user_key = _take(entry, "user_id", str), _take(entry, "user_key", str)
-    versions = tuple(version_from_json(user_id, user_key, row) for row in _take(entry, "versions", list))
+    versions = tuple(
+        version_from_json(user_id, user_key, row) for row in _take(entry, "versions", list)
+    )
     previous = _take_or(entry, "previous", list, [])
     if not all(isinstance(version, str) for version in previous):
         raise ValueError("its previous versions are not text")

@@ -35,7 +35,9 @@ class BaseModelMismatchError(AdapterStoreError):
     `differences` maps each differing part to (what the adapter was trained on, what asks for it), None where absent.
     """
 
-    def __init__(self, message: str, differences: Mapping[str, tuple[str | None, str | None]] | None = None) -> None:
+    def __init__(
+        self, message: str, differences: Mapping[str, tuple[str | None, str | None]] | None = None
+    ) -> None:
         super().__init__(message)
         self.differences = dict(differences or {})
 

@@ -39,7 +39,9 @@ class Limits:
         for limit in fields(self):
             value = getattr(self, limit.name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Limits.{limit.name} is {shorten(value)}, expected a whole number of at least 1")
+                raise ValueError(
+                    f"Limits.{limit.name} is {shorten(value)}, expected a whole number of at least 1"
+                )
 
     def bytes_of(self, name: str) -> int:
         """Return how many bytes the adapter file `name` may have."""
@@ -101,9 +103,13 @@ class AdapterVersion:
         if not layout.is_sha256(self.user_key):
             raise ValueError(f"user key is {shorten(self.user_key)}, expected 64 hex digits")
         if not layout.is_version(self.version):
-            raise ValueError(f"version is {shorten(self.version)}, expected the form 20260131T235959Z-0123456789ab")
+            raise ValueError(
+                f"version is {shorten(self.version)}, expected the form 20260131T235959Z-0123456789ab"
+            )
         if set(self.files) != set(layout.ADAPTER_FILES):
-            raise ValueError(f"files are {shorten(sorted(self.files))}, expected {' and '.join(layout.ADAPTER_FILES)}")
+            raise ValueError(
+                f"files are {shorten(sorted(self.files))}, expected {' and '.join(layout.ADAPTER_FILES)}"
+            )
 
     @property
     def name(self) -> str:

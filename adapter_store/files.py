@@ -12,7 +12,9 @@ from adapter_store.safetensors_check import check_safetensors
 from adapter_store.text import parse_json_object, shorten
 
 
-def read_adapter(source: str | os.PathLike[str] | Mapping[str, bytes], limits: Limits) -> dict[str, bytes]:
+def read_adapter(
+    source: str | os.PathLike[str] | Mapping[str, bytes], limits: Limits
+) -> dict[str, bytes]:
     """Return the checked content of both adapter files, by name.
 
     Of a folder only these two are read; a mapping must hold these two and nothing else. InvalidAdapterError where
@@ -47,7 +49,9 @@ def _given(files: Mapping[str, bytes]) -> dict[str, bytes]:
         )
     for name, content in files.items():
         if not isinstance(content, bytes | bytearray | memoryview):
-            raise InvalidAdapterError(f"{name} is given as {type(content).__name__}, expected its content as bytes")
+            raise InvalidAdapterError(
+                f"{name} is given as {type(content).__name__}, expected its content as bytes"
+            )
     return {name: bytes(files[name]) for name in ADAPTER_FILES}
 
 
@@ -65,7 +69,9 @@ def _from_folder(folder: str | os.PathLike[str], limits: Limits) -> dict[str, by
                 "save_pretrained(folder, safe_serialization=True); pickled weights are never read"
             ) from None
         except (OSError, ValueError) as error:
-            raise InvalidAdapterError(f"cannot read {path / name} ({error}): expected a readable peft folder") from None
+            raise InvalidAdapterError(
+                f"cannot read {path / name} ({error}): expected a readable peft folder"
+            ) from None
     return files
 
 

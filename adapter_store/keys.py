@@ -104,7 +104,9 @@ class _HeldKeys:
             )
         aead = cipher(self._keys[key_id])
         try:
-            secret: bytes = aead.decrypt(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], context.encode())
+            secret: bytes = aead.decrypt(
+                wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], context.encode()
+            )
         except Exception as error:  # the library's InvalidTag, or ValueError for what is too short
             raise KeyMismatchError(
                 f"the master key {shorten(key_id)} of {self._where} is not the one that the store's keys were wrapped "
@@ -126,7 +128,9 @@ class EnvironmentKeys(_HeldKeys):
         text = os.environ.get(variable, "")
         self._where = f"the environment's {variable}"
         if not text.strip():
-            raise KeyMismatchError(f"{self._where} is not set: set it to name:base64, 32 random bytes in base64")
+            raise KeyMismatchError(
+                f"{self._where} is not set: set it to name:base64, 32 random bytes in base64"
+            )
         self._keys = _parsed([pair.partition(":")[::2] for pair in text.split(",")], self._where)
 
 
@@ -186,10 +190,16 @@ class FileKeys(_HeldKeys):
                 f"cannot read the key file {self._where} ({said}): name one that new-key made"
             ) from error
         if mode & 0o077:
-            raise KeyMismatchError(f"the key file {self._where} can be read by others (mode {mode:o}): chmod 600 it")
-        lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+            raise KeyMismatchError(
+                f"the key file {self._where} can be read by others (mode {mode:o}): chmod 600 it"
+            )
+        lines = [
+            line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")
+        ]
         if not all(len(line) == 2 for line in lines):
-            raise KeyMismatchError(f"the key file {self._where} has a line that is not: name base64")
+            raise KeyMismatchError(
+                f"the key file {self._where} has a line that is not: name base64"
+            )
         return _parsed([(name, key) for name, key in lines], self._where)
 
 
@@ -239,12 +249,18 @@ def _parsed(pairs: list[tuple[str, str]], where: str) -> dict[str, bytes]:
             key = b""
         if len(key) != KEY_BYTES:
             # Its name may be the secret, in the wrong place.
-            raise KeyMismatchError(f"key number {number} of {where} is not a name and {KEY_BYTES} bytes in base64")
+            raise KeyMismatchError(
+                f"key number {number} of {where} is not a name and {KEY_BYTES} bytes in base64"
+            )
         if name.strip() in keys:
-            raise KeyMismatchError(f"{where} has the key {name.strip()} twice: give each its own name")
+            raise KeyMismatchError(
+                f"{where} has the key {name.strip()} twice: give each its own name"
+            )
         keys[name.strip()] = key
     if not keys:
-        raise KeyMismatchError(f"{where} holds no key: add a line with a name and 32 random bytes in base64")
+        raise KeyMismatchError(
+            f"{where} holds no key: add a line with a name and 32 random bytes in base64"
+        )
     return keys
 
 

@@ -99,7 +99,9 @@ class Log:
             seq = self._newest(user_key)
             if seq is None:
                 return None
-            own = self._stat(user_key, seq)  # before it is read: of another one put in between the mark does not fit
+            own = self._stat(
+                user_key, seq
+            )  # before it is read: of another one put in between the mark does not fit
             try:
                 head = self.entry(user_key, seq)
             except FileNotFoundError:  # erased since
@@ -125,7 +127,10 @@ class Log:
         )
 
     def commit(
-        self, user_key: str, change: Callable[[UserHead], UserHead | None], known: UserHead | None = None
+        self,
+        user_key: str,
+        change: Callable[[UserHead], UserHead | None],
+        known: UserHead | None = None,
     ) -> Heads:
         """Put what `change` makes of the head as the next entry; return the heads before and after.
 
@@ -174,7 +179,9 @@ class Log:
                     return entry
             if self._is_erased_after(entry):
                 return entry
-        raise PublishConflictError(f"others changed this user {_MAX_ATTEMPTS} times in a row, always first: try again")
+        raise PublishConflictError(
+            f"others changed this user {_MAX_ATTEMPTS} times in a row, always first: try again"
+        )
 
     def _readable_or_none(self, user_key: str, seq: int) -> UserHead | None:
         try:
@@ -191,7 +198,13 @@ class Log:
     @staticmethod
     def following(before: UserHead, changed: UserHead) -> UserHead:
         """Return `changed` as the entry after `before`."""
-        return replace(changed, seq=before.seq + 1, commit=urandom(16).hex(), parent=before.commit, updated_at=now())
+        return replace(
+            changed,
+            seq=before.seq + 1,
+            commit=urandom(16).hex(),
+            parent=before.commit,
+            updated_at=now(),
+        )
 
     def seqs(self, user_key: str) -> list[int]:
         """Return the numbers of a user's entries, ascending."""
@@ -208,7 +221,9 @@ class Log:
                 raise ValueError("it belongs to another user or place in the log")
         except FormatVersionError as error:
             where = location(self._backend.url, layout.entry_key(user_key, seq))
-            raise FormatVersionError(f"cannot read {where}: {error}; upgrade the package that reads it") from None
+            raise FormatVersionError(
+                f"cannot read {where}: {error}; upgrade the package that reads it"
+            ) from None
         except ValueError as error:
             raise self._damaged(user_key, seq, str(error)) from None
         return head
@@ -224,20 +239,28 @@ class Log:
             folders = [f"{top}/{first}/{second}" for second in seconds]
             for start in range(0, len(folders), _LISTED_AT_ONCE):
                 listed = folders[start : start + _LISTED_AT_ONCE]
-                for folder, names in zip(listed, each(self._backend, self._backend.list_folder, listed), strict=True):
+                for folder, names in zip(
+                    listed, each(self._backend, self._backend.list_folder, listed), strict=True
+                ):
                     for name in names[bisect_right(names, after) :]:
                         if layout.is_sha256(name) and f"{top}/{name[:2]}/{name[2:4]}" == folder:
                             yield name
 
     def _names_from(self, folder: str, least: str) -> list[str]:
-        return [name for name in self._backend.list_folder(folder) if name >= least and layout.is_shard(name)]
+        return [
+            name
+            for name in self._backend.list_folder(folder)
+            if name >= least and layout.is_shard(name)
+        ]
 
     def _stat(self, user_key: str, seq: int) -> StoredFile | None:
         return self._backend.stat(layout.entry_key(user_key, seq))
 
     def _newest(self, user_key: str) -> int | None:
         names = self._backend.list_folder(layout.log_folder(user_key))
-        return next((seq for name in reversed(names) if (seq := layout.number_of(name)) is not None), None)
+        return next(
+            (seq for name in reversed(names) if (seq := layout.number_of(name)) is not None), None
+        )
 
     def _is_followed(self, head: UserHead) -> bool:
         following = self._readable_or_none(head.user_key, head.seq + 1)
@@ -259,7 +282,9 @@ class Log:
         try:
             data = encode(head)
         except (ValueError, RecursionError) as error:
-            raise self._damaged(head.user_key, head.seq - 1, f"it cannot be written again ({error})") from error
+            raise self._damaged(
+                head.user_key, head.seq - 1, f"it cannot be written again ({error})"
+            ) from error
         if len(data) > MAX_ENTRY_BYTES // 2:  # sealed it grows by a third
             raise InvalidAdapterError(
                 f"the facts of {len(head.versions)} versions of user {shorten(head.user_id)} have {len(data)} bytes, "
@@ -286,7 +311,9 @@ class Log:
 
         _GoneError where it was and is erased by now, or where nobody can tell any more.
         """
-        own = self._stat(head.user_key, head.seq)  # before the list, which says that nothing was erased until then
+        own = self._stat(
+            head.user_key, head.seq
+        )  # before the list, which says that nothing was erased until then
         seqs = self.seqs(head.user_key)
         if seqs and seqs[-1] == head.seq:
             self._remember(head, own)

@@ -32,7 +32,9 @@ class Opened:
 
     def version_folders(self, user_key: str) -> list[str]:
         """Return the versions of a user of which something lies there, listed or not."""
-        return [name for name in self.backend.list_folder(versions_folder(user_key)) if is_version(name)]
+        return [
+            name for name in self.backend.list_folder(versions_folder(user_key)) if is_version(name)
+        ]
 
     def key_for(self, head: UserHead) -> str | None:
         """Return the encryption key that a user's next things are sealed with, made where there is none yet."""

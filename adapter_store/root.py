@@ -102,33 +102,45 @@ def _read(backend: "Backend") -> bytes | None:
         return None
 
 
-def _opened(backend: "Backend", data: bytes, given: bytes | None, keys: "KeyProvider | None") -> Root:
+def _opened(
+    backend: "Backend", data: bytes, given: bytes | None, keys: "KeyProvider | None"
+) -> Root:
     where = location(backend.url, ROOT_FILE)
     try:
         content = parse_json_object(data)
         check_format(content)
         facts = _facts(content)
     except FormatVersionError as error:
-        raise FormatVersionError(f"cannot open {where}: {error}; upgrade the package that opens it") from None
+        raise FormatVersionError(
+            f"cannot open {where}: {error}; upgrade the package that opens it"
+        ) from None
     except ValueError as error:
-        raise IntegrityError(f"{where} is no root file of a store: {error}; restore it from a backup") from None
+        raise IntegrityError(
+            f"{where} is no root file of a store: {error}; restore it from a backup"
+        ) from None
     vault = _vault(backend, facts, keys, where)
     stored = facts.pepper
     if given is None and vault is not None and facts.pepper_key is not None:
         stored = _unwrapped(vault, facts.pepper_key, where)
     if given is None and stored is None:
-        raise KeyMismatchError(f"{where} was made with a pepper of its owner: pass that one as pepper=")
+        raise KeyMismatchError(
+            f"{where} was made with a pepper of its owner: pass that one as pepper="
+        )
     if given is not None and not hmac.compare_digest(keyed_hash(given, _CHECKED_TEXT), facts.check):
         raise KeyMismatchError(
             f"{where} was made with another pepper than the one given: pass the one it was made with"
             + (", or none, since it keeps its own" if stored or facts.pepper_key else "")
         )
     if stored is not None and keyed_hash(stored, _CHECKED_TEXT) != facts.check:
-        raise IntegrityError(f"{where} is damaged: its pepper and its check value differ; restore it from a backup")
+        raise IntegrityError(
+            f"{where} is damaged: its pepper and its check value differ; restore it from a backup"
+        )
     return Root(facts.store_id, given or stored or b"", vault, facts.pepper_key)
 
 
-def _vault(backend: "Backend", facts: "_Facts", keys: "KeyProvider | None", where: str) -> Vault | None:
+def _vault(
+    backend: "Backend", facts: "_Facts", keys: "KeyProvider | None", where: str
+) -> Vault | None:
     if facts.encrypted and keys is None:
         raise KeyMismatchError(f"{where} is of an encrypted store: pass its keys as keys=")
     if keys is None:
@@ -164,13 +176,21 @@ class _Facts:
 def _facts(content: dict[str, Any]) -> _Facts:
     check, pepper = content.get("check"), content.get("pepper")
     # Before format 2 a store had no id; its check value is as good.
-    store_id, encrypted, key = content.get("id", check), content.get("encrypted", False), content.get("pepper_key")
+    store_id, encrypted, key = (
+        content.get("id", check),
+        content.get("encrypted", False),
+        content.get("pepper_key"),
+    )
     if not isinstance(check, str) or not check.isascii():
         raise ValueError("it has no check value")
     if pepper is not None and not isinstance(pepper, str):
         raise ValueError("its pepper is not text")
     if not isinstance(store_id, str) or not store_id.isascii() or not store_id.isalnum():
         raise ValueError("it has no id")
-    if not isinstance(encrypted, bool) or (key is not None and not (isinstance(key, str) and is_key_id(key))):
+    if not isinstance(encrypted, bool) or (
+        key is not None and not (isinstance(key, str) and is_key_id(key))
+    ):
         raise ValueError("it does not say how it is encrypted")
-    return _Facts(store_id, check, encrypted, None if pepper is None else bytes.fromhex(pepper), key)
+    return _Facts(
+        store_id, check, encrypted, None if pepper is None else bytes.fromhex(pepper), key
+    )

@@ -26,19 +26,27 @@ def check_safetensors(data: bytes) -> None:
     """
     header_bytes = int.from_bytes(data[:8], "little")
     if len(data) < 8 or header_bytes > len(data) - 8:
-        raise ValueError(f"it is cut short: {len(data)} bytes, but its header alone should have {header_bytes}")
+        raise ValueError(
+            f"it is cut short: {len(data)} bytes, but its header alone should have {header_bytes}"
+        )
     if header_bytes > _MAX_HEADER_BYTES:
-        raise ValueError(f"its header has {header_bytes} bytes, at most {_MAX_HEADER_BYTES} are read")
+        raise ValueError(
+            f"its header has {header_bytes} bytes, at most {_MAX_HEADER_BYTES} are read"
+        )
     try:
         header = parse_json_object(data[8 : 8 + header_bytes])
     except ValueError as error:
         raise ValueError(f"its header is no JSON object ({error})") from None
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise ValueError("its __metadata__ does not map text to text")
     if not header:
         raise ValueError("it holds no tensor")
-    _check_tiling([_span(name, facts) for name, facts in header.items()], len(data) - 8 - header_bytes)
+    _check_tiling(
+        [_span(name, facts) for name, facts in header.items()], len(data) - 8 - header_bytes
+    )
 
 
 def _span(name: str, facts: Any) -> tuple[int, int, str]:
@@ -55,20 +63,26 @@ def _span(name: str, facts: Any) -> tuple[int, int, str]:
     begin, end = offsets
     expected = math.prod(shape) * _DTYPE_BYTES[dtype]
     if end - begin != expected:
-        raise ValueError(f"tensor {shorten(name)} spans {end - begin} bytes where its shape needs {expected}")
+        raise ValueError(
+            f"tensor {shorten(name)} spans {end - begin} bytes where its shape needs {expected}"
+        )
     return begin, end, name
 
 
 def _are_counts(values: Any) -> bool:
     # Far above any real size, and far below what makes products of whole numbers slow.
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    )
 
 
 def _check_tiling(spans: list[tuple[int, int, str]], num_bytes: int) -> None:
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
-            raise ValueError(f"tensor {shorten(name)} begins at {begin}, not at {position} where the one before ends")
+            raise ValueError(
+                f"tensor {shorten(name)} begins at {begin}, not at {position} where the one before ends"
+            )
         position = end
     if position != num_bytes:
         raise ValueError(f"its tensors need {position} bytes, but {num_bytes} follow the header")

@@ -24,7 +24,9 @@ _MIN_FOLDERS = 16  # whatever their size
 _lock = Lock()
 _folders: dict[int, Path] = {}  # by process, since a forked child must not remove its parent's
 _locks: list[int] = []  # held, and never let go
-_sizes: OrderedDict[tuple[int, str], int] = OrderedDict()  # by process and name, the longest unused first
+_sizes: OrderedDict[tuple[int, str], int] = (
+    OrderedDict()
+)  # by process and name, the longest unused first
 
 
 def write_scratch(name: str, files: Mapping[str, bytes]) -> Path:
@@ -87,7 +89,9 @@ def _make_room(name: str, num_bytes: int) -> None:
 def _root() -> Path:
     with _lock:
         process = os.getpid()
-        if process not in _folders or not _folders[process].is_dir():  # a cleaner of temporary files may have come
+        if (
+            process not in _folders or not _folders[process].is_dir()
+        ):  # a cleaner of temporary files may have come
             import tempfile  # slow to import, and rarely needed
 
             _remove_abandoned(Path(tempfile.gettempdir()))

@@ -62,13 +62,21 @@ from adapter_store.open_store import Opened
 from adapter_store.operations import gc as collecting
 from adapter_store.operations.erasing import erase
 from adapter_store.operations.gc import Collected
-from adapter_store.operations.publishing import Terms, activated, publish_version, remove_dropped, without
+from adapter_store.operations.publishing import (
+    Terms,
+    activated,
+    publish_version,
+    remove_dropped,
+    without,
+)
 from adapter_store.operations.verifying import UserReport, Verified, verify_user
 from adapter_store.root import MIN_PEPPER_BYTES, Root, make_root, open_root
 from adapter_store.text import location, shorten, value_or_none, without_secrets
 
 _NOTHING: Mapping[str, Any] = {}
-_ROOT_TRUST_SECONDS = 60.0  # on remote storage; it changes only where a store is removed and made anew
+_ROOT_TRUST_SECONDS = (
+    60.0  # on remote storage; it changes only where a store is removed and made anew
+)
 _ENTRIES_KEPT = 100
 _MAX_EXPORTS = 10
 
@@ -102,13 +110,19 @@ class AdapterStore:
         limits: Limits | None = None,
     ) -> None:
         if pepper is not None and (not isinstance(pepper, bytes) or len(pepper) < MIN_PEPPER_BYTES):
-            raise ValueError(f"pepper must be at least {MIN_PEPPER_BYTES} random bytes, such as os.urandom(32)")
+            raise ValueError(
+                f"pepper must be at least {MIN_PEPPER_BYTES} random bytes, such as os.urandom(32)"
+            )
         if keys is not None and not isinstance(keys, KeyProvider):
-            raise TypeError(f"keys is {shorten(keys)}, expected a KeyProvider such as EnvironmentKeys or FileKeys")
+            raise TypeError(
+                f"keys is {shorten(keys)}, expected a KeyProvider such as EnvironmentKeys or FileKeys"
+            )
         self._backend = open_backend(place)
         self._pepper = pepper
         self._keys = keys
-        self._cache = cache if cache is None or isinstance(cache, AdapterCache) else AdapterCache(cache)
+        self._cache = (
+            cache if cache is None or isinstance(cache, AdapterCache) else AdapterCache(cache)
+        )
         self._limits = limits or Limits()
         self._known: _Known | None = None
         self._probed = False
@@ -210,7 +224,9 @@ class AdapterStore:
             live_versions=self._limits.live_versions,
             data_seq=data_seq,
         )
-        return publish_version(opened, described(user_key=opened.log.user_key(user_id)), files, terms)
+        return publish_version(
+            opened, described(user_key=opened.log.user_key(user_id)), files, terms
+        )
 
     def import_peft(
         self, user_id: str, folder: str | os.PathLike[str], *, base: Mapping[str, str], **facts: Any
@@ -220,7 +236,10 @@ class AdapterStore:
         `facts` are those of `publish`. Raises what it raises.
         """
         return self.publish(
-            user_id, local_path(folder), base=base, **{"reason": "imported from a peft folder", **facts}
+            user_id,
+            local_path(folder),
+            base=base,
+            **{"reason": "imported from a peft folder", **facts},
         )
 
     # ── read ──
@@ -280,7 +299,9 @@ class AdapterStore:
         try:
             return opened.blobs.as_folder(version, files)
         finally:
-            self._check_listed(opened, version)  # an erasure since has missed this folder, and takes it away now
+            self._check_listed(
+                opened, version
+            )  # an erasure since has missed this folder, and takes it away now
 
     def versions(self, user_id: str) -> list[AdapterVersion]:
         """Return a user's live versions in the order of their publishing; none for an unknown user."""
@@ -292,7 +313,9 @@ class AdapterStore:
         head = self._head(user_id)
         return head.active if head else None
 
-    def history(self, user_id: str, *, before_seq: int | None = None, limit: int = 100) -> list[HistoryEntry]:
+    def history(
+        self, user_id: str, *, before_seq: int | None = None, limit: int = 100
+    ) -> list[HistoryEntry]:
         """Return a user's latest changes, oldest first: what was done when and why, and what was active from then on.
 
         Up to `limit` of them, before entry `before_seq`, such as the first one's `seq` of the page after. Of changes
@@ -308,7 +331,9 @@ class AdapterStore:
         end = head.seq + 1 if before_seq is None else before_seq
         seqs = [seq for seq in opened.log.seqs(head.user_key) if head.erased_seq <= seq < end]
         found: list[HistoryEntry] = []
-        for entry in each(self._backend, partial(_entry_or_none, opened, head.user_key), seqs[-limit:]):
+        for entry in each(
+            self._backend, partial(_entry_or_none, opened, head.user_key), seqs[-limit:]
+        ):
             if entry is not None:
                 changed = entry.find(entry.operation_version)
                 found.append(
@@ -338,7 +363,9 @@ class AdapterStore:
         KeyMismatchError or FormatVersionError.
         """
         if cursor is not None and not (isinstance(cursor, str) and layout.is_sha256(cursor)):
-            raise InvalidAdapterError(f"cursor {shorten(cursor)} comes from no listing: pass the one returned, or none")
+            raise InvalidAdapterError(
+                f"cursor {shorten(cursor)} comes from no listing: pass the one returned, or none"
+            )
         if limit < 1:
             raise InvalidAdapterError(f"limit is {limit}: give at least 1")
         opened = self._open()
@@ -359,7 +386,12 @@ class AdapterStore:
     # ── change ──
 
     def activate(
-        self, user_id: str, version: str, *, expected_active: str | Unset | None = UNSET, reason: str = ""
+        self,
+        user_id: str,
+        version: str,
+        *,
+        expected_active: str | Unset | None = UNSET,
+        reason: str = "",
     ) -> AdapterVersion:
         """Make a live version the active one and return it; where it is already, nothing is written.
 
@@ -372,7 +404,12 @@ class AdapterStore:
             if self._live(user_id, version, head).version == head.active:
                 return None
             changed = activated(head, version)
-            return replace(without(changed, set()), operation="activate", operation_version=version, reason=reason)
+            return replace(
+                without(changed, set()),
+                operation="activate",
+                operation_version=version,
+                reason=reason,
+            )
 
         _, _, head = self._change(user_id, version, change)
         return self._live(user_id, version, head)
@@ -414,7 +451,9 @@ class AdapterStore:
         def change(head: UserHead) -> UserHead:
             self._live(user_id, version, head)
             active = None if head.active == version else head.active
-            changed = replace(head, active=active, operation="delete", operation_version=version, reason=reason)
+            changed = replace(
+                head, active=active, operation="delete", operation_version=version, reason=reason
+            )
             return without(changed, {version})
 
         remove_dropped(*self._change(user_id, version, change))
@@ -433,7 +472,9 @@ class AdapterStore:
 
     # ── look after ──
 
-    def verify(self, user_id: str | None = None, *, on_user: Callable[[UserReport], None] | None = None) -> Verified:
+    def verify(
+        self, user_id: str | None = None, *, on_user: Callable[[UserReport], None] | None = None
+    ) -> Verified:
         """Read and check everything of one user, or of all, past any cache; damage is reported, not raised.
 
         `on_user` is called with each user's report as it goes.
@@ -443,7 +484,9 @@ class AdapterStore:
         opened, done = self._open(), Verified()
         if opened is None:
             return done
-        for user_key in opened.log.user_keys() if user_id is None else [opened.log.user_key(user_id)]:
+        for user_key in (
+            opened.log.user_keys() if user_id is None else [opened.log.user_key(user_id)]
+        ):
             report = verify_user(opened, user_key)
             done.add(report)
             if on_user is not None:
@@ -468,9 +511,13 @@ class AdapterStore:
         done = Collected()
         if opened is None:
             return done
-        rules = collecting.Rules(grace.total_seconds(), _ENTRIES_KEPT, entry_age.total_seconds(), dry_run)
+        rules = collecting.Rules(
+            grace.total_seconds(), _ENTRIES_KEPT, entry_age.total_seconds(), dry_run
+        )
         if min(rules.grace, rules.entry_age) < 0:
-            raise InvalidAdapterError("a grace below zero would remove what is being written: give at least 0")
+            raise InvalidAdapterError(
+                "a grace below zero would remove what is being written: give at least 0"
+            )
         storage_time = collecting.storage_time(self._backend, dry_run)
         for user_key in opened.user_keys():
             collecting.collect_user(opened, user_key, rules, storage_time, done)
@@ -505,7 +552,9 @@ class AdapterStore:
 
     # ── in and out ──
 
-    def export_peft(self, user_id: str, folder: str | os.PathLike[str], version: str | None = None) -> Path:
+    def export_peft(
+        self, user_id: str, folder: str | os.PathLike[str], version: str | None = None
+    ) -> Path:
         """Write a version (None: the active one) as a plain peft folder, which must be new or empty; return its path.
 
         Raises what `resolve` and `fetch` raise, BackendError where the folder cannot be written.
@@ -552,9 +601,13 @@ class AdapterStore:
             with path.open("rb") as opened_file:
                 manifest = archive.check_archive(opened_file, self._limits, str(path))
                 opened = self._open_to_write()
-                return importing.import_archive(opened, opened_file, manifest, self._limits, str(path))
+                return importing.import_archive(
+                    opened, opened_file, manifest, self._limits, str(path)
+                )
         except OSError as error:
-            raise InvalidAdapterError(f"cannot read {path} ({error.strerror or error}): name an archive") from error
+            raise InvalidAdapterError(
+                f"cannot read {path} ({error.strerror or error}): name an archive"
+            ) from error
 
     def export_users(
         self,
@@ -571,7 +624,9 @@ class AdapterStore:
         """
         path, count = local_path(folder), 0
         if path.exists() and not path.is_dir():
-            raise BackendError(f"{path} is no folder: name a new one, or one that an earlier export wrote")
+            raise BackendError(
+                f"{path} is no folder: name a new one, or one that an earlier export wrote"
+            )
         cursor: str | None = None
         while True:
             heads, cursor = self.list_users(cursor, on_problem=on_problem)
@@ -579,7 +634,10 @@ class AdapterStore:
                 target = path / f"{head.user_key}.tar"
                 if not head.versions or target.exists():
                     continue
-                with suppress(AdapterNotFoundError), _passed_over(on_problem):  # deleted or erased since it was listed
+                with (
+                    suppress(AdapterNotFoundError),
+                    _passed_over(on_problem),
+                ):  # deleted or erased since it was listed
                     self.export_user(head.user_id, target)
                     count += 1
                     if on_user is not None:
@@ -613,7 +671,11 @@ class AdapterStore:
     def _open(self) -> Opened | None:
         """Return the opened store, None where there is none yet; the root file is looked at, remote only now and then."""
         known = self._known
-        if known is not None and not is_near(self._backend) and time.monotonic() < known.trusted_until:
+        if (
+            known is not None
+            and not is_near(self._backend)
+            and time.monotonic() < known.trusted_until
+        ):
             return known.opened
         found = self._backend.stat(layout.ROOT_FILE)
         mark = None if found is None else found.mark
@@ -669,7 +731,9 @@ class AdapterStore:
         kept = opened.blobs.kept_here(head.user_key)
         if all(head.find(version) is not None for version in kept):
             return head
-        newer = opened.log.head_or_new(head.user_key)  # read after the look: it lists whatever was fetched until then
+        newer = opened.log.head_or_new(
+            head.user_key
+        )  # read after the look: it lists whatever was fetched until then
         for version in kept:
             if newer.find(version) is None:
                 opened.blobs.forget(head.user_key, version)
@@ -711,10 +775,14 @@ class AdapterStore:
             raise self._not_found(user_id, version, head)
         return found
 
-    def _not_found(self, user_id: str, version: str | None, head: UserHead | None) -> AdapterNotFoundError:
+    def _not_found(
+        self, user_id: str, version: str | None, head: UserHead | None
+    ) -> AdapterNotFoundError:
         user = f"user {shorten(user_id)}"
         if head is None or not head.versions:
-            return AdapterNotFoundError(f"{user} has no adapter in {self.url}: personalize and publish one first")
+            return AdapterNotFoundError(
+                f"{user} has no adapter in {self.url}: personalize and publish one first"
+            )
         newest = head.versions[-1].version
         count = f"{len(head.versions)} version{'s' if len(head.versions) > 1 else ''}"
         if version is None:

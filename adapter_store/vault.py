@@ -57,7 +57,9 @@ class Vault:
     def add(self, user_key: str, secret: bytes | None = None, since_seq: int = 0) -> str:
         """Make a key (or keep the `secret` given) for a user whose log is at `since_seq`; return its id."""
         key, made = os.urandom(_KEY_ID_BYTES).hex(), secret or os.urandom(KEY_BYTES)
-        with contextlib.suppress(FileExistsError):  # said of our own write, where its first answer was lost
+        with contextlib.suppress(
+            FileExistsError
+        ):  # said of our own write, where its first answer was lost
             self._write(user_key, key, _Record(1, *self._wrap(user_key, key, made), since_seq))
         self._remember(user_key, key, made)
         return key
@@ -115,12 +117,17 @@ class Vault:
         found = []
         for key in self._ids(user_key):
             folder = f"{layout.keys_folder(user_key)}/{key}"
-            files = [self._backend.stat(f"{folder}/{layout.numbered(n)}") for n in self._numbers(user_key, key)]
+            files = [
+                self._backend.stat(f"{folder}/{layout.numbered(n)}")
+                for n in self._numbers(user_key, key)
+            ]
             if all(file is None or file.modified <= time for file in files):
                 found.append(key)
         return found
 
-    def rewrap(self, user_key: str, problems: list[AdapterStoreError], keys: Sequence[str] | None = None) -> int:
+    def rewrap(
+        self, user_key: str, problems: list[AdapterStoreError], keys: Sequence[str] | None = None
+    ) -> int:
         """Wrap a user's keys (or only `keys`) with the newest master key where they are not yet; return how many.
 
         A key that does not unwrap stays as it is, and what is wrong with it goes to `problems`.
@@ -151,7 +158,9 @@ class Vault:
                 record = self._newest(user_key, key)
         for number in self._numbers(user_key, key):
             if number < record.number:
-                self._backend.delete(f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(number)}")
+                self._backend.delete(
+                    f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(number)}"
+                )
         return was_written
 
     def _context(self, user_key: str, place: str) -> str:
@@ -161,7 +170,11 @@ class Vault:
         return self._keys.wrap(secret, self._context(user_key, key))
 
     def _ids(self, user_key: str) -> list[str]:
-        return [name for name in self._backend.list_folder(layout.keys_folder(user_key)) if layout.is_key_id(name)]
+        return [
+            name
+            for name in self._backend.list_folder(layout.keys_folder(user_key))
+            if layout.is_key_id(name)
+        ]
 
     def _numbers(self, user_key: str, key: str) -> list[int]:
         names = self._backend.list_folder(f"{layout.keys_folder(user_key)}/{key}")
@@ -209,7 +222,11 @@ def key_of(sealed: bytes) -> str:
 
 def _record(number: int, data: bytes) -> _Record:
     content = parse_json_object(data)
-    master, wrapped, since_seq = content.get("master"), content.get("wrapped"), content.get("since_seq")
+    master, wrapped, since_seq = (
+        content.get("master"),
+        content.get("wrapped"),
+        content.get("since_seq"),
+    )
     if not (isinstance(master, str) and isinstance(wrapped, str) and type(since_seq) is int):
         raise ValueError("it lacks the master key's name, the wrapped key or its place in the log")
     return _Record(number, master, base64.b64decode(wrapped, validate=True), since_seq)

@@ -30,8 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from adapter_store import AdapterStore
 from langchain_cope import PersonalizeUser
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine
+from langchain_cope.engine import Engine, load_base
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from personal import FOUR_STEPS, ROWS
@@ -64,7 +63,9 @@ class Steps(BaseCallbackHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cancels", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -72,12 +73,18 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         facts = asyncio.run(run(Path(folder), options.cancels, options.seed))
-    print(json.dumps({"benchmark": "cancel", "cores": os.cpu_count(), "torch": torch.__version__, **facts}))
+    print(
+        json.dumps(
+            {"benchmark": "cancel", "cores": os.cpu_count(), "torch": torch.__version__, **facts}
+        )
+    )
     sys.exit(1 if facts["left"] or not facts["same_adapter_afterwards"] else 0)
 
 
 async def run(folder: Path, num_cancels: int, seed: int) -> dict[str, Any]:
-    base = load_base(make_model(folder / "base", initializer_range=0.05), device="cpu", dtype="float32")
+    base = load_base(
+        make_model(folder / "base", initializer_range=0.05), device="cpu", dtype="float32"
+    )
     personalize = PersonalizeUser(model=base.name, device="cpu", dtype="float32", recipe=FOUR_STEPS)
     warm, first, store = (AdapterStore(folder / name) for name in ("warm", "first", "store"))
     temporary = folder / "temporary"
@@ -88,7 +95,10 @@ async def run(folder: Path, num_cancels: int, seed: int) -> dict[str, Any]:
     started = time.perf_counter()
     await train(personalize, first, steps)
     seconds, longest = time.perf_counter() - started, steps.longest
-    print(f"a whole run takes {seconds:.2f} s, its longest training step {longest * 1000:.0f} ms", flush=True)
+    print(
+        f"a whole run takes {seconds:.2f} s, its longest training step {longest * 1000:.0f} ms",
+        flush=True,
+    )
 
     threads = set(threading.enumerate())
     draw = random.Random(seed)
@@ -117,7 +127,9 @@ async def run(folder: Path, num_cancels: int, seed: int) -> dict[str, Any]:
         left += left_behind(store, folder / "store", temporary, threads, Engine.of(base))
     await train(personalize, store)
     same = store.fetch(store.resolve("alice")) == first.fetch(first.resolve("alice"))
-    print(f"{num_cancels} cancelled, in {dict(stages)}; {num_too_late} were done first; left: {left or 'nothing'}")
+    print(
+        f"{num_cancels} cancelled, in {dict(stages)}; {num_too_late} were done first; left: {left or 'nothing'}"
+    )
     return {
         "cancelled": len(ends),
         "stages": dict(stages),
@@ -133,7 +145,9 @@ async def run(folder: Path, num_cancels: int, seed: int) -> dict[str, Any]:
     }
 
 
-async def train(personalize: PersonalizeUser, store: AdapterStore, *handlers: BaseCallbackHandler) -> Any:
+async def train(
+    personalize: PersonalizeUser, store: AdapterStore, *handlers: BaseCallbackHandler
+) -> Any:
     chain = personalize.model_copy(update={"store": store})
     return await chain.ainvoke({"user_id": "alice", "history": ROWS}, {"callbacks": [*handlers]})
 
@@ -150,12 +164,23 @@ async def until_idle(engine: Engine) -> float:
 
 
 def left_behind(
-    store: AdapterStore, folder: Path, temporary: Path, threads: set[threading.Thread], engine: Engine
+    store: AdapterStore,
+    folder: Path,
+    temporary: Path,
+    threads: set[threading.Thread],
+    engine: Engine,
 ) -> list[str]:
     now = engine.statistics()
     return [
         *[f"version {version.version}" for version in store.versions("alice")],
-        *[f"file {path}" for path in (*folder.rglob("versions/*"), *folder.glob("staging/*"), *temporary.iterdir())],
+        *[
+            f"file {path}"
+            for path in (
+                *folder.rglob("versions/*"),
+                *folder.glob("staging/*"),
+                *temporary.iterdir(),
+            )
+        ],
         *[f"thread {thread.name}" for thread in set(threading.enumerate()) - threads],
         *["row in the engine"] * now.rows,
         *["request in the engine"] * now.waiting,

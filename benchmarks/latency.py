@@ -36,9 +36,7 @@ from torch import Tensor
 from transformers.generation import BaseStreamer
 from worker import SEED, VOCABULARY, Setting, Worker, machine, prepared, print_report
 
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine, Piece, Request, Sampling
-from langchain_cope.engine.options import EngineOptions
+from langchain_cope.engine import Engine, EngineOptions, Piece, Request, Sampling, load_base
 
 NUM_USERS = 16
 PROMPT_TOKENS = 32, 256
@@ -83,7 +81,11 @@ class Waits:
 
 def main() -> None:
     options = _options()
-    state = {**machine("latency", options), "prompt_tokens": PROMPT_TOKENS, "answer_tokens": ANSWER_TOKENS}
+    state = {
+        **machine("latency", options),
+        "prompt_tokens": PROMPT_TOKENS,
+        "answer_tokens": ANSWER_TOKENS,
+    }
     print(json.dumps(state), flush=True)
     capacities: dict[str, list[float]] = {"ours": [], "queue": []}
     pooled: dict[tuple[str, str], Waits] = {}
@@ -91,7 +93,10 @@ def main() -> None:
         for number in range(options.rounds):
             for key, waits in _Round(made, options.seconds, number).run(capacities).items():
                 pooled.setdefault(key, Waits()).extend(waits)
-    figures = {server: {load: _figures(pooled[server, load]) for load in LOADS_A + LOADS_B} for server in capacities}
+    figures = {
+        server: {load: _figures(pooled[server, load]) for load in LOADS_A + LOADS_B}
+        for server in capacities
+    }
     _print_table(figures)
     capacity = {server: round(statistics.median(each), 3) for server, each in capacities.items()}
     print_report(state, requests_per_second=capacity, figures=figures, ratios=_ratios(figures))
@@ -100,8 +105,12 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=int, default=60, help="for which requests of one load arrive")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds in which both serve every load once")
+    parser.add_argument(
+        "--seconds", type=int, default=60, help="for which requests of one load arrive"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="rounds in which both serve every load once"
+    )
     return parser.parse_args()
 
 
@@ -133,14 +142,19 @@ class _Round:
         print(f"round {self._number}: capacity of {name} {rate:.2f} requests/s", flush=True)
         for load in loads:
             share = int(load.split("_")[0]) / 100
-            self._arrivals[load] = _draw(rate * share, self._seconds, f"{SEED} {self._number} {load}")
+            self._arrivals[load] = _draw(
+                rate * share, self._seconds, f"{SEED} {self._number} {load}"
+            )
         return rate
 
     def _serve(self, name: str, server: Worker, loads: Sequence[str]) -> None:
         for load in loads:
             waits = server.run("serve", arrivals=self._arrivals[load], until=2 * self._seconds)
             self._found[name, load] = waits
-            print(f"round {self._number}: {name}, load {load}, {len(waits.first)} requests", flush=True)
+            print(
+                f"round {self._number}: {name}, load {load}, {len(waits.first)} requests",
+                flush=True,
+            )
 
 
 def _draw(rate: float, seconds: float, seed: str) -> tuple[Arrival, ...]:
@@ -187,13 +201,17 @@ class Ours:
     async def _answer(self, arrival: Arrival, start: float, waits: Waits) -> None:
         await asyncio.sleep(start + arrival.at - time.perf_counter())
         events = self._engine.astream(self._request(arrival))
-        moments = [time.perf_counter() - start async for event in events if isinstance(event, Piece)]
+        moments = [
+            time.perf_counter() - start async for event in events if isinstance(event, Piece)
+        ]
         assert len(moments) == arrival.num_tokens
         waits.add(arrival.at, moments)
 
     def _request(self, arrival: Arrival) -> Request:
         sampling = Sampling(max_tokens=arrival.num_tokens)
-        return Request(arrival.prompt, self._adapters[arrival.user], peers.ALPHA, peers.TAU, sampling)
+        return Request(
+            arrival.prompt, self._adapters[arrival.user], peers.ALPHA, peers.TAU, sampling
+        )
 
 
 class Queue:
@@ -234,7 +252,11 @@ class Queue:
         mask = torch.ones_like(ids)
         with torch.inference_mode():
             self._model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=arrival.num_tokens, streamer=clock
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=arrival.num_tokens,
+                streamer=clock,
             )
         assert len(clock.moments) == arrival.num_tokens
         return clock.moments
@@ -274,18 +296,26 @@ def _percentile(seconds: Sequence[float], percent: int) -> float:
 
 
 def _print_table(figures: Figures) -> None:
-    print(f"\n{'load, %':<14}{'server':<8}{'requests':>9}{'unserved':>9}" + "".join(f"{name:>13}" for name in FIGURES))
+    print(
+        f"\n{'load, %':<14}{'server':<8}{'requests':>9}{'unserved':>9}"
+        + "".join(f"{name:>13}" for name in FIGURES)
+    )
     for load in LOADS_A + LOADS_B:
         for server, found in figures.items():
             counts = f"{found[load]['requests']:>9}{found[load]['unserved']:>9}"
-            print(f"{load:<14}{server:<8}{counts}" + "".join(f"{found[load][name]:>13.1f}" for name in FIGURES))
+            print(
+                f"{load:<14}{server:<8}{counts}"
+                + "".join(f"{found[load][name]:>13.1f}" for name in FIGURES)
+            )
     print("milliseconds; loads are shares of the queue's capacity, or else `of_ours`")
 
 
 def _ratios(figures: Figures) -> dict[str, float]:
     """Ours / queue: smaller is better."""
     return {
-        f"{name}_vs_queue_{load}": round(figures["ours"][load][name] / figures["queue"][load][name], 3)
+        f"{name}_vs_queue_{load}": round(
+            figures["ours"][load][name] / figures["queue"][load][name], 3
+        )
         for load in LOADS_A + LOADS_B
         for name in FIGURES
     }

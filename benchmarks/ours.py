@@ -15,16 +15,27 @@ from torch.profiler import ProfilerActivity, profile
 from worker import Setting, peak_memory
 
 from adapter_store import AdapterStore
-from langchain_cope.engine.adapter import WEIGHTS, Adapter
+from langchain_cope.engine import (
+    WEIGHTS,
+    Adapter,
+    AdapterSource,
+    Engine,
+    EngineOptions,
+    Piece,
+    Request,
+    Sampling,
+    Stream,
+    load_base,
+)
 from langchain_cope.engine.adapter_slots import AdapterSlots
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import AdapterSource, Engine, EngineOptions, Piece, Request, Sampling, Stream
 
 ALPHA, TAU = 0.1, 0.1
 OPTIONS = EngineOptions(  # prompts are not timed: they hold up whom they will, and are read once for all rounds
     speculation=False, max_rows=64, stall=3600.0, prefix_cache=2 << 30
 )
-SPARE_TOKENS = 64  # asked for beyond those that are timed, so that nobody ends while another is timed
+SPARE_TOKENS = (
+    64  # asked for beyond those that are timed, so that nobody ends while another is timed
+)
 
 _LINEAR = ("aten::linear", "aten::mm", "aten::addmm")
 _LOW_RANK = ("aten::bmm", "aten::baddbmm", "aten::baddbmm_")
@@ -38,7 +49,9 @@ class Ours:
         self._base = load_base(setting.base, device=setting.device, dtype=torch.bfloat16)
         self._base.model.generation_config.eos_token_id = None  # nobody stops early
         self._engine = Engine.of(self._base, OPTIONS)
-        self._adapters = [self._engine.load_adapter(folder) for folder in setting.adapters[:num_users]]
+        self._adapters = [
+            self._engine.load_adapter(folder) for folder in setting.adapters[:num_users]
+        ]
 
     def rate(self, num_users: int, prompt_tokens: int, num_tokens: int) -> float:
         """Tokens/s of all users together."""
@@ -68,13 +81,22 @@ class Ours:
 
         streams = self._start(1, prompt_tokens, num_tokens)
         started = self._engine._call(start)
-        _read(streams, num_tokens - 1)  # the first of these was under way at the start, as one more is at the end
+        _read(
+            streams, num_tokens - 1
+        )  # the first of these was under way at the start, as one more is at the end
         seconds = self._engine._call(stop) - started
         _close(streams)
-        spent = {"linear layers": 0.0, "attention": 0.0, "low-rank products": 0.0, "other operations": 0.0}
+        spent = {
+            "linear layers": 0.0,
+            "attention": 0.0,
+            "low-rank products": 0.0,
+            "other operations": 0.0,
+        }
         for event in profiler.events():
             if event.cpu_parent is None:  # else its parent's time includes it
-                spent[_kind(event.name)] += (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
+                spent[_kind(event.name)] += (
+                    event.device_time_total if on_gpu else event.cpu_time_total
+                ) / 1e6
         spent["Python, waiting and recording"] = seconds - sum(spent.values())
         return {kind: 1000 * part / (num_tokens - 1) for kind, part in spent.items()}
 
@@ -89,9 +111,13 @@ class Ours:
         """
         gc.collect()
         alive = gc.get_objects()
-        tensors = [thing for thing in alive if issubclass(type(thing), torch.Tensor) and thing.ndim <= 2]
+        tensors = [
+            thing for thing in alive if issubclass(type(thing), torch.Tensor) and thing.ndim <= 2
+        ]
         for thing in alive:
-            if type(thing).__module__ == Adapter.__module__:  # adapters, and their stacks of three dimensions
+            if (
+                type(thing).__module__ == Adapter.__module__
+            ):  # adapters, and their stacks of three dimensions
                 tensors += _held_tensors(thing)
         storages = [tensor.untyped_storage() for tensor in tensors]
         kept = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -117,7 +143,9 @@ class Ours:
         folder = self._store.fetch_dir(version)
         source = AdapterSource(version.name, lambda: self._store.fetch_dir(version))
         loaded = threading.Event()
-        slots = AdapterSlots(self._engine.options.adapter_slots, self._engine._read_adapter, loaded.set)
+        slots = AdapterSlots(
+            self._engine.options.adapter_slots, self._engine._read_adapter, loaded.set
+        )
 
         def switch() -> None:
             if slots.lease(source).adapter is None:
@@ -132,7 +160,13 @@ class Ours:
         """Streams of users who all have their first token."""
         sampling = Sampling(max_tokens=num_tokens + SPARE_TOKENS)
         requests = [
-            Request(self._setting.prompt(user, prompt_tokens), self._adapters[user], ALPHA, TAU, sampling)
+            Request(
+                self._setting.prompt(user, prompt_tokens),
+                self._adapters[user],
+                ALPHA,
+                TAU,
+                sampling,
+            )
             for user in range(num_users)
         ]
         streams = self._engine.stream_all(requests)
@@ -149,7 +183,9 @@ def _read(streams: Sequence[Stream], num_pieces: int) -> float:
     start = time.perf_counter()
     for _ in range(num_pieces):
         for stream in streams:
-            assert isinstance(next(stream), Piece)  # a completion would mean that fewer users are decoding
+            assert isinstance(
+                next(stream), Piece
+            )  # a completion would mean that fewer users are decoding
     return time.perf_counter() - start
 
 

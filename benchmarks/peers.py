@@ -22,14 +22,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.generation import BaseStreamer
 from transformers.utils import logging as transformers_logging
 from worker import SEED, VOCABULARY, Setting, peak_memory
 
 ALPHA, TAU = 0.1, 0.1
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names that peft still uses
+warnings.filterwarnings(
+    "ignore", category=FutureWarning
+)  # of transformers, about names that peft still uses
 transformers_logging.disable_progress_bar()
 
 
@@ -63,9 +71,13 @@ def prepare(setting: Setting) -> None:
 
 def _word_tokenizer() -> PreTrainedTokenizerFast:
     """Every token is a word, so each comes as one piece of text; none ends the answer."""
-    tokenizer = Tokenizer(models.WordLevel({f"word{i}": i for i in range(VOCABULARY)}, unk_token="word0"))
+    tokenizer = Tokenizer(
+        models.WordLevel({f"word{i}": i for i in range(VOCABULARY)}, unk_token="word0")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, chat_template="{{ messages }}")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=2048, chat_template="{{ messages }}"
+    )
 
 
 class Generate:
@@ -87,7 +99,9 @@ class Generate:
             if self._kind == "adapter":
                 self._model.set_adapter(f"user{user}")
             clock = _Clock()
-            ids = torch.tensor([self._setting.prompt(user, prompt_tokens)], device=self._setting.device)
+            ids = torch.tensor(
+                [self._setting.prompt(user, prompt_tokens)], device=self._setting.device
+            )
             answer = self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -128,7 +142,11 @@ class Mixed:
             return logits[:num_users], logits[num_users:]
 
         prompts = [self._setting.prompt(user, prompt_tokens) for user in range(num_users)]
-        return num_users * (num_tokens - 1) / _decode(forward, prompts, num_tokens, self._setting.device)
+        return (
+            num_users
+            * (num_tokens - 1)
+            / _decode(forward, prompts, num_tokens, self._setting.device)
+        )
 
 
 class TwoModels:
@@ -136,22 +154,31 @@ class TwoModels:
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        self._models = (_with_adapters(_load(setting), setting.adapters[:1]).merge_and_unload(), _load(setting))
+        self._models = (
+            _with_adapters(_load(setting), setting.adapters[:1]).merge_and_unload(),
+            _load(setting),
+        )
 
     @torch.inference_mode()
     def rate(self, num_users: int, prompt_tokens: int, num_tokens: int) -> float:
         """Tokens/s over the answers of ``num_users`` users in turn; the first one's weights serve for all."""
         seconds = 0.0
         for user in range(num_users):
-            forward = self._two_forwards([DynamicCache(config=model.config) for model in self._models])
+            forward = self._two_forwards(
+                [DynamicCache(config=model.config) for model in self._models]
+            )
             prompt = self._setting.prompt(user, prompt_tokens)
             seconds += _decode(forward, [prompt], num_tokens, self._setting.device)
         return num_users * (num_tokens - 1) / seconds
 
-    def _two_forwards(self, caches: list[DynamicCache]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def _two_forwards(
+        self, caches: list[DynamicCache]
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def forward(ids: Tensor) -> tuple[Tensor, Tensor]:
             user, base = (
-                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                model(
+                    input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+                ).logits[:, -1]
                 for model, cache in zip(self._models, caches, strict=True)
             )
             return user, base
@@ -168,7 +195,12 @@ class Torch:
     def about(self) -> dict[str, Any]:
         """Version, threads and, on a GPU, its name."""
         gpu = {} if self._device == "cpu" else {"gpu": torch.cuda.get_device_name()}
-        return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": self._device, **gpu}
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": self._device,
+            **gpu,
+        }
 
     def read_seconds(self, num_bytes: int, large: int = 1 << 30) -> float:
         """Seconds in which ``num_bytes`` can be read: the best rate over so many and over more than a cache holds."""
@@ -180,7 +212,9 @@ class Torch:
         seconds = []
         for _ in range(passes):
             start = time.perf_counter()
-            (matrix @ vector)[-1].item()  # a product with a vector reads each weight once; the item waits for a GPU
+            (matrix @ vector)[
+                -1
+            ].item()  # a product with a vector reads each weight once; the item waits for a GPU
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
@@ -204,19 +238,28 @@ class _Clock(BaseStreamer):
 
 
 def _load(setting: Setting) -> Any:
-    return AutoModelForCausalLM.from_pretrained(setting.base, dtype=torch.bfloat16).to(setting.device).eval()
+    return (
+        AutoModelForCausalLM.from_pretrained(setting.base, dtype=torch.bfloat16)
+        .to(setting.device)
+        .eval()
+    )
 
 
 def _with_adapters(model: Any, folders: list[Path]) -> Any:
     """``model`` with an adapter a user, in its own dtype: PEFT's default of float32 would cost two casts a layer."""
-    personal = PeftModel.from_pretrained(model, folders[0], adapter_name="user0", autocast_adapter_dtype=False)
+    personal = PeftModel.from_pretrained(
+        model, folders[0], adapter_name="user0", autocast_adapter_dtype=False
+    )
     for user, folder in enumerate(folders[1:], start=1):
         personal.load_adapter(folder, adapter_name=f"user{user}", autocast_adapter_dtype=False)
     return personal.eval()
 
 
 def _decode(
-    forward: Callable[[Tensor], tuple[Tensor, Tensor]], prompts: list[list[int]], num_tokens: int, device: str
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]],
+    prompts: list[list[int]],
+    num_tokens: int,
+    device: str,
 ) -> float:
     """Seconds from the first token to the last, greedy and contrastive; ``forward`` gives (user, base) logits ``(users, V)``."""
     ids = torch.tensor(prompts, device=device)

@@ -40,8 +40,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from langchain_cope.engine.base.base import STARTER, load_base
-from langchain_cope.engine.engine import Engine
+from langchain_cope.engine import STARTER, Engine, load_base
 from langchain_cope.evaluation.evaluate import evaluate
 from langchain_cope.training.adapter import lora_config, save_adapter
 from langchain_cope.training.dpo import train_dpo
@@ -57,20 +56,29 @@ from langchain_cope.training.trainer import arguments, tokenizer_copy
 def read_examples(options: Any, part: str) -> list[Example]:
     with options.users.open(encoding="utf-8") as file:
         rows = json.loads(file.readline())[part][-options.items :]
-    return [Example([{"role": "user", "content": row["prompt"]}], row["completion"]) for row in rows]
+    return [
+        Example([{"role": "user", "content": row["prompt"]}], row["completion"]) for row in rows
+    ]
 
 
-def our_chain(base: Any, examples: list[Example], pairs: list[Pair], recipe: Recipe, folder: Path) -> None:
+def our_chain(
+    base: Any, examples: list[Example], pairs: list[Pair], recipe: Recipe, folder: Path
+) -> None:
     """Everything that bare TRL does too: from text to two adapters, the negatives given."""
     items, _ = fit(base, examples, recipe.max_length, recipe.max_words)
     train_sft(base, items, recipe, folder / "sft", Watch("sft", unheard, never))
     train_dpo(base, pairs, recipe, folder / "sft", folder / "dpo", Watch("dpo", unheard, never))
 
 
-def bare_trl(base: Any, load: Callable[[], Any], texts: list[dict[str, Any]], recipe: Recipe, folder: Path) -> float:
+def bare_trl(
+    base: Any, load: Callable[[], Any], texts: list[dict[str, Any]], recipe: Recipe, folder: Path
+) -> float:
     """The same with TRL alone, on models of its own; returns the seconds without those that `load` takes."""
     seconds = 0.0
-    for stage, trainer_class, config_class in (("sft", SFTTrainer, SFTConfig), ("dpo", DPOTrainer, DPOConfig)):
+    for stage, trainer_class, config_class in (
+        ("sft", SFTTrainer, SFTConfig),
+        ("dpo", DPOTrainer, DPOConfig),
+    ):
         model = load()
         schedule = getattr(recipe, stage)
         extra = {"beta": recipe.dpo.beta, "loss_type": ["sigmoid"]} if stage == "dpo" else {}
@@ -78,13 +86,19 @@ def bare_trl(base: Any, load: Callable[[], Any], texts: list[dict[str, Any]], re
         started = time.perf_counter()
         trainer = trainer_class(
             model=model,
-            args=config_class(**arguments(base, schedule, len(texts), recipe.seed, str(folder)), **extra),
-            train_dataset=Dataset.from_list([{name: row[name] for name in columns} for row in texts]),
+            args=config_class(
+                **arguments(base, schedule, len(texts), recipe.seed, str(folder)), **extra
+            ),
+            train_dataset=Dataset.from_list(
+                [{name: row[name] for name in columns} for row in texts]
+            ),
             processing_class=tokenizer_copy(base),
             peft_config=lora_config(model, recipe.sft),
         )
         if stage == "dpo":
-            set_peft_model_state_dict(trainer.model, load_file(folder / "sft" / "adapter_model.safetensors"))
+            set_peft_model_state_dict(
+                trainer.model, load_file(folder / "sft" / "adapter_model.safetensors")
+            )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         save_adapter(trainer.model, base.name, folder / stage)
@@ -97,7 +111,9 @@ def as_texts(examples: list[Example], pairs: list[Pair]) -> list[dict[str, Any]]
     rows = []
     for pair in pairs:
         example = examples[pair.index]
-        own, other = ([{"role": "assistant", "content": text}] for text in (example.completion, pair.rejected))
+        own, other = (
+            [{"role": "assistant", "content": text}] for text in (example.completion, pair.rejected)
+        )
         rows.append({"prompt": example.prompt, "completion": own, "chosen": own, "rejected": other})
     return rows
 
@@ -109,7 +125,9 @@ def loader(model: str) -> Callable[[], Any]:
 
 def mine(engine: Engine, examples: list[Example], recipe: Recipe, sft: Path) -> list[Pair]:
     items, _ = fit(engine.base, examples, recipe.max_length, recipe.max_words)
-    return mine_negatives(engine, items, recipe, engine.load_adapter(sft), Watch("negatives", unheard, never))[0]
+    return mine_negatives(
+        engine, items, recipe, engine.load_adapter(sft), Watch("negatives", unheard, never)
+    )[0]
 
 
 def compare_times(
@@ -133,23 +151,41 @@ def compare_times(
                 run(scratch)
         print(f"  pair {turn}: ours {ours[-1]:6.2f} s, bare TRL {bare[-1]:6.2f} s", file=sys.stderr)
     ratios = [own / other for own, other in zip(ours[1:], bare[1:], strict=True)]
-    return {"ours_seconds": ours[1:], "bare_trl_seconds": bare[1:], "ratio": statistics.median(ratios)}
+    return {
+        "ours_seconds": ours[1:],
+        "bare_trl_seconds": bare[1:],
+        "ratio": statistics.median(ratios),
+    }
 
 
 def parameter_storage(result: TrainingResult, base: Any) -> float:
     """Distinct tensor storage alive in the process over that of the base and the two adapters."""
     gc.collect()
     tensors = [
-        found for found in gc.get_objects() if issubclass(type(found), torch.Tensor) and found.ndim <= 2
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), torch.Tensor) and found.ndim <= 2
     ]  # isinstance wakes lazy objects
-    alive = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    adapters = sum((folder / "adapter_model.safetensors").stat().st_size for folder in (result.sft, result.dpo))
+    alive = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
+    adapters = sum(
+        (folder / "adapter_model.safetensors").stat().st_size for folder in (result.sft, result.dpo)
+    )
     return sum(alive.values()) / (sum(p.nbytes for p in base.model.parameters()) + adapters)
 
 
 def peak_memory(options: Any, role: str, pairs_file: Path) -> int:
     """Greatest resident size, in bytes, of a fresh process in that role."""
-    command = [sys.executable, __file__, str(options.users), "--model", options.model, "--role", role]
+    command = [
+        sys.executable,
+        __file__,
+        str(options.users),
+        "--model",
+        options.model,
+        "--role",
+        role,
+    ]
     command += ["--pairs-file", str(pairs_file), "--items", str(options.items)]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(answer.stdout.splitlines()[-1])
@@ -157,7 +193,10 @@ def peak_memory(options: Any, role: str, pairs_file: Path) -> int:
 
 def play_role(options: Any) -> None:
     """What a fresh process does whose memory is measured."""
-    base, examples = load_base(options.model, dtype="float32", device="cpu"), read_examples(options, "history")
+    base, examples = (
+        load_base(options.model, dtype="float32", device="cpu"),
+        read_examples(options, "history"),
+    )
     recipe = Recipe.for_model(base, examples)
     pairs = [Pair(**row) for row in json.loads(options.pairs_file.read_text())]
     with tempfile.TemporaryDirectory() as scratch:
@@ -172,8 +211,14 @@ def peak_resident_bytes() -> int:
     """Greatest resident size of this process so far."""
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would include what the parent held when it forked
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def measure(options: Any, scratch: Path) -> dict[str, Any]:
@@ -182,7 +227,9 @@ def measure(options: Any, scratch: Path) -> dict[str, Any]:
     result = train_user(engine, examples, Recipe.for_model(base, examples), scratch / "whole")
     storage = parameter_storage(result, base)
     started = time.perf_counter()
-    evaluate(engine, read_examples(options, "queries"), result.recipe, sft=result.sft, dpo=result.dpo)
+    evaluate(
+        engine, read_examples(options, "queries"), result.recipe, sft=result.sft, dpo=result.dpo
+    )
     seconds = {**result.timings, "evaluate": round(time.perf_counter() - started, 3)}
     pairs = mine(engine, examples, result.recipe, result.sft)
     pairs_file = scratch / "pairs.json"
@@ -206,11 +253,17 @@ def measure(options: Any, scratch: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cost of personalizing one user, against bare TRL.")
+    parser = argparse.ArgumentParser(
+        description="Cost of personalizing one user, against bare TRL."
+    )
     parser.add_argument("users", type=Path, help="a JSONL of users; the first is taken")
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--pairs", type=int, default=5, help="measured alternating pairs, after one to warm up")
-    parser.add_argument("--items", type=int, default=32, help="newest items of the history that are trained on")
+    parser.add_argument(
+        "--pairs", type=int, default=5, help="measured alternating pairs, after one to warm up"
+    )
+    parser.add_argument(
+        "--items", type=int, default=32, help="newest items of the history that are trained on"
+    )
     parser.add_argument("--role", choices=("chain", "bare"), help=argparse.SUPPRESS)
     parser.add_argument("--pairs-file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -228,7 +281,11 @@ def main() -> None:
         print(f"  {stage:<24} {seconds:8.2f} s")
     for name, ratio in report["ratios"].items():
         print(f"  {name:<24} {ratio:8.3f}")
-    print(json.dumps({"model": options.model, "machine": machine, "torch": torch.__version__, **report}))
+    print(
+        json.dumps(
+            {"model": options.model, "machine": machine, "torch": torch.__version__, **report}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -24,21 +24,34 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import make_model
 
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine, Request, Sampling
+from langchain_cope.engine import Engine, Grammar, Request, Sampling, closed_schema, load_base
 from langchain_cope.engine.grammar.constraint import Constraint
-from langchain_cope.engine.grammar.schema import Grammar, closed_schema
 from langchain_cope.errors import InputError
 
-FORMATS = ("date-time", "date", "time", "email", "uuid", "ipv4", "ipv6", "hostname", "uri", "duration")
+FORMATS = (
+    "date-time",
+    "date",
+    "time",
+    "email",
+    "uuid",
+    "ipv4",
+    "ipv6",
+    "hostname",
+    "uri",
+    "duration",
+)
 NAMES = st.from_regex(r"[a-zA-Zäöü_][a-zA-Z0-9_ \"-]{0,9}", fullmatch=True)
 TOGETHER = 16
 
 
-def ranged(low: str, high: str, bounds: st.SearchStrategy[tuple[Any, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+def ranged(
+    low: str, high: str, bounds: st.SearchStrategy[tuple[Any, Any]]
+) -> st.SearchStrategy[dict[str, Any]]:
     """Either bound, both or none."""
     return st.builds(
-        lambda pair, keep: {k: v for k, v in zip((low, high), sorted(pair), strict=True) if k in keep},
+        lambda pair, keep: {
+            k: v for k, v in zip((low, high), sorted(pair), strict=True) if k in keep
+        },
         bounds,
         st.sets(st.sampled_from((low, high))),
     )
@@ -74,9 +87,9 @@ def objects(parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[
 
 def wider(parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
     """Schemas of parts."""
-    lists = st.tuples(parts, ranged("minItems", "maxItems", st.tuples(st.integers(0, 5), st.integers(0, 5)))).map(
-        lambda pair: {"type": "array", "items": pair[0], **pair[1]}
-    )
+    lists = st.tuples(
+        parts, ranged("minItems", "maxItems", st.tuples(st.integers(0, 5), st.integers(0, 5)))
+    ).map(lambda pair: {"type": "array", "items": pair[0], **pair[1]})
     alternatives = st.lists(parts, min_size=2, max_size=3).map(lambda several: {"anyOf": several})
     optional = parts.map(lambda part: {"anyOf": [part, {"type": "null"}]})
     return st.one_of(objects(parts), lists, alternatives, optional)
@@ -88,11 +101,19 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
     tree = whole.map(
         lambda s: {
             "type": "object",
-            "properties": {"value": s, "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
+            "properties": {
+                "value": s,
+                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+            },
             "required": ["value"],
         }
     )
-    return st.one_of(whole, whole, whole, tree.map(lambda node: {"$ref": "#/$defs/node", "$defs": {"node": node}}))
+    return st.one_of(
+        whole,
+        whole,
+        whole,
+        tree.map(lambda node: {"$ref": "#/$defs/node", "$defs": {"node": node}}),
+    )
 
 
 def main() -> None:
@@ -106,13 +127,17 @@ def main() -> None:
     accepted, refused = _accepted(drawn)
     masks = _timed_masks()
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine.of(load_base(make_model(Path(folder), context=4096), device="cpu", dtype="float32"))
+        engine = Engine.of(
+            load_base(make_model(Path(folder), context=4096), device="cpu", dtype="float32")
+        )
         found: Counter[str] = Counter()
         lengths: list[int] = []
         for start in range(0, len(accepted), TOGETHER):
             _check(engine, accepted[start : start + TOGETHER], options.tokens, found, lengths)
             print(
-                f"\r{min(start + TOGETHER, len(accepted))} of {len(accepted)}  {dict(found)}", end="", file=sys.stderr
+                f"\r{min(start + TOGETHER, len(accepted))} of {len(accepted)}  {dict(found)}",
+                end="",
+                file=sys.stderr,
             )
         engine.close()
     print(file=sys.stderr)
@@ -137,7 +162,11 @@ def main() -> None:
         "valid": round(found["valid"] / answered, 4),
         "cut": round(found["cut"] / answered, 4),
     }
-    print(json.dumps({"benchmark": "schemas", "options": vars(options), "figures": figures, "ratios": ratios}))
+    print(
+        json.dumps(
+            {"benchmark": "schemas", "options": vars(options), "figures": figures, "ratios": ratios}
+        )
+    )
 
 
 def _draw(count: int, number: int) -> list[dict[str, Any]]:
@@ -185,7 +214,13 @@ def _timed_masks() -> list[float]:
     return seconds
 
 
-def _check(engine: Engine, group: list[dict[str, Any]], budget: int, found: Counter[str], lengths: list[int]) -> None:
+def _check(
+    engine: Engine,
+    group: list[dict[str, Any]],
+    budget: int,
+    found: Counter[str],
+    lengths: list[int],
+) -> None:
     prompt = engine.base.prompt_ids([{"role": "user", "content": "Answer."}])
     requests = [
         Request(
@@ -202,7 +237,9 @@ def _check(engine: Engine, group: list[dict[str, Any]], budget: int, found: Coun
             continue
         try:
             validator = jsonschema.Draft202012Validator
-            validator(schema, format_checker=validator.FORMAT_CHECKER).validate(json.loads(answer.text))
+            validator(schema, format_checker=validator.FORMAT_CHECKER).validate(
+                json.loads(answer.text)
+            )
             found["valid"] += 1
         except (ValueError, jsonschema.ValidationError) as error:
             found["wrong"] += 1

@@ -41,11 +41,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from langchain_cope.engine.adapter_slots import AdapterSource
-from langchain_cope.engine.base.base import Base, load_base
+from langchain_cope.engine import (
+    Adapter,
+    AdapterSource,
+    Base,
+    Completion,
+    Contrast,
+    Engine,
+    EngineOptions,
+    Request,
+    Sampling,
+    load_base,
+)
 from langchain_cope.engine.decoding import sampling as engine_sampling
-from langchain_cope.engine.engine import Adapter, Completion, Engine, Request, Sampling
-from langchain_cope.engine.options import EngineOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from engine.reference import TIE, Reference, scores
@@ -59,7 +67,10 @@ NUM_THREADS, NUM_TASKS = 12, 24  # that submit, each one request at a time
 NUM_PROMPTS = 400  # fewer than requests, so that whole prompts come again
 PREFIX_CACHE = 2 << 20  # bytes: full, and evicting, long before the first third is over
 STALL = 120  # seconds without a finished request
-FLAT = 16, 4  # MB that resident memory may grow after the first third: in any case, and for each 1000 requests
+FLAT = (
+    16,
+    4,
+)  # MB that resident memory may grow after the first third: in any case, and for each 1000 requests
 CANCEL_SHARE = 0.2
 LIFETIME = 0.2  # seconds that a request lives here, about
 STOPS = ("e", "th", "a ", "\n", "he", "ing")
@@ -105,9 +116,16 @@ class Found:
 
 def main() -> None:
     options = _options()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names that peft still uses
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # of transformers, about names that peft still uses
     transformers_logging.disable_progress_bar()
-    state = {"benchmark": "soak", "cores": os.cpu_count(), "torch": torch.__version__, **vars(options)}
+    state = {
+        "benchmark": "soak",
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        **vars(options),
+    }
     print(json.dumps(state), flush=True)
     found = Found()
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +134,9 @@ def main() -> None:
         start = time.perf_counter()
         answers, memory = _soak(base, adapters, options, found)
         seconds = time.perf_counter() - start
-        print(f"{len(answers)} answers and {found.counts['cancelled']} cancelled in {seconds:.0f} s; now each alone")
+        print(
+            f"{len(answers)} answers and {found.counts['cancelled']} cancelled in {seconds:.0f} s; now each alone"
+        )
         _compare_all(base, adapters, answers, found)
     for line in [*found.errors, *found.leaks, *found.differences][:20]:
         print(line)
@@ -128,7 +148,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--users", type=int, default=200)
-    parser.add_argument("--slots", type=int, default=10, help="adapters that the engine keeps ready")
+    parser.add_argument(
+        "--slots", type=int, default=10, help="adapters that the engine keeps ready"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -178,7 +200,9 @@ def _make_task(chance: random.Random, prompts: Sequence[tuple[int, ...]], num_us
         seed=chance.randrange(1000),
     )
     return Task(
-        user=None if chance.random() < 0.1 else int(num_users * chance.random() ** 2),  # some ask more than others
+        user=None
+        if chance.random() < 0.1
+        else int(num_users * chance.random() ** 2),  # some ask more than others
         prompt=chance.choice(prompts),
         alpha=chance.choice((0.0, 0.1, 0.1, 0.5)),
         tau=chance.choice((0.01, 0.1, 0.1, 0.5)),
@@ -194,22 +218,33 @@ def _make_adapters(folder: Path, model: nn.Module, num_users: int) -> list[tuple
     return [
         (
             write_adapter(folder / f"user{user}a", model, seed=2 * user, rank=(2, 4, 8)[user % 3]),
-            write_adapter(folder / f"user{user}b", model, seed=2 * user + 1, rank=(2, 4, 8)[user % 3]),
+            write_adapter(
+                folder / f"user{user}b", model, seed=2 * user + 1, rank=(2, 4, 8)[user % 3]
+            ),
         )
         for user in range(num_users)
     ]
 
 
-def write_adapter(folder: Path, model: nn.Module, *, seed: int, rank: int = 4, scale: float = 0.15) -> Path:
+def write_adapter(
+    folder: Path, model: nn.Module, *, seed: int, rank: int = 4, scale: float = 0.15
+) -> Path:
     """A peft LoRA folder with random A and B for every linear layer but the head, written without peft."""
     generator = torch.Generator().manual_seed(seed)
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
+    linear = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and name != "lm_head"
+    }
     tensors: dict[str, Tensor] = {}
     for name, layer in linear.items():
         bound = 1 / math.sqrt(layer.in_features)
         down = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
         up = torch.empty(layer.out_features, rank).normal_(0, scale, generator=generator)
-        tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+        tensors |= {
+            f"base_model.model.{name}.lora_A.weight": down,
+            f"base_model.model.{name}.lora_B.weight": up,
+        }
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -221,7 +256,9 @@ def write_adapter(folder: Path, model: nn.Module, *, seed: int, rank: int = 4, s
     }
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8"
+    )
     return folder
 
 
@@ -235,8 +272,12 @@ def _soak(
     threads_before = set(threading.enumerate())
     engine = Engine(base, EngineOptions(adapter_slots=options.slots, prefix_cache=PREFIX_CACHE))
     users = _Users(engine, adapters, _make_tasks(options, base.vocabulary_size), found)
-    workers = [threading.Thread(target=users.ask_from_thread, daemon=True) for _ in range(NUM_THREADS)]
-    workers.append(threading.Thread(target=lambda: asyncio.run(users.ask_from_tasks()), daemon=True))
+    workers = [
+        threading.Thread(target=users.ask_from_thread, daemon=True) for _ in range(NUM_THREADS)
+    ]
+    workers.append(
+        threading.Thread(target=lambda: asyncio.run(users.ask_from_tasks()), daemon=True)
+    )
     for worker in workers:
         worker.start()
     resident = _watch(workers, users, options.requests)
@@ -251,7 +292,9 @@ def _soak(
 class _Users:
     """Everyone who asks: takes tasks in turn, sends them in the version that is published by then, keeps what comes back."""
 
-    def __init__(self, engine: Engine, adapters: list[tuple[Path, Path]], tasks: Sequence[Task], found: Found) -> None:
+    def __init__(
+        self, engine: Engine, adapters: list[tuple[Path, Path]], tasks: Sequence[Task], found: Found
+    ) -> None:
         self.answers: list[Answer] = []
         self.num_done = 0
         self._engine, self._adapters, self._found = engine, adapters, found
@@ -269,7 +312,9 @@ class _Users:
             try:
                 stream = self._engine.stream(self._request(task, version))
                 self._publish(task)
-                wanted = None if task.cancel is None else int(task.cancel * task.sampling.max_tokens)
+                wanted = (
+                    None if task.cancel is None else int(task.cancel * task.sampling.max_tokens)
+                )
                 while len(pieces) != wanted:
                     event = next(stream)
                     if isinstance(event, Completion):
@@ -330,14 +375,18 @@ class _Users:
             source = AdapterSource(f"user{task.user}@{version}", lambda: folder)
         return _request(task, source)
 
-    def _keep(self, task: Task, version: int, pieces: Sequence[str], completion: Completion) -> None:
+    def _keep(
+        self, task: Task, version: int, pieces: Sequence[str], completion: Completion
+    ) -> None:
         answer = _answer(task, version, completion)
         with self._lock:
             self.num_done += 1
             self.answers.append(answer)
             self._found.counts.update(answers=1, tokens=len(answer.tokens))
             if "".join(pieces) != completion.text:
-                self._found.differences.append(f"the pieces {pieces} are not the text {completion.text!r}")
+                self._found.differences.append(
+                    f"the pieces {pieces} are not the text {completion.text!r}"
+                )
 
     def _cancelled(self) -> None:
         with self._lock:
@@ -351,18 +400,26 @@ class _Users:
 
 
 def _request(task: Task, adapter: Adapter | AdapterSource | None) -> Request:
-    return Request(task.prompt, adapter, task.alpha, task.tau, task.sampling, logprobs=task.logprobs)
+    return Request(
+        task.prompt, adapter, Contrast(task.alpha, task.tau), task.sampling, logprobs=task.logprobs
+    )
 
 
 def _answer(task: Task, version: int, completion: Completion) -> Answer:
-    logprobs = tuple(value for token in completion.logprobs for value in (token.log_p_user, token.log_p_base))
-    return Answer(task, version, completion.token_ids, completion.text, completion.finish_reason, logprobs)
+    logprobs = tuple(
+        value for token in completion.logprobs for value in (token.log_p_user, token.log_p_base)
+    )
+    return Answer(
+        task, version, completion.token_ids, completion.text, completion.finish_reason, logprobs
+    )
 
 
 # Memory, rows and threads
 
 
-def _watch(workers: Sequence[threading.Thread], users: _Users, num_requests: int) -> list[tuple[int, float]]:
+def _watch(
+    workers: Sequence[threading.Thread], users: _Users, num_requests: int
+) -> list[tuple[int, float]]:
     """(requests done, resident MB) from time to time until all workers have ended; exits with stacks after a standstill."""
     resident: list[tuple[int, float]] = []
     moved, done = time.monotonic(), 0
@@ -374,7 +431,11 @@ def _watch(workers: Sequence[threading.Thread], users: _Users, num_requests: int
             resident.append((done, _resident_mb()))
         if time.monotonic() - moved > STALL:
             faulthandler.dump_traceback(all_threads=True)
-            print(json.dumps({"benchmark": "soak", "errors": f"no request ended for {STALL} s, {done} had"}))
+            print(
+                json.dumps(
+                    {"benchmark": "soak", "errors": f"no request ended for {STALL} s, {done} had"}
+                )
+            )
             os._exit(1)
     return resident
 
@@ -393,7 +454,9 @@ def _growth(resident: list[tuple[int, float]], num_requests: int, found: Found) 
     thousands = (last - first) / 1000
     in_any_case, each_thousand = FLAT
     if end - warm > in_any_case + each_thousand * thousands:
-        found.leaks.append(f"resident memory grew from {warm:.0f} to {end:.0f} MB over {last - first} requests")
+        found.leaks.append(
+            f"resident memory grew from {warm:.0f} to {end:.0f} MB over {last - first} requests"
+        )
     print(f"resident memory: {warm:.1f} MB after {first} requests, {end:.1f} MB after {last}")
     return {
         "resident_mb_after_a_third": round(warm, 1),
@@ -419,7 +482,9 @@ def _look_for_leaks(engine: Engine, found: Found) -> None:
 # Each alone
 
 
-def _compare_all(base: Base, adapters: list[tuple[Path, Path]], answers: Sequence[Answer], found: Found) -> None:
+def _compare_all(
+    base: Base, adapters: list[tuple[Path, Path]], answers: Sequence[Answer], found: Found
+) -> None:
     """Hold every answer against that of an engine which decodes nothing else."""
     alone = Engine(base, EngineOptions(speculation=False, prefix_cache=0))
     load = lru_cache(maxsize=None)(alone.load_adapter)
@@ -446,7 +511,9 @@ def _compare(answer: Answer, alone: Answer, judge: "_Judge", found: Found) -> No
         else:
             found.differences.append(f"{what}: {finding}")
     elif (answer.text, answer.finish_reason) != (alone.text, alone.finish_reason):
-        found.differences.append(f"{what}: {answer.text!r} {answer.finish_reason}, alone {alone.text!r}")
+        found.differences.append(
+            f"{what}: {answer.text!r} {answer.finish_reason}, alone {alone.text!r}"
+        )
     elif len(answer.logprobs) != len(alone.logprobs) or any(
         abs(a - b) > 1e-3 for a, b in zip(answer.logprobs, alone.logprobs, strict=True)
     ):
@@ -468,9 +535,21 @@ class _Judge:
             return f"{len(answer.tokens)} tokens, alone {len(alone.tokens)}"
         adapter = None if task.user is None else self._adapters[task.user][answer.version % 2]
         ids = [*task.prompt, *answer.tokens[:step]]
-        user, base = (rows[-1] for rows in Reference(Path(self._base.source), adapter).log_probs(ids))
+        user, base = (
+            rows[-1] for rows in Reference(Path(self._base.source), adapter).log_probs(ids)
+        )
         ours, theirs = both[step]
-        return judge_tie(user, base, task.alpha if adapter else 0.0, task.tau, task.sampling, ids, step, ours, theirs)
+        return judge_tie(
+            user,
+            base,
+            task.alpha if adapter else 0.0,
+            task.tau,
+            task.sampling,
+            ids,
+            step,
+            ours,
+            theirs,
+        )
 
 
 def judge_tie(

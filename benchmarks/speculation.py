@@ -47,9 +47,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from worker import SEED, Worker, machine
 
-from langchain_cope.engine.base.base import STARTER, load_base
-from langchain_cope.engine.engine import Engine, Request, Sampling
-from langchain_cope.engine.options import EngineOptions
+from langchain_cope.engine import STARTER, Engine, EngineOptions, Request, Sampling, load_base
 
 ALPHA, TAU = 0.1, 0.1
 EXAMPLES = Path(__file__).parents[1] / "examples" / "data" / "user.jsonl"
@@ -104,12 +102,17 @@ class Found:
 
     def ratios(self, figure: str) -> list[float]:
         """Without / with, round by round, of ``seconds`` or ``steps``."""
-        return [getattr(off, figure) / getattr(on, figure) for off, on in zip(self.off, self.on, strict=True)]
+        return [
+            getattr(off, figure) / getattr(on, figure)
+            for off, on in zip(self.off, self.on, strict=True)
+        ]
 
     def answers(self) -> Iterator[tuple[list[int], tuple[int, ...], tuple[int, ...], int]]:
         """(prompt, answer without, answer with, seed), over all rounds but the one that warms up."""
         for prompts, off, on in zip(self.case.rounds[1:], self.off, self.on, strict=True):
-            for seed, (prompt, plain, fast) in enumerate(zip(prompts, off.answers, on.answers, strict=True)):
+            for seed, (prompt, plain, fast) in enumerate(
+                zip(prompts, off.answers, on.answers, strict=True)
+            ):
                 yield prompt, plain, fast, seed
 
 
@@ -141,9 +144,14 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=5, help="rounds in which both answer the same requests once")
     parser.add_argument(
-        "--prompts", type=Path, default=EXAMPLES, help="users' texts as JSON lines, asked of the starter"
+        "--rounds", type=int, default=5, help="rounds in which both answer the same requests once"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        default=EXAMPLES,
+        help="users' texts as JSON lines, asked of the starter",
     )
     parser.add_argument("--train-steps", type=int, default=2000)
     return parser.parse_args()
@@ -156,12 +164,19 @@ def draw_quote(chance: random.Random, kind: str, sentences: int, words: int) -> 
     """A text of so many sentences of so many words, none twice, each with a mark of its own; an instruction; and the answer."""
     drawn, marks = chance.sample(WORDS, sentences * words + 1), chance.sample(MARKS, sentences)
     new, drawn = drawn[0], drawn[1:]
-    text = [w for number, mark in enumerate(marks) for w in (*drawn[number * words : (number + 1) * words], mark)]
+    text = [
+        w
+        for number, mark in enumerate(marks)
+        for w in (*drawn[number * words : (number + 1) * words], mark)
+    ]
     if kind == "copy":
         return [*text, COPY, ANSWER], [*text, END]
     if kind == "replace":
         old = chance.choice(drawn)
-        return [*text, REPLACE, old, new, ANSWER], [*(new if word == old else word for word in text), END]
+        return [*text, REPLACE, old, new, ANSWER], [
+            *(new if word == old else word for word in text),
+            END,
+        ]
     last = chance.choice(marks[sentences // 2 :])
     return [*text, UNTIL, last, ANSWER], [*text[: text.index(last) + 1], END]
 
@@ -180,7 +195,9 @@ def train(steps: int) -> LlamaForCausalLM:
     )
     for step in range(steps):
         short = step < 0.4 * steps
-        sentences, words = (chance.randint(2, 3), (2, 6)) if short else (chance.randint(2, 6), (3, 8))
+        sentences, words = (
+            (chance.randint(2, 3), (2, 6)) if short else (chance.randint(2, 6), (3, 8))
+        )
         quotes = [
             draw_quote(chance, chance.choice(KINDS), sentences, chance.randint(*words))
             for _ in range(64 if sentences < 4 else 32)
@@ -221,7 +238,9 @@ def _loss(model: nn.Module, quotes: Sequence[Quote]) -> Tensor:
         ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     logits = model(input_ids=ids).logits[:, :-1]
-    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
+    return nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1)
+    )
 
 
 @torch.inference_mode()
@@ -235,8 +254,12 @@ def accuracy(model: Any, num_texts: int = 20) -> dict[str, float]:
             prompt, answer = draw_quote(chance, kind, 6, 8)
             ids = torch.tensor([prompt])
             mask = torch.ones_like(ids)
-            decoded = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=len(answer))
-            right += sum(a == b for a, b in zip(decoded[0, len(prompt) :].tolist(), answer, strict=False))
+            decoded = model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=len(answer)
+            )
+            right += sum(
+                a == b for a, b in zip(decoded[0, len(prompt) :].tolist(), answer, strict=False)
+            )
             total += len(answer)
         found[kind] = round(right / total, 3)
     return found
@@ -249,22 +272,30 @@ def enlarge(small: LlamaForCausalLM) -> LlamaForCausalLM:
     large = _random_llama(eos_token_id=END, rms_norm_eps=have.rms_norm_eps * have.hidden_size / 576)
     width, inner, size = have.hidden_size, have.intermediate_size, large.config.head_dim
     group = large.config.num_attention_heads // large.config.num_key_value_heads
-    shrink = math.sqrt(width / 576)  # a root mean square over 576 numbers of which only the first are not 0
-    large.model.embed_tokens.weight.zero_()[:SMALL_VOCABULARY, :width] = small.model.embed_tokens.weight
+    shrink = math.sqrt(
+        width / 576
+    )  # a root mean square over 576 numbers of which only the first are not 0
+    large.model.embed_tokens.weight.zero_()[:SMALL_VOCABULARY, :width] = (
+        small.model.embed_tokens.weight
+    )
     large.model.norm.weight[:width] = shrink * small.model.norm.weight
     for layer in large.model.layers:  # what they write to the residual stream
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     for ours, theirs in zip(large.model.layers, small.model.layers, strict=False):
         ours.input_layernorm.weight[:width] = shrink * theirs.input_layernorm.weight
-        ours.post_attention_layernorm.weight[:width] = shrink * theirs.post_attention_layernorm.weight
+        ours.post_attention_layernorm.weight[:width] = (
+            shrink * theirs.post_attention_layernorm.weight
+        )
         ours.mlp.gate_proj.weight[:inner, :width] = theirs.mlp.gate_proj.weight
         ours.mlp.up_proj.weight[:inner, :width] = theirs.mlp.up_proj.weight
         ours.mlp.down_proj.weight[:width, :inner] = theirs.mlp.down_proj.weight
         attention, from_attention = ours.self_attn, theirs.self_attn
         attention.k_proj.weight[:width, :width] = from_attention.k_proj.weight
         attention.v_proj.weight[:width, :width] = from_attention.v_proj.weight
-        for head in range(have.num_attention_heads):  # the first of each group of heads that share keys and values
+        for head in range(
+            have.num_attention_heads
+        ):  # the first of each group of heads that share keys and values
             here = slice(head * size, (head + 1) * size)
             there = slice(head * group * size, (head * group + 1) * size)
             attention.q_proj.weight[there, :width] = from_attention.q_proj.weight[here]
@@ -295,7 +326,9 @@ def _write_models(folder: Path, steps: int) -> tuple[dict[str, float], float]:
     small = train(steps)
     seconds = round(time.perf_counter() - start, 1)
     right = accuracy(small)
-    print(f"trained in {seconds:.0f} s; tokens right when decoding unseen texts: {right}", flush=True)
+    print(
+        f"trained in {seconds:.0f} s; tokens right when decoding unseen texts: {right}", flush=True
+    )
     if min(right.values()) < ACCURACY:
         sys.exit(f"the model did not learn to quote ({right}): give it more --train-steps")
     for name, model in (("small", small), ("large", enlarge(small)), ("random", _random_llama())):
@@ -314,7 +347,9 @@ def _write(model: LlamaForCausalLM, folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     context = model.config.max_position_embeddings
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, chat_template="{{ messages }}")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=context, chat_template="{{ messages }}"
+    )
     fast.save_pretrained(folder)
 
 
@@ -328,7 +363,9 @@ def _cases(folder: Path, options: argparse.Namespace) -> list[Case]:
     noise = (folder / "random", folder / "random_adapter", "bfloat16")
     starter = (STARTER, folder / "starter_adapter", "float32")
     quoting = [Case(kind, *small, _quotes(rounds, 8, [kind]), 80, quotes=True) for kind in KINDS]
-    quoting.append(Case("8 users, all kinds", *small, _quotes(rounds, 16, KINDS), 80, quotes=True, together=8))
+    quoting.append(
+        Case("8 users, all kinds", *small, _quotes(rounds, 16, KINDS), 80, quotes=True, together=8)
+    )
     quoting.append(Case("134M, all kinds", *large, _quotes(rounds, 3, KINDS), 80, quotes=True))
     texts = _starter_prompts(options.prompts, rounds)
     random_words = [[_random_prompt(f"{turn} {i}") for i in range(8)] for turn in range(rounds)]
@@ -338,7 +375,15 @@ def _cases(folder: Path, options: argparse.Namespace) -> list[Case]:
         Case("starter, 8 users", *starter, texts, 32, quotes=False, together=8),
         Case("starter, sampled", *starter, texts, 32, quotes=False, temperature=1.0),
         Case("134M, sampled", *noise, first_two, 32, quotes=False, temperature=1.0),
-        Case("134M, sampled, 8 users", *noise, random_words, 32, quotes=False, temperature=1.0, together=8),
+        Case(
+            "134M, sampled, 8 users",
+            *noise,
+            random_words,
+            32,
+            quotes=False,
+            temperature=1.0,
+            together=8,
+        ),
     ]
     return quoting + others
 
@@ -352,8 +397,12 @@ def _quotes(rounds: int, each: int, kinds: Sequence[str]) -> list[list[list[int]
 
 def _starter_prompts(path: Path, rounds: int, each: int = 8) -> list[list[list[int]]]:
     """Token ids of that many real prompts a round, of as many users as the file has; none twice while there are enough."""
-    users = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    by_user = itertools.zip_longest(*([item["prompt"] for item in user["history"]] for user in users))
+    users = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+    by_user = itertools.zip_longest(
+        *([item["prompt"] for item in user["history"]] for user in users)
+    )
     texts = itertools.cycle([text for turn in by_user for text in turn if text is not None])
     base = load_base(STARTER, device="cpu", dtype="float32")
     ids = (base.prompt_ids([{"role": "user", "content": text}]) for text in texts)
@@ -371,12 +420,16 @@ def _random_prompt(seed: str) -> list[int]:
 class Side:
     """Our engine over one base, with speculation or without."""
 
-    def __init__(self, base: Path, adapter: Path, dtype: str, device: str, speculation: bool) -> None:
+    def __init__(
+        self, base: Path, adapter: Path, dtype: str, device: str, speculation: bool
+    ) -> None:
         loaded = load_base(base, device=device, dtype=dtype)
         self._engine = Engine.of(loaded, EngineOptions(speculation=speculation))
         self._adapter = self._engine.load_adapter(adapter)
 
-    def answer(self, prompts: list[list[int]], num_tokens: int, temperature: float, together: int) -> Run:
+    def answer(
+        self, prompts: list[list[int]], num_tokens: int, temperature: float, together: int
+    ) -> Run:
         """Answer ``prompts``, so many at a time."""
         requests = [
             Request(prompt, self._adapter, ALPHA, TAU, Sampling(num_tokens, temperature, seed=seed))
@@ -385,7 +438,9 @@ class Side:
         steps_before = self._engine.statistics().steps
         start = time.perf_counter()
         groups = [requests[i : i + together] for i in range(0, len(requests), together)]
-        completions = [completion for group in groups for completion in self._engine.generate(group)]
+        completions = [
+            completion for group in groups for completion in self._engine.generate(group)
+        ]
         seconds = time.perf_counter() - start
         steps = self._engine.statistics().steps - steps_before
         return Run(seconds, steps, [completion.token_ids for completion in completions])
@@ -398,7 +453,11 @@ def _measure(case: Case, device: str) -> Found:
         sides = [
             (
                 runs,
-                stack.enter_context(Worker("__main__:Side", case.base, case.adapter, case.dtype, device, speculation)),
+                stack.enter_context(
+                    Worker(
+                        "__main__:Side", case.base, case.adapter, case.dtype, device, speculation
+                    )
+                ),
             )
             for runs, speculation in ((found.off, False), (found.on, True))
         ]
@@ -446,7 +505,9 @@ def _figures(found: Found) -> dict[str, Any]:
 
 
 def _ratios(found: Sequence[Found]) -> dict[str, float]:
-    small = [each for each in found if each.case.quotes and each.case.exact and each.case.together == 1]
+    small = [
+        each for each in found if each.case.quotes and each.case.exact and each.case.together == 1
+    ]
     large = [each for each in found if each.case.quotes and not each.case.exact]
     others = [each for each in found if not each.case.quotes]
 

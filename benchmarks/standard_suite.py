@@ -68,22 +68,33 @@ class TestChatHuggingFace(Suite):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a path or a Hugging Face id; by default a tiny random Llama made here")
+    parser.add_argument(
+        "--model", help="a path or a Hugging Face id; by default a tiny random Llama made here"
+    )
     parser.add_argument("--seconds", type=int, default=120, help="for one test, at most")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or _tiny(Path(folder) / "base")
         suite = Path(folder) / "test_suite.py"
         suite.write_text(SUITE, encoding="utf-8")
-        found = {name: _run(suite, name, model, options.seconds) for name in ("ChatHuggingFace", "ChatCoPe")}
+        found = {
+            name: _run(suite, name, model, options.seconds)
+            for name in ("ChatHuggingFace", "ChatCoPe")
+        }
     tests = sorted({test for results in found.values() for test in results})
     print(f"\n{'test':<52}" + "".join(f"{name:>18}" for name in found))
     for test in tests:
-        print(f"{test:<52}" + "".join(f"{results.get(test, 'not run'):>18}" for results in found.values()))
+        print(
+            f"{test:<52}"
+            + "".join(f"{results.get(test, 'not run'):>18}" for results in found.values())
+        )
     counts = {name: dict(Counter(results.values())) for name, results in found.items()}
     print(f"\n{'':<18}{'passed':>8}{'failed':>8}{'skipped':>8}")
     for name, count in counts.items():
-        print(f"{name:<18}" + "".join(f"{count.get(kind, 0):>8}" for kind in ("passed", "failed", "skipped")))
+        print(
+            f"{name:<18}"
+            + "".join(f"{count.get(kind, 0):>8}" for kind in ("passed", "failed", "skipped"))
+        )
     passed = [counts[name].get("passed", 0) for name in ("ChatCoPe", "ChatHuggingFace")]
     ratios = {"passed_vs_chat_hugging_face": round(passed[0] / max(passed[1], 1), 2)}
     print(
@@ -121,13 +132,22 @@ def _run(suite: Path, name: str, model: str, seconds: int) -> dict[str, str]:
         "ignore",
     ]
     command += ["-o", f"timeout={seconds}", "-o", "asyncio_mode=auto", f"--junitxml={report}"]
-    environment = {**os.environ, "COPE_SUITE_MODEL": model, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, env=environment, cwd=suite.parent, stdout=subprocess.DEVNULL, check=False)
+    environment = {
+        **os.environ,
+        "COPE_SUITE_MODEL": model,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    subprocess.run(
+        command, env=environment, cwd=suite.parent, stdout=subprocess.DEVNULL, check=False
+    )
     results = {}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}
         failed = kinds & {"failure", "error"}
-        results[case.get("name", "")] = "failed" if failed else "skipped" if "skipped" in kinds else "passed"
+        results[case.get("name", "")] = (
+            "failed" if failed else "skipped" if "skipped" in kinds else "passed"
+        )
     return results
 
 

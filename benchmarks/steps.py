@@ -64,7 +64,11 @@ def main() -> None:
 def _sizes(ours: Worker, rounds: int, num_tokens: int) -> Mapping[str, list[float]]:
     ways = {
         f"{users} user{'s' if users > 1 else ''}, {context} tokens": partial(
-            ours.run, "step_milliseconds", num_users=users, prompt_tokens=context, num_tokens=num_tokens
+            ours.run,
+            "step_milliseconds",
+            num_users=users,
+            prompt_tokens=context,
+            num_tokens=num_tokens,
         )
         for users in USERS
         for context in CONTEXTS
@@ -82,10 +86,14 @@ def _adapters(ours: Worker, setting: Setting) -> dict[str, list[float]]:
     return {name: [one[key] for one in measured] for key, name in names.items()}
 
 
-def _against_limit(ours: Worker, torch: Worker, rounds: int, num_tokens: int) -> dict[str, list[float]]:
+def _against_limit(
+    ours: Worker, torch: Worker, rounds: int, num_tokens: int
+) -> dict[str, list[float]]:
     weight_bytes = ours.run("weight_bytes")
     ways = {
-        STEP: partial(ours.run, "step_milliseconds", num_users=1, prompt_tokens=SHORT, num_tokens=num_tokens),
+        STEP: partial(
+            ours.run, "step_milliseconds", num_users=1, prompt_tokens=SHORT, num_tokens=num_tokens
+        ),
         LIMIT: lambda: 1000 * torch.run("read_seconds", num_bytes=weight_bytes),
     }
     return alternate(ways, rounds)
@@ -93,7 +101,9 @@ def _against_limit(ours: Worker, torch: Worker, rounds: int, num_tokens: int) ->
 
 def _parts(ours: Worker, rounds: int, num_tokens: int) -> dict[str, list[float]]:
     """What a step of one user goes to; the first recording warms up."""
-    recorded = [ours.run("profile", prompt_tokens=SHORT, num_tokens=num_tokens) for _ in range(rounds + 1)][1:]
+    recorded = [
+        ours.run("profile", prompt_tokens=SHORT, num_tokens=num_tokens) for _ in range(rounds + 1)
+    ][1:]
     return {kind: [one[kind] for one in recorded] for kind in recorded[0]}
 
 

@@ -46,7 +46,9 @@ from adapter_store.facts import AdapterVersion, FileFacts, UserHead
 from adapter_store.log import now
 
 BASE = {"weights": "ab" * 32, "architecture": "cd" * 32, "tokenizer": "ef" * 32, "model": "starter"}
-METRICS = {way: {"nll": 4.7, "rouge1": 0.15, "rougeL": 0.14} for way in ("base", "sft", "dpo", "cope")}
+METRICS = {
+    way: {"nll": 4.7, "rouge1": 0.15, "rougeL": 0.14} for way in ("base", "sft", "dpo", "cope")
+}
 Figures = dict[str, Any]
 
 
@@ -122,7 +124,8 @@ def peft_ways(folder: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
     base = Path(langchain_cope.__file__).parent / "starter"
     torch.set_num_threads(1)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=42, target_modules=["q_proj", "v_proj"])
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=42, target_modules=["q_proj", "v_proj"]),
     )
 
     def save() -> None:
@@ -135,7 +138,9 @@ def peft_ways(folder: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return save, load
 
 
-def mlflow_ways(folder: Path, source: Path) -> tuple[Callable[[], Any] | None, Callable[[], Any] | None]:
+def mlflow_ways(
+    folder: Path, source: Path
+) -> tuple[Callable[[], Any] | None, Callable[[], Any] | None]:
     """Log the two files as artifacts of a run with its metrics, and load them again, in MLflow's file store."""
     try:
         import mlflow
@@ -147,7 +152,9 @@ def mlflow_ways(folder: Path, source: Path) -> tuple[Callable[[], Any] | None, C
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     client = MlflowClient(tracking_uri=(folder / "mlflow").as_uri())
-    experiment = client.create_experiment("alice", artifact_location=(folder / "mlflow-artifacts").as_uri())
+    experiment = client.create_experiment(
+        "alice", artifact_location=(folder / "mlflow-artifacts").as_uri()
+    )
     runs: list[str] = []
 
     def publish() -> None:
@@ -161,7 +168,9 @@ def mlflow_ways(folder: Path, source: Path) -> tuple[Callable[[], Any] | None, C
         runs.append(run.info.run_id)
 
     def load() -> None:
-        [run] = client.search_runs([experiment], max_results=1, order_by=["attributes.start_time DESC"])
+        [run] = client.search_runs(
+            [experiment], max_results=1, order_by=["attributes.start_time DESC"]
+        )
         path = Path(mlflow.artifacts.download_artifacts(
             artifact_uri=f"{run.info.artifact_uri}/adapter", tracking_uri=(folder / "mlflow").as_uri()
         ))  # fmt: skip
@@ -178,7 +187,9 @@ def throughput(place: str, num_bytes: int, seconds: float, processes: int, kind:
     """Operations a second of so many processes together, each on users of its own."""
     command = [sys.executable, __file__, "--work", kind, place, str(num_bytes), str(seconds)]
     children = [
-        subprocess.Popen([*command, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for number in range(processes)
     ]
     for child in children:
@@ -217,7 +228,9 @@ def work(kind: str, place: str, num_bytes: int, seconds: float, number: int) -> 
 
 def throughputs(place: str, num_bytes: int, seconds: float) -> Figures:
     return {
-        f"{kind}_per_second_{processes}_processes": round(throughput(place, num_bytes, seconds, processes, kind), 1)
+        f"{kind}_per_second_{processes}_processes": round(
+            throughput(place, num_bytes, seconds, processes, kind), 1
+        )
         for kind in ("publish", "cold", "warm")
         for processes in (1, 4)
     }
@@ -232,7 +245,10 @@ def resolves(folder: Path, turns: int) -> Figures:
     found: Figures = {}
     for num_entries in (10, 100, 1000):
         user = f"user {num_entries}"
-        one, other = (store.publish(user, make_adapter(n, 64), base=BASE, metrics=METRICS).version for n in range(2))
+        one, other = (
+            store.publish(user, make_adapter(n, 64), base=BASE, metrics=METRICS).version
+            for n in range(2)
+        )
         for number in range(num_entries - 2):
             store.activate(user, (one, other)[number % 2])
 
@@ -263,7 +279,10 @@ def many_users(folder: Path, num_users: int) -> Figures:
         path.write_bytes(encode(head))
     made = time.perf_counter() - started
     picks = iter(range(0, num_users - 1, max(1, num_users // 500)))
-    cold = [timed(lambda: AdapterStore(folder / "many").resolve(f"user {next(picks)}")) for _ in range(400)]
+    cold = [
+        timed(lambda: AdapterStore(folder / "many").resolve(f"user {next(picks)}"))
+        for _ in range(400)
+    ]
     started = time.perf_counter()
     listed = sum(1 for _ in opened.log.user_keys())
     keys_seconds = time.perf_counter() - started
@@ -317,8 +336,12 @@ def main() -> None:
         kind, place, num_bytes, seconds, number = sys.argv[2:]
         work(kind, place, int(num_bytes), float(seconds), int(number))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bytes", type=int, default=1_200_000, help="of the adapters in operations a second")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--bytes", type=int, default=1_200_000, help="of the adapters in operations a second"
+    )
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=5, help="of each throughput")
     parser.add_argument("--users", type=int, default=10_000, help="of the store with many users")
@@ -341,7 +364,9 @@ def main() -> None:
         for way in ("peft_folder", "mlflow", "bare_files")
     }
     ratios["warm_resolve_vs_stat"] = resolve["warm_100_entries"] / resolve["stat"]
-    ratios["cold_resolve_1000_vs_10_entries"] = resolve["cold_1000_entries"] / resolve["cold_10_entries"]
+    ratios["cold_resolve_1000_vs_10_entries"] = (
+        resolve["cold_1000_entries"] / resolve["cold_10_entries"]
+    )
     figures = {
         "ratios": {name: value and round(value, 3) for name, value in ratios.items()},
         "write_ms": {name: round(1e3 * seconds, 2) for name, seconds in beside["write"].items()},
@@ -351,7 +376,9 @@ def main() -> None:
         "s3_moto": remote,
         "many_users": many,
     }
-    print(f"an adapter of {beside['bytes']} bytes beside the others; {given.bytes} bytes for operations a second")
+    print(
+        f"an adapter of {beside['bytes']} bytes beside the others; {given.bytes} bytes for operations a second"
+    )
     for name, rows in figures.items():
         print(f"\n{name}")
         for key, value in rows.items():

@@ -29,7 +29,13 @@ def fuzz(minutes: float, seed: int = 0) -> dict[str, Any]:
         outside = snapshot(folder, "store")
         good = AdapterStore(folder / "store")
         for number in range(3):
-            good.publish("alice", make_adapter(number, 256), base=BASE, metrics={"dpo": {"nll": 1.5}}, reason="why")
+            good.publish(
+                "alice",
+                make_adapter(number, 256),
+                base=BASE,
+                metrics={"dpo": {"nll": 1.5}},
+                reason="why",
+            )
         archive = good.export_user("alice", folder / "alice.tar").read_bytes()
         outside = snapshot(folder, "store")
         kinds = [fuzz_entry, fuzz_root, fuzz_weights, fuzz_user_id, fuzz_archive]
@@ -41,10 +47,18 @@ def fuzz(minutes: float, seed: int = 0) -> dict[str, Any]:
                 counts[f"{kind.__name__} refused"] = counts.get(f"{kind.__name__} refused", 0) + 1
             else:
                 counts[f"{kind.__name__} taken"] = counts.get(f"{kind.__name__} taken", 0) + 1
-        assert snapshot(folder, "store", "fuzzed.tar") == outside, "something outside the store was touched"
+        assert snapshot(folder, "store", "fuzzed.tar") == outside, (
+            "something outside the store was touched"
+        )
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert megabytes < 1000, f"{megabytes:.0f} MB"
-    return {"seconds": 60 * minutes, "seed": seed, "cases": sum(counts.values()), "peak_mb": round(megabytes), **counts}
+    return {
+        "seconds": 60 * minutes,
+        "seed": seed,
+        "cases": sum(counts.values()),
+        "peak_mb": round(megabytes),
+        **counts,
+    }
 
 
 def snapshot(folder: Path, *left_out: str) -> dict[str, bytes]:
@@ -129,7 +143,9 @@ def fuzz_weights(folder: Path, chance: random.Random, _: bytes) -> None:
     else:
         size = int.from_bytes(files[layout.WEIGHTS][:8], "little")
         header = damaged_json(json.loads(files[layout.WEIGHTS][8 : 8 + size]), chance)
-        files[layout.WEIGHTS] = len(header).to_bytes(8, "little") + header + files[layout.WEIGHTS][8 + size :]
+        files[layout.WEIGHTS] = (
+            len(header).to_bytes(8, "little") + header + files[layout.WEIGHTS][8 + size :]
+        )
     if chance.random() < 0.2:
         files[layout.CONFIG] = damaged_bytes(files[layout.CONFIG], chance)
     store = AdapterStore(MemoryBackend())
@@ -137,7 +153,24 @@ def fuzz_weights(folder: Path, chance: random.Random, _: bytes) -> None:
 
 
 def fuzz_user_id(folder: Path, chance: random.Random, _: bytes) -> None:
-    alphabet = ["a", "/", "..", "\\", "\0", "\n", "é", "😀", "\ud800", "%2e", "~", " ", ".", "\u202e", "CON", "a" * 300]
+    alphabet = [
+        "a",
+        "/",
+        "..",
+        "\\",
+        "\0",
+        "\n",
+        "é",
+        "😀",
+        "\ud800",
+        "%2e",
+        "~",
+        " ",
+        ".",
+        "\u202e",
+        "CON",
+        "a" * 300,
+    ]
     user_id = "".join(chance.choices(alphabet, k=chance.randrange(0, 8)))
     store = AdapterStore(folder / "store")
     version = store.publish(user_id, make_adapter(1, 64), base=BASE)

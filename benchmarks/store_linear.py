@@ -48,7 +48,11 @@ def steps(state: State, call: Call, known: frozenset[str]) -> list[State]:
     """
     if call.kind == "publish" and call.result == "refused":
         return [state, *steps(state, replace(call, result=UNTOLD), known)]
-    result = call.result if call.result is None or call.result in known or call.result in _WORDS else UNTOLD
+    result = (
+        call.result
+        if call.result is None or call.result in known or call.result in _WORDS
+        else UNTOLD
+    )
     following = step(state, replace(call, result=result))
     return [] if following is None else [following]
 
@@ -62,7 +66,11 @@ def step(state: State, call: Call) -> State | None:
         case "publish":
             assert call.result is not None
             now = (*versions, call.result)
-            return now, call.result, _way(back if active is None else (*back, active), now, call.result)
+            return (
+                now,
+                call.result,
+                _way(back if active is None else (*back, active), now, call.result),
+            )
         case "activate":
             if call.result == "none":
                 return state if call.argument not in versions else None
@@ -70,7 +78,11 @@ def step(state: State, call: Call) -> State | None:
                 return None
             if active == call.argument:
                 return state
-            return versions, call.argument, _way(back if active is None else (*back, active), versions, call.argument)
+            return (
+                versions,
+                call.argument,
+                _way(back if active is None else (*back, active), versions, call.argument),
+            )
         case "rollback":
             if call.result == "none":
                 return state if not back else None
@@ -112,7 +124,9 @@ def explains(calls: list[Call]) -> bool:
         soonest_end = min(order[index].end for index in left)
         for index in left:
             if order[index].start <= soonest_end:  # nobody else had finished before it began
-                stack += [(left - {index}, following) for following in steps(state, order[index], known)]
+                stack += [
+                    (left - {index}, following) for following in steps(state, order[index], known)
+                ]
     return False
 
 
@@ -131,7 +145,10 @@ def act(store: AdapterStore, kind: str, argument: str | None, seed: int) -> Call
             result = store.rollback("alice").version
         else:
             result = store.erase_user("alice")
-    except (UserErasedError, PublishConflictError):  # nothing was published: erased, or collected again and again
+    except (
+        UserErasedError,
+        PublishConflictError,
+    ):  # nothing was published: erased, or collected again and again
         result = "refused"
     except AdapterNotFoundError:
         result = None if kind == "resolve" else "none"
@@ -144,12 +161,20 @@ def linear(open_store: Callable[[], AdapterStore], rounds: int, seed: int = 0) -
     for number in range(rounds):
         store = open_store()
         history = one_round(store, f"{seed} {number}")
-        assert explains(history), f"round {number}: no order explains {sorted(history, key=lambda call: call.start)}"
+        assert explains(history), (
+            f"round {number}: no order explains {sorted(history, key=lambda call: call.start)}"
+        )
         for call in history:
             kinds[call.kind] = kinds.get(call.kind, 0) + 1
         for version in store.versions("alice"):
             store.fetch(version)
-    return {"rounds": rounds, "threads": THREADS, "calls": sum(kinds.values()), "kinds": kinds, "violations": 0}
+    return {
+        "rounds": rounds,
+        "threads": THREADS,
+        "calls": sum(kinds.values()),
+        "kinds": kinds,
+        "violations": 0,
+    }
 
 
 def one_round(store: AdapterStore, seed: str) -> list[Call]:
@@ -164,7 +189,9 @@ def one_round(store: AdapterStore, seed: str) -> list[Call]:
         barrier.wait()
         found = []
         for turn in range(CALLS):
-            kind = chance.choice(["resolve", "resolve", "publish", "publish", "activate", "rollback", "erase"])
+            kind = chance.choice(
+                ["resolve", "resolve", "publish", "publish", "activate", "rollback", "erase"]
+            )
             if kind == "activate" and not known:
                 kind = "publish"
             argument = chance.choice(known) if kind == "activate" else None

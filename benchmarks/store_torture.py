@@ -64,7 +64,9 @@ def write_for_ever(place: str, user: str, num_bytes: int) -> None:
     store = AdapterStore(place, limits=MANY)
     number = 0
     while True:
-        version = store.publish(user, make_adapter(number, num_bytes), base=BASE, metadata={"number": number})
+        version = store.publish(
+            user, make_adapter(number, num_bytes), base=BASE, metadata={"number": number}
+        )
         print(version.version, flush=True)
         number += 1
 
@@ -74,7 +76,9 @@ def start_writer(place: str, user: str, num_bytes: int) -> subprocess.Popen[str]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def kill(place: str, rounds: int, writers: int = 3, longest: float = 0.05, num_bytes: int = 60_000) -> Figures:
+def kill(
+    place: str, rounds: int, writers: int = 3, longest: float = 0.05, num_bytes: int = 60_000
+) -> Figures:
     """Kill writers at random moments and check the store after each round."""
     moments = random.Random(0)
     num_acknowledged = num_listed = 0
@@ -82,7 +86,9 @@ def kill(place: str, rounds: int, writers: int = 3, longest: float = 0.05, num_b
     for number in range(rounds):
         user = f"user-{number}"
         processes = [start_writer(place, user, num_bytes) for _ in range(writers)]
-        acknowledged = [process.stdout.readline().strip() for process in processes if process.stdout]
+        acknowledged = [
+            process.stdout.readline().strip() for process in processes if process.stdout
+        ]
         for process in processes:
             time.sleep(moments.uniform(0, longest))
             process.kill()
@@ -91,7 +97,9 @@ def kill(place: str, rounds: int, writers: int = 3, longest: float = 0.05, num_b
         versions = AdapterStore(place, limits=MANY).versions(user)
         listed = {version.version for version in versions}
         assert set(acknowledged) <= listed, f"round {number}: lost {set(acknowledged) - listed}"
-        assert len(versions) <= len(acknowledged) + writers, f"round {number}: versions that nobody published"
+        assert len(versions) <= len(acknowledged) + writers, (
+            f"round {number}: versions that nobody published"
+        )
         for version in versions:
             store.fetch(version)
         num_acknowledged += len(acknowledged)
@@ -148,7 +156,8 @@ def race(place: str, processes: int, each: int) -> Figures:
     )
     command = [sys.executable, "-c", code, place, str(each)]
     children = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
     ]
     for child in children:
         assert child.stdout
@@ -167,7 +176,9 @@ def race(place: str, processes: int, each: int) -> Figures:
     for output in outputs:  # each process's publishes stand in the order in which it made them
         assert [version for version in versions if version in set(output)] == output
     assert store.active("alice") == versions[-1]
-    assert [change.seq for change in store.history("alice", limit=10**6)] == list(range(1, processes * each + 1))
+    assert [change.seq for change in store.history("alice", limit=10**6)] == list(
+        range(1, processes * each + 1)
+    )
     return {
         "processes": processes,
         "publishes": len(versions),
@@ -197,7 +208,9 @@ def erase(place: str, folder: Path, seconds: float, readers: int = 2) -> Figures
     store = AdapterStore(place, cache=folder / "cache-here")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, place, str(folder / f"cache-{number % 2}")], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, place, str(folder / f"cache-{number % 2}")],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for number in range(readers)
     ]
@@ -219,7 +232,9 @@ def erase(place: str, folder: Path, seconds: float, readers: int = 2) -> Figures
             data_seq = mine.data_seq(user)
             time.sleep(chance.uniform(0, 0.01))
             try:
-                mine.publish(user, make_adapter(chance.randrange(100), 20_000), base=BASE, data_seq=data_seq)
+                mine.publish(
+                    user, make_adapter(chance.randrange(100), 20_000), base=BASE, data_seq=data_seq
+                )
             except UserErasedError:
                 num_refused += 1
 
@@ -267,7 +282,9 @@ def erase(place: str, folder: Path, seconds: float, readers: int = 2) -> Figures
     assert here == [], here
     elsewhere = AdapterStore(place, cache=AdapterCache(folder / "cache-0"))
     elsewhere.gc(grace=NO_GRACE)
-    assert [path for path in (folder / "cache-0").rglob("*.safetensors") if "tmp" not in path.parts] == []
+    assert [
+        path for path in (folder / "cache-0").rglob("*.safetensors") if "tmp" not in path.parts
+    ] == []
     return {
         "erasures": num_erased,
         "answers": num_answers,
@@ -288,7 +305,9 @@ def full(folder: Path) -> Figures:
     for number in range(10_000):
         try:
             versions.append(
-                store.publish("alice", make_adapter(number, 200_000), base=BASE, metadata={"x": "y" * 2000})
+                store.publish(
+                    "alice", make_adapter(number, 200_000), base=BASE, metadata={"x": "y" * 2000}
+                )
             )
         except BackendError as error:
             errors.append(str(error))
@@ -312,7 +331,9 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
     """A file system of that size in memory; BackendError where this user may not mount one."""
     folder.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
     )
     if mounted.returncode:
         raise BackendError(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
@@ -351,14 +372,18 @@ def s3() -> Iterator[str]:
 def main() -> None:
     if sys.argv[1:2] == ["write"]:
         write_for_ever(sys.argv[2], sys.argv[3], int(sys.argv[4]))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=["kill", "race", "linear", "erase", "full", "fuzz"])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--s3", action="store_true", help="on a moto server instead of a local folder")
+    parser.add_argument(
+        "--s3", action="store_true", help="on a moto server instead of a local folder"
+    )
     given = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -370,7 +395,9 @@ def main() -> None:
             case "race":
                 figures = race(place, given.processes, given.rounds)
             case "linear":
-                figures = linear(lambda: fresh_store(folder, given.s3, place), given.rounds, seed=given.seed)
+                figures = linear(
+                    lambda: fresh_store(folder, given.s3, place), given.rounds, seed=given.seed
+                )
             case "erase":
                 figures = erase(place, folder, given.seconds)
             case "full":
@@ -387,7 +414,9 @@ def main() -> None:
 
 def fresh_store(folder: Path, on_s3: bool, place: str) -> AdapterStore:
     name = os.urandom(6).hex()
-    return AdapterStore(place.replace("/store?", f"/{name}?") if on_s3 else folder / name, limits=MANY)
+    return AdapterStore(
+        place.replace("/store?", f"/{name}?") if on_s3 else folder / name, limits=MANY
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,11 @@ MIXED_USERS = (4, 8, 16)
 PROMPT_TOKENS = 64
 IN_TURN = 4  # users that a way which takes one after another answers in a round: more would show the same rate
 
-PEFT, MERGED, BASE = "generate, base and adapter by PEFT", "generate, adapter merged", "generate, base alone"
+PEFT, MERGED, BASE = (
+    "generate, base and adapter by PEFT",
+    "generate, adapter merged",
+    "generate, base alone",
+)
 IN_TURN_PEFT, IN_TURN_TWO_MODELS = "16 users in turn, generate", "16 users in turn, two models"
 
 
@@ -58,7 +62,9 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = option_parser(__doc__.splitlines()[0], rounds=5, tokens=32)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw users against tokens/s, as .svg or .png")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw users against tokens/s, as .svg or .png"
+    )
     options = parser.parse_args()
     if options.plot:
         try:
@@ -123,7 +129,12 @@ def _memory(setting: Setting, num_tokens: int) -> dict[str, int]:
     with Worker("peers:Generate", setting, kind="adapter") as peft:
         peft.run("rate", **one_answer)
         their_peak = peft.run("peak_memory")
-    return {"our_peak": our_peak, "generate_peak": their_peak, "kept": kept, "base_and_adapter": least}
+    return {
+        "our_peak": our_peak,
+        "generate_peak": their_peak,
+        "kept": kept,
+        "base_and_adapter": least,
+    }
 
 
 def _print_memory(memory: Mapping[str, int]) -> dict[str, float]:
@@ -131,7 +142,10 @@ def _print_memory(memory: Mapping[str, int]) -> dict[str, float]:
         "memory_vs_generate": memory["our_peak"] / memory["generate_peak"],
         "parameter_storage_vs_base_and_adapter": memory["kept"] / memory["base_and_adapter"],
     }
-    print("\nmemory, MB: " + ", ".join(f"{name} {num_bytes / 1e6:.1f}" for name, num_bytes in memory.items()))
+    print(
+        "\nmemory, MB: "
+        + ", ".join(f"{name} {num_bytes / 1e6:.1f}" for name, num_bytes in memory.items())
+    )
     for name, ratio in ratios.items():
         print(f"{name:<44}{ratio:>10.3f}")
     return {name: round(ratio, 4) for name, ratio in ratios.items()}
@@ -144,9 +158,16 @@ def _plot(speeds: Mapping[str, float], file: Path) -> None:
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(USERS, [speeds[_ours(users)] for users in USERS], "o-", label="ours (contrastive)")
-    axes.plot(MIXED_USERS, [speeds[_mixed(users)] for users in MIXED_USERS], "s-", label="PEFT's mixed batch")
+    axes.plot(
+        MIXED_USERS,
+        [speeds[_mixed(users)] for users in MIXED_USERS],
+        "s-",
+        label="PEFT's mixed batch",
+    )
     for name, style in ((PEFT, "--"), (BASE, ":"), (IN_TURN_TWO_MODELS, "-.")):
-        label = {IN_TURN_TWO_MODELS: "two models, one user after another"}.get(name, f"{name}, one user after another")
+        label = {IN_TURN_TWO_MODELS: "two models, one user after another"}.get(
+            name, f"{name}, one user after another"
+        )
         axes.plot(USERS, [speeds[name]] * len(USERS), style, color="gray", label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(USERS, [str(users) for users in USERS])

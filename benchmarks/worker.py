@@ -60,7 +60,9 @@ class Worker:
     def __init__(self, target: str, *arguments: Any, **settings: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, target, arguments, settings), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, target, arguments, settings), daemon=True
+        )
         self._process.start()
         theirs.close()
         self._receive()
@@ -85,13 +87,17 @@ class Worker:
         try:
             good, answer = self._pipe.recv()
         except EOFError as error:
-            raise RuntimeError("a way of decoding ended without an answer: was there memory enough?") from error
+            raise RuntimeError(
+                "a way of decoding ended without an answer: was there memory enough?"
+            ) from error
         if not good:
             raise RuntimeError(f"a way of decoding failed:\n{answer}")
         return answer
 
 
-def _serve(pipe: Connection, target: str, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+def _serve(
+    pipe: Connection, target: str, arguments: tuple[Any, ...], settings: dict[str, Any]
+) -> None:
     module, name = target.split(":")
     try:
         served = getattr(importlib.import_module(module), name)(*arguments, **settings)
@@ -113,9 +119,15 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would include what the parent held when it started this process
-        peak = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+        peak = next(
+            line
+            for line in status.read_text(encoding="ascii").splitlines()
+            if line.startswith("VmHWM:")
+        )
         return int(peak.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 @contextmanager
@@ -131,7 +143,9 @@ def option_parser(description: str, rounds: int, tokens: int) -> argparse.Argume
     """A parser with the options of every decoding benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=rounds, help="rounds in which every way runs once")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help="rounds in which every way runs once"
+    )
     parser.add_argument("--tokens", type=int, default=tokens, help="tokens of an answer")
     return parser
 
@@ -146,7 +160,9 @@ def machine(benchmark: str, options: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         **about_torch,
         "model": "random Llama, 134M parameters, bfloat16, 30 layers, width 576, vocabulary 49152; LoRA r 8 on q_proj and v_proj",
-        "options": {name: value for name, value in vars(options).items() if isinstance(value, (int, str))},
+        "options": {
+            name: value for name, value in vars(options).items() if isinstance(value, (int, str))
+        },
         "load_before": os.getloadavg(),
     }
 
@@ -158,7 +174,9 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def alternate(ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True) -> dict[str, list[float]]:
+def alternate(
+    ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Run every way once to warm up, then once a round; in every other round in the opposite order."""
     for way in ways.values() if warm_up else ():
         way()

@@ -31,15 +31,22 @@ def days_between(first: str, second: str) -> int:
     return (date.fromisoformat(second) - date.fromisoformat(first)).days
 
 
-model = sys.argv[1] if len(sys.argv) > 1 else "starter"  # the starter shows that it runs; it is no assistant
+model = (
+    sys.argv[1] if len(sys.argv) > 1 else "starter"
+)  # the starter shows that it runs; it is no assistant
 chat = ChatCoPe(model=model, max_tokens=200)
-agent = create_agent(chat, [add, days_between], middleware=[CoPeUserMiddleware()], context_schema=Context)
+agent = create_agent(
+    chat, [add, days_between], middleware=[CoPeUserMiddleware()], context_schema=Context
+)
 
 question = "How many days lie between 2026-01-01 and 2026-03-01?"
 for user in ("robin", "alice"):
     print(f"\n{user}: ", end="", flush=True)
     for message, _ in agent.stream(
-        {"messages": [("user", question)]}, {"recursion_limit": 8}, context=Context(user), stream_mode="messages"
+        {"messages": [("user", question)]},
+        {"recursion_limit": 8},
+        context=Context(user),
+        stream_mode="messages",
     ):
         for piece in getattr(message, "tool_call_chunks", []):
             print((piece["name"] and f"[{piece['name']}] ") or piece["args"], end="", flush=True)

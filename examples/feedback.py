@@ -17,7 +17,10 @@ written = json.loads((Path(__file__).parent / "data" / "user.jsonl").read_text(e
 for row in written["history"][-40:]:
     question = [HumanMessage(row["prompt"])]
     answer = chat.invoke(question)
-    history.add("robin", [{"prompt": question, "answer": answer, "score": 0, "correction": row["completion"]}])
+    history.add(
+        "robin",
+        [{"prompt": question, "answer": answer, "score": 0, "correction": row["completion"]}],
+    )
 
 read = history.history("robin")
 print(f"{len(read.items)} edited answers, {read.num_pairs} of them pairs for DPO")

@@ -20,14 +20,19 @@ def answer(state: MessagesState, config: RunnableConfig) -> dict[str, Any]:
     return {"messages": [chat.invoke(state["messages"], config)]}
 
 
-graph = StateGraph(MessagesState).add_node("answer", answer).add_edge(START, "answer").compile(InMemorySaver())
-
-article = (
-    "Generate a headline for the following article.\narticle: A baking show is among the titles trending this week."
+graph = (
+    StateGraph(MessagesState)
+    .add_node("answer", answer)
+    .add_edge(START, "answer")
+    .compile(InMemorySaver())
 )
+
+article = "Generate a headline for the following article.\narticle: A baking show is among the titles trending this week."
 for user in ("robin", "somebody else"):
     config: RunnableConfig = {"configurable": {"user_id": user, "thread_id": f"talk of {user}"}}
     print(f"{user}: ", end="")
-    for message, _ in graph.stream({"messages": [("user", article)]}, config, stream_mode="messages"):
+    for message, _ in graph.stream(
+        {"messages": [("user", article)]}, config, stream_mode="messages"
+    ):
         print(message.content, end="", flush=True)
     print()

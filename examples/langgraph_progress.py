@@ -46,11 +46,17 @@ graph.add_edge("reply", END)
 
 
 async def main() -> None:
-    written = json.loads((Path(__file__).parent / "data" / "user.jsonl").read_text(encoding="utf-8"))
-    request = State(user_id="robin", history=written["history"], question=written["queries"][0]["prompt"])
+    written = json.loads(
+        (Path(__file__).parent / "data" / "user.jsonl").read_text(encoding="utf-8")
+    )
+    request = State(
+        user_id="robin", history=written["history"], question=written["queries"][0]["prompt"]
+    )
     async for mode, chunk in graph.compile().astream(request, stream_mode=["custom", "values"]):
         if mode == "custom":
-            print(f"\r{chunk['stage']}: {chunk['step']} of {chunk['total']}      ", end="", flush=True)
+            print(
+                f"\r{chunk['stage']}: {chunk['step']} of {chunk['total']}      ", end="", flush=True
+            )
     print(
         f"\n{chunk['reason']}\nin robin's manner: {chunk['answer']}\nrobin wrote: {written['queries'][0]['completion']}"
     )

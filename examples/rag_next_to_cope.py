@@ -22,11 +22,20 @@ def examples_of(question: str, config: RunnableConfig) -> dict[str, str]:
     """The user's texts that share most words with the question; any retriever would do."""
     user = config["configurable"]["user_id"]
     words = set(question.lower().split())
-    ranked = sorted(history.fetch(user), key=lambda item: len(words & set(item.prompt.lower().split())), reverse=True)
-    return {"question": question, "examples": "\n".join(f"- {item.completion}" for item in ranked[:3])}
+    ranked = sorted(
+        history.fetch(user),
+        key=lambda item: len(words & set(item.prompt.lower().split())),
+        reverse=True,
+    )
+    return {
+        "question": question,
+        "examples": "\n".join(f"- {item.completion}" for item in ranked[:3]),
+    }
 
 
-prompt = ChatPromptTemplate.from_template("{question}\nearlier headlines of this author:\n{examples}")
+prompt = ChatPromptTemplate.from_template(
+    "{question}\nearlier headlines of this author:\n{examples}"
+)
 chain = RunnableLambda(examples_of) | prompt | ChatCoPe(max_tokens=40) | StrOutputParser()
 
 question = written["queries"][0]["prompt"]

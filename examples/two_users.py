@@ -8,9 +8,13 @@ from langchain_core.prompts import ChatPromptTemplate
 
 from langchain_cope import ChatCoPe
 
-prompt = ChatPromptTemplate.from_template("Generate a headline for the following article.\narticle: {article}")
+prompt = ChatPromptTemplate.from_template(
+    "Generate a headline for the following article.\narticle: {article}"
+)
 chain = prompt | ChatCoPe(max_tokens=40) | StrOutputParser()
 
-article = {"article": "A thriller and a baking show are among the titles trending on the streaming service."}
+article = {
+    "article": "A thriller and a baking show are among the titles trending on the streaming service."
+}
 for user in (None, "robin", "somebody without an adapter"):
     print(f"{user or 'the base'}: {chain.invoke(article, {'configurable': {'user_id': user}})}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from langchain_cope.chat_models import ChatCoPe
-    from langchain_cope.engine.options import EngineOptions
+    from langchain_cope.engine import EngineOptions
     from langchain_cope.history import Item, UserHistory, as_history, read_history
     from langchain_cope.history.chroma import ChromaHistory
     from langchain_cope.history.recorded import RecordedChatHistory
@@ -50,7 +50,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}"
+        )
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 

@@ -14,7 +14,9 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
     def load(name: str) -> Any:
         if name not in modules:
             offered = ", ".join(sorted(modules))
-            raise AttributeError(f"module {package!r} has no attribute {name!r}; it offers {offered}")
+            raise AttributeError(
+                f"module {package!r} has no attribute {name!r}; it offers {offered}"
+            )
         return getattr(import_module(f"{package}.{modules[name]}"), name)
 
     return load

@@ -37,16 +37,15 @@ from langchain_cope.chat.reply import ReplyStream
 from langchain_cope.chat.structured_output import Method, structured_output
 from langchain_cope.chat.tools import TOOL_OPTIONS, ToolUse, described_tool
 from langchain_cope.chat.user import PinnedUser, user_of_run
+from langchain_cope.engine import Contrast
 from langchain_cope.errors import ContextOverflow, InputError, ModelNotFound
 from langchain_cope.settings import BaseSettings
 from langchain_cope.stores import open_store
 from langchain_cope.tracing import TraceUserId, traced_user
 
 if TYPE_CHECKING:
-    from langchain_cope.engine.base.base import Base
-    from langchain_cope.engine.engine import AdapterSource, Completion, Engine, Piece, Request
+    from langchain_cope.engine import AdapterSource, Base, Completion, Engine, Piece, Request
 
-DEFAULT_ALPHA = DEFAULT_TAU = 0.1  # the paper's
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _THOUGHT, _NO_THOUGHT = "<think>", "\n</think>\n\n"
 _USER = ("user_id", "adapter_version")
@@ -109,7 +108,9 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     """Plausibility: tokens below this share of the likeliest one's probability are out; None: as for ``alpha``."""
     adapter_version: str | None = None
     """None: the user's active version."""
-    authorize: Callable[[str | None, RunnableConfig], None] | None = Field(default=None, exclude=True, repr=False)
+    authorize: Callable[[str | None, RunnableConfig], None] | None = Field(
+        default=None, exclude=True, repr=False
+    )
     """Called with the user and the configuration of every call before anything is loaded for it. What it raises, the call raises:
     check here that whoever asks may ask as that user, so that no client can name another one."""
     trace_user_id: TraceUserId = "plain"
@@ -162,10 +163,18 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         return {name: getattr(self, name) for name in names} | {"store": self._store_url()}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
-        sampling = {**{name: getattr(self, name) for name in ("temperature", "max_tokens")}, **kwargs}
-        return {**super()._get_ls_params(stop=self._stops(stop) or None, **sampling), "ls_provider": "cope"}
+        sampling = {
+            **{name: getattr(self, name) for name in ("temperature", "max_tokens")},
+            **kwargs,
+        }
+        return {
+            **super()._get_ls_params(stop=self._stops(stop) or None, **sampling),
+            "ls_provider": "cope",
+        }
 
-    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+    def _get_invocation_params(
+        self, stop: list[str] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         pinned = kwargs.pop(_PINNED, None)
         params = super()._get_invocation_params(stop=stop, **kwargs)
         shown = pinned.to_dict() if isinstance(pinned, PinnedUser) else {}
@@ -203,7 +212,9 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         """Token ids of ``text`` in the base's own tokenizer."""
         return list(self._engine().base.tokenizer.encode(text, add_special_tokens=False))
 
-    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+    def get_num_tokens_from_messages(
+        self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
+    ) -> int:
         """Tokens of the prompt that ``messages`` and ``tools`` make in the base's chat template."""
         prompt, _ = _prompt(self._engine().base, messages, ToolUse.of({"tools": tools}))
         return len(prompt)
@@ -235,7 +246,9 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         if parallel_tool_calls is not None:
             given["parallel_tool_calls"] = parallel_tool_calls
         ToolUse.of({**given, **kwargs}).grammar()
-        return self.bind(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+        return self.bind(
+            **{name: value for name, value in given.items() if value is not None}, **kwargs
+        )
 
     def with_structured_output(
         self,
@@ -312,7 +325,9 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """`ainvoke`, piece by piece."""
-        async for chunk in super().astream(input, config, stop=stop, **await self._apin(kwargs, config)):
+        async for chunk in super().astream(
+            input, config, stop=stop, **await self._apin(kwargs, config)
+        ):
             yield chunk
 
     def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
@@ -321,17 +336,23 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             kwargs = self._pin(kwargs, config)
         return super().stream_events(input, config, **kwargs)
 
-    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+    def astream_events(
+        self, input: Any, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Any:
         """`stream_events` for an event loop."""
         if kwargs.get("version") != "v3":
             return super().astream_events(input, config, **kwargs)
 
         async def pinned() -> Any:
-            return await super(ChatCoPe, self).astream_events(input, config, **await self._apin(kwargs, config))
+            return await super(ChatCoPe, self).astream_events(
+                input, config, **await self._apin(kwargs, config)
+            )
 
         return pinned()
 
-    def generate(self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any) -> LLMResult:
+    def generate(
+        self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
+    ) -> LLMResult:
         """Answer several conversations of one user."""
         return super().generate(messages, stop, callbacks, **self._pin(kwargs))
 
@@ -349,18 +370,24 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         configured = config.get("configurable") or {}
         otherwise = configured.get("user_id", self.user_id)
         of_run = user_of_run.get()
-        user = _checked_user(kwargs["user_id"] if "user_id" in kwargs else otherwise if of_run is None else of_run[0])
+        user = _checked_user(
+            kwargs["user_id"] if "user_id" in kwargs else otherwise if of_run is None else of_run[0]
+        )
         if self.authorize is not None:
             self.authorize(user, config)
         version = self._resolve(user, kwargs.get("adapter_version", self.adapter_version), kwargs)
         others = {name: value for name, value in kwargs.items() if name not in _USER}
         return {**others, _PINNED: PinnedUser(user, version, traced_user(user, self.trace_user_id))}
 
-    async def _apin(self, kwargs: dict[str, Any], config: RunnableConfig | None = None) -> dict[str, Any]:
+    async def _apin(
+        self, kwargs: dict[str, Any], config: RunnableConfig | None = None
+    ) -> dict[str, Any]:
         # to_thread copies the context, which is where ensure_config finds the configuration of a surrounding chain.
         return await asyncio.to_thread(self._pin, kwargs, config)
 
-    def _resolve(self, user: str | None, version: str | None, kwargs: dict[str, Any]) -> AdapterVersion | None:
+    def _resolve(
+        self, user: str | None, version: str | None, kwargs: dict[str, Any]
+    ) -> AdapterVersion | None:
         # For every user: the cache key needs the fingerprint, and must not wait for it.
         base = self._engine(kwargs.get("model")).base.fingerprint()
         if user is None:
@@ -427,9 +454,11 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         finally:
             await pieces.aclose()
 
-    def _prepare(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> _Call:
+    def _prepare(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
+    ) -> _Call:
         """The engine, the request and the facts of one call."""
-        from langchain_cope.engine.engine import Request, Sampling
+        from langchain_cope.engine import Request, Sampling
         from langchain_cope.engine.grammar.constraint import vocabulary_of
 
         unknown = sorted(kwargs.keys() - {_PINNED, *_CALL_OPTIONS, *_CORE_OPTIONS})
@@ -455,9 +484,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         request = Request(
             prompt,
             adapter=None if version is None else self._adapter(version),
-            # Without an adapter there is nothing to contrast: the base alone, and so it is reported.
-            alpha=_first(pinned.get("alpha"), self.alpha, version.alpha, DEFAULT_ALPHA) if version else 0.0,
-            tau=_first(pinned.get("tau"), self.tau, getattr(version, "tau", None), DEFAULT_TAU),
+            contrast=self._contrast(version, pinned.get("alpha"), pinned.get("tau")),
             sampling=Sampling(stop=tuple(self._stops(stop)), **settings),
             deadline=deadline,
             grammar=grammar,
@@ -469,17 +496,29 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             "user_id": user.shown,
             "adapter_version": getattr(version, "version", None),
             "adapter_digest": getattr(version, "digest", None),
-            "alpha": request.alpha,
-            "tau": request.tau,
+            "alpha": request.contrast.alpha,
+            "tau": request.contrast.tau,
         }
         whole = use.schema is not None and not use.tools
         template = engine.base.reply_format.template
         reply = ReplyStream(template, prefix=prefix, with_calls=bool(use.tools), whole=whole)
         return _Call(engine, request, metadata, reply)
 
+    def _contrast(
+        self, version: AdapterVersion | None, alpha: float | None, tau: float | None
+    ) -> Contrast:
+        """The contrast of one call: what it asks for, else the instance, else the version, else the paper's values."""
+        paper = Contrast()
+        if version is None:  # nothing to contrast: the base alone, and so it is reported
+            return Contrast(0.0, _first(tau, self.tau, paper.tau))
+        return Contrast(
+            _first(alpha, self.alpha, version.alpha, paper.alpha),
+            _first(tau, self.tau, version.tau, paper.tau),
+        )
+
     def _adapter(self, version: AdapterVersion) -> "AdapterSource":
         """The version, to be fetched and verified when no slot of the engine holds it."""
-        from langchain_cope.engine.engine import AdapterSource
+        from langchain_cope.engine import AdapterSource
 
         store = self._adapters()
         return AdapterSource(version.name, lambda: store.fetch_dir(version))
@@ -509,11 +548,15 @@ class BoundChat(_ChatModelBinding):  # type: ignore[no-redef]
 
     bound: ChatCoPe
 
-    def bind_tools(self, tools: Sequence[Any], **options: Any) -> Runnable[LanguageModelInput, AIMessage]:
+    def bind_tools(
+        self, tools: Sequence[Any], **options: Any
+    ) -> Runnable[LanguageModelInput, AIMessage]:
         """See `ChatCoPe.bind_tools`."""
         bound = self.bound.bind_tools(tools, **options)
         assert isinstance(bound, BoundChat)
-        return BoundChat(bound=self.bound, kwargs={**self.kwargs, **bound.kwargs}, config=self.config)
+        return BoundChat(
+            bound=self.bound, kwargs={**self.kwargs, **bound.kwargs}, config=self.config
+        )
 
     def with_structured_output(
         self,
@@ -530,7 +573,9 @@ class BoundChat(_ChatModelBinding):  # type: ignore[no-redef]
 
 def _checked_user(user: str | None) -> str | None:
     if user is not None and (not isinstance(user, str) or not user):
-        raise InputError(f"user_id must be a string that is not empty, or None for the base alone, not {user!r}")
+        raise InputError(
+            f"user_id must be a string that is not empty, or None for the base alone, not {user!r}"
+        )
     return user
 
 
@@ -551,7 +596,7 @@ def _prompt(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tupl
 
 def _chunks(piece: "Piece | Completion", call: _Call) -> Iterator[ChatGenerationChunk]:
     """What a piece of text adds to the message; at the end also the empty chunk that carries usage and metadata."""
-    from langchain_cope.engine.engine import Piece
+    from langchain_cope.engine import Piece
 
     found = call.reply.push(piece.text) if isinstance(piece, Piece) else call.reply.finish()
     yield from (ChatGenerationChunk(message=chunk) for chunk in found)
@@ -568,7 +613,12 @@ def _last_chunk(answer: "Completion", call: _Call) -> ChatGenerationChunk:
     }
     if call.request.logprobs:
         metadata["logprobs"] = [
-            {"token": t.text, "log_p_user": t.log_p_user, "log_p_base": t.log_p_base, "reward": t.reward}
+            {
+                "token": t.text,
+                "log_p_user": t.log_p_user,
+                "log_p_base": t.log_p_base,
+                "reward": t.reward,
+            }
             for t in answer.logprobs
         ]
     read, written = len(call.request.prompt), len(answer.token_ids)
@@ -576,7 +626,9 @@ def _last_chunk(answer: "Completion", call: _Call) -> ChatGenerationChunk:
         message=AIMessageChunk(
             content="",
             response_metadata=metadata,
-            usage_metadata=UsageMetadata(input_tokens=read, output_tokens=written, total_tokens=read + written),
+            usage_metadata=UsageMetadata(
+                input_tokens=read, output_tokens=written, total_tokens=read + written
+            ),
             chunk_position="last",
         )
     )

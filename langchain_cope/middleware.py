@@ -10,7 +10,9 @@ try:
     from langchain.agents.middleware import AgentMiddleware
     from langchain.agents.middleware.types import ModelRequest, ModelResponse
 except ImportError as error:
-    raise ImportError("agents need the package langchain: pip install 'langchain-cope[agents]'") from error
+    raise ImportError(
+        "agents need the package langchain: pip install 'langchain-cope[agents]'"
+    ) from error
 
 
 class CoPeUserMiddleware(AgentMiddleware[Any, Any]):
@@ -48,7 +50,9 @@ class CoPeUserMiddleware(AgentMiddleware[Any, Any]):
             user_of_run.reset(token)
 
     async def awrap_model_call(
-        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
+        self,
+        request: ModelRequest[Any],
+        handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]],
     ) -> ModelResponse[Any]:
         """`wrap_model_call` for an event loop."""
         token = user_of_run.set(self._user(request))
@@ -59,7 +63,13 @@ class CoPeUserMiddleware(AgentMiddleware[Any, Any]):
 
     def _user(self, request: ModelRequest[Any]) -> tuple[str | None]:
         context = getattr(request.runtime, "context", None)
-        known: Any = context if isinstance(context, Mapping) else vars(context) if hasattr(context, "__dict__") else {}
+        known: Any = (
+            context
+            if isinstance(context, Mapping)
+            else vars(context)
+            if hasattr(context, "__dict__")
+            else {}
+        )
         if self._field not in known:
             raise InputError(
                 f"the run's context has no {self._field!r}: give create_agent a context_schema with it, and each run a context"

@@ -38,7 +38,7 @@ from langchain_cope.training.progress import Progress
 from langchain_cope.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from langchain_cope.engine.engine import Engine
+    from langchain_cope.engine import Engine
 
 PROGRESS = "cope.progress"
 TOOL_NAME = "personalize_user"
@@ -101,7 +101,9 @@ class PersonalizeResult(BaseModel):
         return f"nothing was published for {self.user_id!r}: {self.reason}"
 
 
-class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | dict[str, Any], PersonalizeResult]):
+class PersonalizeUser(
+    BaseSettings, RunnableSerializable[PersonalizeRequest | dict[str, Any], PersonalizeResult]
+):
     """Trains one user's adapter on what the user wrote and publishes it where it is better than what is there.
 
     Example:
@@ -176,7 +178,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
     """A folder for unfinished runs, each user's in a folder of its own. It holds what users wrote: keep it private."""
     samples: bool = True
     """Whether the result holds the held-out items with every model's answer. A tool's result never does."""
-    authorize: Callable[[str, RunnableConfig], None] | None = Field(default=None, exclude=True, repr=False)
+    authorize: Callable[[str, RunnableConfig], None] | None = Field(
+        default=None, exclude=True, repr=False
+    )
     """Called with the user and the configuration of every call before anything is read, trained or traced for it. What it raises,
     the call raises: check here that whoever asks may have that user personalized."""
     trace_user_id: TraceUserId = "plain"
@@ -194,13 +198,19 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
         return PersonalizeRequest
 
     def invoke(
-        self, input: PersonalizeRequest | dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
+        self,
+        input: PersonalizeRequest | dict[str, Any],
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
     ) -> PersonalizeResult:
         """Personalize the user of ``input``. ``stop_event``, a ``threading.Event``, stops it when set."""
         return self._start(input, config, **kwargs).result
 
     async def ainvoke(
-        self, input: PersonalizeRequest | dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
+        self,
+        input: PersonalizeRequest | dict[str, Any],
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
     ) -> PersonalizeResult:
         """`invoke` in a thread; cancelling stops it at the next training step and waits for that."""
         cancelled = threading.Event()
@@ -218,7 +228,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
                     withdrawal = run_in_thread(run.result().withdraw)
                     await _end(withdrawal)
                     if (error := withdrawal.exception()) is not None:
-                        _log.warning("cancelled too late: what was just published stays active (%s)", error)
+                        _log.warning(
+                            "cancelled too late: what was just published stays active (%s)", error
+                        )
                 raise
             finally:
                 cancelled.set()  # also where the event loop is gone and nothing can be awaited
@@ -232,7 +244,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
         **kwargs: Any,
     ) -> list[PersonalizeResult]:
         """Personalize one user after another. The first failure ends it, unless ``return_exceptions``."""
-        done = self.batch_as_completed(inputs, config, return_exceptions=return_exceptions, **kwargs)
+        done = self.batch_as_completed(
+            inputs, config, return_exceptions=return_exceptions, **kwargs
+        )
         return [result for _, result in done]
 
     async def abatch(
@@ -244,7 +258,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
         **kwargs: Any,
     ) -> list[PersonalizeResult]:
         """`batch` for an event loop; cancelling stops the training under way and starts no other."""
-        done = self.abatch_as_completed(inputs, config, return_exceptions=return_exceptions, **kwargs)
+        done = self.abatch_as_completed(
+            inputs, config, return_exceptions=return_exceptions, **kwargs
+        )
         return [result async for _, result in done]
 
     def batch_as_completed(
@@ -256,7 +272,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
         **kwargs: Any,
     ) -> Iterator[tuple[int, Any]]:
         """`batch`, each user's place and result as soon as it is there."""
-        for place, (request, its_config) in enumerate(zip(inputs, get_config_list(config, len(inputs)), strict=True)):
+        for place, (request, its_config) in enumerate(
+            zip(inputs, get_config_list(config, len(inputs)), strict=True)
+        ):
             try:
                 result: Any = self.invoke(request, its_config, **kwargs)
             except Exception as error:
@@ -274,7 +292,9 @@ class PersonalizeUser(BaseSettings, RunnableSerializable[PersonalizeRequest | di
         **kwargs: Any,
     ) -> AsyncIterator[tuple[int, Any]]:
         """`abatch`, each user's place and result as soon as it is there."""
-        for place, (request, its_config) in enumerate(zip(inputs, get_config_list(config, len(inputs)), strict=True)):
+        for place, (request, its_config) in enumerate(
+            zip(inputs, get_config_list(config, len(inputs)), strict=True)
+        ):
             try:
                 result: Any = await self.ainvoke(request, its_config, **kwargs)
             except Exception as error:
@@ -332,7 +352,11 @@ class _Run:
     tell_graph: Callable[[Any], None]
 
     def __init__(
-        self, settings: PersonalizeUser, request: PersonalizeRequest, user: str, should_stop: Callable[[], bool]
+        self,
+        settings: PersonalizeUser,
+        request: PersonalizeRequest,
+        user: str,
+        should_stop: Callable[[], bool],
     ) -> None:
         self.settings = settings
         self.request = request
@@ -350,12 +374,22 @@ class _Run:
     def traced_config(self, config: RunnableConfig) -> RunnableConfig:
         """``config`` with this call's metadata, which its child runs share."""
         # The user is said even where it is None: what is missing core fills in from the configurable and the parent run.
-        ours = {"base_model": self.settings.model, "gate": self.settings.gate, "user_id": self.traced_user}
-        theirs = {key: value for key, value in config["metadata"].items() if (key, value) != ("user_id", self.user)}
+        ours = {
+            "base_model": self.settings.model,
+            "gate": self.settings.gate,
+            "user_id": self.traced_user,
+        }
+        theirs = {
+            key: value
+            for key, value in config["metadata"].items()
+            if (key, value) != ("user_id", self.user)
+        }
         config["metadata"] = {**ours, **theirs}
         return config
 
-    def traced(self, _: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> Any:
+    def traced(
+        self, _: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig
+    ) -> Any:
         """`run` as the callbacks see it: what is returned or raised here is what they are shown."""
         self.manager, self.config = run_manager, config
         self.tell_graph = _graph_writer()
@@ -372,17 +406,33 @@ class _Run:
     def run(self) -> PersonalizeResult:
         store = open_store(self.settings.store)
         with self.stage("history"):
-            data_seq = store.data_seq(self.user)  # an erasure from now on holds against this training too
+            data_seq = store.data_seq(
+                self.user
+            )  # an erasure from now on holds against this training too
             history = self.read_history()
             trained, judged = held_out.split(history.items)
-            store.prepare(self.user)  # hours of training must not end at a store that cannot be written
+            store.prepare(
+                self.user
+            )  # hours of training must not end at a store that cannot be written
         with self.stage("load"):
             engine = self.settings._engine()
             recipe = self.settings.recipe or Recipe.for_model(engine.base, trained)
-        with turn_on(engine.base.device, self.should_stop), self.job(engine, recipe, trained, judged) as job:
-            resumed = [f"done before and not run again: {', '.join(job.finished())}"] * bool(job.finished())
+        with (
+            turn_on(engine.base.device, self.should_stop),
+            self.job(engine, recipe, trained, judged) as job,
+        ):
+            resumed = [f"done before and not run again: {', '.join(job.finished())}"] * bool(
+                job.finished()
+            )
             training, evaluation = train_and_evaluate(
-                engine, trained, judged, recipe, job.folder, self.report, self.should_stop, self.stage
+                engine,
+                trained,
+                judged,
+                recipe,
+                job.folder,
+                self.report,
+                self.should_stop,
+                self.stage,
             )
             with self.stage("publish"):
                 publisher = Publisher(
@@ -403,7 +453,9 @@ class _Run:
                 )
                 outcome = publisher.publish_if_better()
                 self.published.append((publisher, outcome))
-        samples = zip(evaluation.indices, evaluation.texts, strict=True) if self.settings.samples else ()
+        samples = (
+            zip(evaluation.indices, evaluation.texts, strict=True) if self.settings.samples else ()
+        )
         return PersonalizeResult(
             user_id=self.user,
             published=outcome.version is not None,
@@ -427,16 +479,23 @@ class _Run:
         rows = self.request.history
         if rows is not None:
             found = as_history(
-                rows, target=self.settings.target, user_id=self.user, instruction=self.request.instruction
+                rows,
+                target=self.settings.target,
+                user_id=self.user,
+                instruction=self.request.instruction,
             )
             # Rows that were read before have it in their prompts already.
-            return found.model_copy(update={"instruction": found.instruction or self.request.instruction})
+            return found.model_copy(
+                update={"instruction": found.instruction or self.request.instruction}
+            )
         if self.settings.history is None:
             raise InputError(
                 "no history was given: put it into the request, or a ChromaHistory into PersonalizeUser(history=…)"
             )
         if self.request.instruction is not None:
-            raise InputError("a history from Chroma has its own instruction: give it to ChromaHistory(instruction=…)")
+            raise InputError(
+                "a history from Chroma has its own instruction: give it to ChromaHistory(instruction=…)"
+            )
         fetched: UserHistory = self.settings.history.history(self.user)
         return fetched
 
@@ -476,7 +535,9 @@ def _checked(given: PersonalizeRequest | dict[str, Any]) -> PersonalizeRequest:
     try:
         return PersonalizeRequest.model_validate(given)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the request'}: {e['msg']}" for e in error.errors())
+        wrong = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'the request'}: {e['msg']}" for e in error.errors()
+        )
         raise InputError(f"a request takes user_id, history and instruction ({wrong})") from error
 
 
@@ -484,7 +545,9 @@ def _whom(request: PersonalizeRequest, config: RunnableConfig) -> str:
     """The user of the request, else of the config. Where both name one they must agree: a request may come from a model."""
     configured = config["configurable"].get("user_id")
     if request.user_id is None and configured is None:
-        raise InputError("no user was named: put user_id into the request, or into the config's configurable")
+        raise InputError(
+            "no user was named: put user_id into the request, or into the config's configurable"
+        )
     if request.user_id is None and not isinstance(configured, str):
         raise InputError(f"the config's user_id is {configured!r:.80}, expected a string")
     if request.user_id is not None and configured not in (None, request.user_id):

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from langchain_cope.engine.options import EngineOptions
+from langchain_cope.engine import EngineOptions
 
 if TYPE_CHECKING:
-    from langchain_cope.engine.engine import Engine
+    from langchain_cope.engine import Engine
 
 
 class BaseSettings(BaseModel):
@@ -30,8 +30,7 @@ class BaseSettings(BaseModel):
 
     def _engine(self, model: str | None = None) -> "Engine":
         """The engine of the base, or of another ``model`` loaded in the same way; loads it at the first call."""
-        from langchain_cope.engine.base.base import load_base
-        from langchain_cope.engine.engine import Engine
+        from langchain_cope.engine import Engine, load_base
 
         base = load_base(
             model or self.model,

@@ -33,23 +33,35 @@ def open_store(store: "str | os.PathLike[str] | AdapterStore | None" = None) -> 
     if isinstance(place, str) and "://" not in place:
         from adapter_store.backends.local import local_path
 
-        place = str(local_path(place))  # what is relative, or the home folder's, may mean another one later
+        place = str(
+            local_path(place)
+        )  # what is relative, or the home folder's, may mean another one later
     return _opened(place, *map(_setting, _SETTINGS))
 
 
 def _setting(name: str) -> str | None:
     value = os.environ.get(name)
-    if value == "" and name in _SECRETS:  # as where a secret did not arrive: a plain store shall not be made of that
-        raise KeyMismatchError(f"the environment's {name} is set and empty: give it a value, or unset it")
+    if (
+        value == "" and name in _SECRETS
+    ):  # as where a secret did not arrive: a plain store shall not be made of that
+        raise KeyMismatchError(
+            f"the environment's {name} is set and empty: give it a value, or unset it"
+        )
     return value or None
 
 
 @lru_cache(maxsize=64)
-def _opened(place: str, key_file: str | None, keys: str | None, pepper: str | None, cache: str | None) -> AdapterStore:
+def _opened(
+    place: str, key_file: str | None, keys: str | None, pepper: str | None, cache: str | None
+) -> AdapterStore:
     from adapter_store.keys import EnvironmentKeys, FileKeys
 
-    provider = FileKeys(key_file) if key_file else EnvironmentKeys("COPE_STORE_KEYS") if keys else None
-    return AdapterStore(place, pepper=None if pepper is None else _pepper(pepper), keys=provider, cache=cache)
+    provider = (
+        FileKeys(key_file) if key_file else EnvironmentKeys("COPE_STORE_KEYS") if keys else None
+    )
+    return AdapterStore(
+        place, pepper=None if pepper is None else _pepper(pepper), keys=provider, cache=cache
+    )
 
 
 def _pepper(text: str) -> bytes:

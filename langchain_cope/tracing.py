@@ -12,7 +12,9 @@ class TracedError(Exception):
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
-        super().__init__(f"{type(error).__name__}; its message went to the caller alone, as it may name the user")
+        super().__init__(
+            f"{type(error).__name__}; its message went to the caller alone, as it may name the user"
+        )
 
 
 def traced_user(user_id: str | None, how: TraceUserId) -> str | None:

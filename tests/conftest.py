@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ANONYMIZED_TELEMETRY="False")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # on a busy machine torch's waiting threads would eat the cores
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "10000"
+)  # on a busy machine torch's waiting threads would eat the cores
 
 import pytest
 from tiny import make_adapter, make_model

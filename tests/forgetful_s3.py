@@ -49,7 +49,10 @@ class _Handler(BaseHTTPRequestHandler):
         below = {key[len(prefix) :] for key in self.objects if key.startswith(prefix)}
         folders = {key.partition("/")[0] for key in below if "/" in key}
         files = {key for key in below if "/" not in key}
-        rows = [f"<CommonPrefixes><Prefix>{escape(prefix + name)}/</Prefix></CommonPrefixes>" for name in folders]
+        rows = [
+            f"<CommonPrefixes><Prefix>{escape(prefix + name)}/</Prefix></CommonPrefixes>"
+            for name in folders
+        ]
         for name in files:
             size = len(self.objects[prefix + name])
             rows.append(

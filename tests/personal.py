@@ -9,7 +9,8 @@ from langchain_cope import Recipe
 from langchain_cope.training.recipe import DPO, SFT, Negatives
 
 ROWS = [
-    {"prompt": f"Headline for story {i}?", "completion": f"The fox jumps over story {i}, says dog"} for i in range(10)
+    {"prompt": f"Headline for story {i}?", "completion": f"The fox jumps over story {i}, says dog"}
+    for i in range(10)
 ]
 QUICK = Recipe(
     sft=SFT(learning_rate=2e-2, epochs=3, rank=4, targets="linear"),

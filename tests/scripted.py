@@ -14,7 +14,9 @@ Conversation = Sequence[dict[str, Any]]
 _STEPS, _RATE = 250, 6e-3
 
 
-def train_base(folder: Path, conversations: Sequence[Conversation], tools: Sequence[dict[str, Any]]) -> Path:
+def train_base(
+    folder: Path, conversations: Sequence[Conversation], tools: Sequence[dict[str, Any]]
+) -> Path:
     """A base in ``folder`` that answers each of ``conversations`` as it stands there."""
     texts = (json.dumps([tools, conversations]),) * 3
     size = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.05}
@@ -82,7 +84,9 @@ def _ids_and_labels(
     return ids, labels
 
 
-def _render(tokenizer: Any, messages: Conversation, tools: Sequence[dict[str, Any]], prompt: bool) -> list[int]:
+def _render(
+    tokenizer: Any, messages: Conversation, tools: Sequence[dict[str, Any]], prompt: bool
+) -> list[int]:
     found: list[int] = tokenizer.apply_chat_template(
         list(messages), tools=list(tools) or None, add_generation_prompt=prompt, return_dict=False
     )

@@ -12,9 +12,15 @@ from personal import QUICK, ROWS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from adapter_store import AdapterNotFoundError, AdapterStore, FileKeys, MemoryBackend, UserErasedError
+from adapter_store import (
+    AdapterNotFoundError,
+    AdapterStore,
+    FileKeys,
+    MemoryBackend,
+    UserErasedError,
+)
 from langchain_cope import ChatCoPe, EngineOptions, PersonalizeUser
-from langchain_cope.engine.base.base import load_base
+from langchain_cope.engine import load_base
 
 QUESTION = "What does the fox do all day?"
 
@@ -37,7 +43,9 @@ def test_a_published_version_works_in_plain_peft(
     stores = {
         "local": lambda: AdapterStore(tmp_path / "store"),
         "memory": lambda: AdapterStore(MemoryBackend()),
-        "encrypted": lambda: AdapterStore(tmp_path / "store", keys=FileKeys.create(tmp_path / "keys")),
+        "encrypted": lambda: AdapterStore(
+            tmp_path / "store", keys=FileKeys.create(tmp_path / "keys")
+        ),
     }
     store = stores[kind]()
     version = store.publish("alice", adapter(base, seed=1), base=load_base(base).fingerprint())
@@ -57,16 +65,23 @@ def test_a_trained_version_is_what_vllm_reads(base: Path, tmp_path: Path) -> Non
         {"user_id": "alice", "history": ROWS}
     )
     folder = store.export_peft("alice", tmp_path / "exported")
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["bias"] == "none"
-    assert not any(config[name] for name in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern"))
+    assert not any(
+        config[name] for name in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern")
+    )
     weights = load_file(folder / "adapter_model.safetensors")
     modules = dict(AutoModelForCausalLM.from_pretrained(base).named_modules())
     adapted = {name for name in modules if name.rpartition(".")[2] in config["target_modules"]}
     assert adapted
-    assert set(weights) == {f"base_model.model.{name}.lora_{part}.weight" for name in adapted for part in "AB"}
+    assert set(weights) == {
+        f"base_model.model.{name}.lora_{part}.weight" for name in adapted for part in "AB"
+    }
     for name in adapted:
         num_out, num_in = modules[name].weight.shape
         assert weights[f"base_model.model.{name}.lora_A.weight"].shape == (config["r"], num_in)
@@ -79,7 +94,9 @@ def test_an_erased_user_is_not_served_from_a_slot_of_a_running_engine(
     """The adapter is still in its slot; the request after the erasure does not reach it."""
     store = AdapterStore(tmp_path / "store")
     version = store.publish("alice", adapter(base, seed=1), base=load_base(base).fingerprint())
-    chat = ChatCoPe(model=str(base), store=store, user_id="alice", max_tokens=12, engine_options=EngineOptions())
+    chat = ChatCoPe(
+        model=str(base), store=store, user_id="alice", max_tokens=12, engine_options=EngineOptions()
+    )
     plain = chat.invoke(QUESTION, {"configurable": {"user_id": None}}).content
     first = chat.invoke(QUESTION)
     assert first.response_metadata["adapter_version"] == version.version
@@ -90,7 +107,11 @@ def test_an_erased_user_is_not_served_from_a_slot_of_a_running_engine(
     assert after.content == plain
     for kwargs in ({"adapter_version": version.version}, {}):
         strict = ChatCoPe(
-            model=str(base), store=str(tmp_path / "store"), user_id="alice", on_missing_adapter="error", **kwargs
+            model=str(base),
+            store=str(tmp_path / "store"),
+            user_id="alice",
+            on_missing_adapter="error",
+            **kwargs,
         )
         with pytest.raises(AdapterNotFoundError):
             strict.invoke(QUESTION)
@@ -123,4 +144,6 @@ def test_a_training_under_way_publishes_nothing_of_a_user_who_is_erased_meanwhil
     with pytest.raises(UserErasedError):
         learner.invoke(request, {"callbacks": [EraseAt(store, "dpo")]})
     assert store.active("alice") is None
-    assert learner.invoke(request).published  # what is given again after the erasure may be learnt from
+    assert learner.invoke(
+        request
+    ).published  # what is given again after the erasure may be learnt from

@@ -42,7 +42,9 @@ TOOLS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # A reasoning model's way: the reply begins inside a thought.
-THINKS_FIRST = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+THINKS_FIRST = CHATML.replace(
+    "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
+)
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -88,11 +90,17 @@ def make_tokenizer(
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=640 if texts else 384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=640 if texts else 384,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([*SENTENCES, *texts], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=context
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=context,
     )
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *marks]})
     fast.chat_template = template
@@ -114,7 +122,11 @@ def make_model(
     """A tiny base of ``family`` in ``folder``: config, random weights, tokenizer. ``marks`` become special tokens."""
     tokenizer = make_tokenizer(folder, template=template, context=context, marks=marks, texts=texts)
     size = {} if context == 256 else {"max_position_embeddings": context}
-    fields = {key: value for key, value in {**FAMILIES[family], **size, **changes}.items() if value is not None}
+    fields = {
+        key: value
+        for key, value in {**FAMILIES[family], **size, **changes}.items()
+        if value is not None
+    }
     config = AutoConfig.for_model(
         family,
         vocab_size=len(tokenizer),
@@ -143,7 +155,11 @@ def make_adapter(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(
-        r=rank, lora_alpha=changes.pop("lora_alpha", 2 * rank), target_modules=targets, task_type="CAUSAL_LM", **changes
+        r=rank,
+        lora_alpha=changes.pop("lora_alpha", 2 * rank),
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        **changes,
     )
     personal = get_peft_model(model, config)
     with torch.no_grad():

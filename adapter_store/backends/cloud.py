@@ -58,7 +58,9 @@ class ObjectBackend:
         options = dict(parse_qsl(parts.query))
         if parts.username or parts.password:
             if parts.scheme.lower() != "s3":
-                raise BackendError(f"{without_secrets(url)} holds credentials: give them in the environment instead")
+                raise BackendError(
+                    f"{without_secrets(url)} holds credentials: give them in the environment instead"
+                )
             options |= {
                 "access_key_id": unquote(parts.username or ""),
                 "secret_access_key": unquote(parts.password or ""),
@@ -70,9 +72,15 @@ class ObjectBackend:
             client["allow_http"] = True
         host = parts.netloc.rpartition("@")[2]
         if not host or parts.fragment:
-            raise BackendError(f"{without_secrets(url)} names no bucket: write {parts.scheme}://bucket/prefix")
+            raise BackendError(
+                f"{without_secrets(url)} names no bucket: write {parts.scheme}://bucket/prefix"
+            )
         place = f"{parts.scheme.lower()}://{host}{parts.path}"
-        settings: Any = {"config": options or None, "client_options": client, "retry_config": _RETRIES}
+        settings: Any = {
+            "config": options or None,
+            "client_options": client,
+            "retry_config": _RETRIES,
+        }
         try:
             store = from_url(place, **settings)
         except Exception as error:  # obstore's errors and plain ValueErrors
@@ -94,7 +102,9 @@ class ObjectBackend:
             found = self._store.get(key)
             if found.meta["size"] <= max_bytes:
                 return bytes(found.bytes())
-            return bytes(self._store.get_range(key, start=0, end=max_bytes)) if max_bytes > 0 else b""
+            return (
+                bytes(self._store.get_range(key, start=0, end=max_bytes)) if max_bytes > 0 else b""
+            )
 
         return self._ask("read", key, got)
 
@@ -110,7 +120,9 @@ class ObjectBackend:
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Put an object whole, on condition that there is none."""
         # In parts it would be faster for much, and unconditional.
-        self._ask("write", key, lambda: self._store.put(key, data, mode="create", use_multipart=False))
+        self._ask(
+            "write", key, lambda: self._store.put(key, data, mode="create", use_multipart=False)
+        )
 
     def list_folder(self, folder: str) -> list[str]:
         """Return the sorted names directly below a prefix."""
@@ -141,7 +153,9 @@ class ObjectBackend:
         except Exception as error:  # obstore's other errors, and its plain ValueErrors
             if "NoSuchBucket" in str(error):
                 raise self._no_bucket(verb, key) from None
-            raise BackendError(f"cannot {verb} {location(self._url, key)}: {_said(error)}{_advice(error)}") from None
+            raise BackendError(
+                f"cannot {verb} {location(self._url, key)}: {_said(error)}{_advice(error)}"
+            ) from None
 
     def _no_bucket(self, verb: str, key: str) -> BackendError:
         return BackendError(
@@ -170,7 +184,9 @@ def _said(error: Exception) -> str:
 
 def _advice(error: Exception) -> str:
     kind = type(error).__name__
-    if "169.254.169.254" in str(error):  # where cloud machines get theirs from, asked when there are none elsewhere
+    if "169.254.169.254" in str(
+        error
+    ):  # where cloud machines get theirs from, asked when there are none elsewhere
         return "; there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what your cloud uses"
     if kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return "; give credentials that may list, read, write and delete there"

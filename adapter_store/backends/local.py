@@ -131,7 +131,9 @@ def local_path(folder: str | os.PathLike[str]) -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:
-        raise BackendError(f"cannot expand the path {text!r} ({error}): write it without ~") from error
+        raise BackendError(
+            f"cannot expand the path {text!r} ({error}): write it without ~"
+        ) from error
 
 
 def _read_all(descriptor: int, size: int) -> bytes:
@@ -163,7 +165,9 @@ def _make_folder(folder: Path) -> None:
             made.mkdir(0o700)
         except FileExistsError:
             if made.exists() and not made.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(made)) from None
+                raise NotADirectoryError(
+                    errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(made)
+                ) from None
         _sync_folder(made.parent)
 
 
@@ -176,6 +180,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _refused(verb: str, path: str | Path, error: OSError) -> BackendError:
-    advice = _ADVICE.get(error.errno or 0, f"{error.strerror or error}: mend that, or choose another store")
+    advice = _ADVICE.get(
+        error.errno or 0, f"{error.strerror or error}: mend that, or choose another store"
+    )
     # What the operating system says of other errors, such as a network file system's timeout, leaves it open.
     return BackendError(f"cannot {verb} {path}: {advice}", refused=error.errno in _ADVICE)

@@ -56,7 +56,11 @@ class MemoryBackend:
         folder, name = _split(key)
         with self._lock:
             file = self._folder(folder).get(name)
-        return StoredFile(len(file.content), file.modified, file.number) if isinstance(file, _File) else None
+        return (
+            StoredFile(len(file.content), file.modified, file.number)
+            if isinstance(file, _File)
+            else None
+        )
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Keep `data` under `key`."""

@@ -19,7 +19,9 @@ def is_near(backend: "Backend") -> bool:
     return isinstance(backend, LocalBackend | MemoryBackend)
 
 
-def each(backend: "Backend", call: Callable[[_Item], _Found], items: Iterable[_Item]) -> list[_Found]:
+def each(
+    backend: "Backend", call: Callable[[_Item], _Found], items: Iterable[_Item]
+) -> list[_Found]:
     """Return `call(item)` for each item, in their order; what the first of them raises comes through."""
     wanted = list(items)
     if is_near(backend) or len(wanted) < 2:

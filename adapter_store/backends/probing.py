@@ -32,7 +32,9 @@ def _keeps(backend: "Backend") -> bool:
     key = new_probe()
     first, second = os.urandom(16), os.urandom(16)
     try:
-        with contextlib.suppress(FileExistsError):  # said of our own write, where its first answer was lost
+        with contextlib.suppress(
+            FileExistsError
+        ):  # said of our own write, where its first answer was lost
             backend.put_if_absent(key, first)
         try:
             backend.put_if_absent(key, second)

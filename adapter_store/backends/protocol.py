@@ -65,7 +65,9 @@ def _open_text(place: str) -> Backend:
         case "file":
             return _open_file(place, rest)
         case "s3" | "gs" | "az":
-            from adapter_store.backends.cloud import ObjectBackend  # only who asks for it needs obstore
+            from adapter_store.backends.cloud import (
+                ObjectBackend,
+            )  # only who asks for it needs obstore
 
             return ObjectBackend.from_url(place)
     raise BackendError(

@@ -57,7 +57,9 @@ class Manifest:
 
     def comes_from(self, root: Root) -> bool:
         """Tell whether that store wrote it, and nobody changed it since."""
-        return self.store_id == root.store_id and hmac.compare_digest(self.proof, keyed_hash(root.pepper, self.proven))
+        return self.store_id == root.store_id and hmac.compare_digest(
+            self.proof, keyed_hash(root.pepper, self.proven)
+        )
 
     def origin(self, version: AdapterVersion) -> Origin:
         """Return what one of its versions is known by."""
@@ -79,7 +81,12 @@ def write_archive(
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                _add(archive, MANIFEST, to_json(_manifest_json(opened, head)), head.updated_at.timestamp())
+                _add(
+                    archive,
+                    MANIFEST,
+                    to_json(_manifest_json(opened, head)),
+                    head.updated_at.timestamp(),
+                )
                 for version in head.versions:
                     for name, data in fetch(version).items():
                         _add(archive, _member(version, name), data, version.created_at.timestamp())
@@ -107,9 +114,13 @@ def read_archive(
     try:
         manifest = _manifest(data, limits, user_key)
     except FormatVersionError as error:
-        raise FormatVersionError(f"cannot import {where}: {error}; upgrade the package that reads it") from None
+        raise FormatVersionError(
+            f"cannot import {where}: {error}; upgrade the package that reads it"
+        ) from None
     except ValueError as error:
-        raise InvalidAdapterError(f"{where} has no usable manifest: {error}; export the user again") from None
+        raise InvalidAdapterError(
+            f"{where} has no usable manifest: {error}; export the user again"
+        ) from None
     return manifest, _versions(members, manifest, limits, where)
 
 
@@ -152,7 +163,9 @@ def _manifest(data: bytes, limits: Limits, user_key: str) -> Manifest:
         raise ValueError("its proof is not text")
     try:
         check_user_id(user_id, limits)
-        versions = tuple(_checked(version_from_json(user_id, user_key, row), store_id, limits) for row in rows)
+        versions = tuple(
+            _checked(version_from_json(user_id, user_key, row), store_id, limits) for row in rows
+        )
     except InvalidAdapterError as error:
         raise ValueError(str(error)) from None
     if len({version.version for version in versions}) != len(versions):
@@ -174,15 +187,27 @@ def _checked(version: AdapterVersion, store_id: str, limits: Limits) -> AdapterV
 
 
 def _versions(
-    members: Iterator[tuple[tarfile.TarInfo, IO[bytes]]], manifest: Manifest, limits: Limits, where: str
+    members: Iterator[tuple[tarfile.TarInfo, IO[bytes]]],
+    manifest: Manifest,
+    limits: Limits,
+    where: str,
 ) -> Iterator[tuple[AdapterVersion, dict[str, bytes]]]:
     for version in manifest.versions:
         files = {
-            name: _expect(members, _member(version, name), version.files[name].size, limits.bytes_of(name), where)
+            name: _expect(
+                members,
+                _member(version, name),
+                version.files[name].size,
+                limits.bytes_of(name),
+                where,
+            )
             for name in layout.ADAPTER_FILES
         }
         files = read_adapter(files, limits)
-        if any(version.files[name] != type(version.files[name]).of(data) for name, data in files.items()):
+        if any(
+            version.files[name] != type(version.files[name]).of(data)
+            for name, data in files.items()
+        ):
             raise InvalidAdapterError(
                 f"version {version.version} in {where} is not what its manifest says: its sha256 differs; "
                 "export the user again"
@@ -195,7 +220,11 @@ def _versions(
 
 
 def _expect(
-    members: Iterator[tuple[tarfile.TarInfo, IO[bytes]]], name: str, size: int | None, max_bytes: int, where: str
+    members: Iterator[tuple[tarfile.TarInfo, IO[bytes]]],
+    name: str,
+    size: int | None,
+    max_bytes: int,
+    where: str,
 ) -> bytes:
     """Return the content of the next member, which must have this name, be a plain file, and be no larger."""
     member, content = next(members, (None, io.BytesIO()))
@@ -216,7 +245,9 @@ def _expect(
         while piece := content.read(_PIECE):
             pieces.append(piece)
     except (tarfile.TarError, OSError) as error:
-        raise InvalidAdapterError(f"{where} breaks off within {name} ({error}): export the user again") from None
+        raise InvalidAdapterError(
+            f"{where} breaks off within {name} ({error}): export the user again"
+        ) from None
     return b"".join(pieces)
 
 
@@ -225,11 +256,23 @@ def _members(file: "_Careful", where: str) -> Iterator[tuple[tarfile.TarInfo, IO
     try:
         with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:") as archive:
             for member in archive:
-                content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
+                content = (
+                    archive.extractfile(member)
+                    if member.isreg() and not member.issparse()
+                    else None
+                )
                 yield member, content or io.BytesIO()
     except (InvalidAdapterError, FormatVersionError):
         raise
-    except (tarfile.TarError, ValueError, EOFError, LookupError, OverflowError, RecursionError, OSError) as error:
+    except (
+        tarfile.TarError,
+        ValueError,
+        EOFError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+        OSError,
+    ) as error:
         raise InvalidAdapterError(
             f"{where} is no tar file that export_user wrote ({error}): give one that it did"
         ) from None
@@ -253,7 +296,9 @@ class _Careful(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= 2 * _PIECE:
-            raise InvalidAdapterError("the archive has a header of an impossible length: nothing was imported")
+            raise InvalidAdapterError(
+                "the archive has a header of an impossible length: nothing was imported"
+            )
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = 0) -> int:

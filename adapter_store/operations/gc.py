@@ -79,7 +79,9 @@ def collect_unfinished(opened: Opened, rules: Rules, now: float, done: Collected
     backend = opened.backend
     places = [f"{layout.STAGING}/{name}" for name in backend.list_folder(layout.STAGING)]
     places += [
-        f"{layout.PROBES}/{name}/{layout.PROBE}" for name in backend.list_folder(layout.PROBES) if layout.is_probe(name)
+        f"{layout.PROBES}/{name}/{layout.PROBE}"
+        for name in backend.list_folder(layout.PROBES)
+        if layout.is_probe(name)
     ]
     for place in places:
         found = backend.stat(place)
@@ -94,7 +96,9 @@ def collect_cache(opened: Opened, cache: AdapterCache, rules: Rules, done: Colle
     for user_key in cache.users(opened.root.store_id):
         with suppress(*UNREADABLE):
             kept = cache.versions(opened.root.store_id, user_key)
-            head = opened.log.head(user_key)  # after the look: it lists whatever was fetched until then
+            head = opened.log.head(
+                user_key
+            )  # after the look: it lists whatever was fetched until then
             for version in kept:
                 if head is None or head.find(version) is None:
                     done.cached_versions += 1
@@ -142,7 +146,9 @@ def _orphans(opened: Opened, head: UserHead, rules: Rules, now: float, done: Col
     """Remove the files of versions that are not listed, once the log says so."""
     grace = 0.0 if head.erased_seq and head.is_erased else rules.grace
     sizes = {
-        version: size for version, size, newest in _unlisted(opened, head) if newest is None or newest <= now - grace
+        version: size
+        for version, size, newest in _unlisted(opened, head)
+        if newest is None or newest <= now - grace
     }
     removed, keys = set(sizes), _unused_keys(opened, head, set(sizes), now - grace)
     if not removed and not keys:
@@ -152,12 +158,20 @@ def _orphans(opened: Opened, head: UserHead, rules: Rules, now: float, done: Col
         removed.difference_update(version.version for version in current.versions)
         if not removed and not keys:
             return None
-        return replace(current, operation="collect", operation_version="", reason="", collected_seq=current.seq + 1)
+        return replace(
+            current,
+            operation="collect",
+            operation_version="",
+            reason="",
+            collected_seq=current.seq + 1,
+        )
 
     if not rules.dry_run:
         with suppress(ErasedSinceError):
             _, head = opened.log.commit(head.user_key, collected)
-        keys &= _unused_keys(opened, head, removed, now - grace)  # of those a publisher may have used one meanwhile
+        keys &= _unused_keys(
+            opened, head, removed, now - grace
+        )  # of those a publisher may have used one meanwhile
     _remove_keys(opened, head.user_key, keys, rules, done)
     for version in sorted(removed):
         done.versions += 1
@@ -174,7 +188,9 @@ def _unused_keys(opened: Opened, head: UserHead, removed: Set[str], now: float) 
     unused = set(opened.root.vault.written_until(head.user_key, now)) - {head.key}
     if not unused:  # almost always
         return unused
-    unused.difference_update(opened.root.vault.made_before(head.user_key, head.erased_seq))  # counted before
+    unused.difference_update(
+        opened.root.vault.made_before(head.user_key, head.erased_seq)
+    )  # counted before
     for version in opened.version_folders(head.user_key):
         folder = layout.version_folder(head.user_key, version)
         for name in opened.backend.list_folder(folder) if version not in removed else []:
@@ -186,7 +202,9 @@ def _unused_keys(opened: Opened, head: UserHead, removed: Set[str], now: float) 
     return unused
 
 
-def _remove_keys(opened: Opened, user_key: str, keys: Collection[str], rules: Rules, done: Collected) -> None:
+def _remove_keys(
+    opened: Opened, user_key: str, keys: Collection[str], rules: Rules, done: Collected
+) -> None:
     done.keys += len(keys)
     if opened.root.vault is not None and not rules.dry_run:
         for key in keys:
@@ -205,9 +223,16 @@ def _unlisted(opened: Opened, head: UserHead) -> Iterator[tuple[str, int, float 
     for version in opened.version_folders(head.user_key):
         if head.find(version) is None:
             folder = layout.version_folder(head.user_key, version)
-            found = [opened.backend.stat(f"{folder}/{name}") for name in opened.backend.list_folder(folder)]
+            found = [
+                opened.backend.stat(f"{folder}/{name}")
+                for name in opened.backend.list_folder(folder)
+            ]
             files = [file for file in found if file is not None]
-            yield version, sum(file.size for file in files), max((file.modified for file in files), default=None)
+            yield (
+                version,
+                sum(file.size for file in files),
+                max((file.modified for file in files), default=None),
+            )
 
 
 def _trim(opened: Opened, user_key: str, rules: Rules, now: float, done: Collected) -> None:

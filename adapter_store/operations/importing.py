@@ -6,7 +6,12 @@ from dataclasses import replace
 from typing import BinaryIO
 
 from adapter_store import layout
-from adapter_store.errors import BackendError, InvalidAdapterError, PublishConflictError, UserErasedError
+from adapter_store.errors import (
+    BackendError,
+    InvalidAdapterError,
+    PublishConflictError,
+    UserErasedError,
+)
 from adapter_store.facts import AdapterVersion, Limits, UserHead
 from adapter_store.log import ErasedSinceError
 from adapter_store.open_store import Opened
@@ -24,7 +29,9 @@ from adapter_store.operations.publishing import (
 from adapter_store.text import shorten
 
 
-def import_archive(opened: Opened, file: BinaryIO, manifest: Manifest, limits: Limits, where: str) -> UserHead:
+def import_archive(
+    opened: Opened, file: BinaryIO, manifest: Manifest, limits: Limits, where: str
+) -> UserHead:
     """Put the versions of an archive, which was checked, into the store and return the user's head.
 
     Versions get new ids: files under the old ones may be somebody's to remove. Those that are there already, told by
@@ -42,7 +49,9 @@ def import_archive(opened: Opened, file: BinaryIO, manifest: Manifest, limits: L
     )
 
 
-def _import_once(opened: Opened, file: BinaryIO, manifest: Manifest, limits: Limits, where: str) -> UserHead:
+def _import_once(
+    opened: Opened, file: BinaryIO, manifest: Manifest, limits: Limits, where: str
+) -> UserHead:
     user_key = opened.log.user_key(manifest.user_id)
     began = opened.log.head_or_new(user_key, manifest.user_id)
     data_seq = _data_seq(opened, manifest, began, where)
@@ -60,7 +69,9 @@ def _import_once(opened: Opened, file: BinaryIO, manifest: Manifest, limits: Lim
         file.seek(0)
         again, versions = read_archive(file, limits, where, user_key)
         if (again.proven, again.proof) != (manifest.proven, manifest.proof):
-            raise InvalidAdapterError(f"{where} was changed while it was read: nothing was imported; try again")
+            raise InvalidAdapterError(
+                f"{where} was changed while it was read: nothing was imported; try again"
+            )
         for version, files in versions:
             if version.version in brought:
                 opened.blobs.write(brought[version.version], files, key)
@@ -75,7 +86,9 @@ def _import_once(opened: Opened, file: BinaryIO, manifest: Manifest, limits: Lim
         if not written or not may_land(error):
             discard(opened, brought.values(), began, key)
         raise
-    with suppress(BackendError):  # the import is done, whatever becomes of the files of a version that it dropped
+    with suppress(
+        BackendError
+    ):  # the import is done, whatever becomes of the files of a version that it dropped
         remove_dropped(opened, before, after)
     # Some may have been imported by another process meanwhile, or be too many since.
     discard(opened, brought.values(), began, key)
@@ -95,10 +108,14 @@ def _data_seq(opened: Opened, manifest: Manifest, began: UserHead, where: str) -
         raise UserErasedError(
             f"user {shorten(manifest.user_id)} was erased after {where} was written: nothing was imported; destroy it"
         )
-    return min(manifest.seq, began.seq)  # this store may be a restored one, and its log shorter than it was
+    return min(
+        manifest.seq, began.seq
+    )  # this store may be a restored one, and its log shorter than it was
 
 
-def _brought(opened: Opened, manifest: Manifest, head: UserHead, live_versions: int) -> dict[str, AdapterVersion]:
+def _brought(
+    opened: Opened, manifest: Manifest, head: UserHead, live_versions: int
+) -> dict[str, AdapterVersion]:
     """Return what is to be brought of an archive, as it will be here, by its id there."""
     new = {
         version.version: replace(
@@ -110,7 +127,9 @@ def _brought(opened: Opened, manifest: Manifest, head: UserHead, live_versions: 
         for version in manifest.versions
     }
     planned = _with_imported(opened, manifest, head, new.values(), None, live_versions) or head
-    return {old: version for old, version in new.items() if planned.find(version.version) is not None}
+    return {
+        old: version for old, version in new.items() if planned.find(version.version) is not None
+    }
 
 
 def _with_imported(
@@ -138,10 +157,14 @@ def _with_imported(
         reason="",
         versions=(*new.values(), *head.versions),  # older than what is there
     )
-    active = next((version for version in manifest.versions if version.version == manifest.active), None)
+    active = next(
+        (version for version in manifest.versions if version.version == manifest.active), None
+    )
     found = None if active is None else (there | new).get(manifest.origin(active))
     if changed.active is None and found is not None:
         changed = activated(changed, found.version)
     changed = without_oldest(changed, live_versions, ())
-    kept = [version.version for version in new.values() if changed.find(version.version) is not None]
+    kept = [
+        version.version for version in new.values() if changed.find(version.version) is not None
+    ]
     return replace(changed, operation_version=kept[-1]) if kept else None

@@ -5,7 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from adapter_store import layout
-from adapter_store.errors import AdapterStoreError, BackendError, PublishConflictError, UserErasedError
+from adapter_store.errors import (
+    AdapterStoreError,
+    BackendError,
+    PublishConflictError,
+    UserErasedError,
+)
 from adapter_store.facts import UNSET, AdapterVersion, Unset, UserHead
 from adapter_store.log import ErasedSinceError
 from adapter_store.open_store import Opened
@@ -92,7 +97,11 @@ def activated(head: UserHead, version: str | None) -> UserHead:
 
 def without_oldest(head: UserHead, live_versions: int, new: Sequence[str]) -> UserHead:
     """Return `head` with the oldest versions dropped until `live_versions` are left; what is active or `new` stays."""
-    droppable = [live.version for live in head.versions if live.version != head.active and live.version not in new]
+    droppable = [
+        live.version
+        for live in head.versions
+        if live.version != head.active and live.version not in new
+    ]
     dropped = set(droppable[: max(0, len(head.versions) - live_versions)])
     return without(head, dropped)
 
@@ -114,12 +123,16 @@ def _way_back(head: UserHead, listed: set[str]) -> tuple[str, ...]:
     return tuple(way[-max(1, len(listed)) :])
 
 
-def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, bytes], terms: Terms) -> AdapterVersion:
+def publish_version(
+    opened: Opened, version: AdapterVersion, files: dict[str, bytes], terms: Terms
+) -> AdapterVersion:
     """Write the files, commit the version, and return what is published: `version`, or the earlier one of the same job."""
     for _ in range(MAX_TRIES):
         began = opened.log.head_or_new(version.user_key, version.user_id)
         if terms.data_seq is None:
-            terms = replace(terms, data_seq=began.seq)  # for all tries: an erasure between two of them counts
+            terms = replace(
+                terms, data_seq=began.seq
+            )  # for all tries: an erasure between two of them counts
         terms = replace(terms, began_seq=began.seq)
         # Asked once before any byte is written: a job done before, or a conflict, costs no upload.
         if with_version(began, version, terms) is None:
@@ -127,7 +140,9 @@ def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, by
         key = opened.key_for(began)
         terms = replace(terms, key=key)
 
-        def change(head: UserHead, version: AdapterVersion = version, terms: Terms = terms) -> UserHead | None:
+        def change(
+            head: UserHead, version: AdapterVersion = version, terms: Terms = terms
+        ) -> UserHead | None:
             return with_version(head, version, terms)
 
         written = False
@@ -135,7 +150,10 @@ def publish_version(opened: Opened, version: AdapterVersion, files: dict[str, by
             opened.blobs.write(version, files, key)
             written = True
             before, after = opened.log.commit(version.user_key, change, known=began)
-        except (CollectedError, FileNotFoundError):  # the files may be gone; or the key is, of a user erased since
+        except (
+            CollectedError,
+            FileNotFoundError,
+        ):  # the files may be gone; or the key is, of a user erased since
             discard(opened, [version], began, key)
             version = replace(version, version=layout.new_version(version.created_at))
             continue
@@ -180,10 +198,14 @@ def _published_before(head: UserHead, version: AdapterVersion) -> AdapterVersion
 
 def may_land(error: BaseException) -> bool:
     """Tell whether the entry may land after this error of its commit."""
-    return not error.refused if isinstance(error, BackendError) else not isinstance(error, Exception)
+    return (
+        not error.refused if isinstance(error, BackendError) else not isinstance(error, Exception)
+    )
 
 
-def discard(opened: Opened, versions: Iterable[AdapterVersion], began: UserHead, key: str | None) -> None:
+def discard(
+    opened: Opened, versions: Iterable[AdapterVersion], began: UserHead, key: str | None
+) -> None:
     """Remove the files of those versions that were not committed, and their key where no other is sealed with it.
 
     In doubt they stay: a listed version must have its files.

@@ -70,7 +70,9 @@ def verify_user(opened: Opened, user_key: str) -> UserReport:
         user_id=head.user_id if head else "",
         num_entries=len(seqs),
         num_versions=len(listed),
-        num_bytes=sum(file.size for version in head.versions for file in version.files.values()) if head else 0,
+        num_bytes=sum(file.size for version in head.versions for file in version.files.values())
+        if head
+        else 0,
         problems=tuple(problems),
         orphans=tuple(name for name in there if name not in listed) if not problems or head else (),
     )
@@ -80,7 +82,9 @@ def _entry_problems(opened: Opened, head: UserHead, seqs: list[int]) -> list[str
     problems = []
     for seq in seqs:
         if seq < head.erased_seq:
-            problems.append(f"entry {seq} of user key {head.user_key} is left of an erasure: erase again, or run gc")
+            problems.append(
+                f"entry {seq} of user key {head.user_key} is left of an erasure: erase again, or run gc"
+            )
             continue
         try:
             opened.log.entry(head.user_key, seq)
@@ -90,7 +94,9 @@ def _entry_problems(opened: Opened, head: UserHead, seqs: list[int]) -> list[str
             problems.append(str(error))
     kept = [seq for seq in seqs if head.erased_seq <= seq <= head.seq]
     if kept and kept != list(range(kept[0], kept[0] + len(kept))):
-        problems.append(f"entries are missing in the log of user key {head.user_key}: restore them from a backup")
+        problems.append(
+            f"entries are missing in the log of user key {head.user_key}: restore them from a backup"
+        )
     return problems
 
 

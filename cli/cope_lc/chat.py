@@ -20,12 +20,16 @@ _HELP = "/reset starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 def chat(
     user: Annotated[
-        str | None, typer.Option("--user", metavar="ID", help="In whose manner. Default: the base alone.")
+        str | None,
+        typer.Option("--user", metavar="ID", help="In whose manner. Default: the base alone."),
     ] = None,
     model: Model = "starter",
     store: Store = None,
     version: Annotated[
-        str | None, typer.Option("--version", metavar="VERSION", help="Adapter version. Default: the active one.")
+        str | None,
+        typer.Option(
+            "--version", metavar="VERSION", help="Adapter version. Default: the active one."
+        ),
     ] = None,
     alpha: Alpha = None,
     tau: Tau = None,
@@ -39,8 +43,20 @@ def chat(
     from cope_lc.quiet_libraries import prints_to_stderr
     from langchain_cope import ChatCoPe
 
-    settings = {"model": model, "store": store, "adapter_version": version, "device": device, "dtype": dtype}
-    sampling = {"alpha": alpha, "tau": tau, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    settings = {
+        "model": model,
+        "store": store,
+        "adapter_version": version,
+        "device": device,
+        "dtype": dtype,
+    }
+    sampling = {
+        "alpha": alpha,
+        "tau": tau,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
     with prints_to_stderr():
         _note(_greeting(user, settings))
         model_of_user = ChatCoPe(user_id=user, **settings, **sampling)
@@ -51,14 +67,16 @@ def _greeting(user: str | None, settings: dict[str, Any]) -> str:
     """Load what is needed, so that a wrong user or model is told now and not at the first message."""
     from adapter_store import AdapterNotFoundError
     from cope_lc.text import name_of
-    from langchain_cope.engine.base.base import load_base
+    from langchain_cope.engine import load_base
     from langchain_cope.stores import open_store
 
     base = load_base(settings["model"], device=settings["device"], dtype=settings["dtype"])
     if user is None:
         return f"{base.name} alone, as nobody in particular. {_HELP}"
     try:
-        found = open_store(settings["store"]).resolve(user, settings["adapter_version"], base=base.fingerprint())
+        found = open_store(settings["store"]).resolve(
+            user, settings["adapter_version"], base=base.fingerprint()
+        )
     except AdapterNotFoundError:
         if settings["adapter_version"] is not None:
             raise

@@ -49,7 +49,9 @@ def _show(findings: list[Finding], num_broken: int) -> None:
 
     rows = table("", "what", "found", whole=("", "what"))
     for finding in findings:
-        mark, style = ("✓", "green") if finding.ok else ("✗", "red") if finding.needed else ("!", "yellow")
+        mark, style = (
+            ("✓", "green") if finding.ok else ("✗", "red") if finding.needed else ("!", "yellow")
+        )
         found = finding.found if finding.ok else f"{finding.found}\n→ {finding.advice}"
         rows.add_row(cell(mark, style), finding.what, cell(found))
     out = console()
@@ -85,17 +87,29 @@ def _packages() -> Iterator[Finding]:
             yield Finding(requirement.name, "not installed", False, wanted)
             continue
         fits = requirement.specifier.contains(found, prereleases=True)
-        yield Finding(requirement.name, found if fits else f"{found}, needed {requirement.specifier}", fits, wanted)
+        yield Finding(
+            requirement.name,
+            found if fits else f"{found}, needed {requirement.specifier}",
+            fits,
+            wanted,
+        )
 
 
 def _devices() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Finding("device", f"torch cannot be imported: {error}", False, "install torch anew, for this machine")
+        yield Finding(
+            "device",
+            f"torch cannot be imported: {error}",
+            False,
+            "install torch anew, for this machine",
+        )
         return
     threads = torch.get_num_threads()
-    yield Finding("cpu", f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}, {_bfloat16()}")
+    yield Finding(
+        "cpu", f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}, {_bfloat16()}"
+    )
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         yield Finding(f"cuda:{index}", f"{facts.name}, {facts.total_memory / 1e9:.0f} GB")
@@ -119,7 +133,9 @@ def _bfloat16() -> str:
         return "bfloat16 unknown"
     found = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
     return (
-        f"bfloat16 in hardware ({', '.join(found)})" if found else "no bfloat16 in hardware: models compute in float32"
+        f"bfloat16 in hardware ({', '.join(found)})"
+        if found
+        else "no bfloat16 in hardware: models compute in float32"
     )
 
 
@@ -131,7 +147,9 @@ def _starter() -> Finding:
     weights = folder / "model.safetensors"
     size = weights.stat().st_size if weights.is_file() else 0
     if size < _WEIGHTS_BYTES or not (folder / "config.json").is_file():
-        return Finding("starter", f"incomplete in {folder}", False, "install langchain-cope anew", needed=False)
+        return Finding(
+            "starter", f"incomplete in {folder}", False, "install langchain-cope anew", needed=False
+        )
     return Finding("starter", f"the bundled base, {size / 1e6:.0f} MB")
 
 
@@ -148,10 +166,19 @@ def _store(asked: str | None) -> Iterator[Finding]:
     except AdapterStoreError as error:
         yield Finding("store", f"cannot be read ({whence})", False, str(error))
         return
-    users = f"{len(heads)} user{'s' if len(heads) != 1 else ''}" if more is None else f"more than {len(heads)} users"
+    users = (
+        f"{len(heads)} user{'s' if len(heads) != 1 else ''}"
+        if more is None
+        else f"more than {len(heads)} users"
+    )
     yield Finding("store", f"{place_of(store)} ({whence}), {users}")
     if problems:
-        yield Finding("users", f"{len(problems)} cannot be read", False, f"cope-lc adapters verify; {problems[0]}")
+        yield Finding(
+            "users",
+            f"{len(problems)} cannot be read",
+            False,
+            f"cope-lc adapters verify; {problems[0]}",
+        )
     folder = local_folder(store)
     if folder is not None:
         yield _writable(folder, "store")
@@ -178,12 +205,17 @@ def _writable(folder: Path, what: str, setting: str = "--store or COPE_STORE") -
         advice = f"give this user access, or choose another {what} with {setting}"
         return Finding(f"{what} writable", f"no: {existing}: {error.strerror}", False, advice)
     return Finding(
-        f"{what} writable", "yes" if existing == folder else f"yes; it is made in {existing} when it is needed"
+        f"{what} writable",
+        "yes" if existing == folder else f"yes; it is made in {existing} when it is needed",
     )
 
 
 def _space(folder: Path) -> Finding:
     free = shutil.disk_usage(_existing(folder)).free
     return Finding(
-        "disk", f"{free / 1e9:.1f} GB free at the store", free >= LITTLE_SPACE, "free some space", needed=False
+        "disk",
+        f"{free / 1e9:.1f} GB free at the store",
+        free >= LITTLE_SPACE,
+        "free some space",
+        needed=False,
     )

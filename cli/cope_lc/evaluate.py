@@ -17,16 +17,25 @@ _LEARNT = ("sft", "dpo")  # the ways that are trained and have an NLL
 
 
 def evaluate(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="One user a line: user_id, history and queries.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="One user a line: user_id, history and queries.")
+    ],
     model: Model = "starter",
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N users. Default: all.")
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="Only the first N users. Default: all."),
     ] = None,
     target: Target = None,
     paper: Annotated[
-        bool, typer.Option("--paper", help="Use the paper's settings, chosen for 7B models, as they are.")
+        bool,
+        typer.Option(
+            "--paper", help="Use the paper's settings, chosen for 7B models, as they are."
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Same seed, same result.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Same seed, same result."),
+    ] = 0,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -39,7 +48,9 @@ def evaluate(
     with prints_to_stderr():
         users = read_users(file, target=target.value if target else None)[:limit]
         _check(users, file)
-        found = _evaluate_all(users, {"model": model, "device": device, "dtype": dtype}, paper=paper, seed=seed)
+        found = _evaluate_all(
+            users, {"model": model, "device": device, "dtype": dtype}, paper=paper, seed=seed
+        )
     if as_json:
         print_json(_facts(found, model))
     else:
@@ -66,8 +77,7 @@ def _evaluate_all(
     from cope_lc.progress import display, follower
     from cope_lc.text import shorten
     from langchain_cope import Recipe
-    from langchain_cope.engine.base.base import load_base
-    from langchain_cope.engine.engine import Engine
+    from langchain_cope.engine import Engine, load_base
     from langchain_cope.evaluation.comparison import evaluate_user
 
     base = load_base(**settings)
@@ -100,7 +110,9 @@ def _facts(found: "list[UserEvaluation]", model: str) -> dict[str, Any]:
         "users": [{**asdict(user), "nll_change": _changes(user.metrics)} for user in found],
         "mean": mean,
         "nll_change": {way: relative_change(mean, way) for way in _LEARNT},
-        "users_better": {way: sum(relative_change(user.metrics, way) < 0 for user in found) for way in _LEARNT},
+        "users_better": {
+            way: sum(relative_change(user.metrics, way) < 0 for user in found) for way in _LEARNT
+        },
     }
 
 
@@ -121,7 +133,9 @@ def _show(found: "list[UserEvaluation]") -> None:
     out.print()
     out.print(_user_table(found))
     out.print()
-    out.print(metrics_table(facts["mean"], f"mean of {len(found)} user{'s' if len(found) > 1 else ''}"))
+    out.print(
+        metrics_table(facts["mean"], f"mean of {len(found)} user{'s' if len(found) > 1 else ''}")
+    )
     out.print()
     for way in _LEARNT:
         better = f"lower for {facts['users_better'][way]} of {len(found)}"

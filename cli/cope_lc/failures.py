@@ -42,12 +42,19 @@ def exit_with(call: Callable[[], Any], *, debug: bool) -> NoReturn:
 
 def explain(error: Exception) -> tuple[int, str]:
     """The exit code of an error, and its line."""
-    from adapter_store.errors import AdapterNotFoundError, AdapterStoreError, InvalidAdapterError, KeyMismatchError
+    from adapter_store.errors import (
+        AdapterNotFoundError,
+        AdapterStoreError,
+        InvalidAdapterError,
+        KeyMismatchError,
+    )
     from langchain_cope.errors import Cancelled, CopeError, InputError
 
     if isinstance(error, Cancelled):
         return FAILED, str(error)
-    if isinstance(error, typer.BadParameter.__mro__[1]):  # Typer's usage error, which it exports under no name
+    if isinstance(
+        error, typer.BadParameter.__mro__[1]
+    ):  # Typer's usage error, which it exports under no name
         return WRONG_INPUT, f"error: {_usage(error)}"
     if isinstance(error, InputError | InvalidAdapterError | AdapterNotFoundError):
         return WRONG_INPUT, f"error: {error}"

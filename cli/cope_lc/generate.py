@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cope_lc.options import Alpha, Device, Dtype, Json, MaxTokens, Model, Seed, Store, Tau, Temperature
+from cope_lc.options import (
+    Alpha,
+    Device,
+    Dtype,
+    Json,
+    MaxTokens,
+    Model,
+    Seed,
+    Store,
+    Tau,
+    Temperature,
+)
 
 if TYPE_CHECKING:
     from langchain_core.messages import AIMessageChunk
@@ -17,14 +28,21 @@ _CLEAR, _STRONG = 0.3, 1.0
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; - reads it from standard input.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(metavar="PROMPT", help="What to answer; - reads it from standard input."),
+    ],
     user: Annotated[
-        str | None, typer.Option("--user", metavar="ID", help="In whose manner. Default: the base alone.")
+        str | None,
+        typer.Option("--user", metavar="ID", help="In whose manner. Default: the base alone."),
     ] = None,
     model: Model = "starter",
     store: Store = None,
     version: Annotated[
-        str | None, typer.Option("--version", metavar="VERSION", help="Adapter version. Default: the active one.")
+        str | None,
+        typer.Option(
+            "--version", metavar="VERSION", help="Adapter version. Default: the active one."
+        ),
     ] = None,
     alpha: Alpha = None,
     tau: Tau = None,
@@ -34,7 +52,8 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Show for each token what user and base thought of it.")
+        bool,
+        typer.Option("--explain", help="Show for each token what user and base thought of it."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -42,11 +61,27 @@ def generate(
     from cope_lc.text import name_of
 
     if explain and user is None:
-        raise typer.BadParameter("it compares a user with the base: add --user ID", param_hint="--explain")
+        raise typer.BadParameter(
+            "it compares a user with the base: add --user ID", param_hint="--explain"
+        )
     question = _prompt(prompt)
-    settings = {"model": model, "store": store, "adapter_version": version, "device": device, "dtype": dtype}
-    sampling = {"alpha": alpha, "tau": tau, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    answer = _answer(question, user, {**settings, **sampling}, explain=explain, silent=as_json or explain)
+    settings = {
+        "model": model,
+        "store": store,
+        "adapter_version": version,
+        "device": device,
+        "dtype": dtype,
+    }
+    sampling = {
+        "alpha": alpha,
+        "tau": tau,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
+    answer = _answer(
+        question, user, {**settings, **sampling}, explain=explain, silent=as_json or explain
+    )
     if as_json:
         _print_json(answer)
     elif explain:
@@ -63,7 +98,9 @@ def _prompt(given: str) -> str:
         try:
             text = sys.stdin.read()
         except UnicodeDecodeError as error:
-            raise typer.BadParameter("standard input is not UTF-8 text", param_hint="PROMPT") from error
+            raise typer.BadParameter(
+                "standard input is not UTF-8 text", param_hint="PROMPT"
+            ) from error
     if not text.strip():
         raise typer.BadParameter("it is empty: give some text", param_hint="PROMPT")
     if not text.isascii() and text.encode(errors="replace").decode() != text:
@@ -99,7 +136,13 @@ def _num_tokens(answer: "AIMessageChunk") -> int:
 def _print_json(answer: "AIMessageChunk") -> None:
     from cope_lc.text import print_json
 
-    print_json({"text": answer.text, **answer.response_metadata, "usage": dict(answer.usage_metadata or {})})
+    print_json(
+        {
+            "text": answer.text,
+            **answer.response_metadata,
+            "usage": dict(answer.usage_metadata or {}),
+        }
+    )
 
 
 def _show_explained(answer: "AIMessageChunk") -> None:
@@ -113,11 +156,15 @@ def _show_explained(answer: "AIMessageChunk") -> None:
     for token in facts["logprobs"]:
         gain = _gain(token)
         values = (token["log_p_user"], token["log_p_base"], gain, token["reward"])
-        rows.add_row(cell(_visible(token["token"]), _style(gain)), *(number(value, 2) for value in values))
+        rows.add_row(
+            cell(_visible(token["token"]), _style(gain)), *(number(value, 2) for value in values)
+        )
     out.print(_coloured(answer.text, facts["logprobs"]))
     say(out, "\ngreen: likelier for the user than for the base; red: less likely\n", "dim")
     out.print(rows)
-    changed = f"{facts['contrast_changed']:.0%} of the tokens are not the adapter's own first choice"
+    changed = (
+        f"{facts['contrast_changed']:.0%} of the tokens are not the adapter's own first choice"
+    )
     strengths = f"α {facts['alpha']:g}, τ {facts['tau']:g}, version {facts['adapter_version']}"
     say(out, f"\nreward = log p user − α · log p base, in nats; {changed}; {strengths}", "dim")
 

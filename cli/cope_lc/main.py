@@ -36,7 +36,9 @@ class Commands(TyperGroup):
         words = list(sys.argv[1:] if args is None else args)
         options = words[: words.index("--")] if "--" in words else words
         extra["standalone_mode"] = False
-        kept = [word for index, word in enumerate(words) if word != "--debug" or index >= len(options)]
+        kept = [
+            word for index, word in enumerate(words) if word != "--debug" or index >= len(options)
+        ]
         main = super().main
         failures.exit_with(lambda: main(kept, *rest, **extra), debug="--debug" in options)
 
@@ -69,8 +71,13 @@ def _print_version(wanted: bool) -> None:
 @app.callback(help=HELP)
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback where something fails.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback where something fails.")
+    ] = False,
 ) -> None:
     """Take the options that stand before a command."""

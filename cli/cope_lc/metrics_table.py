@@ -24,7 +24,10 @@ def metrics_table(metrics: Metrics, first: str = "") -> "Table":
 def mean_metrics(users: "list[Metrics]") -> Metrics:
     """The mean over users of every figure, each user counting the same."""
     return {
-        way: {measure: sum(user[way][measure] for user in users) / len(users) for measure in users[0][way]}
+        way: {
+            measure: sum(user[way][measure] for user in users) / len(users)
+            for measure in users[0][way]
+        }
         for way in WAYS
     }
 

@@ -16,7 +16,9 @@ class Side(StrEnum):
 
 def _check_alpha(value: float | None) -> float | None:
     if value is not None and not (math.isfinite(value) and value >= 0):
-        raise typer.BadParameter(f"{value} is out of range: give a number of at least 0 (0: the adapter alone)")
+        raise typer.BadParameter(
+            f"{value} is out of range: give a number of at least 0 (0: the adapter alone)"
+        )
     return value
 
 
@@ -28,7 +30,9 @@ def _check_tau(value: float | None) -> float | None:
 
 def _check_temperature(value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
-        raise typer.BadParameter(f"{value} is out of range: give a number of at least 0 (0: the likeliest token)")
+        raise typer.BadParameter(
+            f"{value} is out of range: give a number of at least 0 (0: the likeliest token)"
+        )
     return value
 
 
@@ -47,7 +51,10 @@ Target = Annotated[
     ),
 ]
 Model = Annotated[
-    str, typer.Option("--model", metavar="M", help="Base model: starter, a Hugging Face id or a local path.")
+    str,
+    typer.Option(
+        "--model", metavar="M", help="Base model: starter, a Hugging Face id or a local path."
+    ),
 ]
 Store = Annotated[
     str | None,
@@ -59,18 +66,32 @@ Store = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", metavar="D", help="cpu, cuda, cuda:1 or mps. Default: the best there is.")
+    str | None,
+    typer.Option(
+        "--device", metavar="D", help="cpu, cuda, cuda:1 or mps. Default: the best there is."
+    ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="T", help="float32, bfloat16 or float16. Default: what suits device and model."),
+    typer.Option(
+        "--dtype",
+        metavar="T",
+        help="float32, bfloat16 or float16. Default: what suits device and model.",
+    ),
 ]
 User = Annotated[str, typer.Argument(metavar="USER", help="User id.")]
-Version = Annotated[str, typer.Argument(metavar="VERSION", help="Version id, as `adapters show` lists it.")]
+Version = Annotated[
+    str, typer.Argument(metavar="VERSION", help="Version id, as `adapters show` lists it.")
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for the history.")]
-Limit = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Users of a page, at most.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
+Limit = Annotated[
+    int, typer.Option("--limit", metavar="N", min=1, help="Users of a page, at most.")
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object, and nothing else, on standard output."),
+]
 Alpha = Annotated[
     float | None,
     typer.Option(
@@ -91,7 +112,16 @@ Tau = Annotated[
 ]
 Temperature = Annotated[
     float,
-    typer.Option("--temperature", metavar="T", callback=_check_temperature, help="0: always the likeliest token."),
+    typer.Option(
+        "--temperature",
+        metavar="T",
+        callback=_check_temperature,
+        help="0: always the likeliest token.",
+    ),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens of an answer, at most.")]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="For repeatable samples.")]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens of an answer, at most.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", min=0, help="For repeatable samples.")
+]

@@ -32,21 +32,34 @@ def personalize(
         ),
     ],
     user: Annotated[
-        str | None, typer.Option("--user", metavar="ID", help="Whose history it is. Default: whom the file names.")
+        str | None,
+        typer.Option(
+            "--user", metavar="ID", help="Whose history it is. Default: whom the file names."
+        ),
     ] = None,
     model: Model = "starter",
     store: Store = None,
     target: Target = None,
     instruction: Annotated[
-        str | None, typer.Option("--instruction", metavar="TEXT", help="Prompt of the items that have none.")
+        str | None,
+        typer.Option("--instruction", metavar="TEXT", help="Prompt of the items that have none."),
     ] = None,
     paper: Annotated[
-        bool, typer.Option("--paper", help="Use the paper's settings, chosen for 7B models, as they are.")
+        bool,
+        typer.Option(
+            "--paper", help="Use the paper's settings, chosen for 7B models, as they are."
+        ),
     ] = False,
     always: Annotated[
-        bool, typer.Option("--always", help="Publish even where the result is no better than what is active.")
+        bool,
+        typer.Option(
+            "--always", help="Publish even where the result is no better than what is active."
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Same seed, same result.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Same seed, same result."),
+    ] = 0,
     device: Device = None,
     dtype: Dtype = None,
     job_dir: Annotated[
@@ -60,7 +73,9 @@ def personalize(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--preview", "--dry-run", help="Show the format found and what would be learnt; train and publish nothing."
+            "--preview",
+            "--dry-run",
+            help="Show the format found and what would be learnt; train and publish nothing.",
         ),
     ] = False,
     as_json: Json = False,
@@ -70,7 +85,9 @@ def personalize(
     from langchain_cope.history import read_history
 
     with prints_to_stderr():
-        history = read_history(file, target=target.value if target else None, user_id=user, instruction=instruction)
+        history = read_history(
+            file, target=target.value if target else None, user_id=user, instruction=instruction
+        )
         facts = _facts(history)
     if not as_json:
         _show_history(history, facts)
@@ -116,10 +133,16 @@ def _show_history(history: "UserHistory", facts: dict[str, Any]) -> None:
         say(out, f"note: {shorten(note, 400)}", "yellow")
     out.print()
     for item in history.items[:SHOWN_ITEMS]:
-        rejected = [("rejected", shorten(answer, 160), "dim") for answer in item.rejected[:SHOWN_ANSWERS]]
+        rejected = [
+            ("rejected", shorten(answer, 160), "dim") for answer in item.rejected[:SHOWN_ANSWERS]
+        ]
         pairs(
             out,
-            [("prompt", _ending(item, 160), "dim"), ("the user wrote", shorten(item.completion, 160), ""), *rejected],
+            [
+                ("prompt", _ending(item, 160), "dim"),
+                ("the user wrote", shorten(item.completion, 160), ""),
+                *rejected,
+            ],
         )
     if len(history.items) > SHOWN_ITEMS:
         say(out, f"… and {len(history.items) - SHOWN_ITEMS} more\n", "dim")
@@ -128,7 +151,10 @@ def _show_history(history: "UserHistory", facts: dict[str, Any]) -> None:
 
 def _found(history: "UserHistory") -> str:
     """The formats that were recognised, and what of them is learnt."""
-    rows = ", ".join(f"{name} ({number} row{'' if number == 1 else 's'})" for name, number in history.formats.items())
+    rows = ", ".join(
+        f"{name} ({number} row{'' if number == 1 else 's'})"
+        for name, number in history.formats.items()
+    )
     learnt = f"; learnt are the {history.target}'s turns" if history.target else ""
     given = f"; {history.num_pairs} preference pairs for DPO" if history.num_pairs else ""
     return f"found: {rows}{learnt}{given}"
@@ -176,14 +202,22 @@ def _train(
         with display() as shown:
             recipe = _recipe(history, settings, paper=paper, seed=seed)
             gate = "always" if always else "improve"
-            chain = PersonalizeUser(store=opened, recipe=recipe, gate=gate, job_dir=job_dir, **settings)
-            request = {"user_id": user, "history": history.items, "instruction": history.instruction}
+            chain = PersonalizeUser(
+                store=opened, recipe=recipe, gate=gate, job_dir=job_dir, **settings
+            )
+            request = {
+                "user_id": user,
+                "history": history.items,
+                "instruction": history.instruction,
+            }
             return chain.invoke(request, {"callbacks": [listener(shown)]})
     except KeyboardInterrupt:
         raise Cancelled(_stopped(opened, user, before)) from None
 
 
-def _recipe(history: "UserHistory", settings: dict[str, Any], *, paper: bool, seed: int) -> "Recipe | None":
+def _recipe(
+    history: "UserHistory", settings: dict[str, Any], *, paper: bool, seed: int
+) -> "Recipe | None":
     """The recipe asked for; None is PersonalizeUser's own choice."""
     from dataclasses import replace
 
@@ -193,7 +227,7 @@ def _recipe(history: "UserHistory", settings: dict[str, Any], *, paper: bool, se
         return replace(Recipe.paper(), seed=seed)
     if not seed:
         return None
-    from langchain_cope.engine.base.base import load_base
+    from langchain_cope.engine import load_base
     from langchain_cope.personalization.held_out import split
 
     return Recipe.for_model(load_base(**settings), split(history.items)[0], seed=seed)
@@ -202,7 +236,11 @@ def _recipe(history: "UserHistory", settings: dict[str, Any], *, paper: bool, se
 def _stopped(store: "AdapterStore", user: str, before: str | None) -> str:
     """What Ctrl-C found: it may come in the moment between publishing and telling."""
     active = store.active(user)
-    return "stopped; nothing was published" if active == before else f"stopped; {active} had been published already"
+    return (
+        "stopped; nothing was published"
+        if active == before
+        else f"stopped; {active} had been published already"
+    )
 
 
 def _print_result_json(result: "PersonalizeResult", store: str | None) -> None:
@@ -229,8 +267,15 @@ def _show_result(result: "PersonalizeResult", history: "UserHistory", store: str
         if note not in history.notes:
             say(out, f"note: {shorten(note, 400)}", "yellow")
     out.print(metrics_table(result.metrics, f"{result.num_held_out} held-out items"))
-    stages = [f"{STAGES.get(stage, stage)} {duration(seconds)}" for stage, seconds in result.timings.items()]
-    say(out, f"\ntime: {', '.join(stages)}; {duration(sum(result.timings.values()))} in all\n", "dim")
+    stages = [
+        f"{STAGES.get(stage, stage)} {duration(seconds)}"
+        for stage, seconds in result.timings.items()
+    ]
+    say(
+        out,
+        f"\ntime: {', '.join(stages)}; {duration(sum(result.timings.values()))} in all\n",
+        "dim",
+    )
     _show_answers(out, result)
     say(out, f"next: {_next(result, store)}", whole=True)
 

@@ -29,7 +29,9 @@ class Display(Protocol):
     def start(self, stage: str) -> None:
         """A stage begins."""
 
-    def step(self, stage: str, step: int, total: int, loss: float | None, seconds_left: float | None) -> None:
+    def step(
+        self, stage: str, step: int, total: int, loss: float | None, seconds_left: float | None
+    ) -> None:
         """``step`` of ``total`` is done; the loss is the step's, the seconds are the stage's."""
 
     def end(self, stage: str) -> None:
@@ -57,7 +59,12 @@ def counted(what: str) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if now - told > (1.0 if ending == "\r" else LINE_SECONDS):
             told = now
-            print(f"{number} {what}, {number / (now - started):.0f} a second", end=ending, file=sys.stderr, flush=True)
+            print(
+                f"{number} {what}, {number / (now - started):.0f} a second",
+                end=ending,
+                file=sys.stderr,
+                flush=True,
+            )
 
     yield count
     if told != started and ending == "\r":
@@ -74,7 +81,9 @@ def listener(shown: Display) -> "BaseCallbackHandler":
         def __init__(self) -> None:
             self.stages: dict[Any, str] = {}
 
-        def on_chain_start(self, serialized: Any, inputs: Any, *, run_id: Any, name: Any = None, **_: Any) -> None:
+        def on_chain_start(
+            self, serialized: Any, inputs: Any, *, run_id: Any, name: Any = None, **_: Any
+        ) -> None:
             if name in STAGES:
                 self.stages[run_id] = name
                 shown.start(name)
@@ -85,7 +94,9 @@ def listener(shown: Display) -> "BaseCallbackHandler":
 
         def on_custom_event(self, name: str, data: Any, **_: Any) -> None:
             if name == "cope.progress":
-                shown.step(data["stage"], data["step"], data["total"], data["loss"], data["seconds_left"])
+                shown.step(
+                    data["stage"], data["step"], data["total"], data["loss"], data["seconds_left"]
+                )
 
     return Listener()
 
@@ -99,7 +110,9 @@ def follower(shown: Display) -> "Callable[[Progress], None]":
         if progress.stage != stages[0]:  # one was skipped
             shown.end(stages.pop(0))
             shown.start(stages[0])
-        shown.step(progress.stage, progress.step, progress.total, progress.loss, progress.seconds_left)
+        shown.step(
+            progress.stage, progress.step, progress.total, progress.loss, progress.seconds_left
+        )
         if progress.step >= progress.total and stages[1:]:
             shown.end(stages.pop(0))
             shown.start(stages[0])
@@ -124,7 +137,9 @@ class _Lines:
         self._started[stage] = self._said = time.monotonic()
         self._say(f"{STAGES[stage]}: started")
 
-    def step(self, stage: str, step: int, total: int, loss: float | None, seconds_left: float | None) -> None:
+    def step(
+        self, stage: str, step: int, total: int, loss: float | None, seconds_left: float | None
+    ) -> None:
         if time.monotonic() - self._said < LINE_SECONDS:
             return
         self._said = time.monotonic()
@@ -149,9 +164,13 @@ class _Bars:
 
     def start(self, stage: str) -> None:
         self._started[stage] = time.monotonic()
-        self._tasks[stage] = self._bars.add_task(f"{self._prefix}{STAGES[stage]}", total=None, loss="", left="")
+        self._tasks[stage] = self._bars.add_task(
+            f"{self._prefix}{STAGES[stage]}", total=None, loss="", left=""
+        )
 
-    def step(self, stage: str, step: int, total: int, loss: float | None, seconds_left: float | None) -> None:
+    def step(
+        self, stage: str, step: int, total: int, loss: float | None, seconds_left: float | None
+    ) -> None:
         left = "" if seconds_left is None else f"{duration(seconds_left)} left"
         changes = {"total": total, "completed": step, "left": left}
         if loss is not None:

@@ -30,12 +30,16 @@ def quiet_libraries(*, debug: bool) -> Iterator[None]:
     """Show our own log lines and, unless ``debug``, nobody else's."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an answer in letters that the terminal lacks is no failure
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # an answer in letters that the terminal lacks is no failure
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneSafeLine())
-    silence = logging.NullHandler()  # with a handler at the root, Python prints no stray warnings of its own accord
+    silence = (
+        logging.NullHandler()
+    )  # with a handler at the root, Python prints no stray warnings of its own accord
     root = logging.getLogger()
     ours = [logging.getLogger(name) for name in _OURS]
     with warnings.catch_warnings():

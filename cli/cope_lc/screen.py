@@ -31,7 +31,9 @@ def table(*columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = (
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in columns:
         justify: Any = "right" if name in right else "left"
-        made.add_column(name, justify=justify, no_wrap=name in whole or name in right, overflow="fold")
+        made.add_column(
+            name, justify=justify, no_wrap=name in whole or name in right, overflow="fold"
+        )
     return made
 
 
@@ -70,4 +72,6 @@ def cell(text: object, style: str = "") -> "Text":
 
 def number(value: object, digits: int = 3) -> str:
     """A figure of a table, "–" where there is none."""
-    return f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, int | float) else "–"  # + 0.0: no "-0.00"
+    return (
+        f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, int | float) else "–"
+    )  # + 0.0: no "-0.00"

@@ -6,7 +6,10 @@ import sys
 import unicodedata
 from typing import Any
 
-_DIRECTION = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}  # they reorder what follows
+_DIRECTION = {
+    *map(chr, range(0x202A, 0x202F)),
+    *map(chr, range(0x2066, 0x206A)),
+}  # they reorder what follows
 _BREAKS = {"\u2028", "\u2029"}
 
 
@@ -23,7 +26,9 @@ def one_line(text: str) -> str:
 def shorten(text: str, limit: int = 60) -> str:
     """``text`` in one safe line of at most ``limit`` characters, "…" standing for the rest."""
     line = one_line(text[: 8 * limit])
-    return line if len(line) <= limit and len(text) <= 8 * limit else line[: limit - 1].rstrip() + "…"
+    return (
+        line if len(line) <= limit and len(text) <= 8 * limit else line[: limit - 1].rstrip() + "…"
+    )
 
 
 def name_of(user_id: str) -> str:
@@ -36,7 +41,11 @@ def name_of(user_id: str) -> str:
 
 def print_json(value: Any) -> None:
     """Print one JSON object on standard output; NaN and infinities become null."""
-    print(json.dumps(finite(value), indent=2, default=str, allow_nan=False), file=sys.stdout, flush=True)
+    print(
+        json.dumps(finite(value), indent=2, default=str, allow_nan=False),
+        file=sys.stdout,
+        flush=True,
+    )
 
 
 def finite(value: Any) -> Any:

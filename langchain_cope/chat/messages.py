@@ -4,7 +4,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
 
 from langchain_cope.errors import InputError
 
@@ -74,7 +81,12 @@ def _turns(message: BaseMessage) -> list[dict[str, Any]]:
 
 def _tool_turn(text: str, call_id: str, name: str | None, status: str) -> dict[str, Any]:
     content = f"Error: {text}" if status == "error" else text
-    return {"role": "tool", "content": content, "tool_call_id": call_id, **({"name": name} if name else {})}
+    return {
+        "role": "tool",
+        "content": content,
+        "tool_call_id": call_id,
+        **({"name": name} if name else {}),
+    }
 
 
 def _role(message: BaseMessage) -> str:
@@ -83,7 +95,9 @@ def _role(message: BaseMessage) -> str:
     for kind, role in ((SystemMessage, "system"), (HumanMessage, "user"), (AIMessage, "assistant")):
         if isinstance(message, kind):
             return role
-    raise InputError(f"ChatCoPe takes system, human, AI, tool and chat messages, not a {type(message).__name__}")
+    raise InputError(
+        f"ChatCoPe takes system, human, AI, tool and chat messages, not a {type(message).__name__}"
+    )
 
 
 def _text(message: BaseMessage) -> str:
@@ -108,11 +122,19 @@ def _joined(content: Any) -> str:
         elif block.get("type") == "text":
             texts.append(str(block.get("text", "")))
         elif block.get("type") in ("json", "non_standard"):
-            texts.append(json.dumps(block.get("json", block.get("value")), ensure_ascii=False, default=str))
+            texts.append(
+                json.dumps(block.get("json", block.get("value")), ensure_ascii=False, default=str)
+            )
         else:
-            raise InputError(f"a message holds {block.get('type')!s} content; the base reads text only")
+            raise InputError(
+                f"a message holds {block.get('type')!s} content; the base reads text only"
+            )
     return "".join(texts)
 
 
 def _blocks(message: BaseMessage) -> list[dict[str, Any]]:
-    return [] if isinstance(message.content, str) else [block for block in message.content if isinstance(block, dict)]
+    return (
+        []
+        if isinstance(message.content, str)
+        else [block for block in message.content if isinstance(block, dict)]
+    )

@@ -6,8 +6,7 @@ from typing import Any
 
 from langchain_core.language_models import ModelProfile
 
-from langchain_cope.engine.base.context import context_of
-from langchain_cope.engine.grammar.schema import can_constrain
+from langchain_cope.engine import can_constrain, context_of
 
 _STARTER = Path(__file__).parents[1] / "starter"
 

@@ -8,11 +8,11 @@ from typing import Any
 from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.tool import tool_call_chunk
 
-from langchain_cope.engine.decoding.text import overlap
-from langchain_cope.engine.grammar.json_scan import JsonScan
-from langchain_cope.engine.grammar.schema import CALL_END
+from langchain_cope.engine import CALL_END, JsonScan, overlap
 
-_HEAD = re.compile(r'\s*\{\s*"name":\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)":\s*(?=\{)')
+_HEAD = re.compile(
+    r'\s*\{\s*"name":\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)":\s*(?=\{)'
+)
 
 
 class ReplyStream:
@@ -22,7 +22,9 @@ class ReplyStream:
     with name and id, then as pieces of its arguments. What is no call, or was cut, ends up among ``invalid_tool_calls``.
     """
 
-    def __init__(self, template: dict[str, Any], *, prefix: str, with_calls: bool, whole: bool = False) -> None:
+    def __init__(
+        self, template: dict[str, Any], *, prefix: str, with_calls: bool, whole: bool = False
+    ) -> None:
         """How the reply is taken apart.
 
         Args:
@@ -33,10 +35,14 @@ class ReplyStream:
         """
         from transformers.utils.chat_parsing import ResponseParser
 
-        from langchain_cope.engine.base.reply_format import ANSWER, CALLS, THOUGHT, only_answer
+        from langchain_cope.engine import ANSWER, CALLS, THOUGHT, only_answer
 
-        fields = {name: field for name, field in template["fields"].items() if with_calls or name != CALLS}
-        self._parser = ResponseParser(only_answer() if whole else {**template, "fields": fields}, prefix=prefix)
+        fields = {
+            name: field for name, field in template["fields"].items() if with_calls or name != CALLS
+        }
+        self._parser = ResponseParser(
+            only_answer() if whole else {**template, "fields": fields}, prefix=prefix
+        )
         self._ways = {ANSWER: self._answer, THOUGHT: self._thought, CALLS: self._call_text}
         self._calls_field = CALLS
         self._call: _CallText | None = None
@@ -68,7 +74,11 @@ class ReplyStream:
             elif event["type"] == "region_chunk":
                 found += self._ways[event["field"]](event["text"])
             elif event["type"] == "region_close" and calls and self._call is not None:
-                found += self._call.push(CALL_END) if self._call.in_string and not cut else self._end_call()
+                found += (
+                    self._call.push(CALL_END)
+                    if self._call.in_string and not cut
+                    else self._end_call()
+                )
         return found
 
     def _answer(self, text: str) -> list[AIMessageChunk]:
@@ -181,5 +191,7 @@ class _CallText:
 
     def _chunk(self, name: str | None, arguments: str) -> AIMessageChunk:
         first = name is not None or self._sent is None
-        chunk = tool_call_chunk(name=name, args=arguments, id=self._id if first else None, index=self._index)
+        chunk = tool_call_chunk(
+            name=name, args=arguments, id=self._id if first else None, index=self._index
+        )
         return AIMessageChunk(content="", tool_call_chunks=[chunk])

@@ -31,7 +31,9 @@ def structured_output(
     if method not in _METHODS:
         raise InputError(f"method must be one of {', '.join(_METHODS)}, not {method!r}")
     if schema is None and method != "json_mode":
-        raise InputError(f"method {method!r} needs a schema: a Pydantic class, a TypedDict or a JSON schema")
+        raise InputError(
+            f"method {method!r} needs a schema: a Pydantic class, a TypedDict or a JSON schema"
+        )
     described = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": schema}}
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
     parser: Any
@@ -55,14 +57,23 @@ def _response_format(schema: Any) -> dict[str, Any]:
     if schema is None:
         return {"type": "json_object"}
     described = json_schema(schema)
-    from langchain_cope.engine.grammar.schema import closed_schema
+    from langchain_cope.engine import closed_schema
 
-    closed_schema(described)  # refuses, now and not at the first call, what no answer can be held to
-    return {"type": "json_schema", "json_schema": {"name": described.get("title", "answer"), "schema": described}}
+    closed_schema(
+        described
+    )  # refuses, now and not at the first call, what no answer can be held to
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": described.get("title", "answer"), "schema": described},
+    }
 
 
-def _with_raw(bound: Runnable[Any, Any], parser: Runnable[Any, Any]) -> Runnable[LanguageModelInput, Any]:
-    parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+def _with_raw(
+    bound: Runnable[Any, Any], parser: Runnable[Any, Any]
+) -> Runnable[LanguageModelInput, Any]:
+    parsed = RunnablePassthrough.assign(
+        parsed=itemgetter("raw") | parser, parsing_error=lambda _: None
+    )
     unparsed = RunnablePassthrough.assign(parsed=lambda _: None)
     return RunnableMap(raw=bound) | parsed.with_fallbacks([unparsed], exception_key="parsing_error")
 
@@ -87,6 +98,7 @@ def _checked(message: BaseMessage, text: str) -> str:
     text += str(message.text)
     if message.response_metadata.get("finish_reason") == "length":
         raise OutputParserException(
-            "the answer was cut at max_tokens before it was whole: raise max_tokens or ask for less", llm_output=text
+            "the answer was cut at max_tokens before it was whole: raise max_tokens or ask for less",
+            llm_output=text,
         )
     return text

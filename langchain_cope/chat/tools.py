@@ -13,7 +13,7 @@ from langchain_cope.chat.messages import without_tool_roles
 from langchain_cope.errors import InputError
 
 if TYPE_CHECKING:
-    from langchain_cope.engine.grammar.schema import Grammar
+    from langchain_cope.engine import Grammar
 
 TOOL_OPTIONS = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "strict")
 """What a call may be given. ``strict`` changes nothing: answers are always held to their schemas."""
@@ -24,7 +24,9 @@ You may call tools. To call one, write its name and arguments as JSON between ma
 </tool_call>
 What it returns comes back between <tool_response> and </tool_response>. The tools, a JSON object a line:
 """
-_JSON_INSTRUCTIONS = "Answer with one JSON value and nothing else. It has to fit this JSON schema:\n"
+_JSON_INSTRUCTIONS = (
+    "Answer with one JSON value and nothing else. It has to fit this JSON schema:\n"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ToolUse:
 
         Raises ``InputError`` for schemas that no answer can be held to, by the keyword.
         """
-        from langchain_cope.engine.grammar.schema import Grammar, can_constrain, closed_schema
+        from langchain_cope.engine import Grammar, can_constrain, closed_schema
 
         if not self.tools and self.schema is None:
             return None
@@ -79,11 +81,15 @@ class ToolUse:
         """The messages with what has to be said of tools and schema in them, and the tools that the chat template presents."""
         shown = list(messages)
         if self.schema is not None and self.shows_schema:
-            shown = _with_system(shown, _JSON_INSTRUCTIONS + json.dumps(self.schema, ensure_ascii=False))
+            shown = _with_system(
+                shown, _JSON_INSTRUCTIONS + json.dumps(self.schema, ensure_ascii=False)
+            )
         if native:
             return shown, self.tools
         if self.tools:
-            lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in self.tools)
+            lines = "\n".join(
+                json.dumps(tool["function"], ensure_ascii=False) for tool in self.tools
+            )
             shown = _with_system(shown, _INSTRUCTIONS + lines)
         return without_tool_roles(shown), ()
 
@@ -98,12 +104,20 @@ def described_tool(tool: Any) -> dict[str, Any]:
         ) from error
     function = described.get("function")
     name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(name, str) or not name.isprintable() or not name:
+    if (
+        not isinstance(function, dict)
+        or not isinstance(name, str)
+        or not name.isprintable()
+        or not name
+    ):
         raise InputError(
             f"a tool needs a name that can be printed, but this is {tool!r}: only functions can be called here"
         )
     if schema := _schema_of_class(tool):  # core's own way loses what refers to itself
-        function = {**function, "parameters": {k: v for k, v in schema.items() if k not in ("title", "description")}}
+        function = {
+            **function,
+            "parameters": {k: v for k, v in schema.items() if k not in ("title", "description")},
+        }
     return {**described, "function": function}
 
 
@@ -150,7 +164,9 @@ def _choice(choice: Any, names: Sequence[str]) -> str:
         return str(choice)
     if choice == "any":
         if not names:
-            raise InputError("tool_choice 'any' was asked for, but no tools were given: bind some with bind_tools")
+            raise InputError(
+                "tool_choice 'any' was asked for, but no tools were given: bind some with bind_tools"
+            )
         return "any"
     raise InputError(
         f"tool_choice must be 'auto', 'any', 'none' or the name of a tool ({', '.join(names) or 'none given'}), not {choice!r}"
@@ -168,7 +184,9 @@ def _response_schema(response_format: Any) -> tuple[dict[str, Any] | None, bool]
         inner = response_format["json_schema"]
         schema = inner.get("schema") if isinstance(inner, dict) else None
         if not isinstance(schema, dict):
-            raise InputError("response_format of type json_schema needs {'json_schema': {'schema': {…}}}")
+            raise InputError(
+                "response_format of type json_schema needs {'json_schema': {'schema': {…}}}"
+            )
         return schema, True
     if isinstance(response_format, (dict, type)):
         return json_schema(response_format), True

@@ -11,7 +11,9 @@ user_of_run: ContextVar[tuple[str | None] | None] = ContextVar("user_of_run", de
 class PinnedUser:
     """The user of one call and the adapter version that answers, fixed before anything else happens."""
 
-    def __init__(self, user_id: str | None, version: AdapterVersion | None, shown: str | None) -> None:
+    def __init__(
+        self, user_id: str | None, version: AdapterVersion | None, shown: str | None
+    ) -> None:
         self.user_id = user_id
         self.version = version
         self.shown = shown
@@ -20,7 +22,11 @@ class PinnedUser:
     @property
     def key(self) -> tuple[str | None, ...]:
         """For caches: two users, or two versions of one, never share it."""
-        return self.user_id, getattr(self.version, "version", None), getattr(self.version, "digest", None)
+        return (
+            self.user_id,
+            getattr(self.version, "version", None),
+            getattr(self.version, "digest", None),
+        )
 
     def to_dict(self) -> dict[str, str | None]:
         """What tracers write down of it."""

@@ -1,1 +1,123 @@
-"""The contrastive engine: torch and transformers only. It knows no LangChain and no store; it is handed token ids and a folder."""
+"""The contrastive engine: torch and transformers only. It knows no LangChain and no store.
+
+It is handed token ids and a peft folder, and answers with text. This is its front door: what lies above imports nothing
+past it. Read `engine.py` (who may call), `scheduler.py` (who is in the batch) and `batch.py` (one step) first, then
+`next_token.py` and `decoding/contrast.py` (the rule). Names are loaded when first used, so that importing costs nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+from langchain_cope._front_door import lazy_names
+
+if TYPE_CHECKING:
+    from langchain_cope.engine.adapter import CONFIG, WEIGHTS, Adapter
+    from langchain_cope.engine.answer import Completion, Piece, Stream
+    from langchain_cope.engine.base.base import STARTER, Base, load_base
+    from langchain_cope.engine.base.chat_template import Message
+    from langchain_cope.engine.base.context import context_of
+    from langchain_cope.engine.base.reply_format import (
+        ANSWER,
+        CALLS,
+        THOUGHT,
+        ReplyFormat,
+        only_answer,
+    )
+    from langchain_cope.engine.decoding.sampling import Sampling
+    from langchain_cope.engine.decoding.text import overlap
+    from langchain_cope.engine.device import give_back
+    from langchain_cope.engine.engine import Engine, Statistics
+    from langchain_cope.engine.grammar.json_scan import JsonScan
+    from langchain_cope.engine.grammar.schema import (
+        CALL_BEGIN,
+        CALL_END,
+        Grammar,
+        can_constrain,
+        closed_schema,
+    )
+    from langchain_cope.engine.options import (
+        ADAPTER_ALONE,
+        Contrast,
+        EngineOptions,
+        check_alpha,
+        check_tau,
+    )
+    from langchain_cope.engine.request import AdapterSource, Request, TokenLogprobs
+
+__all__ = [
+    "ADAPTER_ALONE",
+    "ANSWER",
+    "CALLS",
+    "CALL_BEGIN",
+    "CALL_END",
+    "CONFIG",
+    "STARTER",
+    "THOUGHT",
+    "WEIGHTS",
+    "Adapter",
+    "AdapterSource",
+    "Base",
+    "Completion",
+    "Contrast",
+    "Engine",
+    "EngineOptions",
+    "Grammar",
+    "JsonScan",
+    "Message",
+    "Piece",
+    "ReplyFormat",
+    "Request",
+    "Sampling",
+    "Statistics",
+    "Stream",
+    "TokenLogprobs",
+    "can_constrain",
+    "check_alpha",
+    "check_tau",
+    "closed_schema",
+    "context_of",
+    "give_back",
+    "load_base",
+    "only_answer",
+    "overlap",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ADAPTER_ALONE": "options",
+        "ANSWER": "base.reply_format",
+        "Adapter": "adapter",
+        "AdapterSource": "request",
+        "Base": "base.base",
+        "CALLS": "base.reply_format",
+        "CALL_BEGIN": "grammar.schema",
+        "CALL_END": "grammar.schema",
+        "CONFIG": "adapter",
+        "Completion": "answer",
+        "Contrast": "options",
+        "Engine": "engine",
+        "EngineOptions": "options",
+        "Grammar": "grammar.schema",
+        "JsonScan": "grammar.json_scan",
+        "Message": "base.chat_template",
+        "Piece": "answer",
+        "ReplyFormat": "base.reply_format",
+        "Request": "request",
+        "STARTER": "base.base",
+        "Sampling": "decoding.sampling",
+        "Statistics": "engine",
+        "Stream": "answer",
+        "THOUGHT": "base.reply_format",
+        "TokenLogprobs": "request",
+        "WEIGHTS": "adapter",
+        "can_constrain": "grammar.schema",
+        "check_alpha": "options",
+        "check_tau": "options",
+        "closed_schema": "grammar.schema",
+        "context_of": "base.context",
+        "give_back": "device",
+        "load_base": "base.base",
+        "only_answer": "base.reply_format",
+        "overlap": "decoding.text",
+    },
+)

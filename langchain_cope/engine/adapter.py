@@ -24,7 +24,13 @@ from langchain_cope.errors import ModelError
 RECENT_TOKENS = 2048
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that also rewrite the base's weights
+_CHANGES_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # initialisations that also rewrite the base's weights
 
 _VARIANTS = (
     "target_parameters",
@@ -65,7 +71,9 @@ def low_rank_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
-def read_adapter(folder: Path, name: str | None, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Adapter:
+def read_adapter(
+    folder: Path, name: str | None, model: nn.Module, dtype: torch.dtype, device: torch.device
+) -> Adapter:
     """Read a peft LoRA folder for ``model``.
 
     Raises ``ModelError`` for a folder that cannot be read, does not fit the model's layers, or asks for something other than plain
@@ -88,7 +96,9 @@ def read_adapter(folder: Path, name: str | None, model: nn.Module, dtype: torch.
         try:
             scale = _scaling(config, path, rank=down.shape[0])
         except (TypeError, ValueError, AttributeError, re.error) as error:
-            raise ModelError(f"{folder / CONFIG}: lora_alpha or alpha_pattern cannot be read: {error}") from error
+            raise ModelError(
+                f"{folder / CONFIG}: lora_alpha or alpha_pattern cannot be read: {error}"
+            ) from error
         pairs[path] = (
             down.T.to(device, dtype).contiguous(),
             (up.float() * scale).T.to(device, dtype).contiguous(),
@@ -101,7 +111,9 @@ def read_adapter(folder: Path, name: str | None, model: nn.Module, dtype: torch.
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise ModelError(f"no adapter in {folder}: {CONFIG} and {WEIGHTS} are needed, {' and '.join(missing)} missing")
+        raise ModelError(
+            f"no adapter in {folder}: {CONFIG} and {WEIGHTS} are needed, {' and '.join(missing)} missing"
+        )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
@@ -112,7 +124,9 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _refuse_what_is_not_plain_lora(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+def _refuse_what_is_not_plain_lora(
+    config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> None:
     refused = []
     if config.get("peft_type") != "LORA":
         refused.append(f"peft_type {config.get('peft_type')!r}")
@@ -124,7 +138,9 @@ def _refuse_what_is_not_plain_lora(config: dict[str, Any], tensors: dict[str, Te
         refused.append(f"fully trained modules (modules_to_save {config['modules_to_save']})")
     initialisation = str(config.get("init_lora_weights", True)).lower()
     if initialisation.startswith(_CHANGES_BASE):
-        refused.append(f"an initialisation that changes the base (init_lora_weights {config['init_lora_weights']!r})")
+        refused.append(
+            f"an initialisation that changes the base (init_lora_weights {config['init_lora_weights']!r})"
+        )
     refused += [option for option in _VARIANTS if config.get(option)]
     if any("lora_embedding_" in key for key in tensors):
         refused.append("LoRA on embeddings")
@@ -135,17 +151,29 @@ def _refuse_what_is_not_plain_lora(config: dict[str, Any], tensors: dict[str, Te
         )
 
 
-def _checked_pair(path: str, side: dict[str, Tensor], module: nn.Module | None, folder: Path) -> tuple[Tensor, Tensor]:
+def _checked_pair(
+    path: str, side: dict[str, Tensor], module: nn.Module | None, folder: Path
+) -> tuple[Tensor, Tensor]:
     sizes = linear_sizes(module)
     if sizes is None:
-        what = "which this base does not have" if module is None else f"a {type(module).__name__}, not a linear layer"
-        raise ModelError(f"the adapter in {folder} changes {path!r}, {what}: it was made for another base")
+        what = (
+            "which this base does not have"
+            if module is None
+            else f"a {type(module).__name__}, not a linear layer"
+        )
+        raise ModelError(
+            f"the adapter in {folder} changes {path!r}, {what}: it was made for another base"
+        )
     if set(side) != {"A", "B"}:
         raise ModelError(
             f"the adapter in {folder} holds only lora_{next(iter(side))} for {path!r}; both A and B are needed"
         )
     down, up = side["A"], side["B"]
-    fits = down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1] and (down.shape[1], up.shape[0]) == sizes
+    fits = (
+        down.ndim == up.ndim == 2
+        and down.shape[0] == up.shape[1]
+        and (down.shape[1], up.shape[0]) == sizes
+    )
     if not fits:
         raise ModelError(
             f"the adapter in {folder} has A {tuple(down.shape)} and B {tuple(up.shape)} for {path!r}, "
@@ -184,12 +212,18 @@ class Site:
 class _Stack:
     """The pairs of one site for every row: ``down`` ``(rows, in, layers · rank)``, per layer ``up`` ``(rows, rank, out)``."""
 
-    def __init__(self, site: Site, paths: tuple[str, ...], rank: int, rows: int, like: Tensor, width: int) -> None:
+    def __init__(
+        self, site: Site, paths: tuple[str, ...], rank: int, rows: int, like: Tensor, width: int
+    ) -> None:
         self.site, self.paths, self.rank = site, paths, rank
         ends = {path: sum(site.sizes[: place + 1]) for place, path in enumerate(site.paths)}
-        self.columns = [slice(ends[path] - site.sizes[site.paths.index(path)], ends[path]) for path in paths]
+        self.columns = [
+            slice(ends[path] - site.sizes[site.paths.index(path)], ends[path]) for path in paths
+        ]
         self.down = like.new_zeros(rows, width, len(paths) * rank)
-        self.ups = [like.new_zeros(rows, rank, column.stop - column.start) for column in self.columns]
+        self.ups = [
+            like.new_zeros(rows, rank, column.stop - column.start) for column in self.columns
+        ]
 
     def put(self, row: int, adapter: Adapter) -> None:
         self.down[row].zero_()
@@ -261,7 +295,11 @@ class LoraRows:
         return True
 
     def _build(self, adapters: Sequence[Adapter]) -> None:
-        capacity = self._capacity if len(adapters) <= self._capacity else max(len(adapters), 2 * self._capacity)
+        capacity = (
+            self._capacity
+            if len(adapters) <= self._capacity
+            else max(len(adapters), 2 * self._capacity)
+        )
         ranks: dict[Site, int] = {}
         widths: dict[Site, int] = {}
         for adapter in adapters:
@@ -270,7 +308,14 @@ class LoraRows:
                 ranks[site], widths[site] = max(ranks.get(site, 0), down.shape[1]), down.shape[0]
         used = {path for adapter in adapters for path in adapter.pairs}
         stacks = {
-            site: _Stack(site, tuple(p for p in site.paths if p in used), rank, capacity, self._like, widths[site])
+            site: _Stack(
+                site,
+                tuple(p for p in site.paths if p in used),
+                rank,
+                capacity,
+                self._like,
+                widths[site],
+            )
             for site, rank in ranks.items()
         }
         for stack in stacks.values():

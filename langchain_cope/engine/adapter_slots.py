@@ -13,7 +13,9 @@ from langchain_cope.engine.adapter import Adapter
 from langchain_cope.engine.request import AdapterSource
 from langchain_cope.engine.threads import release_pool
 
-_PATIENCE = 5.0  # seconds for a load under way when everything ends; its thread does not keep the process
+_PATIENCE = (
+    5.0  # seconds for a load under way when everything ends; its thread does not keep the process
+)
 
 
 class Lease:
@@ -41,7 +43,9 @@ class _Slot:
 class AdapterSlots:
     """``capacity`` adapters. Thread-safe."""
 
-    def __init__(self, capacity: int, read: Callable[[Path, str], Adapter], on_settled: Callable[[], None]) -> None:
+    def __init__(
+        self, capacity: int, read: Callable[[Path, str], Adapter], on_settled: Callable[[], None]
+    ) -> None:
         """``read`` makes an adapter of a folder and its name; ``on_settled`` is called after leases got theirs, or an error."""
         self._capacity = capacity
         self._read = read
@@ -108,7 +112,14 @@ class AdapterSlots:
     def _make_room(self) -> bool:
         if len(self._slots) < self._capacity:
             return True
-        idle = next((name for name, slot in self._slots.items() if not slot.leases and slot.adapter is not None), None)
+        idle = next(
+            (
+                name
+                for name, slot in self._slots.items()
+                if not slot.leases and slot.adapter is not None
+            ),
+            None,
+        )
         if idle is None:
             return False
         del self._slots[idle]
@@ -117,7 +128,9 @@ class AdapterSlots:
 
     def _start_loader(self) -> None:
         if self._loader is None:
-            self._loader = threading.Thread(target=self._load_all, name="cope-adapter-loader", daemon=True)
+            self._loader = threading.Thread(
+                target=self._load_all, name="cope-adapter-loader", daemon=True
+            )
             self._loader.start()
 
     def _load_all(self) -> None:

@@ -46,13 +46,17 @@ class Job(Running):
     """A request on its way through the engine."""
 
     def __init__(self, request: Request, base: Base, sink: Callable[[Event], None]) -> None:
-        super().__init__(request, min(len(request.prompt) + request.sampling.max_tokens, base.context))
+        super().__init__(
+            request, min(len(request.prompt) + request.sampling.max_tokens, base.context)
+        )
         self.cancelled = False
         self.lease: Lease | None = None
         self._base = base
         self._sink = sink
         if request.grammar is not None:
-            self.constraint = compile_grammar(request.grammar, base, self.limit - len(request.prompt))
+            self.constraint = compile_grammar(
+                request.grammar, base, self.limit - len(request.prompt)
+            )
         self._detokenizer = Detokenizer(base.tokenizer, base.hidden_ids)
         self._stops = StopStrings(request.sampling.stop)
         self._text: list[str] = []
@@ -71,13 +75,19 @@ class Job(Running):
         ended = eos or (self.constraint is not None and self.constraint.done)
         if ended or full:
             piece += self._detokenizer.flush()
-        held = self.constraint is not None and self.constraint.in_json  # where stop strings would break what is held
+        held = (
+            self.constraint is not None and self.constraint.in_json
+        )  # where stop strings would break what is held
         text = self._stops.flush() + piece if held else self._stops.push(piece)
         if (ended or full) and not self._stops.stopped:
             text += self._stops.flush()
         self._send(text, chosen)
         if self.constraint is not None and self.constraint.error:
-            self.fail(ModelError(f"the grammar of this answer became too complex: {self.constraint.error}"))
+            self.fail(
+                ModelError(
+                    f"the grammar of this answer became too complex: {self.constraint.error}"
+                )
+            )
             return False
         if not (ended or full or self._stops.stopped):
             return True
@@ -107,12 +117,16 @@ class Job(Running):
             return ()
         user, base = chosen.logprobs
         text = str(self._base.tokenizer.decode([chosen.token]))
-        self._logprobs.append(TokenLogprobs(chosen.token, text, user, base, user - self.request.alpha * base))
+        self._logprobs.append(
+            TokenLogprobs(chosen.token, text, user, base, user - self.request.contrast.alpha * base)
+        )
         return (self._logprobs[-1],)
 
     def _completion(self, reason: Literal["stop", "length"]) -> Completion:
         share = self.num_changed / len(self.ids)
-        return Completion("".join(self._text), tuple(self.ids), reason, share, tuple(self._logprobs))
+        return Completion(
+            "".join(self._text), tuple(self.ids), reason, share, tuple(self._logprobs)
+        )
 
 
 class Stream(Iterator[Piece | Completion]):

@@ -65,7 +65,11 @@ class Batch:
         rounded = self._answers.kv.rounded
         answers = max(rounded(r.limit) for r in requests)
         prompts = max(rounded(len(r.tokens) + 1) for r in requests)
-        return sum(r.request.num_rows for r in requests) * (answers + prompts) * self.bytes_per_position
+        return (
+            sum(r.request.num_rows for r in requests)
+            * (answers + prompts)
+            * self.bytes_per_position
+        )
 
     def admit(self, running: Running) -> None:
         """Take a request in: its rows are there, its prompt is to be read."""
@@ -98,7 +102,9 @@ class Batch:
         pieces = [row.running.tokens[row.length : row.length + width] for row in rows]
         done = [place for place, row in enumerate(rows) if 0 < row.missing <= width]
         columns = [rows[place].missing - 1 for place in done]
-        logits = self._prompts.forward(self.forward, [piece or [0] for piece in pieces], (done or [0], columns or [0]))
+        logits = self._prompts.forward(
+            self.forward, [piece or [0] for piece in pieces], (done or [0], columns or [0])
+        )
         for row, piece in zip(rows, pieces, strict=True):
             row.length += len(piece)
         for index, place in enumerate(done):
@@ -114,10 +120,19 @@ class Batch:
         drafts = self._drafts(len(rows))
         ids = [[row.running.tokens[-1], *drafts[row.running]] for row in rows]
         wanted = [(place, column) for place, new in enumerate(ids) for column in range(len(new))]
-        logits = self._answers.forward(self.forward, ids, tuple(map(list, zip(*wanted, strict=True))))  # type: ignore[arg-type]
-        first = {id(rows[place]): index for index, (place, column) in enumerate(wanted) if column == 0}
+        logits = self._answers.forward(
+            self.forward, ids, tuple(map(list, zip(*wanted, strict=True)))
+        )  # type: ignore[arg-type]
+        first = {
+            id(rows[place]): index for index, (place, column) in enumerate(wanted) if column == 0
+        }
         asks = [
-            Ask(running, first[id(running.rows[0])] + column, first[id(running.rows[-1])] + column, draft[:column])
+            Ask(
+                running,
+                first[id(running.rows[0])] + column,
+                first[id(running.rows[-1])] + column,
+                draft[:column],
+            )
             for running, draft in drafts.items()
             for column in range(len(draft) + 1)
         ]
@@ -172,8 +187,15 @@ class Batch:
             for column in range(len(p) - 1, len(p) + len(c) - 1)
         ]
         logits = rows.forward(self.forward, ids, tuple(map(list, zip(*places, strict=True))))  # type: ignore[arg-type]
-        targets = torch.tensor([token for _, completion in sequences for token in completion], device=logits.device)
-        chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).cpu()
+        targets = torch.tensor(
+            [token for _, completion in sequences for token in completion], device=logits.device
+        )
+        chosen = (
+            torch.log_softmax(logits.float(), dim=-1)
+            .gather(-1, targets.unsqueeze(-1))
+            .squeeze(-1)
+            .cpu()
+        )
         return list(torch.split(chosen, [len(completion) for _, completion in sequences]))
 
     def _new_rows(self) -> Rows:
@@ -198,7 +220,10 @@ class Batch:
             ),
             (answers, sum(len(r.rows) for r in everyone), max(r.limit for r in everyone)),
         ]
-        exactly = exactly or sum(kv.bytes_for(rows, positions) for kv, rows, positions in needed) > self.kv_bytes
+        exactly = (
+            exactly
+            or sum(kv.bytes_for(rows, positions) for kv, rows, positions in needed) > self.kv_bytes
+        )
         for kv, rows, positions in sorted(needed, key=lambda need: need[0].bytes_for(*need[1:])):
             kv.reserve(rows, positions, exactly=exactly)
 
@@ -206,7 +231,9 @@ class Batch:
         """First tokens for requests whose prompts are read; their rows move over to the answers."""
         if not ready:
             return
-        logits = torch.stack([row.logits for running in ready for row in running.rows if row.logits is not None])
+        logits = torch.stack(
+            [row.logits for running in ready for row in running.rows if row.logits is not None]
+        )
         first, asks = 0, []
         for running in ready:
             asks.append(Ask(running, first, first + len(running.rows) - 1))
@@ -239,9 +266,13 @@ class Batch:
         for running in self.running:
             most = min(MAX_DRAFT, running.limit - len(running.tokens) - 1)
             draft = running.lookup.propose(most) if running.lookup and most > 0 else []
-            proposals[running] = draft if running.constraint is None else running.constraint.possible(draft)
+            proposals[running] = (
+                draft if running.constraint is None else running.constraint.possible(draft)
+            )
         hit_rates = [running.lookup.hit_rate if running.lookup else 0.0 for running in self.running]
-        length = self._speculation.length(hit_rates, [len(draft) for draft in proposals.values()], num_rows)
+        length = self._speculation.length(
+            hit_rates, [len(draft) for draft in proposals.values()], num_rows
+        )
         return {running: draft[:length] for running, draft in proposals.items()}
 
     def _accept(self, running: Running, draft: list[int], chosen: list[Chosen]) -> None:

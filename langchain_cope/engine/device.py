@@ -46,6 +46,11 @@ class CheckpointPages:
         start = tensor.data_ptr()
         end = start + tensor.numel() * tensor.element_size()
         if any(low <= start and end <= high for low, high in self._areas):
-            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+            first, last = (
+                -(-start // mmap.PAGESIZE) * mmap.PAGESIZE,
+                end // mmap.PAGESIZE * mmap.PAGESIZE,
+            )
             if last > first:
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+                ctypes.CDLL(None).madvise(
+                    ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED
+                )

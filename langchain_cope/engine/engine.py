@@ -167,7 +167,11 @@ class Engine:
             with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = self._submit(request, sink) if request.grammar is None else await self._submit_elsewhere(request, sink)
+        job = (
+            self._submit(request, sink)
+            if request.grammar is None
+            else await self._submit_elsewhere(request, sink)
+        )
         try:
             while not isinstance(event := await events.get(), Completion):
                 if isinstance(event, BaseException):
@@ -186,7 +190,9 @@ class Engine:
             submitted.add_done_callback(_cancel)
             raise
 
-    def generate(self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None
+    ) -> list[Completion]:
         """Answer all ``requests``, decoded together; in their order. Raises what `stream` raises, at the first that fails.
 
         Soon after ``should_stop`` says so: ``Cancelled``, and the engine lets go of them within one step.
@@ -217,14 +223,18 @@ class Engine:
         """
         for prompt, completion in sequences:
             if not prompt or not completion:
-                raise InputError("a sequence to score needs at least one prompt token and one completion token")
+                raise InputError(
+                    "a sequence to score needs at least one prompt token and one completion token"
+                )
             if len(prompt) + len(completion) > self.base.context:
                 raise ContextOverflow(len(prompt) + len(completion), self.base.context)
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
         for group in self._score_groups(sequences):
             if should_stop is not None and should_stop():
                 raise Cancelled("stopped on request while the model was scoring")
-            chosen = self._call(partial(self._batch.log_probs, [sequences[i] for i in group], adapter))
+            chosen = self._call(
+                partial(self._batch.log_probs, [sequences[i] for i in group], adapter)
+            )
             for index, row in zip(group, chosen, strict=True):
                 scores[index] = row
         return scores
@@ -299,7 +309,9 @@ class Engine:
         with self._wake:
             self._refuse_if_closed()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"cope-engine-{self.base.name}", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run, name=f"cope-engine-{self.base.name}", daemon=True
+                )
                 self._thread.start()
             line.append(entry)
             self._wake.notify()
@@ -320,9 +332,13 @@ class Engine:
             with torch.inference_mode():
                 while self._wait_for_work():
                     self._turn()
-        except Exception as error:  # outside a forward: rows that no longer fit the device's memory, say
+        except (
+            Exception
+        ) as error:  # outside a forward: rows that no longer fit the device's memory, say
             _log.exception("the engine of %r stopped", self.base.name)
-            end = EngineClosed(f"the engine of {self.base.name!r} stopped: {type(error).__name__}: {error}")
+            end = EngineClosed(
+                f"the engine of {self.base.name!r} stopped: {type(error).__name__}: {error}"
+            )
             end.__cause__ = error
         with self._wake:
             self._closed = True
@@ -332,15 +348,27 @@ class Engine:
         """Sleep until there is something to do; False once the engine is closed."""
         batch = self._batch
         with self._wake:
-            while not (self._closed or self._calls or batch.running or batch.arriving or self._anyone_ready()):
-                deadlines = [job.request.deadline for job in self._waiting if job.request.deadline is not None]
+            while not (
+                self._closed
+                or self._calls
+                or batch.running
+                or batch.arriving
+                or self._anyone_ready()
+            ):
+                deadlines = [
+                    job.request.deadline
+                    for job in self._waiting
+                    if job.request.deadline is not None
+                ]
                 self._wake.wait(max(0.0, min(deadlines) - time.monotonic()) if deadlines else None)
             return not self._closed
 
     def _anyone_ready(self) -> bool:
         now = time.monotonic()
         return any(
-            job.ready or job.cancelled or (job.request.deadline is not None and job.request.deadline <= now)
+            job.ready
+            or job.cancelled
+            or (job.request.deadline is not None and job.request.deadline <= now)
             for job in self._waiting
         )
 
@@ -362,8 +390,12 @@ class Engine:
             _log.debug("a forward failed", exc_info=True)
             if not (is_out_of_memory(error) and self._make_do(jobs)):
                 failure = _failure("the model failed while answering", error)
-                self._fail([job for job in jobs if isinstance(job, Job) and not job.finished], failure)
-        everyone = [job for job in (*self._batch.running, *self._batch.arriving) if isinstance(job, Job)]
+                self._fail(
+                    [job for job in jobs if isinstance(job, Job) and not job.finished], failure
+                )
+        everyone = [
+            job for job in (*self._batch.running, *self._batch.arriving) if isinstance(job, Job)
+        ]
         self._leave([job for job in everyone if job.finished or job.cancelled or job.expire()])
 
     def _read_prompts(self) -> None:
@@ -377,7 +409,9 @@ class Engine:
         """Tokens of prompts to read in one forward: all that fits, or what does not hold up running answers for long."""
         if not self._batch.running:
             return self._most_prompt_tokens
-        return min(max(int(self.options.stall * self._prompt_rate), MIN_COLUMNS), self._most_prompt_tokens)
+        return min(
+            max(int(self.options.stall * self._prompt_rate), MIN_COLUMNS), self._most_prompt_tokens
+        )
 
     def _admit(self) -> None:
         """Take in those who come next, as far as the bounds allow. Who waits for an adapter holds up nobody."""
@@ -448,7 +482,9 @@ class Engine:
     def _put_back(self, jobs: Sequence[Running]) -> None:
         """Take ``jobs`` out of the batch and to the head of the line, with the tokens they have, and their memory back."""
         self._batch.drop(jobs)
-        with suppress(Exception):  # what is there is large enough, if there is no memory to make it smaller
+        with suppress(
+            Exception
+        ):  # what is there is large enough, if there is no memory to make it smaller
             self._batch.shrink()
         with self._wake:
             self._waiting.extendleft(job for job in reversed(jobs) if isinstance(job, Job))
@@ -470,7 +506,9 @@ class Engine:
             self._release(job)
         # What running out of memory took away comes back bit by bit, and at once when nobody is left.
         empty = not (self._batch.running or self._batch.arriving)
-        self._most_rows = self.options.max_rows if empty else min(self._most_rows + 2, self.options.max_rows)
+        self._most_rows = (
+            self.options.max_rows if empty else min(self._most_rows + 2, self.options.max_rows)
+        )
         self._most_prompt_tokens = MAX_PROMPT_TOKENS if empty else self._most_prompt_tokens
 
     def _settle(self, job: Job) -> None:
@@ -501,15 +539,24 @@ class Engine:
         self._waiting.clear()
         self._calls.clear()
 
-    def _score_groups(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[int]]:
+    def _score_groups(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Iterator[list[int]]:
         """Indices of sequences of like length, as many as one forward may hold."""
         vocabulary = self.base.vocabulary_size
         group: list[int] = []
-        for index in sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])), reverse=True):
+        for index in sorted(
+            range(len(sequences)), key=lambda i: sum(map(len, sequences[i])), reverse=True
+        ):
             rows = [sequences[i] for i in (*group, index)]
             longest = sum(map(len, rows[0]))
-            kept = longest - min(len(prompt) for prompt, _ in rows)  # columns whose logits some row wants
-            full = len(rows) * kept * vocabulary > MAX_SCORE_LOGITS or len(rows) * longest > MAX_SCORE_TOKENS
+            kept = longest - min(
+                len(prompt) for prompt, _ in rows
+            )  # columns whose logits some row wants
+            full = (
+                len(rows) * kept * vocabulary > MAX_SCORE_LOGITS
+                or len(rows) * longest > MAX_SCORE_TOKENS
+            )
             if group and (full or len(rows) > self.options.max_rows):
                 yield group
                 group = []

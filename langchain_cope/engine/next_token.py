@@ -36,9 +36,13 @@ def choose(logits: Tensor, asks: Sequence[Ask]) -> list[Chosen]:
     steps = [len(ask.running.ids) + len(ask.drafted) for ask in asks]
     tokens = choose_tokens(scores, samplings, seen, steps)
     changed = scores.argmax(-1) != personal.argmax(-1)
-    found = torch.stack([tokens, changed.to(tokens.dtype)]).tolist()  # the step's one wait for the device
+    found = torch.stack(
+        [tokens, changed.to(tokens.dtype)]
+    ).tolist()  # the step's one wait for the device
     return [
-        Chosen(token, bool(differs) and ask.running.request.contrastive, _logprobs(logits, ask, token))
+        Chosen(
+            token, bool(differs) and ask.running.request.contrastive, _logprobs(logits, ask, token)
+        )
         for ask, token, differs in zip(asks, *found, strict=True)
     ]
 
@@ -48,7 +52,9 @@ def _allowed(personal: Tensor, asks: Sequence[Ask]) -> Tensor:
     held = [(place, ask) for place, ask in enumerate(asks) if ask.running.constraint is not None]
     if not held:
         return personal
-    masks = torch.stack([ask.running.constraint.mask(ask.drafted) for _, ask in held if ask.running.constraint])
+    masks = torch.stack(
+        [ask.running.constraint.mask(ask.drafted) for _, ask in held if ask.running.constraint]
+    )
     places = [place for place, _ in held]
     personal[places] = personal[places].masked_fill(~masks.to(personal.device), -torch.inf)
     return personal
@@ -60,8 +66,8 @@ def _scores(logits: Tensor, personal: Tensor, asks: Sequence[Ask]) -> Tensor:
     if not pairs:
         return torch.log_softmax(personal.float(), dim=-1)
     requests = [asks[place].running.request for place in pairs]
-    alpha = torch.tensor([[r.alpha] for r in requests], device=logits.device)
-    tau = torch.tensor([[r.tau] for r in requests], device=logits.device)
+    alpha = torch.tensor([[r.contrast.alpha] for r in requests], device=logits.device)
+    tau = torch.tensor([[r.contrast.tau] for r in requests], device=logits.device)
     base = logits[[asks[place].base for place in pairs]]
     if len(pairs) == len(asks):
         return contrast(personal, base, alpha, tau)
@@ -73,5 +79,7 @@ def _scores(logits: Tensor, personal: Tensor, asks: Sequence[Ask]) -> Tensor:
 def _logprobs(logits: Tensor, ask: Ask, token: int) -> tuple[float, float] | None:
     if not ask.running.request.logprobs:
         return None
-    user, base = torch.log_softmax(logits[[ask.personal, ask.base]].float(), dim=-1)[:, token].tolist()
+    user, base = torch.log_softmax(logits[[ask.personal, ask.base]].float(), dim=-1)[
+        :, token
+    ].tolist()
     return user, base

@@ -1,10 +1,61 @@
-"""How much an engine may hold: bounds on rows, memory and waiting; and two savings that can be switched off.
+"""Options of a request's contrast, and bounds of an engine: rows, memory, waiting, two savings that can be switched off.
 
 Knows no torch, so that an app may name its options without loading anything.
 """
 
 import math
 from dataclasses import dataclass
+from typing import TypeGuard
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_alpha(alpha: object) -> None:
+    """Raise ValueError unless α is a finite number ≥ 0."""
+    if not (_is_number(alpha) and alpha >= 0):
+        raise ValueError(
+            f"alpha must be a finite number ≥ 0, not {alpha!r}: 0 is the adapter alone, 0.1 the paper's value"
+        )
+
+
+def check_tau(tau: object) -> None:
+    """Raise ValueError unless 0 < τ ≤ 1."""
+    if not (_is_number(tau) and 0 < tau <= 1):
+        raise ValueError(
+            f"tau must lie in 0 < tau ≤ 1, not {tau!r}: 0.1 is the paper's value, 1 keeps the likeliest token only"
+        )
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How strongly the personal model is contrasted with the base; raises ValueError for α or τ out of range.
+
+    Source: Bu, Jung, Kang, Kim, "Personalized LLM Decoding via Contrasting Personal Preference", EMNLP 2025.
+    """
+
+    alpha: float = 0.1
+    """α, the weight of log π_base that is taken away; 0 is the adapter alone, 0.1 the paper's value."""
+    tau: float = 0.1
+    """τ: tokens below this share of the likeliest one's probability are out; 0.1 is the paper's value."""
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+        check_tau(self.tau)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base's distribution enters the choice of tokens."""
+        return self.alpha > 0
+
+
+ADAPTER_ALONE = Contrast(alpha=0.0)
+"""No contrast: the personal model's own distribution, all of it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +95,11 @@ class EngineOptions:
                 "kv_memory",
                 "bytes as an integer > 0, or a share as a float in 0 to 1",
             ),
-            (_is_whole(self.adapter_slots) and self.adapter_slots >= 1, "adapter_slots", "an integer ≥ 1"),
+            (
+                _is_whole(self.adapter_slots) and self.adapter_slots >= 1,
+                "adapter_slots",
+                "an integer ≥ 1",
+            ),
             (
                 _is_whole(self.prefix_cache) and self.prefix_cache >= 0,
                 "prefix_cache",
@@ -52,7 +107,9 @@ class EngineOptions:
             ),
             (isinstance(self.speculation, bool), "speculation", "True or False"),
             (
-                isinstance(self.stall, (int, float)) and math.isfinite(self.stall) and self.stall > 0,
+                isinstance(self.stall, (int, float))
+                and math.isfinite(self.stall)
+                and self.stall > 0,
                 "stall",
                 "seconds > 0",
             ),
@@ -60,7 +117,3 @@ class EngineOptions:
         for good, name, expected in checks:
             if not good:
                 raise ValueError(f"{name} must be {expected}, not {getattr(self, name)!r}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from langchain_cope.engine.adapter import Adapter
-from langchain_cope.engine.decoding.contrast import check_alpha_tau
 from langchain_cope.engine.decoding.sampling import Sampling
 from langchain_cope.engine.grammar.constraint import Constraint
 from langchain_cope.engine.grammar.schema import Grammar
+from langchain_cope.engine.options import Contrast
 
 if TYPE_CHECKING:
     from langchain_cope.engine.decoding.speculation import PromptLookup
@@ -28,14 +28,14 @@ class AdapterSource:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to answer. Raises ``ValueError`` for α or τ out of range."""
+    """One prompt to answer."""
 
     prompt: Sequence[int]
     """Token ids, the generation prompt included."""
     adapter: Adapter | AdapterSource | None = None
     """None: the base alone."""
-    alpha: float = 0.1
-    tau: float = 0.1
+    contrast: Contrast = field(default_factory=Contrast)
+    """How strongly the personal model is contrasted with the base; without an adapter there is nothing to contrast."""
     sampling: Sampling = field(default_factory=Sampling)
     deadline: float | None = None
     """By ``time.monotonic()``; a request that is not done by then ends with ``TimeoutError``."""
@@ -46,18 +46,15 @@ class Request:
     goes_on: bool = True
     """Later prompts may begin with this answer, as a chat's do; False: it is not worth the memory of keeping its states."""
 
-    def __post_init__(self) -> None:
-        check_alpha_tau(self.alpha, self.tau)
-
     @property
     def contrastive(self) -> bool:
         """Whether the base's distribution enters the choice of tokens."""
-        return self.adapter is not None and self.alpha > 0
+        return self.adapter is not None and self.contrast.needs_base
 
     @property
     def two_rows(self) -> bool:
         """Whether the base is computed beside the adapter."""
-        return self.adapter is not None and (self.alpha > 0 or self.logprobs)
+        return self.adapter is not None and (self.contrast.needs_base or self.logprobs)
 
     @property
     def num_rows(self) -> int:
@@ -94,7 +91,9 @@ class Running:
         self.request = request
         self.limit = limit
         """Tokens of prompt and answer, at most."""
-        self.adapter: Adapter | None = request.adapter if isinstance(request.adapter, Adapter) else None
+        self.adapter: Adapter | None = (
+            request.adapter if isinstance(request.adapter, Adapter) else None
+        )
         """Set before the request joins the batch, where its adapter comes from a slot."""
         self.ids: list[int] = []
         """The answer."""

@@ -80,7 +80,9 @@ class Rows:
             self._move(len(self), len(self._personal))  # the last base row, one place too far right
             self._base.insert(0, self._base.pop())
 
-    def forward(self, forward: Forward, ids: list[list[int]], wanted: tuple[list[int], list[int]]) -> Tensor:
+    def forward(
+        self, forward: Forward, ids: list[list[int]], wanted: tuple[list[int], list[int]]
+    ) -> Tensor:
         """Run the new tokens ``ids`` of the first ``len(ids)`` rows; rows with fewer are padded on the right with token 0.
 
         Returns logits ``(N, V)`` of the N (rows, columns) ``wanted``.
@@ -90,7 +92,9 @@ class Rows:
         width, end = max(map(len, ids)), min(self.kv.num_positions, self._context)
         lengths = [row.length for row in rows]
         # Padding beyond the end is written to the last position, which no row ever needs.
-        positions = torch.tensor(lengths, device=device).unsqueeze(1) + torch.arange(width, device=device)
+        positions = torch.tensor(lengths, device=device).unsqueeze(1) + torch.arange(
+            width, device=device
+        )
         self._lora.set([row.adapter for row in rows if row.adapter is not None])
         return forward(
             Inputs(

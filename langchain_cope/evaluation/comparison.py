@@ -14,7 +14,7 @@ from langchain_cope.training.progress import Progress, never, unheard
 from langchain_cope.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from langchain_cope.engine.engine import Engine
+    from langchain_cope.engine import Engine
     from langchain_cope.evaluation.evaluate import Evaluation
     from langchain_cope.training.encode import Example
     from langchain_cope.training.pipeline import TrainingResult
@@ -53,7 +53,7 @@ def evaluate_user(
             f"user {history.user_id!r} has {len(history.items)} history items and {len(history.queries)} queries; both are needed: "
             "one line a user with user_id, history and queries"
         )
-    from langchain_cope.engine.adapter import WEIGHTS
+    from langchain_cope.engine import WEIGHTS
 
     timings: dict[str, float] = {}
 
@@ -66,7 +66,14 @@ def evaluate_user(
     recipe = recipe or Recipe.for_model(engine.base, history.items)
     with tempfile.TemporaryDirectory(prefix="cope-") as folder:
         training, evaluation = train_and_evaluate(
-            engine, history.items, history.queries, recipe, Path(folder), on_progress, should_stop, stage
+            engine,
+            history.items,
+            history.queries,
+            recipe,
+            Path(folder),
+            on_progress,
+            should_stop,
+            stage,
         )
         adapter_bytes = (training.dpo / WEIGHTS).stat().st_size
     return UserEvaluation(
@@ -99,7 +106,13 @@ def train_and_evaluate(
     from langchain_cope.training.pipeline import train_user
 
     training = train_user(
-        engine, as_examples(trained), recipe, folder, on_progress=on_progress, should_stop=should_stop, stage=stage
+        engine,
+        as_examples(trained),
+        recipe,
+        folder,
+        on_progress=on_progress,
+        should_stop=should_stop,
+        stage=stage,
     )
     judgement = folder / "evaluation.json"
     if not judgement.exists():

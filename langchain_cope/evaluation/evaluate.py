@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from langchain_cope.engine.adapter import Adapter
-from langchain_cope.engine.decoding.sampling import Sampling
-from langchain_cope.engine.engine import Engine, Request
+from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, Request, Sampling
 from langchain_cope.errors import HistoryError
 from langchain_cope.training.encode import Encoded, Example, fit
 from langchain_cope.training.progress import Progress, Watch, never, unheard
@@ -52,7 +50,8 @@ def evaluate(
     items, notes = _encode(engine, examples, recipe)
     adapters = {"base": None, "sft": engine.load_adapter(sft), "dpo": engine.load_adapter(dpo)}
     likelihoods = {
-        name: negative_log_likelihood(engine, items, adapter, should_stop) for name, adapter in adapters.items()
+        name: negative_log_likelihood(engine, items, adapter, should_stop)
+        for name, adapter in adapters.items()
     }
     texts = _generate(engine, items, recipe, adapters, watch)
     metrics = _rouge(texts)
@@ -72,7 +71,9 @@ def mean_nll(
 
     Raises ``HistoryError`` where no example is left to evaluate on, ``Cancelled``.
     """
-    return negative_log_likelihood(engine, _encode(engine, examples, recipe)[0], adapter, should_stop)
+    return negative_log_likelihood(
+        engine, _encode(engine, examples, recipe)[0], adapter, should_stop
+    )
 
 
 def negative_log_likelihood(
@@ -82,22 +83,36 @@ def negative_log_likelihood(
     should_stop: Callable[[], bool] = never,
 ) -> float:
     """Nats per completion token over all ``items`` together."""
-    scored = engine.score([(item.prompt_ids, item.completion_ids) for item in items], adapter, should_stop)
-    return -sum(float(logps.double().sum()) for logps in scored) / sum(len(logps) for logps in scored)
+    scored = engine.score(
+        [(item.prompt_ids, item.completion_ids) for item in items], adapter, should_stop
+    )
+    return -sum(float(logps.double().sum()) for logps in scored) / sum(
+        len(logps) for logps in scored
+    )
 
 
-def _encode(engine: Engine, examples: Sequence[Example], recipe: Recipe) -> tuple[list[Encoded], list[str]]:
+def _encode(
+    engine: Engine, examples: Sequence[Example], recipe: Recipe
+) -> tuple[list[Encoded], list[str]]:
     items, notes = fit(engine.base, examples, recipe.max_length, recipe.max_words)
     if not items:
-        raise HistoryError(f"none of {len(examples)} items can be evaluated on: {'; '.join(notes) or 'there are none'}")
+        raise HistoryError(
+            f"none of {len(examples)} items can be evaluated on: {'; '.join(notes) or 'there are none'}"
+        )
     return items, notes
 
 
 def _generate(
-    engine: Engine, items: Sequence[Encoded], recipe: Recipe, adapters: dict[str, Adapter | None], watch: Watch
+    engine: Engine,
+    items: Sequence[Encoded],
+    recipe: Recipe,
+    adapters: dict[str, Adapter | None],
+    watch: Watch,
 ) -> list[dict[str, str]]:
     """Greedy answers; CoPe is the DPO adapter with the contrast on, the others have it off."""
-    ways = [(name, adapter, 0.0) for name, adapter in adapters.items()] + [("cope", adapters["dpo"], recipe.alpha)]
+    ways = [(name, adapter, ADAPTER_ALONE) for name, adapter in adapters.items()] + [
+        ("cope", adapters["dpo"], recipe.contrast)
+    ]
     texts: list[dict[str, str]] = []
     limit = recipe.max_new_tokens or max(len(item.completion_ids) for item in items)
     sampling = Sampling(max_tokens=limit, repetition_penalty=recipe.repetition_penalty)
@@ -108,17 +123,21 @@ def _generate(
             Request(
                 engine.base.prompt_ids(item.example.prompt),
                 adapter=adapter,
-                alpha=alpha,
-                tau=recipe.tau,
+                contrast=contrast,
                 sampling=sampling,
                 goes_on=False,
             )
             for item in batch
-            for _, adapter, alpha in ways
+            for _, adapter, contrast in ways
         ]
         answers = iter(engine.generate(requests, watch.should_stop))
         for item in batch:
-            texts.append({"reference": item.example.completion, **{name: next(answers).text for name, _, _ in ways}})
+            texts.append(
+                {
+                    "reference": item.example.completion,
+                    **{name: next(answers).text for name, _, _ in ways},
+                }
+            )
         watch.report(start + len(batch), len(items))
     return texts
 
@@ -131,6 +150,7 @@ def _rouge(texts: Sequence[dict[str, str]]) -> dict[str, dict[str, float]]:
     for name in ("base", "sft", "dpo", "cope"):
         scores = [scorer.score(text["reference"], text[name]) for text in texts]
         metrics[name] = {
-            kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in ("rouge1", "rougeL")
+            kind: sum(score[kind].fmeasure for score in scores) / len(scores)
+            for kind in ("rouge1", "rougeL")
         }
     return metrics

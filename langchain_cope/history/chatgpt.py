@@ -11,7 +11,10 @@ from langchain_cope.errors import HistoryError
 from langchain_cope.history.items import shown
 from langchain_cope.history.reader import Located, checked_row
 
-_SPOKEN = ("text", "multimodal_text")  # the others are thoughts, code for tools, what tools returned, settings
+_SPOKEN = (
+    "text",
+    "multimodal_text",
+)  # the others are thoughts, code for tools, what tools returned, settings
 
 
 def chatgpt_rows(row: Mapping[str, Any], where: str) -> list[Located]:
@@ -61,11 +64,21 @@ def _message(node: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     hidden = checked_row(message.get("metadata") or {}, f"{where}: metadata").get(
         "is_visually_hidden_from_conversation"
     )
-    is_spoken = content.get("content_type") in _SPOKEN and message.get("recipient") in ("all", None) and not hidden
+    is_spoken = (
+        content.get("content_type") in _SPOKEN
+        and message.get("recipient") in ("all", None)
+        and not hidden
+    )
     if author.get("role") not in ("user", "assistant") or not is_spoken:
         return None
     parts = content.get("parts")
     if not isinstance(parts, list):
-        raise HistoryError(f"{where}: the content's parts are {shown(parts)}; expected a list of texts")
+        raise HistoryError(
+            f"{where}: the content's parts are {shown(parts)}; expected a list of texts"
+        )
     texts = [part for part in parts if part]
-    return {"role": author["role"], "content": texts, "weight": message.get("weight")} if texts else None
+    return (
+        {"role": author["role"], "content": texts, "weight": message.get("weight")}
+        if texts
+        else None
+    )

@@ -24,16 +24,16 @@ from langchain_cope.history.reader import Disliked, RowReader
 Embed = Callable[[list[str]], Sequence[Sequence[float]]]
 """Vectors for texts: an embedding function of Chroma's, or ``embed_documents`` of LangChain's Embeddings."""
 
-_connecting = (
-    Lock()
-)  # chromadb shares what a folder's clients have in common, and one that is half made breaks the others
+_connecting = Lock()  # chromadb shares what a folder's clients have in common, and one that is half made breaks the others
 _MARK = {"made_by": "langchain-cope history"}
 _PAGE = 1000
 _Record = tuple[str, str, dict[str, Any]]
 _ADDED = "added"  # nanoseconds since 1970, plus the place in the call: the order in which items were added
 _MESSAGES = "prompt_is_messages"
 _REJECTED = "cope_rejected"  # a JSON list of texts
-_DISLIKED = "cope_disliked"  # the document is an answer that the user did not like, not one of the user's
+_DISLIKED = (
+    "cope_disliked"  # the document is an answer that the user did not like, not one of the user's
+)
 
 
 class ChromaHistory:
@@ -86,15 +86,24 @@ class ChromaHistory:
         records, withdrawn = self._records(owner, reader.read_all(found.rows), reader.disliked)
         with self._chroma() as client:
             collection = client.get_or_create_collection(
-                self.collection, embedding_function=None, metadata=None if self.embedding_function else _MARK
+                self.collection,
+                embedding_function=None,
+                metadata=None if self.embedding_function else _MARK,
             )
             self._refuse_foreign(collection, "written")
             batch = min(_PAGE, client.get_max_batch_size())
             for start in range(0, len(records), batch):
                 ids, documents, metadatas = zip(*records[start : start + batch], strict=True)
-                vectors = [[0.0]] * len(ids) if _is_ours(collection) else self._embed(list(documents))
+                vectors = (
+                    [[0.0]] * len(ids) if _is_ours(collection) else self._embed(list(documents))
+                )
                 collection.delete(ids=list(dict.fromkeys(withdrawn[start : start + batch])))
-                collection.add(ids=list(ids), documents=list(documents), metadatas=list(metadatas), embeddings=vectors)
+                collection.add(
+                    ids=list(ids),
+                    documents=list(documents),
+                    metadatas=list(metadatas),
+                    embeddings=vectors,
+                )
 
     def fetch(self, user_id: str) -> list[Item]:
         """Return the user's items, oldest first: by ``created_at`` where all have one, else as they were added.
@@ -161,7 +170,8 @@ class ChromaHistory:
             identity = _identity(user_id, item, is_disliked)
             records.setdefault(identity, (identity, item.completion, metadata))
             withdrawn.setdefault(
-                identity, _identity(user_id, item.model_copy(update={"rejected": ()}), not is_disliked)
+                identity,
+                _identity(user_id, item.model_copy(update={"rejected": ()}), not is_disliked),
             )
         return list(records.values()), list(withdrawn.values())
 
@@ -169,15 +179,23 @@ class ChromaHistory:
         """The user's records as located rows, in the order in which they were added."""
         found = []
         for page in self._pages(user_id, include=["documents", "metadatas"]):
-            for identity, document, metadata in zip(page["ids"], page["documents"], page["metadatas"], strict=True):
+            for identity, document, metadata in zip(
+                page["ids"], page["documents"], page["metadatas"], strict=True
+            ):
                 if document and not document.isspace():  # others may keep records of vectors alone
                     row = self._row(document, metadata)
-                    found.append((metadata.get(_ADDED, 0), (f"Chroma {self.collection} {identity}", row)))
+                    found.append(
+                        (metadata.get(_ADDED, 0), (f"Chroma {self.collection} {identity}", row))
+                    )
         return [located for _, located in sorted(found, key=lambda pair: pair[0])]
 
     def _row(self, document: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
         prompt = metadata.get(self.prompt_key)
-        row = {"prompt": json.loads(prompt) if prompt is not None and metadata.get(_MESSAGES) else prompt}
+        row = {
+            "prompt": json.loads(prompt)
+            if prompt is not None and metadata.get(_MESSAGES)
+            else prompt
+        }
         if metadata.get(_DISLIKED):
             return {**row, "rejected": [document]}
         return {
@@ -195,7 +213,9 @@ class ChromaHistory:
             if collection is None:
                 return
             offset = 0
-            while (page := collection.get(where=where, limit=_PAGE, offset=offset, include=include))["ids"]:
+            while (
+                page := collection.get(where=where, limit=_PAGE, offset=offset, include=include)
+            )["ids"]:
                 yield page
                 offset += len(page["ids"])
 
@@ -212,7 +232,9 @@ class ChromaHistory:
         with self._chroma() as client:
             if self._existing(client) is not None:
                 return f"no items of the user {user_id!r:.80} in {self!r}"
-            present = ", ".join(collection.name for collection in client.list_collections()) or "none"
+            present = (
+                ", ".join(collection.name for collection in client.list_collections()) or "none"
+            )
             return f"no collection {self.collection!r} in Chroma at {self._place()}; there are: {present}"
 
     def _where(self, user_id: str) -> dict[str, Any]:
@@ -275,7 +297,9 @@ def _connect(source: Any) -> Any:
     url = _server(source)
     if url is not None:
         is_tls = url.scheme == "https"
-        return chromadb.HttpClient(host=url.hostname or "localhost", port=_port(url), ssl=is_tls, settings=settings)
+        return chromadb.HttpClient(
+            host=url.hostname or "localhost", port=_port(url), ssl=is_tls, settings=settings
+        )
     return chromadb.PersistentClient(path=str(Path(source).expanduser()), settings=settings)
 
 

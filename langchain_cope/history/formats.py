@@ -23,7 +23,14 @@ from langchain_cope.history.pairs import (
     text_rows,
     traced_rows,
 )
-from langchain_cope.history.reader import Located, checked_row, content_text, is_role, named, owner_of
+from langchain_cope.history.reader import (
+    Located,
+    checked_row,
+    content_text,
+    is_role,
+    named,
+    owner_of,
+)
 
 Row = Mapping[str, Any]
 
@@ -50,7 +57,11 @@ FORMATS = (
     Format("ChatGPT export", ("mapping",), chatgpt_rows, "user", is_log=True),
     Format("LaMP profile", ("profile",), lamp_history),
     Format("Alpaca", ("instruction", "output"), alpaca_rows),
-    Format("OpenAI preference pairs", ("input", "preferred_output", "non_preferred_output"), openai_pair_rows),
+    Format(
+        "OpenAI preference pairs",
+        ("input", "preferred_output", "non_preferred_output"),
+        openai_pair_rows,
+    ),
     Format("chosen and rejected", ("chosen", "rejected"), preference_rows),
     Format("feedback", ("prompt", "answer", "score"), feedback_rows),
     Format("feedback", ("prompt", "answer", "correction"), feedback_rows),
@@ -122,9 +133,15 @@ def format_of(row: Any, where: str) -> Format:
     """Return the format of a row; raises HistoryError that says what was found and what was expected."""
     row = checked_row(row, where)
     for kind in FORMATS:
-        if all(key in row for key in kind.keys) and (kind is not _LANGCHAIN or is_langchain(row["messages"])):
+        if all(key in row for key in kind.keys) and (
+            kind is not _LANGCHAIN or is_langchain(row["messages"])
+        ):
             return kind
-    alone = "; a message alone is no row, put a conversation's into {'messages': […]}" if is_message(row) else ""
+    alone = (
+        "; a message alone is no row, put a conversation's into {'messages': […]}"
+        if is_message(row)
+        else ""
+    )
     raise HistoryError(f"{where}: no text to learn from: {_EXPECTED}; found {named(row)}{alone}")
 
 
@@ -146,7 +163,9 @@ def in_memory(rows: Any, user_id: str | None = None) -> list[Located]:
         owner = owner_of(plain, where)
         user_id = user_id or owner
         if owner not in (None, user_id):
-            raise HistoryError(f"{where}: belongs to the user {owner!r:.80}, not to {user_id!r:.80}")
+            raise HistoryError(
+                f"{where}: belongs to the user {owner!r:.80}, not to {user_id!r:.80}"
+            )
         located.append((where, plain))
     return located
 
@@ -162,17 +181,24 @@ def _usual(found: Sequence[tuple[str, Any, Format]]) -> Target | None:
         if kind.target:
             first.setdefault(kind.target, (where, kind))
     if len(first) == 2:
-        seen = [f"{where} ({kind.name}: usually the {side}'s)" for side, (where, kind) in first.items()]
-        raise HistoryError(f"{' and '.join(seen)}: say whose turns are to be learnt (--target user or assistant)")
+        seen = [
+            f"{where} ({kind.name}: usually the {side}'s)" for side, (where, kind) in first.items()
+        ]
+        raise HistoryError(
+            f"{' and '.join(seen)}: say whose turns are to be learnt (--target user or assistant)"
+        )
     return next(iter(first), None)
 
 
 def _is_silent(row: Row, target: Target | None, where: str) -> bool:
     """Whether the side that is to be learnt says nothing; what is no message at all is left to the reader to refuse."""
     messages = row["messages"]
-    if not all(isinstance(message, Mapping) and is_role(message.get("role")) for message in messages):
+    if not all(
+        isinstance(message, Mapping) and is_role(message.get("role")) for message in messages
+    ):
         return False
     return not any(
-        message["role"] == target and content_text(message.get("content"), f"{where}: messages[{index}]")[0].strip()
+        message["role"] == target
+        and content_text(message.get("content"), f"{where}: messages[{index}]")[0].strip()
         for index, message in enumerate(messages)
     )

@@ -53,7 +53,11 @@ class Item(BaseModel):
     @property
     def messages(self) -> list[Message]:
         """The prompt as messages."""
-        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else list(self.prompt)
+        return (
+            [{"role": "user", "content": self.prompt}]
+            if isinstance(self.prompt, str)
+            else list(self.prompt)
+        )
 
     @property
     def key(self) -> str:
@@ -120,7 +124,9 @@ def settle(
             num_duplicates += oldest[key] == known
     unique = list(oldest.values())
     if num_duplicates:
-        said.append(f"{_count(num_duplicates, 'exact duplicate')} removed, {len(unique)} items left")
+        said.append(
+            f"{_count(num_duplicates, 'exact duplicate')} removed, {len(unique)} items left"
+        )
     return UserHistory(
         user_id=user_id,
         items=unique,
@@ -172,7 +178,9 @@ def checked_text(value: Any, what: str, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise HistoryError(f"{where}: {what} holds half of a surrogate pair at character {error.start}") from None
+        raise HistoryError(
+            f"{where}: {what} holds half of a surrogate pair at character {error.start}"
+        ) from None
     return value
 
 

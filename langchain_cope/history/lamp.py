@@ -28,10 +28,22 @@ _TASKS = (
         'Generate the review text for an overall rating of "{overall}" and a product with description "{description}". '
         'The summary of the review text is "{summary}".',
     ),  # LongLaMP product review
-    _Task(("summary", "content"), "content", "Generate the content for a reddit post {summary}"),  # LongLaMP topic
-    _Task(("text", "category"), "category", "Which category does this article relate to? article: {text}"),  # LaMP-2N
-    _Task(("description", "tag"), "tag", "Which tag does this movie relate to? description: {description}"),  # LaMP-2
-    _Task(("text", "score"), "score", "What is the score of the following review? review: {text}"),  # LaMP-3
+    _Task(
+        ("summary", "content"), "content", "Generate the content for a reddit post {summary}"
+    ),  # LongLaMP topic
+    _Task(
+        ("text", "category"),
+        "category",
+        "Which category does this article relate to? article: {text}",
+    ),  # LaMP-2N
+    _Task(
+        ("description", "tag"),
+        "tag",
+        "Which tag does this movie relate to? description: {description}",
+    ),  # LaMP-2
+    _Task(
+        ("text", "score"), "score", "What is the score of the following review? review: {text}"
+    ),  # LaMP-3
     _Task(
         ("title", "abstract"),
         "abstract",
@@ -39,10 +51,19 @@ _TASKS = (
         wording="abstract for the title",
     ),  # LongLaMP abstract
     _Task(
-        ("title", "abstract"), "title", "Generate a title for the following abstract of a paper: {abstract}"
+        ("title", "abstract"),
+        "title",
+        "Generate a title for the following abstract of a paper: {abstract}",
     ),  # LaMP-1, LaMP-5
-    _Task(("title", "text"), "title", "Generate a subject for the following email: {text}", wording="email"),  # LaMP-6
-    _Task(("title", "text"), "title", "Generate a headline for the following article: {text}"),  # LaMP-4
+    _Task(
+        ("title", "text"),
+        "title",
+        "Generate a subject for the following email: {text}",
+        wording="email",
+    ),  # LaMP-6
+    _Task(
+        ("title", "text"), "title", "Generate a headline for the following article: {text}"
+    ),  # LaMP-4
     _Task(("input", "output"), "output", "{input}"),
 )
 _BOOKKEEPING = {"id", "user_id", "author", "name", *TIME_KEYS}
@@ -86,11 +107,17 @@ def _entry(entry: Mapping[str, Any], question: str, where: str) -> dict[str, Any
     for task in _TASKS:
         if entry.keys() >= set(task.fields) and task.wording in question:
             values = {name: _plain(entry[name]) for name in task.fields}
-            return {"prompt": task.prompt.format(**values), "completion": values[task.written], **times}
+            return {
+                "prompt": task.prompt.format(**values),
+                "completion": values[task.written],
+                **times,
+            }
     if "text" in entry and entry.keys() <= {"text", *_BOOKKEEPING}:  # LaMP-7: tweets
         return {"completion": _plain(entry["text"]), **times}
     known = "; ".join(", ".join(task.fields) for task in _TASKS if not task.wording)
-    raise HistoryError(f"{where}: fields of no known task: {named(entry)}; known: {known}; text alone")
+    raise HistoryError(
+        f"{where}: fields of no known task: {named(entry)}; known: {known}; text alone"
+    )
 
 
 def _plain(value: Any) -> str:

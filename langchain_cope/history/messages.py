@@ -35,7 +35,11 @@ _SHAREGPT_ROLES = {
 
 def plain_messages(messages: Any) -> Any:
     """Return a list of messages with each as ``{"role", "content"}``; anything else as it is."""
-    return [plain_message(message) for message in messages] if isinstance(messages, list | tuple) else messages
+    return (
+        [plain_message(message) for message in messages]
+        if isinstance(messages, list | tuple)
+        else messages
+    )
 
 
 def plain_message(message: Any) -> Any:
@@ -64,7 +68,11 @@ def is_message(value: Any) -> bool:
         return not isinstance(value, Item) and hasattr(value, "content")
     if not isinstance(value, Mapping):
         return False
-    return ("role" in value and "content" in value) or ("from" in value and "value" in value) or is_langchain([value])
+    return (
+        ("role" in value and "content" in value)
+        or ("from" in value and "value" in value)
+        or is_langchain([value])
+    )
 
 
 def is_langchain(messages: Any) -> bool:

@@ -29,7 +29,13 @@ def pair_rows(row: Row, where: str) -> list[Located]:
     """Prompt and completion, and what was rejected, where there is any."""
     completion = _answer(row["completion"], "completion", where)
     rejected = row.get("rejected") or ()
-    return _made(row, where, row.get("prompt"), completion, [rejected] if isinstance(rejected, str) else rejected)
+    return _made(
+        row,
+        where,
+        row.get("prompt"),
+        completion,
+        [rejected] if isinstance(rejected, str) else rejected,
+    )
 
 
 def text_rows(row: Row, where: str) -> list[Located]:
@@ -40,11 +46,18 @@ def text_rows(row: Row, where: str) -> list[Located]:
 def alpaca_rows(row: Row, where: str) -> list[Located]:
     """The instruction, the input after it where there is one, and the output."""
     asked = [checked_text(row[key], key, where) for key in ("instruction", "input") if row.get(key)]
-    earlier: list[dict[str, Any]] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    earlier: list[dict[str, Any]] = (
+        [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    )
     for index, turns in enumerate(_list(row.get("history") or [], "history", where)):
         if not isinstance(turns, list) or len(turns) != 2:
-            raise HistoryError(f"{where}: history[{index}] is {shown(turns)}; expected [instruction, output]")
-        earlier += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)]
+            raise HistoryError(
+                f"{where}: history[{index}] is {shown(turns)}; expected [instruction, output]"
+            )
+        earlier += [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant"), turns, strict=True)
+        ]
     prompt: Any = "\n\n".join(asked)
     if earlier:
         prompt = [*earlier, {"role": "user", "content": prompt}]
@@ -93,9 +106,15 @@ def feedback_rows(row: Row, where: str) -> list[Located]:
 def traced_rows(row: Row, where: str) -> list[Located]:
     """What a user thought of a traced run: of a chat model or an agent, or of a chain that makes one text of one."""
     inputs, outputs = (checked_row(row[key], f"{where}: {key}") for key in ("inputs", "outputs"))
-    prompt = _unwrapped(inputs["messages"]) if "messages" in inputs else _only_value(inputs, "inputs", where)
+    prompt = (
+        _unwrapped(inputs["messages"])
+        if "messages" in inputs
+        else _only_value(inputs, "inputs", where)
+    )
     if "generations" in outputs:
-        generation = checked_row(_first(_unwrapped(outputs["generations"])), f"{where}: outputs: generations")
+        generation = checked_row(
+            _first(_unwrapped(outputs["generations"])), f"{where}: outputs: generations"
+        )
         answer = generation.get("message") or generation.get("text")
     elif "messages" in outputs:
         answer = _first(list(reversed(_list(outputs["messages"], "outputs: messages", where))))
@@ -106,7 +125,11 @@ def traced_rows(row: Row, where: str) -> list[Located]:
 
 def _unwrapped(value: Any) -> Any:
     """The one list in a batch of one: a trace has both messages and generations as lists of lists."""
-    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list) else value
+    return (
+        value[0]
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list)
+        else value
+    )
 
 
 def _first(value: Any) -> Any:
@@ -115,7 +138,9 @@ def _first(value: Any) -> Any:
 
 def _only_value(values: Row, what: str, where: str) -> Any:
     if len(values) != 1:
-        raise HistoryError(f"{where}: {what} must hold messages, or one text and nothing else; found {named(values)}")
+        raise HistoryError(
+            f"{where}: {what} must hold messages, or one text and nothing else; found {named(values)}"
+        )
     return next(iter(values.values()))
 
 
@@ -136,7 +161,9 @@ def _correction(correction: Any, where: str) -> str | None:
         return None
     if isinstance(correction, Mapping) and "content" not in plain_message(correction):
         if len(correction) != 1:
-            raise HistoryError(f"{where}: correction must be a text or hold one; found {named(correction)}")
+            raise HistoryError(
+                f"{where}: correction must be a text or hold one; found {named(correction)}"
+            )
         (correction,) = correction.values()
     return _answer(correction, "correction", where)
 
@@ -144,19 +171,31 @@ def _correction(correction: Any, where: str) -> str | None:
 def _split(prompt: Any, chosen: list[Any], rejected: list[Any]) -> tuple[Any, list[Any], list[Any]]:
     """(prompt, chosen, rejected) with what the sides begin with in common made (the end of) the prompt."""
     length = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+        min(len(chosen), len(rejected)),
     )
     shared = chosen[:length]
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else plain_messages(prompt or [])
+    asked = (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else plain_messages(prompt or [])
+    )
     if not shared or not isinstance(asked, list):
         return prompt, chosen, rejected
-    repeated = asked in (shared[: len(asked)], shared[len(shared) - len(asked) :])  # as in UltraFeedback
+    repeated = asked in (
+        shared[: len(asked)],
+        shared[len(shared) - len(asked) :],
+    )  # as in UltraFeedback
     return shared if repeated else [*asked, *shared], chosen[length:], rejected[length:]
 
 
-def _pair(row: Row, where: str, prompt: Any, chosen: tuple[Any, str], rejected: tuple[Any, str]) -> list[Located]:
+def _pair(
+    row: Row, where: str, prompt: Any, chosen: tuple[Any, str], rejected: tuple[Any, str]
+) -> list[Located]:
     if chosen[0] == rejected[0]:
-        raise HistoryError(f"{where}: {chosen[1]} and {rejected[1]} are the same; expected two different answers")
+        raise HistoryError(
+            f"{where}: {chosen[1]} and {rejected[1]} are the same; expected two different answers"
+        )
     return _made(row, where, prompt, _answer(*chosen, where), [_answer(*rejected, where)])
 
 
@@ -179,7 +218,9 @@ def _answer(value: Any, what: str, where: str) -> str:
         for index, message in enumerate(plain_messages(value)):
             here = f"{where}: {what}[{index}]"
             if (role := checked_row(message, here).get("role", "assistant")) != "assistant":
-                raise HistoryError(f"{here} has the role {shown(role)}; expected one answer, of the assistant")
+                raise HistoryError(
+                    f"{here} has the role {shown(role)}; expected one answer, of the assistant"
+                )
             texts.append(content_text(message.get("content"), here)[0])
         value = "\n\n".join(text for text in texts if text)
     text = checked_text(value, what, where)

@@ -75,7 +75,9 @@ def read_history(
             raise HistoryError(f"{path}: {_listed(named)}; pick one (--user ID)")
         user_id = named[0]
     if named and user_id not in named:
-        raise HistoryError(f"{path}: asked for the user {user_id!r:.80}, but the file has {_listed(named)}")
+        raise HistoryError(
+            f"{path}: asked for the user {user_id!r:.80}, but the file has {_listed(named)}"
+        )
     return _read_user(user_id, users[user_id if named else None], target, instruction)
 
 
@@ -86,7 +88,9 @@ def read_users(
 
     A file that names no user is one user whose ``user_id`` is None. Raises HistoryError as ``read_history`` does.
     """
-    return [_read_user(user_id, rows, target, instruction) for user_id, rows in _users(path).items()]
+    return [
+        _read_user(user_id, rows, target, instruction) for user_id, rows in _users(path).items()
+    ]
 
 
 def as_items(rows: Sequence[Any], target: Target | None = None) -> list[Item]:
@@ -109,12 +113,16 @@ def as_history(
     return _read_user(user_id, in_memory(rows, user_id), target, instruction)
 
 
-def _read_user(user_id: str | None, rows: _Rows, target: Target | None, instruction: str | None) -> UserHistory:
+def _read_user(
+    user_id: str | None, rows: _Rows, target: Target | None, instruction: str | None
+) -> UserHistory:
     """Read all rows of one user: history and queries of user rows, the items of the others."""
     history: _Rows = []
     queries: _Rows = []
     for where, row in rows:
-        if "history" in row and "instruction" not in row:  # with it, it is Alpaca's, and earlier turns
+        if (
+            "history" in row and "instruction" not in row
+        ):  # with it, it is Alpaca's, and earlier turns
             history += _nested(row["history"], f"{where}: history")
             queries += _nested(row.get("queries") or [], f"{where}: queries")
         else:
@@ -153,7 +161,9 @@ def _users(path: str | PathLike[str]) -> dict[str | None, _Rows]:
         first_of.setdefault(owner is None, where)
         users.setdefault(owner, []).append((where, row))
     if len(first_of) == 2:
-        raise HistoryError(f"{first_of[True]}: names no user, while {first_of[False]} does; name one on every line")
+        raise HistoryError(
+            f"{first_of[True]}: names no user, while {first_of[False]} does; name one on every line"
+        )
     return users
 
 
@@ -169,7 +179,9 @@ def _rows(path: str | PathLike[str]) -> _Rows:
     text = _text(path)
     suffix = Path(path).suffix.lower()
     lines = text.split("\n")  # not splitlines(): U+2028 and its kin may stand inside a JSON string
-    located = [(f"{path}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    located = [
+        (f"{path}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not located:
         raise HistoryError(
             f"{path}: the file is empty; expected one JSON object a line, or a .txt with one text a line"
@@ -216,7 +228,9 @@ def _parsed(line: str, where: str) -> Any:
 def _broken(where: str, error: ValueError | RecursionError) -> HistoryError:
     if isinstance(error, json.JSONDecodeError):
         return HistoryError(f"{where}: broken JSON: {error.msg} at character {error.colno}")
-    why = "nested too deeply" if isinstance(error, RecursionError) else str(error)  # or a number of 5 000 digits
+    why = (
+        "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    )  # or a number of 5 000 digits
     return HistoryError(f"{where}: JSON that cannot be read: {why}")
 
 
@@ -229,9 +243,13 @@ def _text(path: str | PathLike[str]) -> str:
     except IsADirectoryError:
         raise HistoryError(f"{path}: is a folder; name a file in it") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise HistoryError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise HistoryError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if len(raw) > MAX_FILE:
-        raise HistoryError(f"{path}: larger than the {MAX_FILE >> 20} MiB that are read at once: split it")
+        raise HistoryError(
+            f"{path}: larger than the {MAX_FILE >> 20} MiB that are read at once: split it"
+        )
     foreign = next((kind for start, kind in _SIGNATURES.items() if raw.startswith(start)), None)
     if foreign:
         raise HistoryError(f"{path}:1: not UTF-8 but {foreign}")
@@ -239,8 +257,12 @@ def _text(path: str | PathLike[str]) -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise HistoryError(f"{path}:{line}: not UTF-8 but another encoding; save the file as UTF-8") from None
+        raise HistoryError(
+            f"{path}:{line}: not UTF-8 but another encoding; save the file as UTF-8"
+        ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise HistoryError(f"{path}:{line}: not text but binary, or UTF-16 without its mark; save the file as UTF-8")
+        raise HistoryError(
+            f"{path}:{line}: not text but binary, or UTF-16 without its mark; save the file as UTF-8"
+        )
     return text

@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history.items import Item, Message, Target, checked_name, checked_text, parse_time, shown
+from langchain_cope.history.items import (
+    Item,
+    Message,
+    Target,
+    checked_name,
+    checked_text,
+    parse_time,
+    shown,
+)
 
 MESSAGE_INSTRUCTION = "Write the next message in your own words."
 TEXT_INSTRUCTION = "Write a text in your own style."
@@ -35,7 +43,11 @@ _ROLES = {
     "function": "tool",
 }
 _SWAPPED = {"user": "assistant", "assistant": "user"}
-_TEXT_PARTS = ("text", "input_text", "output_text")  # no set: what stands in a file may not be hashable
+_TEXT_PARTS = (
+    "text",
+    "input_text",
+    "output_text",
+)  # no set: what stands in a file may not be hashable
 
 
 class _Turn(NamedTuple):
@@ -101,19 +113,29 @@ class RowReader:
         """Sentences on what was decided while reading."""
         said = []
         if self.num_instructed:
-            said.append(f"items that had no prompt: {self.num_instructed}; theirs is {self.used_instruction!r}")
+            said.append(
+                f"items that had no prompt: {self.num_instructed}; theirs is {self.used_instruction!r}"
+            )
         if self.num_joined:
-            said.append(f"turns joined to the one before, so that roles alternate: {self.num_joined}")
+            said.append(
+                f"turns joined to the one before, so that roles alternate: {self.num_joined}"
+            )
         if self.num_other_parts:
-            said.append(f"parts of messages left out because they are no text: {self.num_other_parts}")
+            said.append(
+                f"parts of messages left out because they are no text: {self.num_other_parts}"
+            )
         if self.num_shortened:
             said.append(
                 f"prompts that hold only the newest {TURNS_KEPT} turns before the completion: {self.num_shortened}"
             )
         if self.num_weightless:
-            said.append(f"turns of weight 0, which are context and not learnt: {self.num_weightless}")
+            said.append(
+                f"turns of weight 0, which are context and not learnt: {self.num_weightless}"
+            )
         if self.disliked:
-            said.append(f"disliked answers left out, as no liked one has the same prompt: {len(self.disliked)}")
+            said.append(
+                f"disliked answers left out, as no liked one has the same prompt: {len(self.disliked)}"
+            )
         return said
 
     def _read(self, row: Mapping[str, Any], where: str, num_before: int) -> list[Item]:
@@ -125,7 +147,9 @@ class RowReader:
         if "completion" in row:
             return [self._pair(row, where)]
         prompt = self._prompt_of(row, where)
-        self.disliked += [Disliked(prompt, answer, num_before) for answer in self._rejected(row, where)]
+        self.disliked += [
+            Disliked(prompt, answer, num_before) for answer in self._rejected(row, where)
+        ]
         return []
 
     def _paired(self, items: list[Item]) -> list[Item]:
@@ -176,13 +200,17 @@ class RowReader:
             else:
                 self._append(dialogue, turn)
         if dialogue and dialogue[-1].role == "assistant":
-            raise HistoryError(f"{where}: prompt ends in an assistant turn, so the completion answers nobody")
+            raise HistoryError(
+                f"{where}: prompt ends in an assistant turn, so the completion answers nobody"
+            )
         return self._prompt(systems, [turn.message for turn in dialogue], TEXT_INSTRUCTION)
 
     def _rejected(self, row: Mapping[str, Any], where: str) -> list[str]:
         answers = row.get("rejected")
         if not isinstance(answers, list | tuple):
-            raise HistoryError(f"{where}: rejected must be a list of texts, not {type(answers).__name__}")
+            raise HistoryError(
+                f"{where}: rejected must be a list of texts, not {type(answers).__name__}"
+            )
         return [checked_text(answer, "rejected", where) for answer in answers]
 
     def _conversation(self, row: Mapping[str, Any], where: str) -> list[Item]:
@@ -196,8 +224,12 @@ class RowReader:
                 num_systems.append(len(systems))
         if all(turn.role != self.target for turn in dialogue):
             roles = ", ".join(dict.fromkeys(turn.role for turn in dialogue)) or "none"
-            raise HistoryError(f"{where}: no {self.target} turn with text in messages; roles with text: {roles}")
-        plain = [swapped(turn.message) if self.target == "user" else turn.message for turn in dialogue]
+            raise HistoryError(
+                f"{where}: no {self.target} turn with text in messages; roles with text: {roles}"
+            )
+        plain = [
+            swapped(turn.message) if self.target == "user" else turn.message for turn in dialogue
+        ]
         items = []
         for index, turn in enumerate(dialogue):
             if turn.role == self.target and turn.learnt:
@@ -207,10 +239,14 @@ class RowReader:
                 self.num_shortened += index > TURNS_KEPT
                 prompt = self._prompt(before_all, before, MESSAGE_INSTRUCTION)
                 items.append(self._item(row, prompt, turn.text, where))
-        self.num_weightless += sum(turn.role == self.target and not turn.learnt for turn in dialogue)
+        self.num_weightless += sum(
+            turn.role == self.target and not turn.learnt for turn in dialogue
+        )
         return items
 
-    def _prompt(self, systems: Sequence[str], dialogue: list[Message], default: str) -> str | list[Message]:
+    def _prompt(
+        self, systems: Sequence[str], dialogue: list[Message], default: str
+    ) -> str | list[Message]:
         head = [{"role": "system", "content": "\n\n".join(systems)}] if systems else []
         if dialogue and dialogue[0]["role"] == "user":
             return head + dialogue
@@ -218,11 +254,22 @@ class RowReader:
         first = {"role": "user", "content": instruction}
         return [*head, first, *dialogue] if head or dialogue else instruction
 
-    def _item(self, row: Mapping[str, Any], prompt: str | list[Message], completion: str, where: str) -> Item:
+    def _item(
+        self, row: Mapping[str, Any], prompt: str | list[Message], completion: str, where: str
+    ) -> Item:
         time = next((row[key] for key in TIME_KEYS if row.get(key) is not None), None)
         named = row.get("conversation")
-        conversation = self.conversations.get(where) if named is None else checked_name(named, "conversation", where)
-        return Item(prompt=prompt, completion=completion, created_at=parse_time(time, where), conversation=conversation)
+        conversation = (
+            self.conversations.get(where)
+            if named is None
+            else checked_name(named, "conversation", where)
+        )
+        return Item(
+            prompt=prompt,
+            completion=completion,
+            created_at=parse_time(time, where),
+            conversation=conversation,
+        )
 
     def _append(self, dialogue: list[_Turn], turn: _Turn) -> bool:
         """Add a turn, or join it to the last one of the same role; True if there is one turn more."""
@@ -245,7 +292,9 @@ class RowReader:
             here = f"{where}: {what}[{index}]"
             role = checked_row(message, here).get("role")
             if not is_role(role):
-                raise HistoryError(f"{here} has the role {shown(role)}; known roles: {', '.join(_ROLES)}")
+                raise HistoryError(
+                    f"{here} has the role {shown(role)}; known roles: {', '.join(_ROLES)}"
+                )
             role = _ROLES[role]
             text, num_other_parts = content_text(message.get("content"), here)
             self.num_other_parts += num_other_parts
@@ -283,7 +332,9 @@ def _is_learnt(weight: Any, where: str) -> bool:
         return True
     if isinstance(weight, int | float) and weight == 0:
         return False
-    raise HistoryError(f"{where}: the weight is {shown(weight)}; expected 1 (learnt) or 0 (context that is not learnt)")
+    raise HistoryError(
+        f"{where}: the weight is {shown(weight)}; expected 1 (learnt) or 0 (context that is not learnt)"
+    )
 
 
 def _prompt_key(prompt: str | list[Message]) -> str:
@@ -298,7 +349,9 @@ def swapped(turn: Message) -> Message:
 def checked_row(row: Any, where: str) -> Mapping[str, Any]:
     """Return ``row`` if it is a mapping, else raise HistoryError."""
     if not isinstance(row, Mapping):
-        raise HistoryError(f"{where}: expected an object with named fields, found {type(row).__name__}")
+        raise HistoryError(
+            f"{where}: expected an object with named fields, found {type(row).__name__}"
+        )
     return row
 
 
@@ -308,7 +361,9 @@ def named(row: Mapping[str, Any]) -> str:
     return ", ".join(keys) + (", …" if len(row) > 10 else "") if keys else "none"
 
 
-def owner_of(row: Mapping[str, Any], where: str, keys: Sequence[str] = ("user_id", "user")) -> str | None:
+def owner_of(
+    row: Mapping[str, Any], where: str, keys: Sequence[str] = ("user_id", "user")
+) -> str | None:
     """Return the user that a row names, None where it names none."""
     value = next((row[key] for key in keys if row.get(key) is not None), None)
     return None if value is None else checked_name(value, "the user id", where)
@@ -328,7 +383,10 @@ def _name_conversations(rows: Sequence[Located]) -> dict[str, str]:
             except RecursionError:
                 raise HistoryError(f"{where}: a message nested too deeply") from None
     whole = {prefixes[-1] for prefixes in digests.values()}
-    return {where: next(digest for digest in found if digest in whole) for where, found in digests.items()}
+    return {
+        where: next(digest for digest in found if digest in whole)
+        for where, found in digests.items()
+    }
 
 
 def _prefix_digests(messages: Sequence[Any]) -> list[str]:
@@ -337,7 +395,11 @@ def _prefix_digests(messages: Sequence[Any]) -> list[str]:
     found = []
     asked = False
     for message in messages:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else ("", "")
+        role, content = (
+            (message.get("role"), message.get("content"))
+            if isinstance(message, Mapping)
+            else ("", "")
+        )
         running.update(json.dumps([role, content], default=str).encode() + b"\n")
         if asked:
             found.append(running.hexdigest()[:16])

@@ -83,7 +83,15 @@ class RecordedChatHistory(BaseChatMessageHistory):
 
     def _record(self, messages: Sequence[BaseMessage]) -> None:
         other = "assistant" if self.target == "user" else "user"
-        places = [place for place, message in enumerate(messages) if plain_message(message)["role"] == other]
+        places = [
+            place
+            for place, message in enumerate(messages)
+            if plain_message(message)["role"] == other
+        ]
         if finished := list(messages[: max(places, default=0)]):
-            row = {"messages": finished, "conversation": self.session_id, "created_at": datetime.now(UTC)}
+            row = {
+                "messages": finished,
+                "conversation": self.session_id,
+                "created_at": datetime.now(UTC),
+            }
             self.history.add(self.user_id, [row], target=self.target)

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from adapter_store import AdapterStore, AdapterVersion
-from adapter_store.errors import AdapterNotFoundError, BaseModelMismatchError, IntegrityError, PublishConflictError
+from adapter_store.errors import (
+    AdapterNotFoundError,
+    BaseModelMismatchError,
+    IntegrityError,
+    PublishConflictError,
+)
 from langchain_cope.errors import Cancelled, ModelError
 from langchain_cope.history import Item
 from langchain_cope.personalization import held_out
 
 if TYPE_CHECKING:
-    from langchain_cope.engine.engine import Engine
+    from langchain_cope.engine import Engine
     from langchain_cope.evaluation.evaluate import Evaluation
     from langchain_cope.training.encode import Example
     from langchain_cope.training.pipeline import TrainingResult
@@ -60,7 +65,9 @@ class Publisher:
     def publish_if_better(self) -> Outcome:
         """Raises ``Cancelled``, ``UserErasedError``, ``PublishConflictError`` and other errors of the store."""
         if (earlier := self._published_earlier()) is not None:
-            return Outcome(earlier, f"published as {earlier.version} just before the job was interrupted")
+            return Outcome(
+                earlier, f"published as {earlier.version} just before the job was interrupted"
+            )
         for _ in range(PUBLISH_TRIES):
             active = self.store.active(self.user)
             better, reason = self._judge(active)
@@ -69,7 +76,9 @@ class Publisher:
             if self.should_stop():
                 raise Cancelled("stopped on request before publishing; nothing was published")
             try:
-                return Outcome(self._publish(active, reason), reason, published_now=True, replaced=active)
+                return Outcome(
+                    self._publish(active, reason), reason, published_now=True, replaced=active
+                )
             except PublishConflictError:
                 continue  # someone published meanwhile: judge against that one
         raise PublishConflictError(
@@ -83,13 +92,17 @@ class Publisher:
         if outcome.replaced is not None:
             # Somebody published or activated since, or what was before is no longer kept.
             with suppress(PublishConflictError, AdapterNotFoundError):
-                self.store.activate(self.user, outcome.replaced, expected_active=outcome.version.version)
+                self.store.activate(
+                    self.user, outcome.replaced, expected_active=outcome.version.version
+                )
         self.store.delete_version(self.user, outcome.version.version)
 
     def _published_earlier(self) -> AdapterVersion | None:
         if self.job is None:
             return None
-        return next((v for v in self.store.versions(self.user) if v.idempotency_key == self.job), None)
+        return next(
+            (v for v in self.store.versions(self.user) if v.idempotency_key == self.job), None
+        )
 
     def _judge(self, active: str | None) -> tuple[bool, str]:
         """Whether to publish, and why."""
@@ -122,10 +135,16 @@ class Publisher:
             return base_nll, "the base"  # deleted a moment ago
         seen = held_out.overlap(version.metadata.get("trained_on"), self.judged)
         if seen:
-            return base_nll, f"the base (the active version {active} was trained on {seen} of the held-out items)"
+            return (
+                base_nll,
+                f"the base (the active version {active} was trained on {seen} of the held-out items)",
+            )
         try:
             adapter = self.engine.load_adapter(self.store.fetch_dir(version))
-        except (IntegrityError, ModelError) as error:  # a damaged version must not keep its user from a new one
+        except (
+            IntegrityError,
+            ModelError,
+        ) as error:  # a damaged version must not keep its user from a new one
             return base_nll, f"the base (the active version {active} cannot be used: {error})"
         nll = mean_nll(self.engine, self.examples, self.training.recipe, adapter, self.should_stop)
         return nll, f"the active version {active}"

@@ -42,7 +42,10 @@ class Job:
 
 
 def digest_of(
-    base: Mapping[str, str], recipe: Recipe, trained: "Sequence[Example]", judged: "Sequence[Example]"
+    base: Mapping[str, str],
+    recipe: Recipe,
+    trained: "Sequence[Example]",
+    judged: "Sequence[Example]",
 ) -> str:
     """sha256 over all that the stages' work depends on: base, recipe, what is trained on and what is judged by."""
     examples = [[asdict(example) for example in examples] for examples in (trained, judged)]
@@ -69,7 +72,9 @@ def kept_job(job_dir: str | os.PathLike[str], user_id: str, digest: str) -> Iter
     lock = _locked(folder)
     try:
         yield _opened(folder, digest)
-        (folder / FACTS).unlink()  # first: what is left of a folder without it is never gone on with
+        (
+            folder / FACTS
+        ).unlink()  # first: what is left of a folder without it is never gone on with
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)  # which unlocks it, as the end of a killed process does
@@ -110,7 +115,9 @@ def _opened(folder: Path, digest: str) -> Job:
     if not resumed:
         facts.unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path.name.startswith(".") or not resumed:  # left by a process that was killed, or of another input
+        if (
+            path.name.startswith(".") or not resumed
+        ):  # left by a process that was killed, or of another input
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not resumed:
         kept = {"digest": digest, "key": os.urandom(16).hex()}

@@ -22,7 +22,9 @@ def turn_on(device: object, should_stop: Callable[[], bool]) -> Iterator[None]:
         turn = _turns.setdefault(str(device), threading.Lock())
     while not turn.acquire(timeout=WAIT_SECONDS):
         if should_stop():
-            raise Cancelled("stopped on request while waiting for another training; nothing was published")
+            raise Cancelled(
+                "stopped on request while waiting for another training; nothing was published"
+            )
     try:
         yield
     finally:

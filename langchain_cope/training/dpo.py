@@ -8,15 +8,23 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from langchain_cope.engine.base.base import Base
+from langchain_cope.engine import Base
 from langchain_cope.training.adapter import load_weights, lora_config, save_adapter
 from langchain_cope.training.negatives import Pair
 from langchain_cope.training.progress import Watch
 from langchain_cope.training.recipe import Recipe
-from langchain_cope.training.trainer import arguments, on_one_device, random_state_kept, tokenizer_copy, train
+from langchain_cope.training.trainer import (
+    arguments,
+    on_one_device,
+    random_state_kept,
+    tokenizer_copy,
+    train,
+)
 
 
-def train_dpo(base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, folder: Path, watch: Watch) -> None:
+def train_dpo(
+    base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, folder: Path, watch: Watch
+) -> None:
     """Train the adapter of the folder ``sft`` on ``pairs`` and leave the result in ``folder``. Base and ``sft`` are not changed.
 
     Raises ``Cancelled`` at the next step after ``watch`` says so; ``folder`` is not written then.
@@ -27,7 +35,9 @@ def train_dpo(base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, fold
         save_adapter(trainer.model, base.name, folder)
 
 
-def dpo_trainer(base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, scratch: str) -> DPOTrainer:
+def dpo_trainer(
+    base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, scratch: str
+) -> DPOTrainer:
     """TRL's trainer on a skeleton of the base, its adapter filled from ``sft``; seeds the process's random states.
 
     The order is what makes the base the reference. Given a model that already carries an adapter, DPOTrainer copies it under the
@@ -62,4 +72,8 @@ class _PairTrainer(DPOTrainer):  # type: ignore[misc]
 
 
 def _row(pair: Pair) -> dict[str, list[int]]:
-    return {"prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids}
+    return {
+        "prompt_ids": pair.prompt_ids,
+        "chosen_ids": pair.chosen_ids,
+        "rejected_ids": pair.rejected_ids,
+    }

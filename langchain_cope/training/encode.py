@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from langchain_cope.engine.base.base import Base
-from langchain_cope.engine.base.chat_template import Message
+from langchain_cope.engine import Base, Message
 
 _WORD = re.compile(r"\S+")
-CHARACTERS_A_TOKEN = 100  # more than any text has; what is beyond that need not be tokenized to be cut
-SMALLEST_PROMPT_SHARE = 4  # a prompt gives way to a long completion down to this fraction (a quarter) of the limit
+CHARACTERS_A_TOKEN = (
+    100  # more than any text has; what is beyond that need not be tokenized to be cut
+)
+SMALLEST_PROMPT_SHARE = (
+    4  # a prompt gives way to a long completion down to this fraction (a quarter) of the limit
+)
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,25 @@ def encode(base: Base, messages: Sequence[Message], completion: str) -> tuple[li
 
 def common_prefix(ids: Sequence[int], other: Sequence[int]) -> int:
     """How many leading ids the two have in common."""
-    return next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b),
+        min(len(ids), len(other)),
+    )
 
 
 def closing_ids(base: Base) -> list[int]:
     """What the chat template puts after an answer's text: the end of the turn and anything that trails it."""
     user: Message = {"role": "user", "content": "a"}
-    first, second = (base.conversation_ids([user, {"role": "assistant", "content": text}]) for text in ("x", "7"))
+    first, second = (
+        base.conversation_ids([user, {"role": "assistant", "content": text}]) for text in ("x", "7")
+    )
     length = common_prefix(first[::-1], second[::-1])
     return first[len(first) - length :]
 
 
-def encode_candidate(base: Base, item: Encoded, text: str, limit: int, *, closed: bool) -> tuple[list[int], list[int]]:
+def encode_candidate(
+    base: Base, item: Encoded, text: str, limit: int, *, closed: bool
+) -> tuple[list[int], list[int]]:
     """A sampled answer to ``item``'s prompt, as the trainers would see it; not ``closed``: without the end of the turn.
 
     Cut where prompt and answer exceed ``limit`` tokens.
@@ -79,7 +89,9 @@ def encode_candidate(base: Base, item: Encoded, text: str, limit: int, *, closed
     return prompt, completion[: limit - len(prompt)]
 
 
-def fit(base: Base, examples: Sequence[Example], max_length: int, max_words: int) -> tuple[list[Encoded], list[str]]:
+def fit(
+    base: Base, examples: Sequence[Example], max_length: int, max_words: int
+) -> tuple[list[Encoded], list[str]]:
     """The examples as token ids within ``min(max_length, base.context)``, and what had to be cut, in words for people.
 
     Each field keeps its first ``max_words`` words. A prompt that leaves too little room loses its oldest turns, then the end of
@@ -87,7 +99,9 @@ def fit(base: Base, examples: Sequence[Example], max_length: int, max_words: int
     no token of the completion is left is dropped.
     """
     limit = min(max_length, base.context)
-    encoded = [_fit_one(base, index, example, limit, max_words) for index, example in enumerate(examples)]
+    encoded = [
+        _fit_one(base, index, example, limit, max_words) for index, example in enumerate(examples)
+    ]
     kept = [item for item in encoded if item.prompt_ids and item.completion_ids]
     return kept, _say(kept, len(examples), limit, max_words)
 
@@ -113,7 +127,9 @@ def _fit_one(base: Base, index: int, example: Example, limit: int, max_words: in
 
 
 def _each_text(example: Example, change: Callable[[str], str]) -> Example:
-    prompt: list[Message] = [{**message, "content": change(message["content"])} for message in example.prompt]
+    prompt: list[Message] = [
+        {**message, "content": change(message["content"])} for message in example.prompt
+    ]
     return Example(prompt, change(example.completion), tuple(map(change, example.rejected)))
 
 
@@ -134,17 +150,24 @@ def _shorten(base: Base, messages: list[Message], room: int) -> list[Message]:
     turns = [message for message in messages if message["role"] != "system"]
     while len(turns) > 1 and not fits([*system, *turns]):
         turns = turns[1:]
-        while len(turns) > 1 and turns[0]["role"] != "user":  # templates want a conversation to open with the user
+        while (
+            len(turns) > 1 and turns[0]["role"] != "user"
+        ):  # templates want a conversation to open with the user
             turns = turns[1:]
     if fits([*system, *turns]):
         return [*system, *turns]
     last = turns[-1] if turns else system[-1]
     kept = [*system, *turns][:-1] if fits([*system, {**last, "content": ""}]) else []
-    low, high = 0, len(last["content"])  # characters of the last message: `low` fits or is 0, more than `high` does not
+    low, high = (
+        0,
+        len(last["content"]),
+    )  # characters of the last message: `low` fits or is 0, more than `high` does not
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (
-            (middle, high) if fits([*kept, {**last, "content": last["content"][:middle]}]) else (low, middle - 1)
+            (middle, high)
+            if fits([*kept, {**last, "content": last["content"][:middle]}])
+            else (low, middle - 1)
         )
     return [*kept, {**last, "content": last["content"][:low]}]
 
@@ -157,7 +180,11 @@ def _say(kept: Sequence[Encoded], num_examples: int, limit: int, max_words: int)
         "prompt": f"had a prompt too long for {limit} tokens in all, cut",
         "completion": f"had a completion too long for {limit} tokens in all, cut without its end of turn",
     }
-    said = [f"{counts[cut]} of {num_examples} items {meaning}" for cut, meaning in meanings.items() if counts[cut]]
+    said = [
+        f"{counts[cut]} of {num_examples} items {meaning}"
+        for cut, meaning in meanings.items()
+        if counts[cut]
+    ]
     if len(kept) < num_examples:
         said.append(
             f"{num_examples - len(kept)} of {num_examples} items dropped: the chat template alone fills {limit} tokens"

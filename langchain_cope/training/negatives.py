@@ -9,10 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from langchain_cope.engine.adapter import Adapter
-from langchain_cope.engine.base.base import Base
-from langchain_cope.engine.decoding.sampling import Sampling
-from langchain_cope.engine.engine import Completion, Engine, Request
+from langchain_cope.engine import Adapter, Base, Completion, Engine, Request, Sampling
 from langchain_cope.training.encode import Encoded, common_prefix, encode, encode_candidate
 from langchain_cope.training.progress import Watch
 from langchain_cope.training.recipe import Recipe
@@ -52,7 +49,9 @@ def make_pairs(
     return sorted([*mined, *given], key=lambda pair: pair.index), [*notes, *also]
 
 
-def given_pairs(base: Base, items: Sequence[Encoded], recipe: Recipe) -> tuple[list[Pair], list[str]]:
+def given_pairs(
+    base: Base, items: Sequence[Encoded], recipe: Recipe
+) -> tuple[list[Pair], list[str]]:
     """A pair for every answer that the items say was rejected, in order, and in words for people what was left out.
 
     A rejected answer is cut like a completion: where it fills the room, it has no end of the turn.
@@ -66,8 +65,12 @@ def given_pairs(base: Base, items: Sequence[Encoded], recipe: Recipe) -> tuple[l
             if completion_ids:
                 pairs.append(_pair(item, _Candidate(text, prompt_ids, completion_ids)))
     num_given = sum(len(item.example.rejected) for item in items)
-    said = [f"{num_given} pairs of a chosen and a rejected answer were given; no negative is mined for their items"]
-    dropped = [f"{num_given - len(pairs)} of them dropped: the prompt leaves no room for the rejected answer"]
+    said = [
+        f"{num_given} pairs of a chosen and a rejected answer were given; no negative is mined for their items"
+    ]
+    dropped = [
+        f"{num_given - len(pairs)} of them dropped: the prompt leaves no room for the rejected answer"
+    ]
     return pairs, said * (num_given > 0) + dropped * (len(pairs) < num_given)
 
 
@@ -96,7 +99,9 @@ def mine_negatives(
     return pairs, said * (num_dropped > 0) + skipped * (len(pairs) < len(items))
 
 
-def _sample(engine: Engine, items: Sequence[Encoded], recipe: Recipe, watch: Watch) -> list[list[_Candidate]]:
+def _sample(
+    engine: Engine, items: Sequence[Encoded], recipe: Recipe, watch: Watch
+) -> list[list[_Candidate]]:
     """Usable candidates of each item."""
     number = recipe.negatives.candidates
     requests = [_request(engine, item, recipe, draw) for item in items for draw in range(number)]
@@ -105,21 +110,30 @@ def _sample(engine: Engine, items: Sequence[Encoded], recipe: Recipe, watch: Wat
     found = []
     for place, item in enumerate(items):
         usable = [a for a in answers[place * number : (place + 1) * number] if _usable(a, item)]
-        encoded = [encode_candidate(engine.base, item, a.text, limit, closed=a.finish_reason == "stop") for a in usable]
-        found.append([_Candidate(a.text, *ids) for a, ids in zip(usable, encoded, strict=True) if ids[1]])
+        encoded = [
+            encode_candidate(engine.base, item, a.text, limit, closed=a.finish_reason == "stop")
+            for a in usable
+        ]
+        found.append(
+            [_Candidate(a.text, *ids) for a, ids in zip(usable, encoded, strict=True) if ids[1]]
+        )
     return found
 
 
 def _request(engine: Engine, item: Encoded, recipe: Recipe, draw: int) -> Request:
     # A seed of its own for every draw: the candidates do not depend on how items are batched.
-    seed = int.from_bytes(hashlib.sha256(f"{recipe.seed} {item.index} {draw}".encode()).digest()[:7], "big")
+    seed = int.from_bytes(
+        hashlib.sha256(f"{recipe.seed} {item.index} {draw}".encode()).digest()[:7], "big"
+    )
     sampling = Sampling(
         max_tokens=recipe.max_new_tokens or engine.base.context,
         temperature=recipe.negatives.temperature,
         top_p=recipe.negatives.top_p,
         seed=seed,
     )
-    return Request(prompt=engine.base.prompt_ids(item.example.prompt), sampling=sampling, goes_on=False)
+    return Request(
+        prompt=engine.base.prompt_ids(item.example.prompt), sampling=sampling, goes_on=False
+    )
 
 
 def _usable(answer: Completion, item: Encoded) -> bool:
@@ -128,12 +142,19 @@ def _usable(answer: Completion, item: Encoded) -> bool:
 
 
 def _least_like_user(
-    engine: Engine, items: Sequence[Encoded], candidates: Sequence[Sequence[_Candidate]], sft: Adapter, watch: Watch
+    engine: Engine,
+    items: Sequence[Encoded],
+    candidates: Sequence[Sequence[_Candidate]],
+    sft: Adapter,
+    watch: Watch,
 ) -> list[Pair]:
     sequences = [(c.prompt_ids, c.completion_ids) for several in candidates for c in several]
     if not sequences:
         return []
-    scored = zip(*(engine.score(sequences, adapter, watch.should_stop) for adapter in (sft, None)), strict=True)
+    scored = zip(
+        *(engine.score(sequences, adapter, watch.should_stop) for adapter in (sft, None)),
+        strict=True,
+    )
     rewards = iter([float((user - base).mean()) for user, base in scored])
     pairs = []
     for item, several in zip(items, candidates, strict=True):

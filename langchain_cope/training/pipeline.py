@@ -23,7 +23,7 @@ from langchain_cope.training.progress import Progress, Watch, never, unheard
 from langchain_cope.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from langchain_cope.engine.engine import Engine
+    from langchain_cope.engine import Engine
     from langchain_cope.training.encode import Encoded, Example
     from langchain_cope.training.negatives import Pair
 
@@ -106,14 +106,16 @@ def _run(
     watch: Callable[[str], Watch],
     stage: Callable[[str], AbstractContextManager[object]],
 ) -> None:
-    from langchain_cope.engine.device import give_back
+    from langchain_cope.engine import give_back
     from langchain_cope.training.dpo import train_dpo
     from langchain_cope.training.sft import train_sft
 
     if not result.sft.exists():
         with stage("sft"), _timed(result, "sft"):
             train_sft(engine.base, items, result.recipe, result.sft, watch("sft"))
-        give_back(engine.base.device)  # before each stage that follows: its peak does not stand on the last one's
+        give_back(
+            engine.base.device
+        )  # before each stage that follows: its peak does not stand on the last one's
     negatives = result.sft.with_name("negatives.json")
     if not negatives.exists():
         with stage("negatives"), _timed(result, "negatives"):
@@ -128,10 +130,14 @@ def _run(
                 with whole_folder(result.dpo) as part:
                     shutil.copytree(result.sft, part, dirs_exist_ok=True)
     if not pairs:
-        result.notes.append("DPO was skipped, as no item has a usable negative: the adapter is the one of SFT")
+        result.notes.append(
+            "DPO was skipped, as no item has a usable negative: the adapter is the one of SFT"
+        )
 
 
-def _mine(engine: "Engine", items: "Sequence[Encoded]", result: TrainingResult, watch: Watch, file: Path) -> None:
+def _mine(
+    engine: "Engine", items: "Sequence[Encoded]", result: TrainingResult, watch: Watch, file: Path
+) -> None:
     from langchain_cope.training.negatives import make_pairs
 
     pairs, notes = make_pairs(engine, items, result.recipe, engine.load_adapter(result.sft), watch)

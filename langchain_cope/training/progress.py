@@ -32,7 +32,9 @@ def never() -> bool:
 class Watch:
     """Reports one stage's steps and asks whether to stop."""
 
-    def __init__(self, stage: str, on_progress: Callable[[Progress], None], should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, stage: str, on_progress: Callable[[Progress], None], should_stop: Callable[[], bool]
+    ) -> None:
         self.stage = stage
         self.should_stop = should_stop
         self._on_progress = on_progress
@@ -46,4 +48,6 @@ class Watch:
     def raise_if_stopped(self) -> None:
         """Raise ``Cancelled`` where a stop was asked for."""
         if self.should_stop():
-            raise Cancelled(f"stopped on request in the stage {self.stage!r}; nothing was published")
+            raise Cancelled(
+                f"stopped on request in the stage {self.stage!r}; nothing was published"
+            )

@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-PAPER_PARAMETERS = 7e9  # the size that the paper's learning rates, epochs and targets were chosen for
+from langchain_cope.engine import Contrast
+
+PAPER_PARAMETERS = (
+    7e9  # the size that the paper's learning rates, epochs and targets were chosen for
+)
 LEAST_STEPS = 12  # of SFT: fewer leave an adapter that has hardly moved
 
 
@@ -29,16 +33,25 @@ def _check(name: str, value: Any, expected: str, fits: bool) -> None:
         raise ValueError(f"{name} is {value!r}, expected {expected}")
 
 
-def _check_number(name: str, value: Any, low: float, high: float = math.inf, *, low_excluded: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _check_number(
+    name: str, value: Any, low: float, high: float = math.inf, *, low_excluded: bool = False
+) -> None:
+    number = (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    )
     inside = number and (low < value if low_excluded else low <= value) and value <= high
-    expected = f"a number {'>' if low_excluded else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
+    expected = f"a number {'>' if low_excluded else '>='} {low:g}" + (
+        "" if high == math.inf else f" and <= {high:g}"
+    )
     _check(name, value, expected, inside)
 
 
 def _check_count(name: str, value: Any, low: int = 1) -> None:
     _check(
-        name, value, f"a whole number >= {low}", isinstance(value, int) and not isinstance(value, bool) and value >= low
+        name,
+        value,
+        f"a whole number >= {low}",
+        isinstance(value, int) and not isinstance(value, bool) and value >= low,
     )
 
 
@@ -93,9 +106,18 @@ class SFT(Schedule):
         _check_number("SFT.lora_alpha", self.lora_alpha, 0, low_excluded=True)
         _check_number("SFT.dropout", self.dropout, 0)
         _check("SFT.dropout", self.dropout, "a share, below 1", self.dropout < 1)
-        named = isinstance(self.targets, tuple) and self.targets and all(isinstance(t, str) and t for t in self.targets)
+        named = (
+            isinstance(self.targets, tuple)
+            and self.targets
+            and all(isinstance(t, str) and t for t in self.targets)
+        )
         expected = '"attention", "linear" or a tuple of module names'
-        _check("SFT.targets", self.targets, expected, self.targets in ("attention", "linear") or bool(named))
+        _check(
+            "SFT.targets",
+            self.targets,
+            expected,
+            self.targets in ("attention", "linear") or bool(named),
+        )
 
 
 @dataclass(frozen=True)
@@ -140,9 +162,9 @@ class Recipe:
     sft: SFT = field(default_factory=SFT)
     negatives: Negatives = field(default_factory=Negatives)
     dpo: DPO = field(default_factory=DPO)
-    alpha: float = 0.1
+    alpha: float = Contrast.alpha
     """Weight of the base's log-probabilities in contrastive decoding; the paper."""
-    tau: float = 0.1
+    tau: float = Contrast.tau
     """Plausibility threshold of contrastive decoding; the paper."""
     repetition_penalty: float = 1.0
     """In the generations of the evaluation; the paper: 1.0 for short texts, 1.2 to 1.3 for long ones."""
@@ -159,9 +181,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kind in (("sft", SFT), ("negatives", Negatives), ("dpo", DPO)):
             value = getattr(self, name)
-            _check(f"Recipe.{name}", value, f"an instance of {kind.__name__}", isinstance(value, kind))
-        _check_number("Recipe.alpha", self.alpha, 0)
-        _check_number("Recipe.tau", self.tau, 0, 1, low_excluded=True)
+            _check(
+                f"Recipe.{name}", value, f"an instance of {kind.__name__}", isinstance(value, kind)
+            )
+        _ = self.contrast
         _check_number("Recipe.repetition_penalty", self.repetition_penalty, 0, low_excluded=True)
         if self.max_new_tokens is not None:
             _check_count("Recipe.max_new_tokens", self.max_new_tokens)
@@ -170,10 +193,19 @@ class Recipe:
         _check_count("Recipe.seed", self.seed, 0)
         _check("Recipe.seed", self.seed, "below 2**32", self.seed < 2**32)
 
+    @property
+    def contrast(self) -> Contrast:
+        """The decoding that the result is meant for."""
+        return Contrast(self.alpha, self.tau)
+
     @classmethod
     def paper(cls, *, long_form: bool = False) -> "Recipe":
         """The authors' settings for 7B models; ``long_form``: those of their three long tasks (abstracts, reviews, posts)."""
-        return cls(max_new_tokens=600, repetition_penalty=1.2) if long_form else cls(max_new_tokens=100)
+        return (
+            cls(max_new_tokens=600, repetition_penalty=1.2)
+            if long_form
+            else cls(max_new_tokens=100)
+        )
 
     @classmethod
     def for_model(cls, base: Sized, history: Sequence[Any], *, seed: int = 0) -> "Recipe":

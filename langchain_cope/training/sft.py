@@ -7,15 +7,23 @@ from tempfile import TemporaryDirectory
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from langchain_cope.engine.base.base import Base
+from langchain_cope.engine import Base
 from langchain_cope.training.adapter import lora_config, save_adapter
 from langchain_cope.training.encode import Encoded
 from langchain_cope.training.progress import Watch
 from langchain_cope.training.recipe import Recipe
-from langchain_cope.training.trainer import arguments, on_one_device, random_state_kept, tokenizer_copy, train
+from langchain_cope.training.trainer import (
+    arguments,
+    on_one_device,
+    random_state_kept,
+    tokenizer_copy,
+    train,
+)
 
 
-def train_sft(base: Base, items: Sequence[Encoded], recipe: Recipe, folder: Path, watch: Watch) -> None:
+def train_sft(
+    base: Base, items: Sequence[Encoded], recipe: Recipe, folder: Path, watch: Watch
+) -> None:
     """Train an adapter on ``items`` and leave it in ``folder`` as a plain peft folder. The base is not changed.
 
     Raises ``Cancelled`` at the next step after ``watch`` says so; ``folder`` is not written then.
@@ -31,7 +39,9 @@ def sft_trainer(base: Base, items: Sequence[Encoded], recipe: Recipe, scratch: s
     skeleton = base.skeleton()
     return SFTTrainer(
         model=skeleton,
-        args=on_one_device(SFTConfig(**arguments(base, recipe.sft, len(items), recipe.seed, scratch))),
+        args=on_one_device(
+            SFTConfig(**arguments(base, recipe.sft, len(items), recipe.seed, scratch))
+        ),
         train_dataset=Dataset.from_list([_row(item) for item in items]),
         processing_class=tokenizer_copy(base),
         peft_config=lora_config(skeleton, recipe.sft),

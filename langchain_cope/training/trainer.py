@@ -25,19 +25,23 @@ from transformers import (
     TrainingArguments,
 )
 
-from langchain_cope.engine.base.base import Base
+from langchain_cope.engine import Base
 from langchain_cope.errors import ModelError
 from langchain_cope.training.progress import Watch
 from langchain_cope.training.recipe import Schedule
 
 # peft asks for a property that transformers has renamed; whoever trains a user can do nothing about it.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)
 
 # From this size on, the activations of a batch outweigh the fifth of the speed that recomputing them costs.
 CHECKPOINTING_PARAMETERS = 1_000_000_000
 
 
-def arguments(base: Base, schedule: Schedule, num_rows: int, seed: int, output_dir: str) -> dict[str, Any]:
+def arguments(
+    base: Base, schedule: Schedule, num_rows: int, seed: int, output_dir: str
+) -> dict[str, Any]:
     """The arguments that SFTConfig and DPOConfig share, for ``num_rows`` rows. Nothing is written to ``output_dir``.
 
     Raises ``ModelError`` for a base on a GPU that is not the first visible one: the trainer would move it there.

@@ -17,10 +17,17 @@ Files = dict[str, bytes]
 
 
 def make_files(seed: int = 0, num_values: int = 64) -> Files:
-    values = numpy.random.default_rng(seed).standard_normal(num_values).astype("float32").reshape(4, -1)
-    tensors = {"base_model.model.q_proj.lora_A.weight": values, "base_model.model.q_proj.lora_B.weight": values.T}
+    values = (
+        numpy.random.default_rng(seed).standard_normal(num_values).astype("float32").reshape(4, -1)
+    )
+    tensors = {
+        "base_model.model.q_proj.lora_A.weight": values,
+        "base_model.model.q_proj.lora_B.weight": values.T,
+    }
     return {
-        "adapter_model.safetensors": save({name: numpy.ascontiguousarray(value) for name, value in tensors.items()}),
+        "adapter_model.safetensors": save(
+            {name: numpy.ascontiguousarray(value) for name, value in tensors.items()}
+        ),
         "adapter_config.json": json.dumps({"peft_type": "LORA", "r": 4}).encode(),
     }
 
@@ -91,5 +98,7 @@ def s3_server() -> Iterator[str]:
 def s3_url(s3_server: str) -> str:
     """The URL of an empty bucket's prefix on that server."""
     bucket = f"bucket-{os.urandom(6).hex()}"
-    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT"), timeout=30).close()
+    urllib.request.urlopen(
+        urllib.request.Request(f"{s3_server}/{bucket}", method="PUT"), timeout=30
+    ).close()
     return f"s3://key:s3cr3t@{bucket}/some/prefix?endpoint={s3_server}&region=us-east-1"

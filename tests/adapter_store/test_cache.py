@@ -58,7 +58,9 @@ def test_many_that_fetch_at_once_read_once(backend, tmp_path, files):
     assert backend.reads == 2
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"!", lambda data: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: data[:-1] + b"!", lambda data: b""]
+)
 def test_a_damaged_copy_costs_a_read_and_is_replaced(store, backend, tmp_path, files, damage):
     version = store.publish("alice", files(1), base=BASE)
     store.fetch(version)
@@ -79,7 +81,9 @@ def test_damage_in_the_storage_is_never_kept(store, backend, tmp_path, files):
     assert not list((tmp_path / "cache").rglob("adapter_model.safetensors"))
 
 
-def test_what_is_deleted_or_erased_is_gone_from_here_at_once_and_elsewhere_at_the_next_access(backend, tmp_path, files):
+def test_what_is_deleted_or_erased_is_gone_from_here_at_once_and_elsewhere_at_the_next_access(
+    backend, tmp_path, files
+):
     here = AdapterStore(backend, cache=tmp_path / "here")
     there = AdapterStore(backend, cache=tmp_path / "there")
     first, second = (here.publish("alice", files(n), base=BASE) for n in (1, 2))
@@ -113,10 +117,16 @@ def test_what_was_erased_is_gone_elsewhere_at_the_next_access_though_the_user_wa
     there.fetch(first)
     here.erase_user("alice")
     second = here.publish("alice", files(2), base=BASE)
-    assert there.resolve("alice") == second if access == "resolve" else there.fetch(second) == files(2)
-    assert first.version not in {path.parent.name for path in (tmp_path / "there").rglob("*.safetensors")}
+    assert (
+        there.resolve("alice") == second if access == "resolve" else there.fetch(second) == files(2)
+    )
+    assert first.version not in {
+        path.parent.name for path in (tmp_path / "there").rglob("*.safetensors")
+    }
     assert there.fetch(second) == files(2)
-    assert second.version in {path.parent.name for path in (tmp_path / "there").rglob("*.safetensors")}
+    assert second.version in {
+        path.parent.name for path in (tmp_path / "there").rglob("*.safetensors")
+    }
 
 
 def test_a_collection_removes_what_a_killed_process_was_removing(backend, tmp_path, files):
@@ -145,7 +155,9 @@ class Hooked(MemoryBackend):
         return found
 
 
-def test_what_is_published_and_handed_out_while_a_head_is_looked_at_is_not_taken_for_something_old(files):
+def test_what_is_published_and_handed_out_while_a_head_is_looked_at_is_not_taken_for_something_old(
+    files,
+):
     backend = MemoryBackend()
     writer, hooked = AdapterStore(backend), Hooked(backend)
     writer.publish("alice", files(1), base=BASE)
@@ -173,7 +185,9 @@ def test_stores_with_one_pepper_leave_each_others_folders_alone(files):
     assert folder.is_dir()
 
 
-def test_a_copy_that_cannot_be_removed_keeps_nothing_in_the_storage_and_stops_no_collection(tmp_path, files):
+def test_a_copy_that_cannot_be_removed_keeps_nothing_in_the_storage_and_stops_no_collection(
+    tmp_path, files
+):
     class Stuck(AdapterCache):
         def drop(self, *names):
             raise PermissionError("read-only")
@@ -233,7 +247,9 @@ def test_a_cache_of_no_size_is_refused(tmp_path):
 
 def test_two_stores_share_a_folder_and_never_each_others_copies(tmp_path, files):
     pepper = b"the same pepper for both of them"
-    stores = [AdapterStore(tmp_path / name, pepper=pepper, cache=tmp_path / "cache") for name in "ab"]
+    stores = [
+        AdapterStore(tmp_path / name, pepper=pepper, cache=tmp_path / "cache") for name in "ab"
+    ]
     for number, store in enumerate(stores):
         store.publish("alice", files(number), base=BASE)
     for number, store in enumerate(stores):
@@ -257,7 +273,8 @@ while True:
     for _ in range(4):
         readers = [
             subprocess.Popen(
-                [sys.executable, "-c", code, str(tmp_path / "store"), str(tmp_path / "cache")], stdout=subprocess.PIPE
+                [sys.executable, "-c", code, str(tmp_path / "store"), str(tmp_path / "cache")],
+                stdout=subprocess.PIPE,
             )
             for _ in range(2)
         ]
@@ -271,14 +288,21 @@ while True:
     cache = AdapterCache(tmp_path / "cache", max_bytes=400_000)
     store = AdapterStore(backend, cache=cache)
     for folder in [
-        path.parent for path in (tmp_path / "cache").rglob("adapter_config.json") if "tmp" not in path.parts
+        path.parent
+        for path in (tmp_path / "cache").rglob("adapter_config.json")
+        if "tmp" not in path.parts
     ]:
-        assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert {path.name for path in folder.iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
     for number in range(20):
         assert store.fetch(store.resolve(f"user-{number}")) == files(number, num_values=20_000)
     cache.evict()
     assert cache.num_bytes() <= 400_000
-    for path in (Path(tmp_path) / "cache" / "tmp").iterdir():  # what was being written: an hour later it goes
+    for path in (
+        Path(tmp_path) / "cache" / "tmp"
+    ).iterdir():  # what was being written: an hour later it goes
         os.utime(path, (0, 0))
     cache.evict()
     assert list((Path(tmp_path) / "cache" / "tmp").iterdir()) == []

@@ -54,7 +54,11 @@ class TestAtRest:
     def test_nothing_that_lies_there_says_anything(self, store, root, files):
         content = files(1)
         version = store.publish(
-            "alice@example.org", content, base=BASE, metadata={"instruction": "secret style"}, reason="private"
+            "alice@example.org",
+            content,
+            base=BASE,
+            metadata={"instruction": "secret style"},
+            reason="private",
         )
         store.activate("alice@example.org", version.version)
         lying = everything(root)
@@ -86,12 +90,16 @@ class TestAtRest:
             here, there = (next(root.rglob(f"{v.version}/{name}")) for v in (alice, other))
             kept = there.read_bytes()
             there.write_bytes(here.read_bytes())
-            with pytest.raises(IntegrityError, match=rf"{name} (is damaged: it does not decrypt|has \d+ bytes)"):
+            with pytest.raises(
+                IntegrityError, match=rf"{name} (is damaged: it does not decrypt|has \d+ bytes)"
+            ):
                 store.fetch(other)
             there.write_bytes(kept)
         log = next(root.rglob("log"))
         (log / "000000000003.json").write_bytes((log / "000000000001.json").read_bytes())
-        with pytest.raises(IntegrityError, match=r"000000000003.json is damaged: it does not decrypt"):
+        with pytest.raises(
+            IntegrityError, match=r"000000000003.json is damaged: it does not decrypt"
+        ):
             AdapterStore(root, keys=store._keys).resolve("alice")
 
     def test_a_plain_entry_smuggled_in_is_refused(self, store, root, files, tmp_path, keys):
@@ -100,9 +108,13 @@ class TestAtRest:
         plain.publish("alice", files(2), base=BASE)
         entry = next((tmp_path / "plain").rglob("log/*.json")).read_text()
         log = next(root.rglob("log"))
-        entry = entry.replace('"seq": 1', '"seq": 2').replace(entry.split('"user_key": "')[1][:64], log.parent.name)
+        entry = entry.replace('"seq": 1', '"seq": 2').replace(
+            entry.split('"user_key": "')[1][:64], log.parent.name
+        )
         (log / "000000000002.json").write_text(entry)
-        with pytest.raises(IntegrityError, match="is not encrypted, as everything in this store is"):
+        with pytest.raises(
+            IntegrityError, match="is not encrypted, as everything in this store is"
+        ):
             AdapterStore(root, keys=keys).resolve("alice")
 
     @pytest.mark.parametrize("cut", [0, 3, 20, 39, 41])
@@ -114,12 +126,16 @@ class TestAtRest:
         with pytest.raises(IntegrityError, match=r"has \d+ bytes, published were"):
             store.fetch(version)
         path.write_bytes(data[:cut] + bytes([data[cut] ^ 1]) + data[cut + 1 :])
-        with pytest.raises(IntegrityError, match=r"adapter_config.json is damaged|a file is missing, or its key"):
+        with pytest.raises(
+            IntegrityError, match=r"adapter_config.json is damaged|a file is missing, or its key"
+        ):
             store.fetch(version)
 
 
 class TestKeysAtHand:
-    def test_without_or_with_other_keys_it_never_just_finds_nobody(self, store, root, files, tmp_path):
+    def test_without_or_with_other_keys_it_never_just_finds_nobody(
+        self, store, root, files, tmp_path
+    ):
         store.publish("alice", files(1), base=BASE)
         others = {
             "is of an encrypted store: pass its keys": None,
@@ -141,7 +157,9 @@ class TestKeysAtHand:
 
     def test_keys_given_to_a_plain_store_are_refused_saying_how_to_go_on(self, root, keys, files):
         AdapterStore(root).publish("alice", files(1), base=BASE)
-        with pytest.raises(KeyMismatchError, match=r"without encryption, and keys were given: .*export its users"):
+        with pytest.raises(
+            KeyMismatchError, match=r"without encryption, and keys were given: .*export its users"
+        ):
             AdapterStore(root, keys=keys).resolve("alice")
 
     def test_a_given_pepper_and_keys_work_together(self, root, keys, files):
@@ -174,12 +192,17 @@ class TestKeysAtHand:
         [
             ("", "MY_KEYS is not set: set it to name:base64"),
             ("justakey", "key number 1 of .* is not a name and 32 bytes in base64"),
-            ("name:c2hvcnQ=", "key number 1 of the environment's MY_KEYS is not a name and 32 bytes in base64"),
+            (
+                "name:c2hvcnQ=",
+                "key number 1 of the environment's MY_KEYS is not a name and 32 bytes in base64",
+            ),
             ("c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0IHNlY3I=", "has no name"),
             (f"a:{'A' * 43}=,a:{'B' * 42}A=", "has the key a twice"),
         ],
     )
-    def test_an_environment_that_holds_none_is_refused_without_showing_it(self, monkeypatch, text, said):
+    def test_an_environment_that_holds_none_is_refused_without_showing_it(
+        self, monkeypatch, text, said
+    ):
         monkeypatch.setenv("MY_KEYS", text)
         with pytest.raises(KeyMismatchError, match=said) as caught:
             EnvironmentKeys("MY_KEYS")
@@ -213,7 +236,9 @@ class TestKeysAtHand:
 
 
 class TestErasure:
-    def test_erasing_shreds_the_key_so_that_a_backup_of_the_users_is_worth_nothing(self, store, root, keys, files):
+    def test_erasing_shreds_the_key_so_that_a_backup_of_the_users_is_worth_nothing(
+        self, store, root, keys, files
+    ):
         version = store.publish("alice", files(1), base=BASE)
         store.publish("bob", files(2), base=BASE)
         backup = shutil.copytree(root / "users", root.parent / "backup")
@@ -241,7 +266,9 @@ class TestErasure:
         store.erase_user("alice")
         with pytest.raises(UserErasedError):
             store.publish("alice", files(1), base=BASE, data_seq=data_seq)
-        assert [path for path in (root / "keys").rglob("*.json") if "/store/" not in str(path)] == []
+        assert [
+            path for path in (root / "keys").rglob("*.json") if "/store/" not in str(path)
+        ] == []
 
     def test_a_collection_finishes_an_erasure_that_was_interrupted(self, store, root, files, keys):
         store.publish("alice", files(1), base=BASE)
@@ -281,7 +308,9 @@ class TestUnusedKeys:
         return found
 
     @pytest.mark.parametrize("at", ["adapter_model", "adapter_config", "/log/"])
-    def test_a_publish_whose_key_is_collected_in_its_middle_makes_another(self, backend, slow, keys, files, at):
+    def test_a_publish_whose_key_is_collected_in_its_middle_makes_another(
+        self, backend, slow, keys, files, at
+    ):
         other = AdapterStore(backend, keys=keys)
         other.prepare("alice")
         slow.at, slow.act = at, lambda: other.gc(grace=timedelta(0))
@@ -299,7 +328,9 @@ class TestUnusedKeys:
         assert store.gc(grace=timedelta(0)).keys == 1
         assert len(list((root / "keys").rglob("*.json"))) == 1  # the store's own
 
-    def test_a_key_that_is_used_between_a_collection_s_look_and_its_entry_is_kept(self, backend, slow, keys, files):
+    def test_a_key_that_is_used_between_a_collection_s_look_and_its_entry_is_kept(
+        self, backend, slow, keys, files
+    ):
         AdapterStore(backend, keys=keys).prepare("alice")
         looked, has_key = threading.Event(), threading.Event()
         put = backend.put_if_absent
@@ -326,7 +357,9 @@ class TestUnusedKeys:
         fresh = AdapterStore(backend, keys=keys)
         assert fresh.fetch(fresh.resolve("alice")) == files(1)
 
-    def test_a_dry_run_counts_the_keys_of_an_interrupted_erasure_once(self, backend, slow, keys, files):
+    def test_a_dry_run_counts_the_keys_of_an_interrupted_erasure_once(
+        self, backend, slow, keys, files
+    ):
         AdapterStore(backend, keys=keys).publish("alice", files(1), base=BASE)
 
         def delete(key):
@@ -357,7 +390,9 @@ class TestUnusedKeys:
         fresh = AdapterStore(backend, keys=keys)
         assert fresh.fetch(fresh.versions("alice")[0]) == files(1)
 
-    def test_an_import_that_lost_a_race_and_its_answer_keeps_its_key(self, backend, slow, keys, files, tmp_path):
+    def test_an_import_that_lost_a_race_and_its_answer_keeps_its_key(
+        self, backend, slow, keys, files, tmp_path
+    ):
         """Its files are listed under the key of the faster publish, whose entry it extended."""
         source = AdapterStore(tmp_path / "source")
         source.publish("alice", files(2), base=BASE)
@@ -394,7 +429,9 @@ class TestUnusedKeys:
 
 
 class TestRotation:
-    def test_after_a_rotation_the_old_master_key_is_needed_no_more(self, store, root, keys, files, tmp_path):
+    def test_after_a_rotation_the_old_master_key_is_needed_no_more(
+        self, store, root, keys, files, tmp_path
+    ):
         for user in ("alice", "bob"):
             store.publish(user, files(1), base=BASE)
         warm = AdapterStore(
@@ -430,8 +467,12 @@ class TestRotation:
 
         slow.put_if_absent = put
         second = AdapterStore(slow, keys=keys).publish("alice", files(3), base=BASE)
-        weights = backend.get(f"{version_folder(second.user_key, second.version)}/adapter_model.safetensors", 100)
-        record = next(key for key in all_keys(backend, "keys") if key_of(weights + bytes(100)) in key)
+        weights = backend.get(
+            f"{version_folder(second.user_key, second.version)}/adapter_model.safetensors", 100
+        )
+        record = next(
+            key for key in all_keys(backend, "keys") if key_of(weights + bytes(100)) in key
+        )
         content = backend.get(record, 10**6)
         backend.delete(record)
         backend.put_if_absent(record, content[:-5])
@@ -446,7 +487,9 @@ class TestRotation:
         fresh.erase_user("alice")
         assert backend.stat(record) is None
 
-    def test_of_two_rotations_at_once_none_says_that_it_wrapped_what_the_other_did(self, files, monkeypatch):
+    def test_of_two_rotations_at_once_none_says_that_it_wrapped_what_the_other_did(
+        self, files, monkeypatch
+    ):
         one, two, three = (f"{name}:{new_key()}" for name in ("one", "two", "three"))
 
         def holding(*pairs):
@@ -490,7 +533,9 @@ class TestRotation:
         alone = AdapterStore(backend, keys=FileKeys(tmp_path / "keys"))
         assert alone.fetch(alone.resolve("alice")) == files(1)
 
-    def test_a_key_wrapped_anew_while_its_user_is_erased_does_not_come_back(self, store, root, keys, files):
+    def test_a_key_wrapped_anew_while_its_user_is_erased_does_not_come_back(
+        self, store, root, keys, files
+    ):
         """The rotation has read the key, the erasure removes it, the rotation writes it."""
         version = store.publish("alice", files(1), base=BASE)
         keys.add("key-2")
@@ -503,9 +548,12 @@ class TestRotation:
         assert store.rotate_keys() == 2
         assert not list((root / "keys").rglob(f"{version.user_key}/*/*"))
 
-    def test_a_key_that_does_not_unwrap_is_reported_and_stops_no_other(self, store, root, keys, files):
+    def test_a_key_that_does_not_unwrap_is_reported_and_stops_no_other(
+        self, store, root, keys, files
+    ):
         damaged, moved, *_ = sorted(
-            (store.publish(user, files(1), base=BASE) for user in ("alice", "bob", "carol")), key=lambda v: v.user_key
+            (store.publish(user, files(1), base=BASE) for user in ("alice", "bob", "carol")),
+            key=lambda v: v.user_key,
         )
         place = next((root / "keys").rglob(f"{damaged.user_key}/*/*.json"))
         kept = place.read_bytes()
@@ -515,19 +563,25 @@ class TestRotation:
         other.write_bytes(kept)
         keys.add("key-2")
         users = []
-        with pytest.raises(IntegrityError, match=r"2 keys were wrapped anew, 2 could not be read") as caught:
+        with pytest.raises(
+            IntegrityError, match=r"2 keys were wrapped anew, 2 could not be read"
+        ) as caught:
             store.rotate_keys(on_user=users.append)
         assert str(place) in str(caught.value)
         assert users == [1, 2, 3]
         place.write_bytes(kept)
-        with pytest.raises(KeyMismatchError, match=r"1 keys were wrapped anew, 1 could not be read") as caught:
+        with pytest.raises(
+            KeyMismatchError, match=r"1 keys were wrapped anew, 1 could not be read"
+        ) as caught:
             store.rotate_keys()
         assert str(other.parent) in str(caught.value)
         other.write_bytes(kept_other)
         assert store.rotate_keys() == 1
         assert b'"master": "key-1"' not in everything(root)
 
-    def test_what_a_killed_maker_of_the_store_left_is_in_nobodys_way(self, store, root, keys, files):
+    def test_what_a_killed_maker_of_the_store_left_is_in_nobodys_way(
+        self, store, root, keys, files
+    ):
         """The first put its pepper and was killed before the root file: its store's id is known to nobody."""
         AdapterStore(root.with_name("killed"), keys=keys).prepare("alice")
         shutil.copytree(root.with_name("killed") / "keys" / "st", root / "keys" / "st")
@@ -555,7 +609,9 @@ class Service:
     def encrypt(self, key_id, plaintext, context):
         self.calls.append(("encrypt", key_id, dict(context)))
         nonce = os.urandom(12)
-        return nonce + cipher(self.keys[key_id]).encrypt(nonce, plaintext, str(sorted(context.items())).encode())
+        return nonce + cipher(self.keys[key_id]).encrypt(
+            nonce, plaintext, str(sorted(context.items())).encode()
+        )
 
     def decrypt(self, key_id, ciphertext, context):
         self.calls.append(("decrypt", key_id, dict(context)))
@@ -570,7 +626,9 @@ class TestKms:
         store = AdapterStore(root, keys=KmsKeys(service, "alias/one"))
         for number in range(3):
             store.publish("alice", files(number), base=BASE)
-        assert [verb for verb, *_ in service.calls].count("encrypt") == 2  # the pepper's and the user's
+        assert [verb for verb, *_ in service.calls].count(
+            "encrypt"
+        ) == 2  # the pepper's and the user's
         reader = AdapterStore(root, keys=KmsKeys(service, "alias/one"))
         service.calls.clear()
         for _ in range(3):
@@ -579,8 +637,12 @@ class TestKms:
         assert all(context["adapter_store"].count("/") == 2 for _, _, context in service.calls)
 
     def test_a_service_that_refuses_is_named_with_what_to_do(self, root, files):
-        with pytest.raises(BackendError, match=r"the key service did not encrypt with key 'alias/none' .*KeyError"):
-            AdapterStore(root, keys=KmsKeys(Service(), "alias/none")).publish("alice", files(), base=BASE)
+        with pytest.raises(
+            BackendError, match=r"the key service did not encrypt with key 'alias/none' .*KeyError"
+        ):
+            AdapterStore(root, keys=KmsKeys(Service(), "alias/none")).publish(
+                "alice", files(), base=BASE
+            )
 
     def test_rotation_to_another_key_of_the_service(self, root, files):
         service = Service()

@@ -29,7 +29,11 @@ from adapter_store import (
 
 def run_python(code, *arguments):
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     ).stdout.strip()
 
 
@@ -37,7 +41,9 @@ def test_all_names_the_public_things_and_every_error():
     for name in adapter_store.__all__:
         assert getattr(adapter_store, name) is not None
     classes = {
-        name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and value.__module__ == errors.__name__
     }
     assert classes <= set(adapter_store.__all__)
     for name in classes:
@@ -77,7 +83,13 @@ def test_a_local_place_is_named_by_path_by_url_and_by_home(tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "my adapters #1"
     version = AdapterStore(folder).publish("alice", files(), base={})
-    for place in (str(folder), "~/my adapters #1", folder.as_uri(), LocalBackend(folder), AdapterStore(folder).url):
+    for place in (
+        str(folder),
+        "~/my adapters #1",
+        folder.as_uri(),
+        LocalBackend(folder),
+        AdapterStore(folder).url,
+    ):
         assert AdapterStore(place).resolve("alice") == version
     monkeypatch.chdir(tmp_path)
     relative = AdapterStore("my adapters #1")
@@ -143,7 +155,9 @@ def test_a_pepper_that_is_none_is_refused(tmp_path, pepper):
 
 
 def test_impossible_limits_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"Limits.live_versions is 0, expected a whole number of at least 1"):
+    with pytest.raises(
+        ValueError, match=r"Limits.live_versions is 0, expected a whole number of at least 1"
+    ):
         Limits(live_versions=0)
     with pytest.raises(ValueError, match=r"Limits.weights_bytes is 1.5"):
         Limits(weights_bytes=1.5)
@@ -153,7 +167,12 @@ def test_a_version_can_be_a_key_and_cannot_lead_out_of_the_store(files):
     store = AdapterStore(MemoryBackend())
     version = store.publish("alice", files(), base={}, metrics={"nll": [1.0]})
     assert {version: 1}[store.resolve("alice")] == 1
-    for change in ({"version": "../../x"}, {"user_key": "../x"}, {"files": {}}, {"version": version.version + "\n"}):
+    for change in (
+        {"version": "../../x"},
+        {"user_key": "../x"},
+        {"files": {}},
+        {"version": version.version + "\n"},
+    ):
         with pytest.raises(ValueError, match="expected"):
             replace(version, **change)
 
@@ -185,7 +204,9 @@ print(oct(folder.stat().st_mode & 0o777), oct(folder.parent.stat().st_mode & 0o7
     assert list(temporary.iterdir()) == []
 
 
-def test_what_a_killed_process_left_in_the_temporary_folder_goes_with_the_next(tmp_path, peft_folder):
+def test_what_a_killed_process_left_in_the_temporary_folder_goes_with_the_next(
+    tmp_path, peft_folder
+):
     code = """
 import os, sys
 from adapter_store import AdapterStore
@@ -215,7 +236,9 @@ sys.stdin.readline()
     assert other_folder.is_dir()
     for process in (living, third):
         process.communicate("\n")
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("adapter-store-")] == []
+    assert [
+        path.name for path in tmp_path.iterdir() if path.name.startswith("adapter-store-")
+    ] == []
 
 
 def test_an_erasure_takes_the_temporary_folders_of_other_processes_too(tmp_path, files):
@@ -245,7 +268,9 @@ input()
     process.communicate("\n")
 
 
-def test_folders_that_others_put_in_the_temporary_folder_are_not_touched(tmp_path, files, monkeypatch):
+def test_folders_that_others_put_in_the_temporary_folder_are_not_touched(
+    tmp_path, files, monkeypatch
+):
     temporary, elsewhere = tmp_path / "temporary", tmp_path / "elsewhere"
     user_key = AdapterStore(tmp_path / "store").publish("alice", files(1), base={}).user_key
     (elsewhere / f"{user_key}@x").mkdir(parents=True)
@@ -282,11 +307,15 @@ subprocess.run([sys.executable, "-c", other], check=True)
 print(folder.is_dir())
 """
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
+    )
     assert found.stdout.strip() == "True"
 
 
-@pytest.mark.parametrize("place", ["users", "users/{0}", "users/{0}/{1}/{2}/versions", "probes", "keys"])
+@pytest.mark.parametrize(
+    "place", ["users", "users/{0}", "users/{0}/{1}/{2}/versions", "probes", "keys"]
+)
 def test_files_that_others_leave_in_a_store_are_in_nobodys_way(tmp_path, files, place):
     store = AdapterStore(tmp_path / "store", keys=FileKeys.create(tmp_path / "keys"))
     key = store.publish("alice", files(1), base={}).user_key
@@ -315,7 +344,9 @@ def test_temporary_folders_stay_within_bounds(monkeypatch, files):
 
 
 def test_a_store_goes_to_another_process(tmp_path, files):
-    store = AdapterStore(tmp_path / "store", pepper=b"a pepper of sixteen bytes", cache=tmp_path / "cache")
+    store = AdapterStore(
+        tmp_path / "store", pepper=b"a pepper of sixteen bytes", cache=tmp_path / "cache"
+    )
     version = store.publish("alice", files(1), base={})
     copy = pickle.loads(pickle.dumps(store))
     assert copy.resolve("alice") == version
@@ -324,4 +355,7 @@ def test_a_store_goes_to_another_process(tmp_path, files):
 
 
 def test_reading_the_conformance_suite_needs_no_pytest():
-    assert "pytest" not in run_python("import sys, adapter_store.conformance; print(*sys.modules)").split()
+    assert (
+        "pytest"
+        not in run_python("import sys, adapter_store.conformance; print(*sys.modules)").split()
+    )

@@ -33,7 +33,9 @@ def place():
     with tempfile.TemporaryDirectory() as name:
         store = AdapterStore(Path(name) / "store")
         for number in range(2):
-            store.publish("alice", make_adapter(number), base={"weights": "w"}, metrics={"dpo": {"nll": 1.5}})
+            store.publish(
+                "alice", make_adapter(number), base={"weights": "w"}, metrics={"dpo": {"nll": 1.5}}
+            )
         yield Path(name), store.export_user("alice", Path(name) / "alice.tar").read_bytes()
 
 
@@ -46,7 +48,9 @@ def test_only_the_stores_own_errors_come_out(place, kind, chance):
     with contextlib.suppress(AdapterStoreError):
         kind(folder, chance, archive)
     assert store_fuzz.snapshot(folder, "store", "fuzzed.tar") == before
-    assert [version.user_id for version in AdapterStore(folder / "store").versions("alice")] == ["alice"] * 2
+    assert [version.user_id for version in AdapterStore(folder / "store").versions("alice")] == [
+        "alice"
+    ] * 2
 
 
 @settings(max_examples=150, deadline=None)

@@ -77,7 +77,10 @@ def operations(store, archive, keys, tmp_path):
             lambda: store.publish("bob", make_adapter(5, 64), base=BASE, idempotency_key="job"),
             lambda: len(store.versions("bob")) == 1,
         ),
-        "activate": (lambda: store.activate("alice", first), lambda: store.active("alice") == first),
+        "activate": (
+            lambda: store.activate("alice", first),
+            lambda: store.active("alice") == first,
+        ),
         "erase": (lambda: store.erase_user("alice"), gone),
         "import": (lambda: store.import_user(archive), lambda: len(store.versions("alice")) == 4),
         "gc": (lambda: store.gc(grace=timedelta(0)), lambda: store.verify().orphans == 0),
@@ -88,7 +91,9 @@ def operations(store, archive, keys, tmp_path):
 
 
 @pytest.mark.parametrize("done_first", [False, True], ids=["not done", "done and not answered"])
-@pytest.mark.parametrize("name", ["publish", "publish of somebody new", "activate", "erase", "import", "gc", "rotate"])
+@pytest.mark.parametrize(
+    "name", ["publish", "publish of somebody new", "activate", "erase", "import", "gc", "rotate"]
+)
 def test_an_operation_that_fails_at_any_step_harms_nothing_and_can_be_repeated(
     name, done_first, keys, archive, tmp_path
 ):
@@ -103,7 +108,9 @@ def test_an_operation_that_fails_at_any_step_harms_nothing_and_can_be_repeated(
         store.publish("carol", make_adapter(3, 64), base=BASE)
         carol = store.resolve("carol")
         folder = f"users/{carol.user_key[:2]}/{carol.user_key[2:4]}/{carol.user_key}"
-        backend.put_if_absent(f"{folder}/versions/20200101T000000Z-000000000000/adapter_config.json", b"left")
+        backend.put_if_absent(
+            f"{folder}/versions/20200101T000000Z-000000000000/adapter_config.json", b"left"
+        )
         call, holds = operations(store, archive, keys, tmp_path)[name]
         backend.fail_after(count, done_first)
         try:
@@ -116,7 +123,11 @@ def test_an_operation_that_fails_at_any_step_harms_nothing_and_can_be_repeated(
             backend.mend()
         for looker in (store, AdapterStore(backend, keys=keys)):
             # An interrupted erasure says so; everything that is listed is whole.
-            assert all("left of an erasure" in problem for r in looker.verify().damaged for problem in r.problems)
+            assert all(
+                "left of an erasure" in problem
+                for r in looker.verify().damaged
+                for problem in r.problems
+            )
             for user in ("alice", "bob", "carol"):
                 for version in looker.versions(user):
                     looker.fetch(version)

@@ -18,12 +18,22 @@ def whole(header, num_bytes=0):
 
 
 def tensor(begin, end, shape=None, dtype="U8"):
-    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+    return {
+        "dtype": dtype,
+        "shape": [end - begin] if shape is None else shape,
+        "data_offsets": [begin, end],
+    }
 
 
-@pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", "float16", "float32", "int64", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bool", "uint8", "int16", "float16", "float32", "int64", "float64"]
+)
 def test_what_the_library_saves_is_accepted(dtype):
-    tensors = {"b": numpy.ones((3, 5), dtype), "a": numpy.zeros((), dtype), "empty": numpy.zeros((0, 4), dtype)}
+    tensors = {
+        "b": numpy.ones((3, 5), dtype),
+        "a": numpy.zeros((), dtype),
+        "empty": numpy.zeros((0, 4), dtype),
+    }
     check_safetensors(save(tensors, metadata={"format": "pt"}))
 
 
@@ -42,9 +52,15 @@ def test_what_the_library_saves_is_accepted(dtype):
         (whole({}), "holds no tensor"),
         (whole({"__metadata__": {"format": "pt"}}), "holds no tensor"),
         (whole({"__metadata__": {"format": 1}, "a": tensor(0, 1)}, 1), "does not map text to text"),
-        (whole(b'{"a": %s, "a": %s}' % ((json.dumps(tensor(0, 1)).encode(),) * 2), 1), "a name occurs twice"),
+        (
+            whole(b'{"a": %s, "a": %s}' % ((json.dumps(tensor(0, 1)).encode(),) * 2), 1),
+            "a name occurs twice",
+        ),
         (whole({"a": 1}), "needs exactly dtype, shape and data_offsets"),
-        (whole({"a": tensor(0, 1) | {"more": 1}}, 1), "needs exactly dtype, shape and data_offsets"),
+        (
+            whole({"a": tensor(0, 1) | {"more": 1}}, 1),
+            "needs exactly dtype, shape and data_offsets",
+        ),
         (whole({"a": tensor(0, 1, dtype="O8")}, 1), "unknown dtype 'O8'"),
         (whole({"a": tensor(0, 1, dtype=["U8"])}, 1), "unknown dtype"),
         (whole({"a": tensor(0, 1, shape=[-1])}, 1), "impossible shape"),
@@ -53,7 +69,10 @@ def test_what_the_library_saves_is_accepted(dtype):
         (whole({"a": tensor(0, 1, shape=[1] * 1000)}, 1), "impossible shape"),
         (whole({"a": tensor(0, 1) | {"data_offsets": [0, 1, 2]}}, 1), "impossible offsets"),
         (whole({"a": tensor(0, 1) | {"data_offsets": [0.0, 1.0]}}, 1), "impossible offsets"),
-        (whole({"a": tensor(0, 4, shape=[2], dtype="F32")}, 4), "spans 4 bytes where its shape needs 8"),
+        (
+            whole({"a": tensor(0, 4, shape=[2], dtype="F32")}, 4),
+            "spans 4 bytes where its shape needs 8",
+        ),
         (whole({"a": tensor(0, 4)}, 3), "need 4 bytes, but 3 follow"),
         (whole({"a": tensor(0, 4)}, 5), "need 4 bytes, but 5 follow"),
         (whole({"a": tensor(1, 4)}, 4), "begins at 1, not at 0"),

@@ -86,7 +86,10 @@ class TestFull:
                     lambda: store.erase_user("alice"),
                     lambda: store.gc(),
                 ):
-                    with pytest.raises(BackendError, match="read-only file system: choose a store on a writable one"):
+                    with pytest.raises(
+                        BackendError,
+                        match="read-only file system: choose a store on a writable one",
+                    ):
                         call()
                 fresh = AdapterStore(disk / "store")
                 assert fresh.fetch(fresh.resolve("alice")) == files(1)
@@ -103,10 +106,14 @@ class TestLinearizable:
 
         def open_store():
             name = os.urandom(6).hex()
-            place = {"memory": MemoryBackend(), "s3": url.replace("/prefix?", f"/{name}?")}.get(kind, tmp_path / name)
+            place = {"memory": MemoryBackend(), "s3": url.replace("/prefix?", f"/{name}?")}.get(
+                kind, tmp_path / name
+            )
             return AdapterStore(place, keys=keys, limits=Limits(live_versions=1000))
 
-        figures = model.linear(open_store, rounds={"local": 6, "memory": 10, "encrypted": 3, "s3": 2}[kind])
+        figures = model.linear(
+            open_store, rounds={"local": 6, "memory": 10, "encrypted": 3, "s3": 2}[kind]
+        )
         assert figures["calls"] >= 2 * 24
 
     def test_the_checker_refuses_what_no_order_explains(self):
@@ -118,9 +125,15 @@ class TestLinearizable:
         assert model.explains([*published, call("resolve", "v1", 1.5, 5)])
         assert not model.explains([*published, call("resolve", "v1", 4, 5)])  # a stale reader
         assert not model.explains([*published, call("resolve", None, 4, 5)])  # a lost publish
-        assert not model.explains([*published, call("erase", None, 4, 5), call("resolve", "v2", 6, 7)])
-        assert not model.explains([*published, call("erase", None, 4, 5), call("activate", "v1", 6, 7, "v1")])
-        assert model.explains([*published, call("rollback", "v1", 4, 5), call("resolve", "v1", 6, 7)])
+        assert not model.explains(
+            [*published, call("erase", None, 4, 5), call("resolve", "v2", 6, 7)]
+        )
+        assert not model.explains(
+            [*published, call("erase", None, 4, 5), call("activate", "v1", 6, 7, "v1")]
+        )
+        assert model.explains(
+            [*published, call("rollback", "v1", 4, 5), call("resolve", "v1", 6, 7)]
+        )
         assert not model.explains([*published, call("rollback", "none", 4, 5)])
 
     def test_the_checker_knows_what_was_seen_of_a_publish_that_ran_into_an_erasure(self):
@@ -130,7 +143,9 @@ class TestLinearizable:
             return model.Call(kind, None, result, start, end)
 
         refused, erased = call("publish", "refused", 0, 10), call("erase", None, 2, 9)
-        assert model.explains([refused, call("resolve", "v9", 3, 4), erased, call("resolve", None, 11, 12)])
+        assert model.explains(
+            [refused, call("resolve", "v9", 3, 4), erased, call("resolve", None, 11, 12)]
+        )
         assert not model.explains([refused, erased, call("resolve", "v9", 11, 12)])
         assert not model.explains([call("resolve", "v9", 3, 4), erased])
 
@@ -145,7 +160,9 @@ class TestLinearizable:
 
         monkeypatch.setattr(AdapterStore, "_head", believing)
         with pytest.raises(AssertionError, match="no order explains"):
-            model.linear(lambda: AdapterStore(MemoryBackend(), limits=Limits(live_versions=1000)), rounds=20)
+            model.linear(
+                lambda: AdapterStore(MemoryBackend(), limits=Limits(live_versions=1000)), rounds=20
+            )
 
 
 class TestFuzz:

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.middleware import ModelFallbackMiddleware, ModelRetryMiddleware, SummarizationMiddleware
+from langchain.agents.middleware import (
+    ModelFallbackMiddleware,
+    ModelRetryMiddleware,
+    SummarizationMiddleware,
+)
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
@@ -16,7 +20,7 @@ from scripted import train_adapter, train_base
 
 from adapter_store import AdapterStore
 from langchain_cope import ChatCoPe, CoPeUserMiddleware
-from langchain_cope.engine.base.base import load_base
+from langchain_cope.engine import load_base
 from langchain_cope.errors import InputError
 
 
@@ -38,7 +42,9 @@ TOOLS = [add, look_up]
 DESCRIBED = [convert_to_openai_tool(each) for each in TOOLS]
 
 
-def script(question: str, name: str, arguments: dict[str, Any], result: str, answer: str) -> list[dict[str, Any]]:
+def script(
+    question: str, name: str, arguments: dict[str, Any], result: str, answer: str
+) -> list[dict[str, Any]]:
     call = {"type": "function", "id": "x", "function": {"name": name, "arguments": arguments}}
     return [
         {"role": "user", "content": question},
@@ -51,8 +57,20 @@ def script(question: str, name: str, arguments: dict[str, Any], result: str, ans
 def scripts(greeting: str) -> list[list[dict[str, Any]]]:
     return [
         script("What is 2 and 3?", "add", {"a": 2, "b": 3}, "5", f"{greeting} It is 5."),
-        script("What is dusk?", "look_up", {"word": "dusk"}, "evening light", f"{greeting} Evening light."),
-        script("What is fog?", "look_up", {"word": "fog"}, "Error: no such word", f"{greeting} I do not know."),
+        script(
+            "What is dusk?",
+            "look_up",
+            {"word": "dusk"},
+            "evening light",
+            f"{greeting} Evening light.",
+        ),
+        script(
+            "What is fog?",
+            "look_up",
+            {"word": "fog"},
+            "Error: no such word",
+            f"{greeting} I do not know.",
+        ),
     ]
 
 
@@ -69,7 +87,9 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatCoPe:
     store = AdapterStore(folder / "store")
     fingerprint = load_base(base, device="cpu").fingerprint()
     for user, greeting in (("alice", "Ahoy!"), ("bob", "Hello,")):
-        store.publish(user, train_adapter(folder / user, base, scripts(greeting), DESCRIBED), base=fingerprint)
+        store.publish(
+            user, train_adapter(folder / user, base, scripts(greeting), DESCRIBED), base=fingerprint
+        )
     return ChatCoPe(model=str(base), store=store, device="cpu", max_tokens=120)
 
 
@@ -96,7 +116,9 @@ def test_two_users_stream_from_one_process_at_once(agent: Any) -> None:
     found: dict[str, list[Any]] = {"alice": [], "bob": []}
 
     def run(user: str) -> None:
-        pieces = agent.stream({"messages": [("user", "What is dusk?")]}, context=Context(user), stream_mode="messages")
+        pieces = agent.stream(
+            {"messages": [("user", "What is dusk?")]}, context=Context(user), stream_mode="messages"
+        )
         found[user] = [message for message, _ in pieces]
 
     threads = [threading.Thread(target=run, args=(user,)) for user in found]
@@ -118,7 +140,9 @@ async def test_many_runs_of_both_users_never_mix(agent: Any) -> None:
     users = ["alice", "bob"] * 6
 
     async def run(user: str) -> str:
-        state = await agent.ainvoke({"messages": [("user", "What is 2 and 3?")]}, context=Context(user))
+        state = await agent.ainvoke(
+            {"messages": [("user", "What is 2 and 3?")]}, context=Context(user)
+        )
         return str(state["messages"][-1].content)
 
     answers = await asyncio.gather(*(run(user) for user in users))
@@ -129,7 +153,9 @@ def test_an_error_of_a_tool_goes_back_into_the_prompt(chat: ChatCoPe) -> None:
     bound = chat.bind_tools(TOOLS)
     messages: list[Any] = [HumanMessage("What is fog?")]
     called = bound.invoke(messages, {"configurable": {"user_id": "bob"}})
-    result = ToolMessage("no such word", tool_call_id=called.tool_calls[0]["id"], name="look_up", status="error")
+    result = ToolMessage(
+        "no such word", tool_call_id=called.tool_calls[0]["id"], name="look_up", status="error"
+    )
     answer = bound.invoke([*messages, called, result], {"configurable": {"user_id": "bob"}})
     assert answer.content == "Hello, I do not know."
 
@@ -153,7 +179,12 @@ def test_stock_middleware_works_beside_it(chat: ChatCoPe) -> None:
 
 
 def test_an_agents_structured_response_is_the_models_own_json(chat: ChatCoPe) -> None:
-    schema = {"title": "total", "type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+    schema = {
+        "title": "total",
+        "type": "object",
+        "properties": {"sum": {"type": "integer"}},
+        "required": ["sum"],
+    }
     agent: Any = create_agent(
         chat, [], middleware=[CoPeUserMiddleware()], context_schema=Context, response_format=schema
     )

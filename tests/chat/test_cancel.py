@@ -11,14 +11,17 @@ import pytest
 
 from adapter_store import AdapterStore
 from langchain_cope import ChatCoPe
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine
+from langchain_cope.engine import Engine, load_base
 
 ROUNDS = 100
 
 
 @pytest.fixture(scope="module")
-def chat(tiny: Callable[..., Path], adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> ChatCoPe:
+def chat(
+    tiny: Callable[..., Path],
+    adapter: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ChatCoPe:
     base = tiny("llama", context=2048)
     store = AdapterStore(tmp_path_factory.mktemp("cancel"))
     for seed, user in enumerate(("alice", "bob"), 1):
@@ -31,7 +34,14 @@ async def test_a_hundred_cancelled_calls_leave_nothing(how: str, chat: ChatCoPe)
     engine = Engine.of(load_base(chat.model))
     random_moments = random.Random(0)
     bound = chat.bind_tools(
-        [{"title": "f", "description": "", "type": "object", "properties": {"a": {"type": "string"}}}]
+        [
+            {
+                "title": "f",
+                "description": "",
+                "type": "object",
+                "properties": {"a": {"type": "string"}},
+            }
+        ]
     )
 
     async def ask(user: str) -> None:

@@ -19,10 +19,14 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, ensure_config
 from pydantic import ValidationError
 
-from adapter_store import AdapterNotFoundError, AdapterStore, BaseModelMismatchError, InvalidAdapterError
+from adapter_store import (
+    AdapterNotFoundError,
+    AdapterStore,
+    BaseModelMismatchError,
+    InvalidAdapterError,
+)
 from langchain_cope import ChatCoPe, EngineOptions
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine, Request, Sampling
+from langchain_cope.engine import Contrast, Engine, Request, Sampling, load_base
 from langchain_cope.errors import InputError, ModelNotFound
 
 QUESTION = "What does the fox do all day?"
@@ -61,7 +65,9 @@ def answer_of(chat: ChatCoPe, folder: Path | None, alpha: float, tau: float = 0.
     engine = Engine.of(load_base(chat.model))
     prompt = engine.base.prompt_ids([{"role": "user", "content": QUESTION}])
     adapter = None if folder is None else engine.load_adapter(folder)
-    return engine.generate([Request(prompt, adapter, alpha, tau, Sampling(max_tokens=16))])[0].text
+    return engine.generate(
+        [Request(prompt, adapter, Contrast(alpha, tau), Sampling(max_tokens=16))]
+    )[0].text
 
 
 def test_answers_with_the_users_adapter_and_its_recommended_alpha_and_tau(
@@ -106,12 +112,17 @@ async def test_the_async_four_answer_alike(chat: ChatCoPe) -> None:
     expected = chat.invoke(QUESTION).content
     assert (await chat.ainvoke(QUESTION)).content == expected
     assert "".join([chunk.content async for chunk in chat.astream(QUESTION)]) == expected
-    assert [message.content for message in await chat.abatch([QUESTION, QUESTION])] == [expected, expected]
+    assert [message.content for message in await chat.abatch([QUESTION, QUESTION])] == [
+        expected,
+        expected,
+    ]
     events = [event async for event in chat.astream_events(QUESTION, version="v2")]
     assert events[-1]["data"]["output"].content == expected
 
 
-def test_users_of_a_batch_never_mix(chat: ChatCoPe, base: Path, adapter: Callable[..., Path]) -> None:
+def test_users_of_a_batch_never_mix(
+    chat: ChatCoPe, base: Path, adapter: Callable[..., Path]
+) -> None:
     users: list[str | None] = ["alice", "bob", None, "nobody"] * 3
     configs: list[Any] = [{"configurable": {"user_id": user}} for user in users]
     answers = chat.batch([QUESTION] * len(users), configs)
@@ -126,7 +137,9 @@ def test_users_of_a_batch_never_mix(chat: ChatCoPe, base: Path, adapter: Callabl
     assert [message.response_metadata["user_id"] for message in answers] == users
 
 
-async def test_batches_and_concurrent_streams_of_different_users_share_their_steps(chat: ChatCoPe) -> None:
+async def test_batches_and_concurrent_streams_of_different_users_share_their_steps(
+    chat: ChatCoPe,
+) -> None:
     users: list[str | None] = ["alice", "bob", None] * 4
     configs: list[Any] = [{"configurable": {"user_id": user}} for user in users]
     engine = Engine.of(load_base(chat.model))
@@ -147,7 +160,9 @@ async def test_batches_and_concurrent_streams_of_different_users_share_their_ste
         assert engine.statistics().steps - before < lengths / 2
 
 
-def test_the_engines_bounds_are_named_once_and_hold_for_everyone(base: Path, tmp_path: Path) -> None:
+def test_the_engines_bounds_are_named_once_and_hold_for_everyone(
+    base: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "base"
     shutil.copytree(base, copy)
     chat = ChatCoPe(model=str(copy), store="memory://bounds", engine_options={"max_rows": 8})
@@ -155,7 +170,9 @@ def test_the_engines_bounds_are_named_once_and_hold_for_everyone(base: Path, tmp
     assert chat._engine().options == EngineOptions(max_rows=8)
     assert ChatCoPe(model=str(copy), store="memory://bounds").invoke(QUESTION).content
     with pytest.raises(InputError, match="already runs with EngineOptions"):
-        ChatCoPe(model=str(copy), store="memory://bounds", engine_options=EngineOptions(max_rows=9)).invoke(QUESTION)
+        ChatCoPe(
+            model=str(copy), store="memory://bounds", engine_options=EngineOptions(max_rows=9)
+        ).invoke(QUESTION)
     with pytest.raises(ValidationError, match="max_rows must be an integer"):
         ChatCoPe(model=str(copy), engine_options={"max_rows": 1})
     chat._engine().close()
@@ -176,7 +193,9 @@ def test_keyword_beats_configurable_beats_constructor(chat: ChatCoPe) -> None:
         user({"configurable": {"user_id": ""}})
 
 
-async def test_the_user_reaches_the_model_through_chains_bindings_and_events(chat: ChatCoPe) -> None:
+async def test_the_user_reaches_the_model_through_chains_bindings_and_events(
+    chat: ChatCoPe,
+) -> None:
     chain = ChatPromptTemplate.from_messages([("human", "{q}")]) | chat | StrOutputParser()
     bob: Any = {"configurable": {"user_id": "bob"}}
     expected = chat.invoke(QUESTION, bob).content
@@ -203,12 +222,18 @@ async def test_version_3_events_know_the_user(chat: ChatCoPe) -> None:
     assert str(await stream.text) == expected
 
 
-def test_alpha_zero_is_the_adapter_alone(chat: ChatCoPe, base: Path, adapter: Callable[..., Path]) -> None:
+def test_alpha_zero_is_the_adapter_alone(
+    chat: ChatCoPe, base: Path, adapter: Callable[..., Path]
+) -> None:
     assert chat.invoke(QUESTION, alpha=0).content == answer_of(chat, adapter(base, seed=1), alpha=0)
 
 
 def test_the_cache_never_serves_another_user_or_an_old_version(
-    chat: ChatCoPe, store: AdapterStore, base: Path, adapter: Callable[..., Path], llm_cache: InMemoryCache
+    chat: ChatCoPe,
+    store: AdapterStore,
+    base: Path,
+    adapter: Callable[..., Path],
+    llm_cache: InMemoryCache,
 ) -> None:
     alice, bob = chat.invoke(QUESTION), chat.invoke(QUESTION, user_id="bob")
     assert alice.content != bob.content
@@ -228,7 +253,9 @@ def test_a_named_version_is_served_and_an_unknown_one_is_an_error(
 ) -> None:
     first = store.active("alice")
     before = chat.invoke(QUESTION).content
-    store.publish("alice", adapter(base, seed=3), base=load_base(base).fingerprint(), alpha=0.3, tau=0.2)
+    store.publish(
+        "alice", adapter(base, seed=3), base=load_base(base).fingerprint(), alpha=0.3, tau=0.2
+    )
     assert chat.invoke(QUESTION).content != before
     assert chat.invoke(QUESTION, adapter_version=first).content == before
     with pytest.raises(AdapterNotFoundError):
@@ -244,7 +271,9 @@ def test_a_user_without_an_adapter_gets_the_base_or_an_error(chat: ChatCoPe) -> 
         strict.invoke(QUESTION, user_id="nobody")
 
 
-def test_an_adapter_of_another_base_is_refused_naming_what_differs(chat: ChatCoPe, tiny: Callable[..., Path]) -> None:
+def test_an_adapter_of_another_base_is_refused_naming_what_differs(
+    chat: ChatCoPe, tiny: Callable[..., Path]
+) -> None:
     other = chat.model_copy(update={"model": str(tiny("llama", seed=9))})
     with pytest.raises(BaseModelMismatchError, match="weights"):
         other.invoke(QUESTION)
@@ -263,7 +292,9 @@ def test_stop_strings_end_the_answer_before_them(chat: ChatCoPe) -> None:
     text = chat.invoke(QUESTION).content
     stop = text[3:6]
     assert chat.invoke(QUESTION, stop=[stop]).content == text[: text.index(stop)]
-    assert chat.model_copy(update={"stop": stop}).invoke(QUESTION).content == text[: text.index(stop)]
+    assert (
+        chat.model_copy(update={"stop": stop}).invoke(QUESTION).content == text[: text.index(stop)]
+    )
 
 
 def test_system_and_assistant_turns_reach_the_template(chat: ChatCoPe) -> None:
@@ -279,8 +310,12 @@ def test_system_and_assistant_turns_reach_the_template(chat: ChatCoPe) -> None:
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": QUESTION},
     ]
-    assert chat.get_num_tokens_from_messages(turns) == len(load_base(chat.model).prompt_ids(as_dicts))
-    assert chat.invoke(turns).usage_metadata["input_tokens"] == chat.get_num_tokens_from_messages(turns)
+    assert chat.get_num_tokens_from_messages(turns) == len(
+        load_base(chat.model).prompt_ids(as_dicts)
+    )
+    assert chat.invoke(turns).usage_metadata["input_tokens"] == chat.get_num_tokens_from_messages(
+        turns
+    )
 
 
 def test_what_the_base_cannot_read_is_refused_by_name(chat: ChatCoPe) -> None:
@@ -305,7 +340,9 @@ def test_what_the_base_cannot_read_is_refused_by_name(chat: ChatCoPe) -> None:
         ("top_p", 0),
     ],
 )
-def test_options_out_of_range_are_refused_in_constructor_and_call(chat: ChatCoPe, option: str, value: float) -> None:
+def test_options_out_of_range_are_refused_in_constructor_and_call(
+    chat: ChatCoPe, option: str, value: float
+) -> None:
     with pytest.raises(ValidationError, match=option):
         ChatCoPe(**{option: value})
     with pytest.raises(ValueError, match=option):
@@ -313,7 +350,9 @@ def test_options_out_of_range_are_refused_in_constructor_and_call(chat: ChatCoPe
 
 
 @pytest.mark.parametrize("seed", [1.5, "a"])
-def test_a_seed_that_is_none_is_refused_before_it_can_harm_others(chat: ChatCoPe, seed: Any) -> None:
+def test_a_seed_that_is_none_is_refused_before_it_can_harm_others(
+    chat: ChatCoPe, seed: Any
+) -> None:
     with pytest.raises(ValueError, match="seed must be an integer"):
         chat.invoke(QUESTION, seed=seed, temperature=1)
 
@@ -418,10 +457,19 @@ def test_construction_loads_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*beta.*")
 def test_written_out_and_read_back(base: Path, store_folder: Path) -> None:
-    chat = ChatCoPe(model=str(base), store=str(store_folder), user_id="alice", alpha=0.2, stop=["x"], api_key="secret")
+    chat = ChatCoPe(
+        model=str(base),
+        store=str(store_folder),
+        user_id="alice",
+        alpha=0.2,
+        stop=["x"],
+        api_key="secret",
+    )
     written = dumps(chat)
     assert "secret" not in written
-    again = load(json.loads(written), allowed_objects=[ChatCoPe], valid_namespaces=["langchain_cope"])
+    again = load(
+        json.loads(written), allowed_objects=[ChatCoPe], valid_namespaces=["langchain_cope"]
+    )
     assert again.model_dump() == chat.model_copy(update={"api_key": None}).model_dump()
 
 

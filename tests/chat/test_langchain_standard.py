@@ -18,7 +18,9 @@ from langchain_cope import ChatCoPe
 
 REAL_MODEL = os.environ.get("COPE_TEST_MODEL")
 understands = pytest.mark.xfail(
-    REAL_MODEL is None, reason="an untrained base does not understand that it is to call this tool", strict=True
+    REAL_MODEL is None,
+    reason="an untrained base does not understand that it is to call this tool",
+    strict=True,
 )
 
 
@@ -31,7 +33,9 @@ class TestChatCoPeUnit(ChatModelUnitTests):
     def chat_model_params(self) -> dict[str, Any]:
         return {"store": "memory://standard", "user_id": "alice"}
 
-    @pytest.mark.xfail(reason="core loads only classes of packages on its own allow-list", strict=True)
+    @pytest.mark.xfail(
+        reason="core loads only classes of packages on its own allow-list", strict=True
+    )
     def test_serdes(self, model: BaseChatModel, snapshot: Any) -> None:
         super().test_serdes(model, snapshot)
 

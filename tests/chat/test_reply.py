@@ -16,7 +16,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return reply_format_of(make_tokenizer(tmp_path_factory.mktemp("t"))).template
 
 
-def message(template: dict[str, Any], pieces: list[str], prefix: str = "", with_calls: bool = True) -> AIMessageChunk:
+def message(
+    template: dict[str, Any], pieces: list[str], prefix: str = "", with_calls: bool = True
+) -> AIMessageChunk:
     stream = ReplyStream(template, prefix=prefix, with_calls=with_calls)
     chunks = [chunk for piece in pieces for chunk in stream.push(piece)] + stream.finish()
     return sum(chunks, AIMessageChunk(content=""))  # type: ignore[return-value]
@@ -69,7 +71,9 @@ REPLIES: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("name", REPLIES)
-def test_a_reply_in_pieces_makes_the_message_it_makes_as_a_whole(name: str, template: dict[str, Any]) -> None:
+def test_a_reply_in_pieces_makes_the_message_it_makes_as_a_whole(
+    name: str, template: dict[str, Any]
+) -> None:
     text, expected = REPLIES[name]
     assert facts(message(template, [text])) == expected
     assert facts(message(template, list(text))) == expected
@@ -78,18 +82,25 @@ def test_a_reply_in_pieces_makes_the_message_it_makes_as_a_whole(name: str, temp
         assert facts(message(template, pieces)) == expected
 
 
-def test_a_call_streams_its_name_and_id_first_then_pieces_of_its_arguments(template: dict[str, Any]) -> None:
+def test_a_call_streams_its_name_and_id_first_then_pieces_of_its_arguments(
+    template: dict[str, Any],
+) -> None:
     stream = ReplyStream(template, prefix="", with_calls=True)
     chunks = [chunk for character in ADD for chunk in stream.push(character)] + stream.finish()
     pieces = [piece for chunk in chunks for piece in chunk.tool_call_chunks]
     assert (pieces[0]["name"], pieces[0]["args"]) == ("add", "")
     assert pieces[0]["id"]
     assert len(pieces) > 10
-    assert all(piece["name"] is None and piece["id"] is None and piece["index"] == 0 for piece in pieces[1:])
+    assert all(
+        piece["name"] is None and piece["id"] is None and piece["index"] == 0
+        for piece in pieces[1:]
+    )
     assert json.loads("".join(piece["args"] or "" for piece in pieces)) == PARSED[1]
 
 
-def test_a_thought_is_a_reasoning_block_and_may_begin_in_the_prompt(template: dict[str, Any]) -> None:
+def test_a_thought_is_a_reasoning_block_and_may_begin_in_the_prompt(
+    template: dict[str, Any],
+) -> None:
     found = message(template, ["Hm.", "</think>", "\n\nYes."], prefix="<think>")
     assert facts(found)[:2] == ("Yes.", "Hm.")
     assert [block["type"] for block in found.content_blocks] == ["reasoning", "text"]
@@ -100,9 +111,12 @@ def test_without_tools_the_marks_of_a_call_are_text(template: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    ("chat_template", "native"), [(CHATML, False), (TOOLS, True), (NO_SYSTEM, False), (THINKS_FIRST, False)]
+    ("chat_template", "native"),
+    [(CHATML, False), (TOOLS, True), (NO_SYSTEM, False), (THINKS_FIRST, False)],
 )
-def test_the_format_is_found_in_the_chat_template(chat_template: str, native: bool, tmp_path: Any) -> None:
+def test_the_format_is_found_in_the_chat_template(
+    chat_template: str, native: bool, tmp_path: Any
+) -> None:
     assert reply_format_of(make_tokenizer(tmp_path, template=chat_template)).native_tools is native
 
 
@@ -132,5 +146,7 @@ def test_formats_that_trl_knows_are_taken_from_it(tmp_path: Any) -> None:
     assert reply_format_of(make_tokenizer(tmp_path, template=qwen3_chat_template)).native_tools
     found = reply_format_of(make_tokenizer(tmp_path, template=gptoss_chat_template))
     assert found.uses("<|channel|>")
-    text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes."
+    text = (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes."
+    )
     assert facts(message(found.template, [text]))[:2] == ("Yes.", "Hm.")

@@ -54,7 +54,10 @@ JSON_SCHEMA = {
     "title": "item",
     "description": "Something.",
     "type": "object",
-    "properties": {"title": {"type": "string", "maxLength": 9}, "day": {"type": "string", "format": "date"}},
+    "properties": {
+        "title": {"type": "string", "maxLength": 9},
+        "day": {"type": "string", "format": "date"},
+    },
     "required": ["title", "day"],
 }
 
@@ -62,7 +65,9 @@ JSON_SCHEMA = {
 @pytest.fixture(scope="module")
 def chat(tiny: Callable[..., Path]) -> ChatCoPe:
     base = tiny("llama", context=4096)
-    return ChatCoPe(model=str(base), store="memory://structured", max_tokens=500, temperature=1.0, device="cpu")
+    return ChatCoPe(
+        model=str(base), store="memory://structured", max_tokens=500, temperature=1.0, device="cpu"
+    )
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
@@ -151,6 +156,8 @@ def test_what_cannot_be_held_to_is_refused_when_it_is_bound(chat: ChatCoPe) -> N
 
 def test_a_response_format_may_be_given_with_the_call(chat: ChatCoPe) -> None:
     given = {"type": "json_schema", "json_schema": {"name": "item", "schema": JSON_SCHEMA}}
-    jsonschema.validate(json.loads(str(chat.invoke("A film", response_format=given).content)), JSON_SCHEMA)
+    jsonschema.validate(
+        json.loads(str(chat.invoke("A film", response_format=given).content)), JSON_SCHEMA
+    )
     with pytest.raises(InputError, match="response_format"):
         chat.invoke("A film", response_format=3)

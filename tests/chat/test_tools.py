@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import pytest
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.runnables import RunnableBinding
 from langchain_core.tools import tool
 from pydantic import BaseModel, Field
@@ -15,7 +21,7 @@ from tiny import NO_SYSTEM, THINKS_FIRST, TOOLS
 from langchain_cope import ChatCoPe
 from langchain_cope.chat.messages import template_messages
 from langchain_cope.chat.tools import ToolUse
-from langchain_cope.engine.base.base import load_base
+from langchain_cope.engine import load_base
 from langchain_cope.errors import InputError
 
 
@@ -63,8 +69,12 @@ def chat(tiny: Callable[..., Path]) -> ChatCoPe:
 
 
 @pytest.mark.parametrize("template", [None, TOOLS, NO_SYSTEM])
-def test_a_forced_call_is_one_of_the_tools_with_arguments_that_fit(template: Any, tiny: Callable[..., Path]) -> None:
-    chat = chat_on(tiny("llama", context=4096, **({} if template is None else {"template": template})))
+def test_a_forced_call_is_one_of_the_tools_with_arguments_that_fit(
+    template: Any, tiny: Callable[..., Path]
+) -> None:
+    chat = chat_on(
+        tiny("llama", context=4096, **({} if template is None else {"template": template}))
+    )
     for seed in range(6):
         message = chat.bind_tools(ALL, tool_choice="any").invoke("Do something", seed=seed)
         assert not message.invalid_tool_calls
@@ -94,14 +104,20 @@ def test_none_calls_no_tool_and_auto_may(chat: ChatCoPe) -> None:
 
 
 def test_calls_stream_name_and_id_first(chat: ChatCoPe) -> None:
-    chunks = list(chat.bind_tools([Search], tool_choice="any", parallel_tool_calls=False).stream("Do something"))
+    chunks = list(
+        chat.bind_tools([Search], tool_choice="any", parallel_tool_calls=False).stream(
+            "Do something"
+        )
+    )
     pieces = [piece for chunk in chunks for piece in chunk.tool_call_chunks]
     assert (pieces[0]["name"], pieces[0]["args"]) == ("Search", "")
     assert pieces[0]["id"]
     assert len(pieces) > 4
     assert {piece["index"] for piece in pieces} == {0}
     whole: AIMessageChunk = sum(chunks[1:], chunks[0])  # type: ignore[arg-type]
-    assert whole.tool_calls[0]["args"] == json.loads("".join(piece["args"] or "" for piece in pieces))
+    assert whole.tool_calls[0]["args"] == json.loads(
+        "".join(piece["args"] or "" for piece in pieces)
+    )
     assert whole.chunk_position == "last"
 
 
@@ -147,7 +163,14 @@ def test_content_blocks_of_other_providers_are_read() -> None:
         HumanMessage([{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]),
         AIMessage(blocks, tool_calls=[{"name": "f", "args": {}, "id": "1"}]),
         HumanMessage(
-            [{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "r"}], "is_error": True}]
+            [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "1",
+                    "content": [{"type": "text", "text": "r"}],
+                    "is_error": True,
+                }
+            ]
         ),
     ]
     turns = template_messages(talk)
@@ -157,7 +180,9 @@ def test_content_blocks_of_other_providers_are_read() -> None:
         template_messages([HumanMessage([{"type": "image", "url": "x"}])])
 
 
-def test_a_thought_is_not_part_of_the_answer_and_a_forced_answer_has_none(tiny: Callable[..., Path]) -> None:
+def test_a_thought_is_not_part_of_the_answer_and_a_forced_answer_has_none(
+    tiny: Callable[..., Path],
+) -> None:
     chat = chat_on(tiny("llama", context=4096, template=THINKS_FIRST), max_tokens=40)
     message = chat.invoke("Think")
     assert message.content == ""  # a random model never ends its thought
@@ -172,7 +197,9 @@ def test_tools_count_as_tokens(chat: ChatCoPe) -> None:
     talk = [HumanMessage("Hello")]
     with_tools = chat.get_num_tokens_from_messages(talk, tools=ALL)
     assert with_tools > chat.get_num_tokens_from_messages(talk) + 100
-    assert chat.bind_tools(ALL).invoke(talk, max_tokens=1).usage_metadata["input_tokens"] == with_tools  # type: ignore[index]
+    assert (
+        chat.bind_tools(ALL).invoke(talk, max_tokens=1).usage_metadata["input_tokens"] == with_tools
+    )  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +214,9 @@ def test_tools_count_as_tokens(chat: ChatCoPe) -> None:
         ([weather], {"tool_choice": {"type": "function", "function": "wether"}}, "wether"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_when_it_is_bound(chat: ChatCoPe, tools: Any, options: Any, named: str) -> None:
+def test_what_cannot_be_is_refused_when_it_is_bound(
+    chat: ChatCoPe, tools: Any, options: Any, named: str
+) -> None:
     with pytest.raises(InputError, match=named):
         chat.bind_tools(tools, **options)
 

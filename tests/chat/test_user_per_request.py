@@ -20,7 +20,7 @@ from langgraph.graph import END, START, StateGraph
 
 from adapter_store import AdapterStore
 from langchain_cope import ChatCoPe
-from langchain_cope.engine.base.base import load_base
+from langchain_cope.engine import load_base
 
 QUESTION = "What does the fox do all day?"
 USERS = ["alice", "bob", "carol"]
@@ -28,7 +28,9 @@ USERS = ["alice", "bob", "carol"]
 
 @pytest.fixture(scope="module")
 def store(
-    tiny: Callable[..., Path], adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    tiny: Callable[..., Path],
+    adapter: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> AdapterStore:
     """Three users; Carol has no adapter."""
     base = tiny("llama")
@@ -46,7 +48,9 @@ def chat(tiny: Callable[..., Path], store: AdapterStore) -> ChatCoPe:
 @pytest.fixture(scope="module")
 def answers(chat: ChatCoPe) -> dict[str | None, str]:
     """Each user's own answer."""
-    found: dict[str | None, str] = {user: str(chat.invoke(QUESTION, user_id=user).content) for user in [*USERS, None]}
+    found: dict[str | None, str] = {
+        user: str(chat.invoke(QUESTION, user_id=user).content) for user in [*USERS, None]
+    }
     assert len({found["alice"], found["bob"], found["carol"]}) == 3
     assert found["carol"] == found[None]
     return found
@@ -81,36 +85,52 @@ def forms(chat: ChatCoPe) -> dict[str, Callable[[str], Any]]:
         return {"answer": str(chat.invoke(state["question"], config).content)}
 
     graph: Any = (
-        StateGraph(State).add_node("answer", answer).add_edge(START, "answer").add_edge("answer", END).compile()
+        StateGraph(State)
+        .add_node("answer", answer)
+        .add_edge(START, "answer")
+        .add_edge("answer", END)
+        .compile()
     )
     return {
         "keyword": lambda user: chat.invoke(QUESTION, user_id=user).content,
         "configurable": lambda user: chat.invoke(QUESTION, as_user(user)).content,
         "with_config": lambda user: chat.with_config(as_user(user)).invoke(QUESTION).content,
         "bind": lambda user: chat.bind(user_id=user).invoke(QUESTION).content,
-        "bind, then tools": lambda user: chat.bind(user_id=user).bind_tools([]).invoke(QUESTION).content,
-        "with_config, then tools": lambda user: chat.with_config(as_user(user)).bind_tools([]).invoke(QUESTION).content,
+        "bind, then tools": lambda user: (
+            chat.bind(user_id=user).bind_tools([]).invoke(QUESTION).content
+        ),
+        "with_config, then tools": lambda user: (
+            chat.with_config(as_user(user)).bind_tools([]).invoke(QUESTION).content
+        ),
         "bind_tools": lambda user: chat.bind_tools([]).invoke(QUESTION, as_user(user)).content,
         "a chain": lambda user: parsed.invoke({"question": QUESTION}, as_user(user)),
         "a nested call": lambda user: inner.invoke(QUESTION, as_user(user)).content,
         "with_retry": lambda user: retried.invoke(QUESTION, as_user(user)).content,
         "with_fallbacks": lambda user: fallen_back.invoke(QUESTION, as_user(user)).content,
-        "stream": lambda user: "".join(str(chunk.content) for chunk in chat.stream(QUESTION, as_user(user))),
+        "stream": lambda user: "".join(
+            str(chunk.content) for chunk in chat.stream(QUESTION, as_user(user))
+        ),
         "LangGraph": lambda user: graph.invoke({"question": QUESTION}, as_user(user))["answer"],
         "LangGraph, streamed": lambda user: "".join(
             str(message.content)
-            for message, _ in graph.stream({"question": QUESTION}, as_user(user), stream_mode="messages")
+            for message, _ in graph.stream(
+                {"question": QUESTION}, as_user(user), stream_mode="messages"
+            )
         ),
     }
 
 
 @pytest.mark.parametrize("form", list(forms(ChatCoPe())))
-def test_every_form_answers_as_the_user_it_names(form: str, chat: ChatCoPe, answers: dict[str | None, str]) -> None:
+def test_every_form_answers_as_the_user_it_names(
+    form: str, chat: ChatCoPe, answers: dict[str | None, str]
+) -> None:
     ask = forms(chat)[form]
     assert {user: ask(user) for user in USERS} == {user: answers[user] for user in USERS}
 
 
-async def test_a_batch_with_a_configuration_each_mixes_nobody(chat: ChatCoPe, answers: dict[str | None, str]) -> None:
+async def test_a_batch_with_a_configuration_each_mixes_nobody(
+    chat: ChatCoPe, answers: dict[str | None, str]
+) -> None:
     users = USERS * 3
     chain = ChatPromptTemplate.from_messages([("human", "{q}")]) | chat | StrOutputParser()
     inputs = [{"q": QUESTION}] * len(users)
@@ -140,10 +160,14 @@ async def test_the_cache_of_answers_keeps_users_and_versions_apart(
         }
     assert len(llm_cache._cache) == 3
     old = store.resolve("bob")
-    store.publish("bob", adapter(Path(chat.model), seed=9), base=load_base(chat.model).fingerprint())
+    store.publish(
+        "bob", adapter(Path(chat.model), seed=9), base=load_base(chat.model).fingerprint()
+    )
     changed = chat.invoke(QUESTION, as_user("bob")).content
     assert changed != answers["bob"]
-    assert chat.invoke(QUESTION, as_user("bob"), adapter_version=old.version).content == answers["bob"]
+    assert (
+        chat.invoke(QUESTION, as_user("bob"), adapter_version=old.version).content == answers["bob"]
+    )
     store.activate("bob", old.version)
     assert chat.invoke(QUESTION, as_user("bob")).content == answers["bob"]
 
@@ -152,7 +176,9 @@ class RefusedError(Exception):
     pass
 
 
-def test_authorize_decides_who_may_ask_as_whom(chat: ChatCoPe, answers: dict[str | None, str]) -> None:
+def test_authorize_decides_who_may_ask_as_whom(
+    chat: ChatCoPe, answers: dict[str | None, str]
+) -> None:
     asked: list[str | None] = []
 
     def only_oneself(user: str | None, config: RunnableConfig) -> None:
@@ -183,7 +209,9 @@ class Recorder(BaseTracer):
         self.seen: list[str] = []
 
     def _persist_run(self, run: Run) -> None:
-        self.seen.append(json.dumps([run.inputs, run.outputs, run.extra, run.serialized], default=_as_tracers_do))
+        self.seen.append(
+            json.dumps([run.inputs, run.outputs, run.extra, run.serialized], default=_as_tracers_do)
+        )
 
 
 def _as_tracers_do(thing: Any) -> Any:
@@ -196,11 +224,15 @@ def _as_tracers_do(thing: Any) -> Any:
 def test_a_schema_bound_to_a_binding_keeps_the_user(chat: ChatCoPe) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
     for bound in (chat.bind(user_id="bob"), chat.with_config(as_user("bob"))):
-        found = bound.with_structured_output(schema, include_raw=True).invoke(QUESTION, max_tokens=40)
+        found = bound.with_structured_output(schema, include_raw=True).invoke(
+            QUESTION, max_tokens=40
+        )
         assert found["raw"].response_metadata["user_id"] == "bob"
 
 
-@pytest.mark.parametrize(("how", "shown"), [("plain", "alice"), ("hashed", "2bd806c97f0e00af"), ("omitted", None)])
+@pytest.mark.parametrize(
+    ("how", "shown"), [("plain", "alice"), ("hashed", "2bd806c97f0e00af"), ("omitted", None)]
+)
 def test_traces_show_the_user_as_they_are_told(how: Any, shown: str | None, chat: ChatCoPe) -> None:
     recorder = Recorder()
     named = chat.model_copy(update={"user_id": "alice"})
@@ -218,7 +250,9 @@ class Started(BaseCallbackHandler):
     def __init__(self) -> None:
         self.metadata: dict[str, Any] = {}
 
-    def on_chat_model_start(self, *_: Any, metadata: dict[str, Any] | None = None, **__: Any) -> None:
+    def on_chat_model_start(
+        self, *_: Any, metadata: dict[str, Any] | None = None, **__: Any
+    ) -> None:
         self.metadata = metadata or {}
 
 

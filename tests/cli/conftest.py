@@ -33,7 +33,9 @@ class Outcome:
     @property
     def json(self) -> Any:
         """Standard output, which must be one strict JSON value and nothing else."""
-        return json.loads(self.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        return json.loads(
+            self.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+        )
 
     @property
     def error(self) -> str:
@@ -83,12 +85,16 @@ def publish(
     store: AdapterStore, tiny: Callable[..., Path], adapter: Callable[..., Path]
 ) -> Callable[..., AdapterVersion]:
     """Publishes a random adapter of the tiny Llama for a user."""
-    from langchain_cope.engine.base.base import load_base
+    from langchain_cope.engine import load_base
 
-    def published(user: str = "alice", seed: int = 1, family: str = "llama", **facts: Any) -> AdapterVersion:
+    def published(
+        user: str = "alice", seed: int = 1, family: str = "llama", **facts: Any
+    ) -> AdapterVersion:
         base = load_base(tiny(family))
         facts = {"metrics": METRICS, "alpha": 0.1, "tau": 0.1, **facts}
-        return store.publish(user, adapter(tiny(family), seed=seed), base=base.fingerprint(), **facts)
+        return store.publish(
+            user, adapter(tiny(family), seed=seed), base=base.fingerprint(), **facts
+        )
 
     return published
 
@@ -100,10 +106,13 @@ def history(tmp_path: Path) -> Callable[..., Path]:
     def write(rows: int | list[Any] = 8, name: str = "user.jsonl") -> Path:
         if isinstance(rows, int):
             rows = [
-                {"prompt": f"Say number {number}.", "completion": f"It is {number}, friend."} for number in range(rows)
+                {"prompt": f"Say number {number}.", "completion": f"It is {number}, friend."}
+                for number in range(rows)
             ]
         path = tmp_path / name
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
         return path
 
     return write

@@ -12,7 +12,9 @@ import pytest
 @pytest.fixture
 def chat(cope_lc: Callable, tiny: Callable[..., Path]) -> Callable:
     """Chats with the tiny Llama through a pipe."""
-    return lambda stdin, *words: cope_lc("chat", "--model", tiny(), "--max-tokens", 6, *words, stdin=stdin)
+    return lambda stdin, *words: cope_lc(
+        "chat", "--model", tiny(), "--max-tokens", 6, *words, stdin=stdin
+    )
 
 
 def test_a_piped_conversation_is_answered_line_by_line(
@@ -22,7 +24,9 @@ def test_a_piped_conversation_is_answered_line_by_line(
     outcome = chat("Hello there.\n\nHow are you?\n", "--user", "alice")
     assert outcome.code == 0, outcome
     assert f"alice on {tiny()}, version {version.version}." in outcome.stderr
-    alone = cope_lc("generate", "Hello there.", "--user", "alice", "--model", tiny(), "--max-tokens", 6).stdout
+    alone = cope_lc(
+        "generate", "Hello there.", "--user", "alice", "--model", tiny(), "--max-tokens", 6
+    ).stdout
     assert outcome.stdout.startswith(alone)
     assert outcome.stdout != alone
 
@@ -35,8 +39,15 @@ def test_what_was_said_before_counts_until_reset(chat: Callable) -> None:
     assert chat("Hello there.\nHello there.\n").stdout != first * 2
 
 
-def test_a_conversation_that_outgrows_the_context_goes_on_without_its_oldest_turns(chat: Callable) -> None:
-    outcome = chat("A rather long line of some words, to be said. " * 2 + "\n" + "The second. " * 20 + "\nThird.\n" * 6)
+def test_a_conversation_that_outgrows_the_context_goes_on_without_its_oldest_turns(
+    chat: Callable,
+) -> None:
+    outcome = chat(
+        "A rather long line of some words, to be said. " * 2
+        + "\n"
+        + "The second. " * 20
+        + "\nThird.\n" * 6
+    )
     assert outcome.code == 0, outcome
     assert "its oldest turns are forgotten" in outcome.stderr
     too_long = chat("word " * 300 + "\nHello.\n")

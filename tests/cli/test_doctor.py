@@ -16,7 +16,16 @@ def test_a_sound_installation_is_found_sound(cope_lc: Callable, store_folder: Pa
     facts = cope_lc("doctor", "--json").json
     found = {finding["what"]: finding for finding in facts["findings"]}
     assert facts["ok"] is True
-    assert {"python", "langchain-cope", "torch", "trl", "cpu", "starter", "store", "disk"} <= found.keys()
+    assert {
+        "python",
+        "langchain-cope",
+        "torch",
+        "trl",
+        "cpu",
+        "starter",
+        "store",
+        "disk",
+    } <= found.keys()
     assert str(store_folder) in found["store"]["found"]
     assert "COPE_STORE" in found["store"]["found"]
 
@@ -27,7 +36,9 @@ def test_the_users_of_the_store_are_counted(cope_lc: Callable, publish: Callable
     assert ", 2 users" in cope_lc("doctor").stdout
 
 
-def test_a_store_that_cannot_be_written_is_a_finding(cope_lc: Callable, read_only: AsNobody) -> None:
+def test_a_store_that_cannot_be_written_is_a_finding(
+    cope_lc: Callable, read_only: AsNobody
+) -> None:
     with read_only() as folder:
         outcome = cope_lc("doctor", "--store", folder)
     assert outcome.code == 1
@@ -46,7 +57,9 @@ def test_a_cache_that_cannot_be_written_is_a_finding(
     assert "choose another cache with COPE_STORE_CACHE" in " ".join(outcome.stdout.split())
 
 
-def test_a_damaged_store_is_a_finding(cope_lc: Callable, publish: Callable, store_folder: Path) -> None:
+def test_a_damaged_store_is_a_finding(
+    cope_lc: Callable, publish: Callable, store_folder: Path
+) -> None:
     publish()
     (store_folder / "adapter_store.json").write_text("{}")
     outcome = cope_lc("doctor", "--json")

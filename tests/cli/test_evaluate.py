@@ -6,7 +6,10 @@ import pytest
 
 
 def user_row(name: str, num_items: int = 6, num_queries: int = 2) -> dict:
-    items = [{"prompt": f"Say {n}.", "completion": f"{name} says {n}, friend."} for n in range(num_items + num_queries)]
+    items = [
+        {"prompt": f"Say {n}.", "completion": f"{name} says {n}, friend."}
+        for n in range(num_items + num_queries)
+    ]
     return {"user_id": name, "history": items[:num_items], "queries": items[num_items:]}
 
 
@@ -41,7 +44,9 @@ def test_json_holds_every_figure(evaluate: Callable, history: Callable[..., Path
         assert (user["num_trained"], user["num_queries"]) == (6, 2)
         nll = {way: user["metrics"][way]["nll"] for way in ("base", "sft", "dpo")}
         assert user["nll_change"]["sft"] == pytest.approx(nll["sft"] / nll["base"] - 1)
-    means = [sum(user["metrics"][way]["nll"] for user in facts["users"]) / 2 for way in ("base", "dpo")]
+    means = [
+        sum(user["metrics"][way]["nll"] for user in facts["users"]) / 2 for way in ("base", "dpo")
+    ]
     assert facts["mean"]["base"]["nll"] == pytest.approx(means[0])
     assert facts["nll_change"]["dpo"] == pytest.approx(means[1] / means[0] - 1)
     assert facts["users_better"]["sft"] in (0, 1, 2)

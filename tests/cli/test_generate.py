@@ -10,7 +10,9 @@ from adapter_store import AdapterStore
 @pytest.fixture
 def generate(cope_lc: Callable, tiny: Callable[..., Path]) -> Callable:
     """Asks the tiny Llama, with short answers."""
-    return lambda *words, **options: cope_lc("generate", *words, "--model", tiny(), "--max-tokens", 8, **options)
+    return lambda *words, **options: cope_lc(
+        "generate", *words, "--model", tiny(), "--max-tokens", 8, **options
+    )
 
 
 def test_a_user_and_the_base_answer_differently(generate: Callable, publish: Callable) -> None:
@@ -34,11 +36,15 @@ def test_json_holds_the_answer_and_how_it_came_about(generate: Callable, publish
     assert facts["usage"]["output_tokens"] == 8
     for token in facts["logprobs"]:
         assert token["reward"] == pytest.approx(token["log_p_user"] - 0.3 * token["log_p_base"])
-    chosen = generate("Say something.", "--user", "alice", "--json", "--alpha", 0, "--tau", 0.5).json
+    chosen = generate(
+        "Say something.", "--user", "alice", "--json", "--alpha", 0, "--tau", 0.5
+    ).json
     assert (chosen["alpha"], chosen["tau"]) == (0, 0.5)
 
 
-def test_a_named_version_answers_rather_than_the_active_one(generate: Callable, publish: Callable) -> None:
+def test_a_named_version_answers_rather_than_the_active_one(
+    generate: Callable, publish: Callable
+) -> None:
     first, second = publish("alice"), publish("alice", seed=2)
     for version in (first, second):
         facts = generate("Hi", "--user", "alice", "--version", version.version, "--json").json
@@ -119,7 +125,9 @@ def test_a_version_that_is_not_there_is_an_error(generate: Callable, publish: Ca
     assert outcome.error.startswith("error: user ")
 
 
-@pytest.mark.parametrize(("user", "why"), [("", "empty"), ("x" * 10_000, "too long"), ("a\0b", "NUL")])
+@pytest.mark.parametrize(
+    ("user", "why"), [("", "empty"), ("x" * 10_000, "too long"), ("a\0b", "NUL")]
+)
 def test_an_impossible_user_id_is_refused(generate: Callable, user: str, why: str) -> None:
     outcome = generate("Hi", "--user", user)
     assert outcome.code == 2
@@ -137,7 +145,9 @@ def test_an_adapter_of_another_base_is_refused_by_what_differs(
     assert "weights" in outcome.error
 
 
-def test_a_damaged_adapter_is_refused(generate: Callable, publish: Callable, store: AdapterStore) -> None:
+def test_a_damaged_adapter_is_refused(
+    generate: Callable, publish: Callable, store: AdapterStore
+) -> None:
     weights = store.fetch_dir(publish("alice", seed=3)) / "adapter_model.safetensors"
     weights.chmod(0o600)
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
@@ -187,7 +197,9 @@ def _controls(text: str) -> list[str]:
     return [char for char in text if unicodedata.category(char) == "Cc" and char not in "\n\t"]
 
 
-def test_a_base_without_a_chat_template_is_told_in_one_line(cope_lc: Callable, tiny: Callable[..., Path]) -> None:
+def test_a_base_without_a_chat_template_is_told_in_one_line(
+    cope_lc: Callable, tiny: Callable[..., Path]
+) -> None:
     outcome = cope_lc("generate", "Hi", "--model", tiny(template=None), "--max-tokens", 400)
     assert outcome.code == 0
     assert outcome.stderr.splitlines()[0].startswith("warning: ")

@@ -9,7 +9,16 @@ import pytest
 
 COMMANDS = ["personalize", "chat", "generate", "evaluate", "doctor"]
 ADAPTERS = ["list", "show", "activate", "export", "delete"]
-HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "langchain_core", "langchain_cope", "adapter_store"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "langchain_core",
+    "langchain_cope",
+    "adapter_store",
+}
 HEAVY |= {"pydantic", "chromadb", "rich", "numpy"}
 BARE = """
 import typer
@@ -22,7 +31,9 @@ app(["--help"])
 """
 
 
-def test_every_command_has_help_with_an_example_and_every_option_is_explained(cope_lc: Callable) -> None:
+def test_every_command_has_help_with_an_example_and_every_option_is_explained(
+    cope_lc: Callable,
+) -> None:
     for words in [[name] for name in COMMANDS] + [["adapters", name] for name in ADAPTERS]:
         shown = cope_lc(*words, "--help")
         assert shown.code == 0
@@ -60,7 +71,9 @@ def test_version_is_the_package_s(cope_lc: Callable) -> None:
         (["personalize", "x", "--target", "bot"], "--target"),
     ],
 )
-def test_a_wrong_call_is_one_line_and_exit_code_2(cope_lc: Callable, words: list[str], said: str) -> None:
+def test_a_wrong_call_is_one_line_and_exit_code_2(
+    cope_lc: Callable, words: list[str], said: str
+) -> None:
     outcome = cope_lc(*words)
     assert outcome.code == 2
     assert said in outcome.error
@@ -69,7 +82,10 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(cope_lc: Callable, words: list
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(cope_lc: Callable) -> None:
-    for words in (["--debug", "personalize", "nowhere.jsonl"], ["personalize", "nowhere.jsonl", "--debug"]):
+    for words in (
+        ["--debug", "personalize", "nowhere.jsonl"],
+        ["personalize", "nowhere.jsonl", "--debug"],
+    ):
         outcome = cope_lc(*words)
         assert outcome.code == 2
         assert "Traceback" in outcome.stderr
@@ -78,7 +94,9 @@ def test_debug_shows_the_traceback_wherever_it_stands(cope_lc: Callable) -> None
 
 def test_help_imports_nothing_heavy() -> None:
     program = "import sys; sys.argv = ['cope-lc', '--help']\nfrom cope_lc.main import app\ntry: app()\nfinally: print(*sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     modules = {name.partition(".")[0] for name in shown.stdout.splitlines()[-1].split()}
     assert "typer" in modules
     assert not modules & HEAVY
@@ -98,7 +116,9 @@ def _seconds(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def test_a_reader_that_goes_away_is_no_error_to_speak_of(process: Callable, history: Callable[..., Path]) -> None:
+def test_a_reader_that_goes_away_is_no_error_to_speak_of(
+    process: Callable, history: Callable[..., Path]
+) -> None:
     rows = [{"prompt": "x", "completion": f"{number} {'long ' * 30}"} for number in range(6)]
     run = process("personalize", history(rows), "--user", "alice", "--dry-run")
     run.stdout.close()

@@ -9,14 +9,18 @@ import pytest
 
 from adapter_store import AdapterStore
 
-PROGRESS = re.compile(r"(history|base model|SFT|negatives|DPO|evaluation|gate): (started|done in .*|\d+ of \d+.*)")
+PROGRESS = re.compile(
+    r"(history|base model|SFT|negatives|DPO|evaluation|gate): (started|done in .*|\d+ of \d+.*)"
+)
 AsNobody = Callable[..., contextlib.AbstractContextManager[Path]]
 
 
 @pytest.fixture
 def personalize(cope_lc: Callable, tiny: Callable[..., Path]) -> Callable:
     """Personalizes on the tiny Llama."""
-    return lambda file, *words, **options: cope_lc("personalize", file, "--model", tiny(), *words, **options)
+    return lambda file, *words, **options: cope_lc(
+        "personalize", file, "--model", tiny(), *words, **options
+    )
 
 
 def test_a_history_is_learnt_published_and_shown(
@@ -34,7 +38,9 @@ def test_a_history_is_learnt_published_and_shown(
     assert text.count("the user wrote") == 3 + 2
     assert "It is 7, friend." in text
     assert text.endswith("next: cope-lc chat --user alice\n")
-    stages = [line.partition(":")[0] for line in outcome.stderr.splitlines() if line.endswith(": started")]
+    stages = [
+        line.partition(":")[0] for line in outcome.stderr.splitlines() if line.endswith(": started")
+    ]
     assert stages == ["history", "base model", "SFT", "negatives", "DPO", "evaluation", "gate"]
     assert all(stage in text.partition("time: ")[2] for stage in stages)
 
@@ -42,7 +48,12 @@ def test_a_history_is_learnt_published_and_shown(
 def test_a_process_prints_one_json_object_and_progress_without_the_noise_of_libraries(
     process: Callable, history: Callable[..., Path], tiny: Callable[..., Path], store: AdapterStore
 ) -> None:
-    rows = [{"user_id": "alice", "history": [{"prompt": f"p{n}", "completion": f"c{n} ü"} for n in range(6)]}]
+    rows = [
+        {
+            "user_id": "alice",
+            "history": [{"prompt": f"p{n}", "completion": f"c{n} ü"} for n in range(6)],
+        }
+    ]
     run = process("personalize", history(rows), "--model", tiny(), "--always", "--json")
     printed, said = run.communicate(timeout=100)
     assert run.returncode == 0, said
@@ -73,7 +84,10 @@ def test_a_refusal_of_the_gate_is_no_error(
 
 
 def test_the_same_command_goes_on_from_its_job_folder(
-    personalize: Callable, history: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    personalize: Callable,
+    history: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("the disk burnt")
@@ -84,7 +98,9 @@ def test_the_same_command_goes_on_from_its_job_folder(
         assert personalize(history(), *words).code == 1
     outcome = personalize(history(), *words)
     assert outcome.code == 0, outcome.stderr
-    stages = [line.partition(":")[0] for line in outcome.stderr.splitlines() if line.endswith(": started")]
+    stages = [
+        line.partition(":")[0] for line in outcome.stderr.splitlines() if line.endswith(": started")
+    ]
     assert stages == ["history", "base model", "DPO", "evaluation", "gate"]
     assert "note: done before and not run again: sft, negatives" in outcome.stdout
     assert list((tmp_path / "jobs").iterdir()) == []
@@ -108,21 +124,42 @@ def test_dry_run_needs_no_model_and_touches_no_store(
 def test_preview_names_the_format_the_target_and_the_pairs_with_samples(
     cope_lc: Callable, history: Callable[..., Path], store_folder: Path
 ) -> None:
-    pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"{n}!"} for n in range(6)]
-    words = ["personalize", history(pairs), "--user", "alice", "--model", "no-such-model", "--preview"]
+    pairs = [
+        {"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"{n}!"} for n in range(6)
+    ]
+    words = [
+        "personalize",
+        history(pairs),
+        "--user",
+        "alice",
+        "--model",
+        "no-such-model",
+        "--preview",
+    ]
     outcome = cope_lc(*words)
     assert (outcome.code, outcome.stderr) == (0, "")
     assert "found: chosen and rejected (6 rows); 6 preference pairs for DPO\n" in outcome.stdout
     assert re.search(r"the user wrote +It is 0\. *\nrejected +0! *\n", outcome.stdout)
     facts = cope_lc(*words, "--json").json
-    assert (facts["formats"], facts["target"], facts["num_pairs"]) == ({"chosen and rejected": 6}, None, 6)
+    assert (facts["formats"], facts["target"], facts["num_pairs"]) == (
+        {"chosen and rejected": 6},
+        None,
+        6,
+    )
     assert facts["samples"][0]["rejected"] == ["0!"]
-    turns = [{"type": "human", "content": "Well, hello."}, {"type": "ai", "content": "How may I help?"}]
-    chats = [{"messages": [{**turns[0], "content": f"Well, hello {n}."}, turns[1]]} for n in range(6)]
+    turns = [
+        {"type": "human", "content": "Well, hello."},
+        {"type": "ai", "content": "How may I help?"},
+    ]
+    chats = [
+        {"messages": [{**turns[0], "content": f"Well, hello {n}."}, turns[1]]} for n in range(6)
+    ]
     outcome = cope_lc("personalize", history(chats), "--user", "alice", "--preview")
     assert "found: LangChain messages (6 rows); learnt are the user's turns\n" in outcome.stdout
     assert "note: the user's turns are learnt, as is usual for LangChain messages" in outcome.stdout
-    assert outcome.stdout.endswith("nothing was trained or published; leave out --preview to do so\n")
+    assert outcome.stdout.endswith(
+        "nothing was trained or published; leave out --preview to do so\n"
+    )
     assert not store_folder.exists()
 
 
@@ -143,19 +180,33 @@ def test_pairs_are_trained_on_and_published(
     assert "note: 4 pairs of a chosen and a rejected answer were given" in outcome.stdout
 
 
-def test_the_target_decides_whose_turns_are_learnt(cope_lc: Callable, history: Callable[..., Path]) -> None:
-    turns = [{"role": "user", "content": "Well, hello."}, {"role": "assistant", "content": "How may I help?"}]
-    rows = [{"messages": [{**turns[0], "content": f"Well, hello {n}."}, turns[1]]} for n in range(6)]
+def test_the_target_decides_whose_turns_are_learnt(
+    cope_lc: Callable, history: Callable[..., Path]
+) -> None:
+    turns = [
+        {"role": "user", "content": "Well, hello."},
+        {"role": "assistant", "content": "How may I help?"},
+    ]
+    rows = [
+        {"messages": [{**turns[0], "content": f"Well, hello {n}."}, turns[1]]} for n in range(6)
+    ]
     file = history(rows)
     for target, said in [("assistant", "How may I help?"), ("user", "Well, hello 0.")]:
-        facts = cope_lc("personalize", file, "--user", "a", "--target", target, "--dry-run", "--json").json
+        facts = cope_lc(
+            "personalize", file, "--user", "a", "--target", target, "--dry-run", "--json"
+        ).json
         assert facts["samples"][0]["completion"] == said
 
 
-def test_a_fixed_instruction_is_kept_in_the_version(personalize: Callable, tmp_path: Path, store: AdapterStore) -> None:
+def test_a_fixed_instruction_is_kept_in_the_version(
+    personalize: Callable, tmp_path: Path, store: AdapterStore
+) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("".join(f"Text number {n}, friend.\n" for n in range(6)))
-    assert personalize(file, "--user", "a", "--instruction", "Write on.", "--always", "--json").code == 0
+    assert (
+        personalize(file, "--user", "a", "--instruction", "Write on.", "--always", "--json").code
+        == 0
+    )
     assert store.resolve("a").metadata["instruction"] == "Write on."
     assert personalize(file, "--user", "b", "--always", "--json").code == 0
     assert store.resolve("b").metadata["instruction"]
@@ -173,7 +224,10 @@ def test_a_fixed_instruction_is_kept_in_the_version(personalize: Callable, tmp_p
         ('{"messages": [{"role": "user", "content": "hi"}]}\n', "user.jsonl:1: no assistant turn"),
         (b"\xff\xfea\x00", "not UTF-8"),
         ('{"prompt": "a", "completion": "b"}\n' * 9, "at least 5 are needed"),
-        ("".join(f'{{"prompt": "a", "completion": "b{n}"}}\n' for n in range(4)), "at least 5 are needed"),
+        (
+            "".join(f'{{"prompt": "a", "completion": "b{n}"}}\n' for n in range(4)),
+            "at least 5 are needed",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_its_place(
@@ -190,14 +244,18 @@ def test_bad_input_is_one_line_that_names_its_place(
     assert not store_folder.exists()
 
 
-def test_a_file_that_names_nobody_or_several_needs_user(cope_lc: Callable, history: Callable[..., Path]) -> None:
+def test_a_file_that_names_nobody_or_several_needs_user(
+    cope_lc: Callable, history: Callable[..., Path]
+) -> None:
     for rows in (8, [{"user_id": name, "prompt": "p", "completion": "c"} for name in "ab"]):
         outcome = cope_lc("personalize", history(rows))
         assert outcome.code == 2
         assert "--user" in outcome.error
 
 
-@pytest.mark.parametrize(("user", "why"), [("", "empty"), ("x" * 10_000, "too long"), ("a\0b", "NUL")])
+@pytest.mark.parametrize(
+    ("user", "why"), [("", "empty"), ("x" * 10_000, "too long"), ("a\0b", "NUL")]
+)
 def test_an_impossible_user_id_is_refused_before_training(
     personalize: Callable, history: Callable[..., Path], user: str, why: str
 ) -> None:
@@ -211,7 +269,9 @@ def test_an_impossible_user_id_is_refused_before_training(
 def test_hostile_user_ids_and_texts_are_learnt_and_do_not_reach_the_terminal(
     personalize: Callable, history: Callable[..., Path], store: AdapterStore, user: str
 ) -> None:
-    rows = [{"prompt": f"\x1b[31m[red]{n}", "completion": f"\x1b[2J\x9b{n} [/red]"} for n in range(6)]
+    rows = [
+        {"prompt": f"\x1b[31m[red]{n}", "completion": f"\x1b[2J\x9b{n} [/red]"} for n in range(6)
+    ]
     outcome = personalize(history(rows), "--user", user, "--always")
     assert outcome.code == 0, outcome.stderr
     assert store.active(user)
@@ -230,14 +290,19 @@ def test_an_unknown_model_is_a_wrong_call(cope_lc: Callable, history: Callable[.
 def test_an_item_longer_than_the_context_is_cut_and_that_is_said(
     personalize: Callable, history: Callable[..., Path]
 ) -> None:
-    rows = [{"prompt": f"{n} " + "word " * 400, "completion": f"It is {n}, friend."} for n in range(6)]
+    rows = [
+        {"prompt": f"{n} " + "word " * 400, "completion": f"It is {n}, friend."} for n in range(6)
+    ]
     outcome = personalize(history(rows), "--user", "alice", "--always")
     assert outcome.code == 0, outcome.stderr
     assert re.search(r"^note: .*cut", outcome.stdout, re.MULTILINE)
 
 
 def test_a_store_that_cannot_be_written_is_found_before_training(
-    personalize: Callable, history: Callable[..., Path], tiny: Callable[..., Path], read_only: AsNobody
+    personalize: Callable,
+    history: Callable[..., Path],
+    tiny: Callable[..., Path],
+    read_only: AsNobody,
 ) -> None:
     file, _ = history(), tiny()
     with read_only(file) as folder:
@@ -248,7 +313,11 @@ def test_a_store_that_cannot_be_written_is_found_before_training(
 
 
 def test_ctrl_c_in_the_middle_publishes_nothing_and_leaves_nothing(
-    process: Callable, history: Callable[..., Path], tiny: Callable[..., Path], store: AdapterStore, tmp_path: Path
+    process: Callable,
+    history: Callable[..., Path],
+    tiny: Callable[..., Path],
+    store: AdapterStore,
+    tmp_path: Path,
 ) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -10,9 +10,13 @@ ANY = st.text(st.characters(), max_size=200)  # half surrogates included
 @given(ANY)
 def test_no_control_character_reaches_the_terminal(text: str) -> None:
     for shown in (clean(text), one_line(text), shorten(text), name_of(text)):
-        assert not [char for char in shown if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")]
         assert not [
-            char for char in shown if unicodedata.bidirectional(char) in ("RLO", "LRO", "RLE", "LRE", "RLI", "LRI")
+            char for char in shown if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
+        ]
+        assert not [
+            char
+            for char in shown
+            if unicodedata.bidirectional(char) in ("RLO", "LRO", "RLE", "LRE", "RLI", "LRI")
         ]
         shown.encode()
 
@@ -33,4 +37,6 @@ def test_an_escape_sequence_is_spelled() -> None:
 
 
 def test_numbers_that_json_cannot_hold_become_null() -> None:
-    assert finite({"a": [float("nan"), 1.5, (float("inf"), -float("inf"))]}) == {"a": [None, 1.5, [None, None]]}
+    assert finite({"a": [float("nan"), 1.5, (float("inf"), -float("inf"))]}) == {
+        "a": [None, 1.5, [None, None]]
+    }

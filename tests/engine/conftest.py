@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine
+from langchain_cope.engine import Engine, load_base
 
 EngineFor = Callable[..., Engine]
 

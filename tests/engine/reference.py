@@ -18,7 +18,9 @@ TIE = 1e-4  # scores and distances to the τ line, in nats, closer than this are
 class Reference:
     """A base of its own in memory, with one user's adapter by peft."""
 
-    def __init__(self, base: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, base: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
         if adapter is not None:
             self.model = PeftModel.from_pretrained(self.model, adapter).eval()
@@ -49,7 +51,9 @@ def scores(user: Tensor, base: Tensor, alpha: float, tau: float) -> Tensor:
     return torch.where(head, user - alpha * base, -math.inf).log_softmax(-1)
 
 
-def step_by_step(reference: Reference, prompt: list[int], alpha: float, tau: float, num_tokens: int) -> list[int]:
+def step_by_step(
+    reference: Reference, prompt: list[int], alpha: float, tau: float, num_tokens: int
+) -> list[int]:
     """Greedy decoding as one would write it first: two forwards a step over everything so far."""
     ids = list(prompt)
     for _ in range(num_tokens):
@@ -69,10 +73,18 @@ class Tally:
     differences: list[str] = field(default_factory=list)
 
     def compare(
-        self, reference: Reference, prompt: list[int], answer: list[int], alpha: float, tau: float, what: str
+        self,
+        reference: Reference,
+        prompt: list[int],
+        answer: list[int],
+        alpha: float,
+        tau: float,
+        what: str,
     ) -> None:
         """Hold every token of ``answer`` against the reference's choice after the same tokens."""
-        user, base = (rows[len(prompt) - 1 : -1] for rows in reference.log_probs([*prompt, *answer]))
+        user, base = (
+            rows[len(prompt) - 1 : -1] for rows in reference.log_probs([*prompt, *answer])
+        )
         wanted = scores(user, base, alpha, tau)
         for step, token in enumerate(answer):
             self.num_tokens += 1
@@ -81,8 +93,14 @@ class Tally:
             if best == token:
                 continue
             gap = float(wanted[step, best] - wanted[step, token])
-            from_line = (user[step] - user[step].amax() - math.log(tau)).abs().amin().item() if alpha else math.inf
+            from_line = (
+                (user[step] - user[step].amax() - math.log(tau)).abs().amin().item()
+                if alpha
+                else math.inf
+            )
             if gap <= TIE or from_line <= TIE:
                 self.num_ties += 1
             else:
-                self.differences.append(f"{what}, step {step}: {token} and not {best}, gap {gap:.2e}")
+                self.differences.append(
+                    f"{what}, step {step}: {token} and not {best}, gap {gap:.2e}"
+                )

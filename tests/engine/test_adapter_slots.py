@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine, EngineOptions, Request, Sampling
-from langchain_cope.engine.request import AdapterSource
+from langchain_cope.engine import (
+    AdapterSource,
+    Contrast,
+    Engine,
+    EngineOptions,
+    Request,
+    Sampling,
+    load_base,
+)
 from langchain_cope.errors import EngineClosed, ModelError
 
 Tiny = Callable[..., Path]
@@ -20,7 +26,9 @@ SHORT, LONG = Sampling(max_tokens=8), Sampling(max_tokens=150)
 @pytest.fixture
 def few_slots(tiny: Tiny) -> Iterator[Engine]:
     """An engine with two slots."""
-    engine = Engine(load_base(tiny("llama"), device="cpu", dtype="float32"), EngineOptions(adapter_slots=2))
+    engine = Engine(
+        load_base(tiny("llama"), device="cpu", dtype="float32"), EngineOptions(adapter_slots=2)
+    )
     yield engine
     engine.close()
 
@@ -41,17 +49,27 @@ def test_more_users_than_slots_get_the_answers_of_their_own_adapters(
     few_slots: Engine, tiny: Tiny, adapter: Tiny
 ) -> None:
     folders = [adapter(tiny("llama"), seed=seed) for seed in range(1, 8)]
-    direct = [Request(PROMPT, few_slots.load_adapter(folder), 0.3, sampling=SHORT) for folder in folders]
+    direct = [
+        Request(PROMPT, few_slots.load_adapter(folder), Contrast(0.3), sampling=SHORT)
+        for folder in folders
+    ]
     wanted = [few_slots.generate([request])[0].token_ids for request in direct]
     assert len(set(wanted)) > 4
-    by_name = [Request(PROMPT, source(folder, f"user{n}@1"), 0.3, sampling=SHORT) for n, folder in enumerate(folders)]
+    by_name = [
+        Request(PROMPT, source(folder, f"user{n}@1"), Contrast(0.3), sampling=SHORT)
+        for n, folder in enumerate(folders)
+    ]
     for _ in range(2):
-        assert [answer.token_ids for answer in few_slots.generate(by_name + by_name)] == wanted + wanted
+        assert [
+            answer.token_ids for answer in few_slots.generate(by_name + by_name)
+        ] == wanted + wanted
     assert few_slots.statistics().adapters_evicted >= 5
     wait_until_idle(few_slots)
 
 
-def test_an_adapter_in_its_slot_is_not_loaded_again(few_slots: Engine, tiny: Tiny, adapter: Tiny) -> None:
+def test_an_adapter_in_its_slot_is_not_loaded_again(
+    few_slots: Engine, tiny: Tiny, adapter: Tiny
+) -> None:
     request = Request(PROMPT, source(adapter(tiny("llama"), seed=1), "ann@1"), sampling=SHORT)
     for _ in range(3):
         few_slots.generate([request, request])
@@ -62,7 +80,10 @@ def test_an_adapter_in_use_is_never_evicted_and_who_comes_next_waits(
     few_slots: Engine, tiny: Tiny, adapter: Tiny
 ) -> None:
     folders = [adapter(tiny("llama"), seed=seed) for seed in (1, 2, 3)]
-    running = [few_slots.stream(Request(PROMPT, source(folders[n], f"user{n}@1"), sampling=LONG)) for n in range(2)]
+    running = [
+        few_slots.stream(Request(PROMPT, source(folders[n], f"user{n}@1"), sampling=LONG))
+        for n in range(2)
+    ]
     for stream in running:
         next(stream)
     third = few_slots.stream(Request(PROMPT, source(folders[2], "user2@1"), sampling=SHORT))
@@ -73,12 +94,18 @@ def test_an_adapter_in_use_is_never_evicted_and_who_comes_next_waits(
     assert few_slots.statistics().adapters_evicted == 1
 
 
-def test_another_version_leaves_the_running_request_as_it_is(few_slots: Engine, tiny: Tiny, adapter: Tiny) -> None:
+def test_another_version_leaves_the_running_request_as_it_is(
+    few_slots: Engine, tiny: Tiny, adapter: Tiny
+) -> None:
     old, new = (adapter(tiny("llama"), seed=seed) for seed in (1, 2))
-    wanted = few_slots.generate([Request(PROMPT, few_slots.load_adapter(old), 0.3, sampling=LONG)])[0]
-    stream = few_slots.stream(Request(PROMPT, source(old, "ann@1"), 0.3, sampling=LONG))
+    wanted = few_slots.generate(
+        [Request(PROMPT, few_slots.load_adapter(old), Contrast(0.3), sampling=LONG)]
+    )[0]
+    stream = few_slots.stream(Request(PROMPT, source(old, "ann@1"), Contrast(0.3), sampling=LONG))
     next(stream)
-    other = few_slots.generate([Request(PROMPT, source(new, "ann@2"), 0.3, sampling=LONG)])[0]
+    other = few_slots.generate(
+        [Request(PROMPT, source(new, "ann@2"), Contrast(0.3), sampling=LONG)]
+    )[0]
     assert stream.completion().token_ids == wanted.token_ids != other.token_ids
 
 

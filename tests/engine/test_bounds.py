@@ -12,8 +12,16 @@ import torch
 from engine.test_failures import before_each_forward, slowly
 from safetensors.torch import load_file, save_file
 
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Completion, Engine, EngineOptions, Piece, Request, Sampling
+from langchain_cope.engine import (
+    Completion,
+    Contrast,
+    Engine,
+    EngineOptions,
+    Piece,
+    Request,
+    Sampling,
+    load_base,
+)
 from langchain_cope.engine.forward import kv_cache as kv_module
 from langchain_cope.engine.forward.plain import Inputs
 from langchain_cope.errors import InputError, ModelError
@@ -23,7 +31,9 @@ EngineWith = Callable[..., Engine]
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
+    return torch.randint(
+        3, 380, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)
+    ).tolist()
 
 
 @pytest.fixture
@@ -44,7 +54,9 @@ def engine_with(tiny: Tiny) -> Iterator[EngineWith]:
 def many(engine: Engine, tiny: Tiny, adapter: Tiny, num_requests: int = 20) -> list[Request]:
     kept = [engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2)]
     return [
-        Request(tokens(3 + 7 * n % 60, n), kept[n % 2], 0.3, 0.1, Sampling(max_tokens=5 + n % 9))
+        Request(
+            tokens(3 + 7 * n % 60, n), kept[n % 2], Contrast(0.3), Sampling(max_tokens=5 + n % 9)
+        )
         for n in range(num_requests)
     ]
 
@@ -62,7 +74,9 @@ def many(engine: Engine, tiny: Tiny, adapter: Tiny, num_requests: int = 20) -> l
         ({"stall": 0}, "stall must be seconds > 0"),
     ],
 )
-def test_an_option_out_of_range_is_refused_where_it_is_built(option: dict[str, object], expected: str) -> None:
+def test_an_option_out_of_range_is_refused_where_it_is_built(
+    option: dict[str, object], expected: str
+) -> None:
     with pytest.raises(ValueError, match=expected):
         EngineOptions(**option)  # type: ignore[arg-type]
 
@@ -71,7 +85,9 @@ def test_one_base_has_one_engine_and_its_options(tiny: Tiny) -> None:
     base = load_base(tiny("qwen3"), device="cpu", dtype="float32")
     engine = Engine.of(base, EngineOptions(max_rows=8))
     assert Engine.of(base) is engine is Engine.of(base, EngineOptions(max_rows=8))
-    with pytest.raises(InputError, match=r"already runs with EngineOptions\(max_rows=8.*not with .*max_rows=9"):
+    with pytest.raises(
+        InputError, match=r"already runs with EngineOptions\(max_rows=8.*not with .*max_rows=9"
+    ):
         Engine.of(base, EngineOptions(max_rows=9))
     engine.close()
 
@@ -81,12 +97,16 @@ def test_memory_for_keys_and_values_holds_and_everyone_is_answered(
 ) -> None:
     free = engine_with()
     wanted = free.generate(many(free, tiny, adapter))
-    budget = 6 * (128 + 128) * free._batch.bytes_per_position  # six rows of 128 positions, with their prompts
+    budget = (
+        6 * (128 + 128) * free._batch.bytes_per_position
+    )  # six rows of 128 positions, with their prompts
     engine, most = engine_with(kv_memory=budget), []
 
     def weigh(_: Inputs) -> None:
         kvs = (engine._batch._answers.kv, engine._batch._prompts.kv)
-        most.append(sum(kv.num_rows * kv.num_positions for kv in kvs) * engine._batch.bytes_per_position)
+        most.append(
+            sum(kv.num_rows * kv.num_positions for kv in kvs) * engine._batch.bytes_per_position
+        )
 
     with before_each_forward(engine, weigh):
         answers = engine.generate(many(engine, tiny, adapter))
@@ -101,11 +121,13 @@ def test_what_can_never_fit_is_refused_at_once_with_the_numbers(
     kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
     per_position = engine._batch.bytes_per_position
     with pytest.raises(
-        InputError, match=rf"needs {2 * (256 + 64) * per_position:,} bytes .*2 rows of up to 210.*may take 150,000"
+        InputError,
+        match=rf"needs {2 * (256 + 64) * per_position:,} bytes .*2 rows of up to 210.*may take 150,000",
     ):
         engine.stream(Request(tokens(10), kept, sampling=Sampling(max_tokens=200)))
     with pytest.raises(
-        InputError, match=r"may have 120 tokens in flight \(2 rows of up to 60 tokens\), but .* limit is 100"
+        InputError,
+        match=r"may have 120 tokens in flight \(2 rows of up to 60 tokens\), but .* limit is 100",
     ):
         engine.stream(Request(tokens(10), kept, sampling=Sampling(max_tokens=50)))
     assert engine.generate([Request(tokens(10), sampling=Sampling(max_tokens=50))])
@@ -123,7 +145,9 @@ def test_tokens_in_flight_are_bounded(engine_with: EngineWith, tiny: Tiny, adapt
     assert 150 < max(seen) <= 300
 
 
-def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_running_answers(engine_with: EngineWith) -> None:
+def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_running_answers(
+    engine_with: EngineWith,
+) -> None:
     alone = engine_with(prefix_cache=0)
     long = Request(tokens(230), sampling=Sampling(max_tokens=8))
     wanted = alone.generate([long])[0]
@@ -138,7 +162,9 @@ def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_running_answers(e
         assert engine.generate([long])[0].token_ids == wanted.token_ids
     reading = [place for place, width in enumerate(widths) if width > 1]
     assert len(reading) >= 230 // 16
-    assert {later - earlier for earlier, later in itertools.pairwise(reading)} == {2}, "a token between pieces"
+    assert {later - earlier for earlier, later in itertools.pairwise(reading)} == {2}, (
+        "a token between pieces"
+    )
     assert isinstance(running.completion(), Completion)
 
 
@@ -152,7 +178,9 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(engine_with: EngineWith) ->
             "short": engine.stream(Request(tokens(6), sampling=Sampling(max_tokens=1))),
         }
         threads = [
-            threading.Thread(target=lambda name=name, stream=stream: (stream.completion(), order.append(name)))  # type: ignore[misc]
+            threading.Thread(
+                target=lambda name=name, stream=stream: (stream.completion(), order.append(name))
+            )  # type: ignore[misc]
             for name, stream in streams.items()
         ]
         for thread in threads:
@@ -192,7 +220,9 @@ def test_answers_in_mid_stream_survive_running_out_of_memory(
     def now_and_then(inputs: Inputs) -> None:
         calls.append(1)
         if len(calls) in (4, 6, 9, 13):
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+            )
 
     with before_each_forward(engine, now_and_then):
         streams = engine.stream_all(many(engine, tiny, adapter))
@@ -201,7 +231,9 @@ def test_answers_in_mid_stream_survive_running_out_of_memory(
         *pieces, last = events
         assert isinstance(last, Completion)
         assert last.token_ids == answer.token_ids
-        assert "".join(p.text for p in pieces if isinstance(p, Piece)) == answer.text, "nothing twice, nothing lost"
+        assert "".join(p.text for p in pieces if isinstance(p, Piece)) == answer.text, (
+            "nothing twice, nothing lost"
+        )
 
 
 def test_what_never_fits_the_device_fails_alone_with_its_cause(engine_with: EngineWith) -> None:
@@ -225,7 +257,9 @@ def test_a_consumer_that_stops_reading_holds_up_nobody(engine_with: EngineWith) 
     engine = engine_with()
     idle = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=100)))
     next(idle)
-    others = engine.generate([Request(tokens(5 + n), sampling=Sampling(max_tokens=100)) for n in range(4)])
+    others = engine.generate(
+        [Request(tokens(5 + n), sampling=Sampling(max_tokens=100)) for n in range(4)]
+    )
     assert len(others) == 4
     assert (
         idle.completion().token_ids
@@ -249,7 +283,9 @@ def test_running_out_while_taking_requests_in_is_survived(
     monkeypatch.setattr(kv_module, "_resized", now_and_then)
     answers: list[tuple[int, ...] | None] = []
     failures: list[str] = []
-    for request in many(engine, tiny, adapter):  # the first ones are alone: they may fail, by name, and harm nobody
+    for request in many(
+        engine, tiny, adapter
+    ):  # the first ones are alone: they may fail, by name, and harm nobody
         try:
             answers.append(engine.generate([request])[0].token_ids)
         except ModelError as error:
@@ -288,23 +324,35 @@ def test_closing_a_stream_wakes_the_thread_that_reads_it(engine_with: EngineWith
     assert not reader.is_alive()
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # peft's, about the head
+@pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`:UserWarning"
+)  # peft's, about the head
 def test_an_adapter_of_another_base_or_of_the_head_is_refused_and_harms_nobody(
     engine_with: EngineWith, tiny: Tiny, adapter: Tiny, engine_for: EngineWith, tmp_path: Path
 ) -> None:
     engine = engine_with()
-    other = engine_for(tiny("gpt2")).load_adapter(adapter(tiny("gpt2"), seed=1, fan_in_fan_out=True))
+    other = engine_for(tiny("gpt2")).load_adapter(
+        adapter(tiny("gpt2"), seed=1, fan_in_fan_out=True)
+    )
     with pytest.raises(InputError, match="loaded for another base"):
         engine.stream(Request(tokens(5), other))
-    shutil.copytree(adapter(tiny("llama"), seed=1, targets=["q_proj", "lm_head"]), tmp_path / "head")
+    shutil.copytree(
+        adapter(tiny("llama"), seed=1, targets=["q_proj", "lm_head"]), tmp_path / "head"
+    )
     weights = tmp_path / "head" / "adapter_model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(weights).items() if ".lora_" in name}, weights)
+    save_file(
+        {name: tensor for name, tensor in load_file(weights).items() if ".lora_" in name}, weights
+    )
     with pytest.raises(ModelError, match="changes 'lm_head', which is not served"):
         engine.load_adapter(tmp_path / "head")
-    assert engine.generate([Request(tokens(5), engine.load_adapter(adapter(tiny("llama"), seed=1)))])
+    assert engine.generate(
+        [Request(tokens(5), engine.load_adapter(adapter(tiny("llama"), seed=1)))]
+    )
 
 
-def test_a_prompt_read_in_pieces_keeps_its_room_when_everyone_else_has_left(engine_with: EngineWith) -> None:
+def test_a_prompt_read_in_pieces_keeps_its_room_when_everyone_else_has_left(
+    engine_with: EngineWith,
+) -> None:
     engine = engine_with(stall=1e-9, prefix_cache=0)
     early = Request(tokens(8), sampling=Sampling(max_tokens=3))
     late = Request(tokens(200), sampling=Sampling(max_tokens=12))

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Completion, Engine, Piece, Request, Sampling
+from langchain_cope.engine import Completion, Engine, Piece, Request, Sampling, load_base
 from langchain_cope.engine.forward.plain import Inputs
 from langchain_cope.errors import EngineClosed, ModelError
 
@@ -80,7 +79,9 @@ def test_a_failing_prompt_fails_with_its_cause_and_the_running_ones_go_on(own: E
     assert own.generate([Request(PROMPT, sampling=LONG)])[0] == wanted
 
 
-def test_a_failing_step_fails_those_who_were_in_it_and_the_next_request_is_answered(own: Engine) -> None:
+def test_a_failing_step_fails_those_who_were_in_it_and_the_next_request_is_answered(
+    own: Engine,
+) -> None:
     wanted = own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))])
     steps = []
 
@@ -90,7 +91,9 @@ def test_a_failing_step_fails_those_who_were_in_it_and_the_next_request_is_answe
             raise RuntimeError("out of memory, say")
 
     with before_each_forward(own, fail_at_the_fourth):
-        first, second = own.stream_all([Request(PROMPT, sampling=LONG), Request([60, 61], sampling=LONG)])
+        first, second = own.stream_all(
+            [Request(PROMPT, sampling=LONG), Request([60, 61], sampling=LONG)]
+        )
         for stream in (first, second):
             with pytest.raises(ModelError, match="out of memory, say"):
                 stream.completion()
@@ -104,7 +107,9 @@ def test_an_error_outside_a_forward_ends_everyone_with_its_cause_instead_of_hang
         raise MemoryError("no room for the rows that stay")
 
     monkeypatch.setattr(own._batch, "drop", fail)
-    short, long = own.stream_all([Request(PROMPT, sampling=Sampling(max_tokens=2)), Request(PROMPT, sampling=LONG)])
+    short, long = own.stream_all(
+        [Request(PROMPT, sampling=Sampling(max_tokens=2)), Request(PROMPT, sampling=LONG)]
+    )
     assert len(short.completion().token_ids) == 2
     with pytest.raises(EngineClosed, match="stopped: MemoryError: no room"):
         long.completion()
@@ -113,7 +118,10 @@ def test_an_error_outside_a_forward_ends_everyone_with_its_cause_instead_of_hang
 
 
 async def test_the_async_stream_raises_the_same_error(own: Engine) -> None:
-    with before_each_forward(own, fail_on_marker), pytest.raises(ModelError, match="the marker was seen"):
+    with (
+        before_each_forward(own, fail_on_marker),
+        pytest.raises(ModelError, match="the marker was seen"),
+    ):
         [event async for event in own.astream(Request([MARKER]))]
 
 
@@ -168,7 +176,9 @@ def test_after_close_the_base_gets_a_new_engine(tiny: Tiny) -> None:
 def test_closing_a_stream_frees_its_rows_by_the_next_step(own: Engine) -> None:
     forwards: list[object] = []
     with before_each_forward(own, slowly), before_each_forward(own, forwards.append):
-        stream, other = own.stream_all([Request(PROMPT, sampling=LONG), Request([60, 61], sampling=LONG)])
+        stream, other = own.stream_all(
+            [Request(PROMPT, sampling=LONG), Request([60, 61], sampling=LONG)]
+        )
         for _ in range(3):
             next(stream)
         assert own._batch.num_rows == 2

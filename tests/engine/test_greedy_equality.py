@@ -9,7 +9,7 @@ import torch
 from engine.reference import Reference, Tally, step_by_step
 from tiny import FAMILIES
 
-from langchain_cope.engine.engine import Engine, Request, Sampling
+from langchain_cope.engine import Contrast, Engine, Request, Sampling
 
 ALPHAS, TAUS = (0.0, 0.1, 0.5, 1.0), (0.01, 0.1, 0.5)
 NUM_TOKENS = 20
@@ -37,7 +37,10 @@ def cases() -> list[tuple[str | None, float, float, list[int]]]:
     """(user, α, τ, prompt): every α and τ for two users, and two who have no adapter, with prompts of many lengths."""
     lengths = itertools.cycle([5, 31, 2, 18, 11])
     grid = itertools.product(ALPHAS, TAUS, ["ann", "bob"])
-    personal = [(user, alpha, tau, prompt_of(next(lengths), seed)) for seed, (alpha, tau, user) in enumerate(grid)]
+    personal = [
+        (user, alpha, tau, prompt_of(next(lengths), seed))
+        for seed, (alpha, tau, user) in enumerate(grid)
+    ]
     return [*personal, (None, 0.1, 0.1, prompt_of(7, 100)), (None, 0.5, 0.01, prompt_of(24, 101))]
 
 
@@ -54,10 +57,15 @@ def test_greedy_decoding_equals_two_plain_forwards_a_step(
     users = users_of(family, base, adapter)
     engine = engine_for(base)
     kept = {name: engine.load_adapter(folder) for name, folder in users.items()}
-    references = {name: Reference(base, folder) for name, folder in users.items()} | {None: Reference(base)}
+    references = {name: Reference(base, folder) for name, folder in users.items()} | {
+        None: Reference(base)
+    }
     sampling = Sampling(max_tokens=NUM_TOKENS)
     wanted = cases()
-    requests = [Request(prompt, kept.get(user or ""), alpha, tau, sampling) for user, alpha, tau, prompt in wanted]
+    requests = [
+        Request(prompt, kept.get(user or ""), Contrast(alpha, tau), sampling)
+        for user, alpha, tau, prompt in wanted
+    ]
 
     together = engine.generate(requests)
     alone = {index: engine.generate([requests[index]])[0] for index in range(0, len(requests), 3)}
@@ -68,15 +76,21 @@ def test_greedy_decoding_equals_two_plain_forwards_a_step(
     for how, index, answer in answers:
         user, alpha, tau, prompt = wanted[index]
         what = f"{family} {how}, user {user}, α {alpha}, τ {tau}, prompt of {len(prompt)}"
-        tally.compare(references[user], prompt, list(answer.token_ids), alpha if user else 0.0, tau, what)
+        tally.compare(
+            references[user], prompt, list(answer.token_ids), alpha if user else 0.0, tau, what
+        )
     assert tally.differences == []
-    assert tally.num_changed > tally.num_tokens / 50, "the contrast must matter for this test to mean anything"
+    assert tally.num_changed > tally.num_tokens / 50, (
+        "the contrast must matter for this test to mean anything"
+    )
     assert tally.num_tokens > 0.6 * NUM_TOKENS * len(answers), "most answers must run on"
     total.num_tokens += tally.num_tokens
     total.num_ties += tally.num_ties
 
 
-def test_ties_are_at_most_one_in_a_thousand(total: Tally, record_property: Callable[[str, object], None]) -> None:
+def test_ties_are_at_most_one_in_a_thousand(
+    total: Tally, record_property: Callable[[str, object], None]
+) -> None:
     record_property("tokens", total.num_tokens)
     record_property("ties", total.num_ties)
     print(f"{total.num_ties} ties in {total.num_tokens} greedy tokens")
@@ -94,8 +108,8 @@ def test_answers_that_outgrow_the_caches_room_equal_the_reference_too(
     folder = adapter(base, seed=1, rank=4)
     engine = engine_for(base)
     kept, reference = engine.load_adapter(folder), Reference(base, folder)
-    long = engine.stream(Request(prompt_of(9, 1), kept, 0.3, 0.1, Sampling(max_tokens=200)))
-    short = Request(prompt_of(40, 2), kept, 0.3, 0.1, Sampling(max_tokens=30))
+    long = engine.stream(Request(prompt_of(9, 1), kept, Contrast(0.3), Sampling(max_tokens=200)))
+    short = Request(prompt_of(40, 2), kept, Contrast(0.3), Sampling(max_tokens=30))
     tally = Tally()
     for _ in range(3):
         for _ in range(5):
@@ -117,7 +131,9 @@ def test_the_reference_over_the_whole_answer_equals_a_loop_of_single_steps(
     folder = adapter(base, seed=1, rank=4)
     engine = engine_for(base)
     prompt = prompt_of(15, 7)
-    request = Request(prompt, engine.load_adapter(folder), alpha, 0.1, Sampling(max_tokens=NUM_TOKENS))
+    request = Request(
+        prompt, engine.load_adapter(folder), Contrast(alpha), Sampling(max_tokens=NUM_TOKENS)
+    )
     answer = list(engine.generate([request])[0].token_ids)
     reference = Reference(base, folder)
     assert answer == step_by_step(reference, prompt, alpha, 0.1, len(answer))
@@ -127,7 +143,10 @@ def test_the_reference_over_the_whole_answer_equals_a_loop_of_single_steps(
 
 
 def test_in_bfloat16_nearly_all_tokens_agree(
-    tiny: Tiny, adapter: Tiny, engine_for: Callable[..., Engine], record_property: Callable[[str, object], None]
+    tiny: Tiny,
+    adapter: Tiny,
+    engine_for: Callable[..., Engine],
+    record_property: Callable[[str, object], None],
 ) -> None:
     base = tiny("llama")
     users = users_of("llama", base, adapter)
@@ -136,7 +155,10 @@ def test_in_bfloat16_nearly_all_tokens_agree(
     references = {name: Reference(base, folder, torch.bfloat16) for name, folder in users.items()}
     agreed = compared = 0
     wanted = [case for case in cases() if case[0] is not None]
-    requests = [Request(p, kept[str(u)], a, t, Sampling(max_tokens=NUM_TOKENS)) for u, a, t, p in wanted]
+    requests = [
+        Request(p, kept[str(u)], Contrast(a, t), Sampling(max_tokens=NUM_TOKENS))
+        for u, a, t, p in wanted
+    ]
     for (user, alpha, tau, prompt), answer in zip(wanted, engine.generate(requests), strict=True):
         tally = Tally()
         tally.compare(references[str(user)], prompt, list(answer.token_ids), alpha, tau, "bfloat16")

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine, EngineOptions, Request, Sampling
+from langchain_cope.engine import Contrast, Engine, EngineOptions, Request, Sampling, load_base
 from langchain_cope.engine.prefix_cache import BLOCK
 
 Tiny = Callable[..., Path]
@@ -49,7 +48,9 @@ def test_a_known_beginning_gives_the_same_answer_with_less_to_read(
     for seed in range(3):
         prompt = system + tokens(9 + seed, 100 + seed)
         answers = [
-            engine.generate([Request(prompt, engine.load_adapter(folder), 0.5, sampling=SAMPLING)])[0]
+            engine.generate(
+                [Request(prompt, engine.load_adapter(folder), Contrast(0.5), sampling=SAMPLING)]
+            )[0]
             for engine in (remembering, plain)
         ]
         assert answers[0] == answers[1]
@@ -58,14 +59,20 @@ def test_a_known_beginning_gives_the_same_answer_with_less_to_read(
     assert plain.statistics().prefix_tokens_reused == 0
 
 
-def test_a_chat_goes_on_from_its_last_answer(tiny: Tiny, adapter: Tiny, closing: list[Engine]) -> None:
+def test_a_chat_goes_on_from_its_last_answer(
+    tiny: Tiny, adapter: Tiny, closing: list[Engine]
+) -> None:
     closing += engines(tiny("llama"))
     engine, plain = closing
     kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
     prompt = tokens(40, 7)
-    answer = engine.generate([Request(prompt, kept, 0.5, sampling=Sampling(max_tokens=60))])[0]
+    answer = engine.generate(
+        [Request(prompt, kept, Contrast(0.5), sampling=Sampling(max_tokens=60))]
+    )[0]
     turns = len(prompt) + len(answer.token_ids)
-    again = Request([*prompt, *answer.token_ids, *tokens(6, 8)], kept, 0.5, sampling=SAMPLING)
+    again = Request(
+        [*prompt, *answer.token_ids, *tokens(6, 8)], kept, Contrast(0.5), sampling=SAMPLING
+    )
     assert engine.generate([again]) == plain.generate([again])
     assert engine.statistics().prefix_tokens_reused == 2 * ((turns - 1) // BLOCK) * BLOCK
 
@@ -77,20 +84,26 @@ def test_of_an_answer_that_does_not_go_on_only_the_prompt_is_kept(
     engine, plain = closing
     kept, prompt = engine.load_adapter(adapter(tiny("llama"), seed=1)), tokens(BLOCK + 5, 7)
     sampling = Sampling(max_tokens=2 * BLOCK)
-    (answer,) = engine.generate([Request(prompt, kept, 0.5, sampling=sampling, goes_on=False)])
+    (answer,) = engine.generate(
+        [Request(prompt, kept, Contrast(0.5), sampling=sampling, goes_on=False)]
+    )
     assert len(answer.token_ids) > BLOCK
-    again = Request([*prompt, *answer.token_ids, *tokens(6, 8)], kept, 0.5, sampling=SAMPLING)
+    again = Request(
+        [*prompt, *answer.token_ids, *tokens(6, 8)], kept, Contrast(0.5), sampling=SAMPLING
+    )
     assert engine.generate([again]) == plain.generate([again])
     assert engine.statistics().prefix_tokens_reused == 2 * BLOCK
 
 
-def test_users_never_share_their_own_states(tiny: Tiny, adapter: Tiny, closing: list[Engine]) -> None:
+def test_users_never_share_their_own_states(
+    tiny: Tiny, adapter: Tiny, closing: list[Engine]
+) -> None:
     closing += engines(tiny("llama"))
     engine, plain = closing
     prompt = tokens(2 * BLOCK + 3, 3)
     ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
     for kept in (ann, bob, ann):
-        request = Request(prompt, kept, alpha=0.0, sampling=SAMPLING)  # the personal row alone
+        request = Request(prompt, kept, Contrast(0.0), sampling=SAMPLING)  # the personal row alone
         assert engine.generate([request]) == plain.generate([request])
     assert engine.statistics().prefix_tokens_reused == 2 * BLOCK, "ann's second request alone"
 

@@ -7,21 +7,28 @@ import pytest
 import torch
 from engine.reference import Reference
 
+from langchain_cope.engine import Contrast, Engine, Request, Sampling
 from langchain_cope.engine import engine as engine_module
-from langchain_cope.engine.engine import Engine, Request, Sampling
 from langchain_cope.errors import ContextOverflow, InputError
 
 Tiny = Callable[..., Path]
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(100 * seed + length)).tolist()
+    return torch.randint(
+        3, 380, (length,), generator=torch.Generator().manual_seed(100 * seed + length)
+    ).tolist()
 
 
-SEQUENCES = [(tokens(p, 1), tokens(c, 2)) for p, c in [(5, 3), (1, 1), (40, 17), (3, 60), (100, 2), (7, 7), (1, 30)]]
+SEQUENCES = [
+    (tokens(p, 1), tokens(c, 2))
+    for p, c in [(5, 3), (1, 1), (40, 17), (3, 60), (100, 2), (7, 7), (1, 30)]
+]
 
 
-def wanted(reference: Reference, prompt: list[int], completion: list[int], with_adapter: bool) -> torch.Tensor:
+def wanted(
+    reference: Reference, prompt: list[int], completion: list[int], with_adapter: bool
+) -> torch.Tensor:
     user, base = reference.log_probs([*prompt, *completion])
     rows = (user if with_adapter else base)[len(prompt) - 1 : -1]
     return rows.gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
@@ -38,10 +45,14 @@ def test_scores_equal_an_independent_log_softmax(
     found = engine.score(SEQUENCES, engine.load_adapter(folder) if with_adapter else None)
     for (prompt, completion), row in zip(SEQUENCES, found, strict=True):
         assert (row.dtype, row.device.type, row.shape) == (torch.float32, "cpu", (len(completion),))
-        torch.testing.assert_close(row.double(), wanted(reference, prompt, completion, with_adapter), atol=2e-4, rtol=0)
+        torch.testing.assert_close(
+            row.double(), wanted(reference, prompt, completion, with_adapter), atol=2e-4, rtol=0
+        )
 
 
-def test_small_groups_give_the_same_scores_in_the_order_given(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_groups_give_the_same_scores_in_the_order_given(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     together = engine.score(SEQUENCES)
     monkeypatch.setattr(engine_module, "MAX_SCORE_LOGITS", 2 * 10 * engine.base.vocabulary_size)
     groups = list(engine._score_groups(SEQUENCES))
@@ -51,9 +62,11 @@ def test_small_groups_give_the_same_scores_in_the_order_given(engine: Engine, mo
         torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
 
 
-def test_scoring_while_answers_run_changes_neither(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
+def test_scoring_while_answers_run_changes_neither(
+    tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
     ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
-    request = Request(tokens(9), ann, 0.5, 0.1, Sampling(max_tokens=60))
+    request = Request(tokens(9), ann, Contrast(0.5), Sampling(max_tokens=60))
     answer, score = engine.generate([request])[0], engine.score(SEQUENCES, bob)
     stream = engine.stream(request)
     next(stream)
@@ -67,7 +80,9 @@ def test_nothing_to_score_gives_nothing(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("sequence", [([], [5]), ([5], [])], ids=str)
-def test_an_empty_prompt_or_completion_is_refused(sequence: tuple[list[int], list[int]], engine: Engine) -> None:
+def test_an_empty_prompt_or_completion_is_refused(
+    sequence: tuple[list[int], list[int]], engine: Engine
+) -> None:
     with pytest.raises(InputError, match="at least one prompt token and one completion token"):
         engine.score([sequence])
 

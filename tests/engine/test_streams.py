@@ -10,14 +10,16 @@ import pytest
 import torch
 from engine.reference import Reference
 
-from langchain_cope.engine.engine import Completion, Engine, Piece, Request, Sampling
+from langchain_cope.engine import Completion, Contrast, Engine, Piece, Request, Sampling
 from langchain_cope.errors import ContextOverflow, InputError
 
 Tiny = Callable[..., Path]
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(seed + length)).tolist()
+    return torch.randint(
+        3, 380, (length,), generator=torch.Generator().manual_seed(seed + length)
+    ).tolist()
 
 
 def ask(engine: Engine, prompt: list[int], **sampling: object) -> Completion:
@@ -34,10 +36,10 @@ def test_joining_and_leaving_in_mid_stream_changes_no_answer(
     ann, bob = (engine.load_adapter(adapter(base, seed=seed, **extra)) for seed in (1, 2))
     long = Sampling(max_tokens=40)
     requests = [
-        Request(prompt_of(6), ann, 0.5, 0.1, long),
-        Request(prompt_of(29), bob, 0.1, 0.01, long),
+        Request(prompt_of(6), ann, Contrast(0.5), long),
+        Request(prompt_of(29), bob, Contrast(0.1, 0.01), long),
         Request(prompt_of(3), None, sampling=long),
-        Request(prompt_of(14), ann, 0.0, 0.1, Sampling(max_tokens=9)),
+        Request(prompt_of(14), ann, Contrast(0.0), Sampling(max_tokens=9)),
     ]
     alone = [engine.generate([request])[0] for request in requests]
 
@@ -47,7 +49,7 @@ def test_joining_and_leaving_in_mid_stream_changes_no_answer(
     second = engine.stream(requests[1])  # a longer prompt than everything so far
     next(second)
     third, fourth = engine.stream(requests[2]), engine.stream(requests[3])
-    fifth = engine.stream(Request(prompt_of(50), bob, 0.3, 0.1, long))
+    fifth = engine.stream(Request(prompt_of(50), bob, Contrast(0.3), long))
     next(fifth)
     fifth.close()  # the longest row leaves again
     answers = [stream.completion() for stream in (first, second, third, fourth)]
@@ -61,7 +63,13 @@ def test_more_requests_than_rows_wait_their_turn_and_come_out_the_same(
 ) -> None:
     kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
     requests = [
-        Request(prompt_of(3 + n % 5, n), kept, 0.1, 0.1, Sampling(max_tokens=3 + n % 4), logprobs=n == 5)
+        Request(
+            prompt_of(3 + n % 5, n),
+            kept,
+            Contrast(0.1),
+            Sampling(max_tokens=3 + n % 4),
+            logprobs=n == 5,
+        )
         for n in range(50)  # 100 rows, where 64 fit
     ]
     answers = engine.generate(requests)
@@ -82,15 +90,21 @@ def test_the_end_of_the_context_ends_the_answer_with_length(engine: Engine) -> N
 
 
 @pytest.mark.parametrize("length", [256, 257, 400])
-def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(length: int, engine: Engine) -> None:
-    with pytest.raises(ContextOverflow, match=rf"prompt has {length} tokens, but .* context holds 256") as caught:
+def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(
+    length: int, engine: Engine
+) -> None:
+    with pytest.raises(
+        ContextOverflow, match=rf"prompt has {length} tokens, but .* context holds 256"
+    ) as caught:
         engine.stream(Request(prompt_of(length)))
     assert (caught.value.num_tokens, caught.value.context) == (length, 256)
 
 
 def test_one_refused_prompt_leaves_nothing_of_its_batch_running(engine: Engine) -> None:
     with pytest.raises(ContextOverflow):
-        engine.generate([Request(prompt_of(5), sampling=Sampling(max_tokens=200)), Request(prompt_of(300))])
+        engine.generate(
+            [Request(prompt_of(5), sampling=Sampling(max_tokens=200)), Request(prompt_of(300))]
+        )
     assert ask(engine, prompt_of(5), max_tokens=1).finish_reason == "length"
 
 
@@ -116,7 +130,9 @@ def test_every_end_token_of_the_generation_config_stops_the_answer(
         assert stopping.base.eos_ids >= {end, engine.base.tokenizer.eos_token_id}
         assert list(answer.token_ids) == ids[: ids.index(end) + 1], "the end token is counted"
         assert answer.finish_reason == "stop"
-        assert answer.text == engine.base.tokenizer.decode(ids[: ids.index(end)], skip_special_tokens=True)
+        assert answer.text == engine.base.tokenizer.decode(
+            ids[: ids.index(end)], skip_special_tokens=True
+        )
 
 
 def test_a_stop_string_across_token_borders_ends_the_answer_before_it(engine: Engine) -> None:
@@ -125,10 +141,16 @@ def test_a_stop_string_across_token_borders_ends_the_answer_before_it(engine: En
     pieces = [engine.base.tokenizer.decode([token]) for token in free.token_ids]
     # The end of one token and the beginning of the next, both plain text.
     border = next(
-        i for i in range(5, 38) if "�" not in pieces[i] + pieces[i + 1] and pieces[i].strip() and pieces[i + 1].strip()
+        i
+        for i in range(5, 38)
+        if "�" not in pieces[i] + pieces[i + 1] and pieces[i].strip() and pieces[i + 1].strip()
     )
     stop = pieces[border][-1] + pieces[border + 1][0]
-    streamed = list(engine.stream(Request(prompt, sampling=Sampling(max_tokens=40, stop=("never in the text", stop)))))
+    streamed = list(
+        engine.stream(
+            Request(prompt, sampling=Sampling(max_tokens=40, stop=("never in the text", stop)))
+        )
+    )
     answer = streamed[-1]
     assert isinstance(answer, Completion)
     assert answer.finish_reason == "stop"
@@ -144,7 +166,9 @@ def test_a_stop_string_that_never_comes_holds_nothing_back_at_the_end(engine: En
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_pieces_joined_are_the_answer_and_the_answer_is_the_decoded_tokens(seed: int, engine: Engine) -> None:
+def test_pieces_joined_are_the_answer_and_the_answer_is_the_decoded_tokens(
+    seed: int, engine: Engine
+) -> None:
     """Random weights spell mostly broken UTF-8, the hardest case for a detokenizer."""
     sampling = Sampling(max_tokens=60, temperature=1.5, seed=seed)
     *pieces, answer = engine.stream(Request(prompt_of(5), sampling=sampling))
@@ -174,11 +198,22 @@ async def collect(engine: Engine, request: Request) -> list[Piece | Completion]:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_logprobs_equal_an_independent_log_softmax(alpha: float, tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
+def test_logprobs_equal_an_independent_log_softmax(
+    alpha: float, tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
     folder = adapter(tiny("llama"), seed=1)
-    request = Request(prompt_of(11), engine.load_adapter(folder), alpha, 0.1, Sampling(max_tokens=12), logprobs=True)
+    request = Request(
+        prompt_of(11),
+        engine.load_adapter(folder),
+        Contrast(alpha),
+        Sampling(max_tokens=12),
+        logprobs=True,
+    )
     assert request.num_rows == 2
-    others = [Request(prompt_of(30), sampling=Sampling(max_tokens=12)), Request(prompt_of(2), request.adapter)]
+    others = [
+        Request(prompt_of(30), sampling=Sampling(max_tokens=12)),
+        Request(prompt_of(2), request.adapter),
+    ]
     answer = engine.generate([others[0], request, others[1]])[1]
     user, base = Reference(tiny("llama"), folder).log_probs([*request.prompt, *answer.token_ids])
     for step, token in enumerate(answer.logprobs):
@@ -188,7 +223,9 @@ def test_logprobs_equal_an_independent_log_softmax(alpha: float, tiny: Tiny, ada
         assert token.log_p_user == pytest.approx(float(user[row, token.token_id]), abs=1e-4)
         assert token.log_p_base == pytest.approx(float(base[row, token.token_id]), abs=1e-4)
         assert token.reward == pytest.approx(token.log_p_user - alpha * token.log_p_base)
-    without = engine.generate([Request(request.prompt, request.adapter, alpha, 0.1, Sampling(max_tokens=12))])[0]
+    without = engine.generate(
+        [Request(request.prompt, request.adapter, Contrast(alpha), Sampling(max_tokens=12))]
+    )[0]
     assert without.token_ids == answer.token_ids, "asking for them changes nothing"
     assert without.logprobs == ()
 
@@ -201,4 +238,7 @@ def test_logprobs_of_the_base_alone_are_its_own_twice(tiny: Tiny, engine: Engine
     for step, token in enumerate(answer.logprobs):
         assert token.log_p_user == token.log_p_base
         assert token.log_p_user == pytest.approx(float(user[10 + step, token.token_id]), abs=1e-4)
-    assert tuple(t for piece in pieces if isinstance(piece, Piece) for t in piece.logprobs) == answer.logprobs
+    assert (
+        tuple(t for piece in pieces if isinstance(piece, Piece) for t in piece.logprobs)
+        == answer.logprobs
+    )

@@ -33,7 +33,9 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     connect = socket.socket.connect
 
     def connect_here(self: socket.socket, address: Any) -> None:
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost"), address
+        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost"), (
+            address
+        )
         connect(self, address)
 
     def embed(self: object, input: object) -> None:
@@ -50,7 +52,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("server")
-    command = [Path(sys.executable).with_name("chroma"), "run", "--path", folder, "--host", "127.0.0.1"]
+    command = [
+        Path(sys.executable).with_name("chroma"),
+        "run",
+        "--path",
+        folder,
+        "--host",
+        "127.0.0.1",
+    ]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--port", str(port)],
@@ -75,7 +84,9 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
                 return
         except OSError:
             time.sleep(0.1)
-    raise AssertionError(f"the Chroma server did not start: {log.read_text(errors='replace')[-2000:]}")
+    raise AssertionError(
+        f"the Chroma server did not start: {log.read_text(errors='replace')[-2000:]}"
+    )
 
 
 @pytest.fixture(params=["folder", "server", "memory", "client"])
@@ -115,8 +126,15 @@ def test_items_come_back_as_they_were_added_and_in_order(history: ChromaHistory)
 
 
 def test_dated_items_come_back_oldest_first(history: ChromaHistory) -> None:
-    history.add("ann", [item(year, created_at=datetime(year, 1, 1, tzinfo=UTC)) for year in (2022, 2020, 2021)])
-    assert [found.prompt for found in history.fetch("ann")] == ["question 2020", "question 2021", "question 2022"]
+    history.add(
+        "ann",
+        [item(year, created_at=datetime(year, 1, 1, tzinfo=UTC)) for year in (2022, 2020, 2021)],
+    )
+    assert [found.prompt for found in history.fetch("ann")] == [
+        "question 2020",
+        "question 2021",
+        "question 2022",
+    ]
 
 
 def test_an_item_that_is_added_again_is_kept_once_and_in_its_place(history: ChromaHistory) -> None:
@@ -144,7 +162,12 @@ def test_a_user_without_items_is_empty(history: ChromaHistory) -> None:
 
 @pytest.mark.parametrize("user_id", ["", None, "\ud800"])
 def test_an_unusable_user_id_is_refused(history: ChromaHistory, user_id: Any) -> None:
-    for call in (history.fetch, history.count, history.delete_user, lambda user: history.add(user, [item(1)])):
+    for call in (
+        history.fetch,
+        history.count,
+        history.delete_user,
+        lambda user: history.add(user, [item(1)]),
+    ):
         with pytest.raises(HistoryError, match="the user id"):
             call(user_id)
 
@@ -162,10 +185,16 @@ def test_more_than_a_page_is_added_fetched_counted_and_deleted(server: str) -> N
 
 def test_rows_are_added_like_items_and_a_bad_one_adds_nothing(tmp_path: Path) -> None:
     history = ChromaHistory(tmp_path)
-    rows = [{"prompt": "p", "completion": "c"}, {"messages": [*CHAT, {"role": "assistant", "content": "hi"}]}]
+    rows = [
+        {"prompt": "p", "completion": "c"},
+        {"messages": [*CHAT, {"role": "assistant", "content": "hi"}]},
+    ]
     history.add("ann", rows)
     assert history.fetch("ann") == as_items(rows)
-    for bad in ({"prompt": "p", "completion": " "}, {"prompt": "p", "completion": "c", "user_id": "bob"}):
+    for bad in (
+        {"prompt": "p", "completion": " "},
+        {"prompt": "p", "completion": "c", "user_id": "bob"},
+    ):
         with pytest.raises(HistoryError, match=r"history\[1\]"):
             history.add("ann", [item(7), bad])
     assert history.count("ann") == 2
@@ -213,7 +242,9 @@ def foreign(tmp_path: Path) -> ChromaHistory:
         {"owner": "ann", "question": "blank", "when": "2019-01-01"},
     ]
     texts = ["newest", "oldest", "bob's", " "]
-    collection.add(ids=list("abcd"), documents=texts, metadatas=metadatas, embeddings=vectors(texts))
+    collection.add(
+        ids=list("abcd"), documents=texts, metadatas=metadatas, embeddings=vectors(texts)
+    )
     keys = {"user_key": "owner", "prompt_key": "question", "created_at_key": "when"}
     return ChromaHistory(tmp_path, "documents", **keys)  # type: ignore[arg-type]
 
@@ -228,8 +259,12 @@ def test_a_collection_made_by_others_is_read_by_its_own_keys(foreign: ChromaHist
     assert foreign.fetch("ann") == read.items
 
 
-def test_a_collection_made_by_others_is_not_written_without_an_embedding_function(foreign: ChromaHistory) -> None:
-    with pytest.raises(HistoryError, match=r"'documents' in Chroma at .* was made by others and is not written"):
+def test_a_collection_made_by_others_is_not_written_without_an_embedding_function(
+    foreign: ChromaHistory,
+) -> None:
+    with pytest.raises(
+        HistoryError, match=r"'documents' in Chroma at .* was made by others and is not written"
+    ):
         foreign.add("ann", [item(1)])
     with pytest.raises(HistoryError, match="made by others and is not deleted from"):
         foreign.delete_user("ann")
@@ -265,7 +300,9 @@ def test_a_collection_that_does_not_exist_is_empty_and_named_with_those_that_do(
     assert (history.fetch("ann"), history.count("ann")) == ([], 0)
     (note,) = history.history("ann").notes
     assert note == f"no collection 'documnets' in Chroma at {tmp_path}; there are: documents"
-    assert foreign.history("eve").notes[0].startswith("no items of the user 'eve' in ChromaHistory(")
+    assert (
+        foreign.history("eve").notes[0].startswith("no items of the user 'eve' in ChromaHistory(")
+    )
 
 
 def test_a_server_that_does_not_answer_is_named_without_the_secrets_in_its_url() -> None:
@@ -273,7 +310,9 @@ def test_a_server_that_does_not_answer_is_named_without_the_secrets_in_its_url()
         closed.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         url = f"http://ann:secret@127.0.0.1:{closed.getsockname()[1]}"
         history = ChromaHistory(url)
-        with pytest.raises(HistoryError, match=r"Chroma at http://127\.0\.0\.1:\d+: Could not connect") as caught:
+        with pytest.raises(
+            HistoryError, match=r"Chroma at http://127\.0\.0\.1:\d+: Could not connect"
+        ) as caught:
             history.fetch("ann")
     assert "secret" not in f"{caught.value} {history!r}"
 
@@ -291,9 +330,13 @@ def test_the_module_is_imported_without_chromadb() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_many_threads_that_use_a_history_for_the_first_time_at_once_lose_nothing(history: ChromaHistory) -> None:
+def test_many_threads_that_use_a_history_for_the_first_time_at_once_lose_nothing(
+    history: ChromaHistory,
+) -> None:
     with ThreadPoolExecutor(16) as threads:
-        list(threads.map(lambda number: history.add(f"user {number % 4}", [item(number)]), range(32)))
+        list(
+            threads.map(lambda number: history.add(f"user {number % 4}", [item(number)]), range(32))
+        )
     for user in range(4):
         found = {found.prompt for found in history.fetch(f"user {user}")}
         assert found == {f"question {number}" for number in range(user, 32, 4)}
@@ -335,12 +378,21 @@ def test_the_last_word_on_an_answer_counts_however_often_it_changes(history: Chr
         assert history.count("ann") == 1
 
 
-def test_disliked_answers_that_nothing_was_liked_instead_of_are_said(history: ChromaHistory) -> None:
-    history.add("ann", [{"prompt": "q", "answer": "bad", "score": 0}, {"prompt": "p", "completion": "c"}])
-    assert "disliked answers left out, as no liked one has the same prompt: 1" in history.history("ann").notes
+def test_disliked_answers_that_nothing_was_liked_instead_of_are_said(
+    history: ChromaHistory,
+) -> None:
+    history.add(
+        "ann", [{"prompt": "q", "answer": "bad", "score": 0}, {"prompt": "p", "completion": "c"}]
+    )
+    assert (
+        "disliked answers left out, as no liked one has the same prompt: 1"
+        in history.history("ann").notes
+    )
 
 
-def test_langchain_messages_are_added_as_the_users_turns_or_the_assistants(history: ChromaHistory) -> None:
+def test_langchain_messages_are_added_as_the_users_turns_or_the_assistants(
+    history: ChromaHistory,
+) -> None:
     messages = [HumanMessage("hello"), AIMessage("hi"), HumanMessage("bye"), AIMessage("see you")]
     history.add("ann", messages)
     assert [found.completion for found in history.fetch("ann")] == ["hello", "bye"]

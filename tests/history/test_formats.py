@@ -53,14 +53,36 @@ LOG = [
 
 def chatgpt(*path: tuple[str, Any], **more: Any) -> dict[str, Any]:
     """A conversation of an export: a root without a message, then a node a (role, content)."""
-    mapping: dict[str, Any] = {"root": {"id": "root", "message": None, "parent": None, "children": ["n0"]}}
+    mapping: dict[str, Any] = {
+        "root": {"id": "root", "message": None, "parent": None, "children": ["n0"]}
+    }
     for number, (role, content) in enumerate(path):
-        parts = content if isinstance(content, dict) else {"content_type": "text", "parts": [content]}
-        message = {"author": {"role": role}, "content": parts, "weight": 1.0, "recipient": "all", "metadata": {}}
+        parts = (
+            content if isinstance(content, dict) else {"content_type": "text", "parts": [content]}
+        )
+        message = {
+            "author": {"role": role},
+            "content": parts,
+            "weight": 1.0,
+            "recipient": "all",
+            "metadata": {},
+        }
         parent = f"n{number - 1}" if number else "root"
-        mapping[f"n{number}"] = {"id": f"n{number}", "message": message, "parent": parent, "children": []}
+        mapping[f"n{number}"] = {
+            "id": f"n{number}",
+            "message": message,
+            "parent": parent,
+            "children": [],
+        }
     last = f"n{len(path) - 1}" if path else "root"
-    return {"title": "t", "create_time": 1717142400.25, "mapping": mapping, "current_node": last, "id": "c1", **more}
+    return {
+        "title": "t",
+        "create_time": 1717142400.25,
+        "mapping": mapping,
+        "current_node": last,
+        "id": "c1",
+        **more,
+    }
 
 
 # One row of every format, its name, and what is learnt from it.
@@ -72,7 +94,11 @@ FORMATS = [
         [([user("q")], "a", ())],
     ),
     ("plain text", {"text": "a"}, [(TEXT_INSTRUCTION, "a", ())]),
-    ("OpenAI messages", {"messages": [user("q"), assistant("a")], "tools": []}, [([user("q")], "a", ())]),
+    (
+        "OpenAI messages",
+        {"messages": [user("q"), assistant("a")], "tools": []},
+        [([user("q")], "a", ())],
+    ),
     (
         "OpenAI preference pairs",
         {
@@ -82,7 +108,11 @@ FORMATS = [
         },
         [([user("q")], "better", ("worse",))],
     ),
-    ("chosen and rejected", {"prompt": "q", "chosen": "better", "rejected": "worse"}, [("q", "better", ("worse",))]),
+    (
+        "chosen and rejected",
+        {"prompt": "q", "chosen": "better", "rejected": "worse"},
+        [("q", "better", ("worse",))],
+    ),
     (
         "chosen and rejected",
         {"prompt": [user("q")], "chosen": [assistant("better")], "rejected": [assistant("worse")]},
@@ -117,7 +147,11 @@ FORMATS = [
         },
         [([{"role": "system", "content": "s"}, user("q\n\n18 degrees")], "a", ())],
     ),
-    ("Alpaca", {"instruction": "do", "input": "it", "output": "a", "text": "###"}, [("do\n\nit", "a", ())]),
+    (
+        "Alpaca",
+        {"instruction": "do", "input": "it", "output": "a", "text": "###"},
+        [("do\n\nit", "a", ())],
+    ),
     ("Alpaca", {"instruction": "do", "input": "", "output": "a"}, [("do", "a", ())]),
     (
         "Alpaca",
@@ -127,10 +161,22 @@ FORMATS = [
     ("LangChain messages", {"messages": messages_to_dict(SAID)}, LOG),
     ("LangChain messages", {"messages": [message.model_dump() for message in SAID]}, LOG),
     ("LangChain messages", {"messages": [dumpd(message) for message in SAID]}, LOG),
-    ("ChatGPT export", chatgpt(("system", ""), ("user", "hello"), ("assistant", "hi"), ("user", "bye")), LOG),
-    ("LaMP profile", {"user_id": "ann", "profile": [{"input": "q", "output": "a"}]}, [("q", "a", ())]),
+    (
+        "ChatGPT export",
+        chatgpt(("system", ""), ("user", "hello"), ("assistant", "hi"), ("user", "bye")),
+        LOG,
+    ),
+    (
+        "LaMP profile",
+        {"user_id": "ann", "profile": [{"input": "q", "output": "a"}]},
+        [("q", "a", ())],
+    ),
     ("feedback", {"prompt": "q", "answer": "a", "score": 1}, [("q", "a", ())]),
-    ("feedback", {"prompt": "q", "answer": "a", "score": None, "correction": "b"}, [("q", "b", ("a",))]),
+    (
+        "feedback",
+        {"prompt": "q", "answer": "a", "score": None, "correction": "b"},
+        [("q", "b", ("a",))],
+    ),
 ]
 
 
@@ -141,7 +187,11 @@ def test_a_row_of_every_format_is_named_and_read_from_a_line_a_list_and_memory(
     line, listed = tmp_path / "user.jsonl", tmp_path / "user.json"
     line.write_text(json.dumps(row))
     listed.write_text(json.dumps([row], indent=1))
-    for read in (read_history(line, user_id="ann"), read_history(listed, user_id="ann"), as_history([row])):
+    for read in (
+        read_history(line, user_id="ann"),
+        read_history(listed, user_id="ann"),
+        as_history([row]),
+    ):
         assert contents(read) == expected
         assert read.formats == {name: 1}
         assert as_items(read.items) == read.items
@@ -162,7 +212,10 @@ def test_several_formats_in_one_file_are_counted() -> None:
     ("row", "target"),
     [
         ({"messages": [user("q"), assistant("a")]}, "assistant"),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "assistant"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            "assistant",
+        ),
         ({"messages": messages_to_dict(SAID)}, "user"),
         (chatgpt(("user", "q"), ("assistant", "a")), "user"),
     ],
@@ -178,13 +231,19 @@ def test_the_usual_target_of_a_format_is_taken_and_said_and_the_other_can_be_ask
     asked = as_history([row], target=other)  # type: ignore[arg-type]
     assert asked.target == other
     assert not any("as is usual" in note for note in asked.notes)
-    assert {item.completion for item in asked.items}.isdisjoint(item.completion for item in usual.items)
+    assert {item.completion for item in asked.items}.isdisjoint(
+        item.completion for item in usual.items
+    )
 
 
 def test_formats_of_both_targets_need_a_word_on_whose_turns_are_meant() -> None:
-    rows = [{"messages": [user("q"), assistant("a")]}, chatgpt(("user", "hello"), ("assistant", "hi"))]
+    rows = [
+        {"messages": [user("q"), assistant("a")]},
+        chatgpt(("user", "hello"), ("assistant", "hi")),
+    ]
     with pytest.raises(
-        HistoryError, match=r"history\[0\] \(OpenAI messages: usually the assistant's\) and history\[1\]"
+        HistoryError,
+        match=r"history\[0\] \(OpenAI messages: usually the assistant's\) and history\[1\]",
     ):
         as_history(rows)
     assert [item.completion for item in as_items(rows, "user")] == ["q", "hello"]
@@ -200,7 +259,14 @@ def test_prompts_with_completions_have_no_target() -> None:
 
 
 def test_turns_of_weight_zero_are_context_and_not_learnt() -> None:
-    messages = [user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=1), user("e"), assistant("f")]
+    messages = [
+        user("a"),
+        assistant("b", weight=0),
+        user("c"),
+        assistant("d", weight=1),
+        user("e"),
+        assistant("f"),
+    ]
     read = as_history([{"messages": messages}])
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     assert contents(read) == [(plain[:3], "d", ()), (plain[:5], "f", ())]
@@ -208,7 +274,9 @@ def test_turns_of_weight_zero_are_context_and_not_learnt() -> None:
 
 
 def test_a_turn_joined_from_two_is_learnt_only_where_both_are() -> None:
-    row = {"messages": [user("a"), assistant("b", weight=0), assistant("c"), user("d"), assistant("e")]}
+    row = {
+        "messages": [user("a"), assistant("b", weight=0), assistant("c"), user("d"), assistant("e")]
+    }
     assert [item.completion for item in as_items([row])] == ["e"]
 
 
@@ -221,7 +289,9 @@ def test_a_row_of_weight_zero_is_not_learnt() -> None:
 
 @pytest.mark.parametrize("weight", [0.5, 2, -1, "1", float("nan"), [1]])
 def test_any_other_weight_is_refused(weight: object) -> None:
-    with pytest.raises(HistoryError, match=r"messages\[1\]: the weight is .*; expected 1 \(learnt\) or 0"):
+    with pytest.raises(
+        HistoryError, match=r"messages\[1\]: the weight is .*; expected 1 \(learnt\) or 0"
+    ):
         as_items([{"messages": [user("a"), assistant("b", weight=weight)]}])
     with pytest.raises(HistoryError, match=r"history\[0\]: the weight is"):
         as_items([{"prompt": "p", "completion": "c", "weight": weight}])
@@ -243,8 +313,13 @@ def test_the_prompt_of_a_pair_is_what_its_sides_begin_with() -> None:
     row = {"chosen": [*shared, assistant("better")], "rejected": [*shared, assistant("worse")]}
     assert contents(as_history([row])) == [(shared, "better", ("worse",))]
     more = {"prompt": [user("before"), assistant("so?")], **row}
-    more["chosen"], more["rejected"] = [user("q"), assistant("better")], [user("q"), assistant("worse")]
-    assert contents(as_history([more])) == [([user("before"), assistant("so?"), user("q")], "better", ("worse",))]
+    more["chosen"], more["rejected"] = (
+        [user("q"), assistant("better")],
+        [user("q"), assistant("worse")],
+    )
+    assert contents(as_history([more])) == [
+        ([user("before"), assistant("so?"), user("q")], "better", ("worse",))
+    ]
 
 
 def test_a_disliked_answer_is_rejected_for_what_was_liked_to_the_same_prompt() -> None:
@@ -261,10 +336,14 @@ def test_a_disliked_answer_is_rejected_for_what_was_liked_to_the_same_prompt() -
     assert "rows left out, as nothing in them can be learnt: 1 of 5 (feedback)" in read.notes
 
 
-@pytest.mark.parametrize(("scores", "expected"), [((1, 0), []), ((0, 1), ["a"]), ((1, 0, 1), ["a"])])
+@pytest.mark.parametrize(
+    ("scores", "expected"), [((1, 0), []), ((0, 1), ["a"]), ((1, 0, 1), ["a"])]
+)
 def test_the_later_word_on_an_answer_counts(scores: tuple[int, ...], expected: list[str]) -> None:
     rows = [{"prompt": "q", "answer": "a", "score": score} for score in scores]
-    assert [(item.completion, item.rejected) for item in as_items(rows)] == [(text, ()) for text in expected]
+    assert [(item.completion, item.rejected) for item in as_items(rows)] == [
+        (text, ()) for text in expected
+    ]
 
 
 @pytest.mark.parametrize(
@@ -277,8 +356,15 @@ def test_the_later_word_on_an_answer_counts(scores: tuple[int, ...], expected: l
         ("original", ("original", ())),
     ],
 )
-def test_an_edited_answer_is_chosen_and_the_original_rejected(correction: object, expected: object) -> None:
-    row = {"prompt": [HumanMessage("q")], "answer": AIMessage("original"), "score": 0, "correction": correction}
+def test_an_edited_answer_is_chosen_and_the_original_rejected(
+    correction: object, expected: object
+) -> None:
+    row = {
+        "prompt": [HumanMessage("q")],
+        "answer": AIMessage("original"),
+        "score": 0,
+        "correction": correction,
+    }
     (item,) = as_items([row])
     assert (item.messages, (item.completion, item.rejected)) == ([user("q")], expected)
 
@@ -303,7 +389,10 @@ def test_feedback_on_runs_as_langchain_traces_them() -> None:
     RunnableLambda(lambda given: {"messages": [*given["messages"], model.invoke("so?")]}).invoke(
         {"messages": [HumanMessage("agent?")]}, {"callbacks": [traces]}
     )
-    rows = [{"inputs": run.inputs, "outputs": run.outputs, "score": 0, "correction": "edited"} for run in traces.runs]
+    rows = [
+        {"inputs": run.inputs, "outputs": run.outputs, "score": 0, "correction": "edited"}
+        for run in traces.runs
+    ]
     read = as_history(rows)
     assert contents(read) == [
         ([{"role": "system", "content": "s"}, user("q")], "edited", ("first",)),
@@ -316,10 +405,14 @@ def test_feedback_on_runs_as_langchain_traces_them() -> None:
 # LangChain
 
 
-def test_langchain_messages_of_every_kind_are_read_as_objects_and_as_one_list(tmp_path: Path) -> None:
+def test_langchain_messages_of_every_kind_are_read_as_objects_and_as_one_list(
+    tmp_path: Path,
+) -> None:
     messages = [
         SystemMessage("s"),
-        HumanMessage([{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "x"}}]),
+        HumanMessage(
+            [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "x"}}]
+        ),
         AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}]),
         ToolMessage("18 degrees", tool_call_id="1"),
         AIMessageChunk("mild"),
@@ -327,12 +420,18 @@ def test_langchain_messages_of_every_kind_are_read_as_objects_and_as_one_list(tm
     ]
     expected = [
         ([{"role": "system", "content": "s"}, *FIRST], "look", ()),
-        ([{"role": "system", "content": "s"}, *FIRST, assistant("look"), user("mild")], "thanks", ()),
+        (
+            [{"role": "system", "content": "s"}, *FIRST, assistant("look"), user("mild")],
+            "thanks",
+            (),
+        ),
     ]
     path = tmp_path / "chat.json"
     path.write_text(json.dumps(messages_to_dict(messages)))
     line = tmp_path / "chat.jsonl"
-    line.write_text(json.dumps(messages_to_dict(messages)) + "\n" + json.dumps(messages_to_dict(SAID)))
+    line.write_text(
+        json.dumps(messages_to_dict(messages)) + "\n" + json.dumps(messages_to_dict(SAID))
+    )
     assert contents(as_history(messages)) == expected
     assert contents(read_history(path, user_id="ann")) == expected
     both = read_history(line, user_id="ann")
@@ -340,11 +439,16 @@ def test_langchain_messages_of_every_kind_are_read_as_objects_and_as_one_list(tm
 
 
 def test_a_log_without_a_turn_of_the_target_is_left_out_and_counted() -> None:
-    rows = [{"messages": messages_to_dict([AIMessage("welcome")])}, {"messages": messages_to_dict(SAID)}]
+    rows = [
+        {"messages": messages_to_dict([AIMessage("welcome")])},
+        {"messages": messages_to_dict(SAID)},
+    ]
     rows += [chatgpt(("system", "")), chatgpt(("user", " ")), chatgpt(("user", "hello"), id="c2")]
     read = as_history(rows)
     assert {item.completion for item in read.items} == {"hello", "bye"}
-    assert "rows left out, as nothing in them can be learnt: 1 of 2 (LangChain messages)" in read.notes
+    assert (
+        "rows left out, as nothing in them can be learnt: 1 of 2 (LangChain messages)" in read.notes
+    )
     assert "rows left out, as nothing in them can be learnt: 2 of 3 (ChatGPT export)" in read.notes
 
 
@@ -352,7 +456,8 @@ def test_a_message_that_stands_alone_is_refused_with_a_hint(tmp_path: Path) -> N
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps(user("hello")))
     with pytest.raises(
-        HistoryError, match=r"log\.jsonl:1: no text .* found 'role', 'content'; a message alone is no row"
+        HistoryError,
+        match=r"log\.jsonl:1: no text .* found 'role', 'content'; a message alone is no row",
     ):
         read_history(path, user_id="ann")
 
@@ -374,11 +479,17 @@ def test_an_export_is_read_along_the_branch_that_the_user_saw_last() -> None:
     assert [item.completion for item in as_items([row])] == ["edited"]
     assert [item.completion for item in as_items([row], "assistant")] == ["yes"]
     (item,) = as_items([row])
-    assert (item.conversation, item.created_at) == ("c1", datetime(2024, 5, 31, 8, 0, 0, 250_000, tzinfo=UTC))
+    assert (item.conversation, item.created_at) == (
+        "c1",
+        datetime(2024, 5, 31, 8, 0, 0, 250_000, tzinfo=UTC),
+    )
 
 
 def test_of_an_export_only_what_both_said_to_each_other_is_read() -> None:
-    parts = {"content_type": "multimodal_text", "parts": [{"content_type": "image_asset_pointer"}, "what is this?"]}
+    parts = {
+        "content_type": "multimodal_text",
+        "parts": [{"content_type": "image_asset_pointer"}, "what is this?"],
+    }
     row = chatgpt(
         ("user", {"content_type": "user_editable_context", "user_profile": "I am Ann"}),
         ("user", parts),
@@ -396,7 +507,9 @@ def test_of_an_export_only_what_both_said_to_each_other_is_read() -> None:
 
 
 def test_a_long_conversation_is_followed_to_its_root() -> None:
-    row = chatgpt(*[("user", f"u{n}") if n % 2 == 0 else ("assistant", f"a{n}") for n in range(3_000)])
+    row = chatgpt(
+        *[("user", f"u{n}") if n % 2 == 0 else ("assistant", f"a{n}") for n in range(3_000)]
+    )
     assert len(as_items([row])) == 1_500
 
 
@@ -409,7 +522,9 @@ def test_a_prompt_holds_the_newest_turns_of_a_very_long_conversation(target: str
     last = read.items[-1].messages
     assert (len(last), last[0]["role"], last[-1]["role"]) == (199, "user", "user")
     assert last[-1]["content"] == ("a2997" if target == "user" else "u2998")
-    assert any(note.startswith("prompts that hold only the newest 199 turns") for note in read.notes)
+    assert any(
+        note.startswith("prompts that hold only the newest 199 turns") for note in read.notes
+    )
 
 
 def test_tens_of_thousands_of_turns_of_one_side_or_of_the_system_are_read() -> None:
@@ -417,7 +532,9 @@ def test_tens_of_thousands_of_turns_of_one_side_or_of_the_system_are_read() -> N
     (item,) = as_items([{"messages": [*one_side, assistant("a")]}])
     assert len(item.messages[0]["content"]) == 102 * 30_000 - 2
     systems = [
-        message for n in range(3_000) for message in ({"role": "system", "content": "s"}, user("q"), assistant(f"{n}"))
+        message
+        for n in range(3_000)
+        for message in ({"role": "system", "content": "s"}, user("q"), assistant(f"{n}"))
     ]
     assert as_items([{"messages": systems}])[-1].messages[0]["content"] == "\n\n".join("s" * 199)
 
@@ -538,15 +655,27 @@ def test_whatever_a_row_holds_it_is_read_or_refused(row: dict[str, Any]) -> None
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, below in inner:
         yield (*path, key)
         yield from _places(below, (*path, key))
 
 
 @settings(max_examples=400, deadline=None)
-@given(data=st.data(), sound=st.sampled_from([row for _, row, _ in FORMATS]), target=st.sampled_from([None, "user"]))
-def test_a_sound_row_with_anything_in_any_place_is_read_or_refused(data: Any, sound: Any, target: Any) -> None:
+@given(
+    data=st.data(),
+    sound=st.sampled_from([row for _, row, _ in FORMATS]),
+    target=st.sampled_from([None, "user"]),
+)
+def test_a_sound_row_with_anything_in_any_place_is_read_or_refused(
+    data: Any, sound: Any, target: Any
+) -> None:
     row = json.loads(json.dumps(sound))
     *path, last = data.draw(st.sampled_from(list(_places(row))))
     inner = row
@@ -581,16 +710,24 @@ def test_what_is_nested_at_the_limit_is_refused_with_its_line(tmp_path: Path, de
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PK\x03\x04rest", r"user\.jsonl:1: not UTF-8 but a ZIP archive; unpack it .* conversations\.json"),
+        (
+            b"PK\x03\x04rest",
+            r"user\.jsonl:1: not UTF-8 but a ZIP archive; unpack it .* conversations\.json",
+        ),
         (b"\x1f\x8brest", "compressed with gzip; unpack it"),
         (b"PAR1rest", "a Parquet file"),
         ('{"prompt": "p"}'.encode("utf-16"), "not UTF-8 but UTF-16; save the file as UTF-8"),
-        ('\n{"prompt": "p"}'.encode("utf-16-le"), r"user\.jsonl:2: not text but binary, or UTF-16 without its mark"),
+        (
+            '\n{"prompt": "p"}'.encode("utf-16-le"),
+            r"user\.jsonl:2: not text but binary, or UTF-16 without its mark",
+        ),
         (b'{"text": "a"}\n{"text": "b\0"}', r"user\.jsonl:2: not text but binary"),
         (b'{"text": "a"}\n\n{"text": "\xe4"}', r"user\.jsonl:3: not UTF-8 but another encoding"),
     ],
 )
-def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_no_text_is_named_for_what_it_is(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     path = tmp_path / "user.jsonl"
     path.write_bytes(content)
     with pytest.raises(HistoryError, match=message):
@@ -603,15 +740,21 @@ def test_a_huge_line_and_a_huge_file_are_refused_with_the_limit(
     monkeypatch.setattr(history, "MAX_LINE", 1_000)
     path = tmp_path / "user.jsonl"
     path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "b" * 1_000}))
-    with pytest.raises(HistoryError, match=r"user\.jsonl:2: a line of 1,012 characters; expected at most 1,000"):
+    with pytest.raises(
+        HistoryError, match=r"user\.jsonl:2: a line of 1,012 characters; expected at most 1,000"
+    ):
         read_history(path, user_id="ann")
     monkeypatch.setattr(history, "MAX_FILE", 1 << 20)
     path.write_text("x" * (1 << 20) + "y")
-    with pytest.raises(HistoryError, match=r"user\.jsonl: larger than the 1 MiB that are read at once"):
+    with pytest.raises(
+        HistoryError, match=r"user\.jsonl: larger than the 1 MiB that are read at once"
+    ):
         read_history(path, user_id="ann")
 
 
-@pytest.mark.parametrize("nested", ['{"messages": ' + "[" * 100_000, "[" * 5_000 + "]" * 5_000, '{"a":' * 50_000])
+@pytest.mark.parametrize(
+    "nested", ['{"messages": ' + "[" * 100_000, "[" * 5_000 + "]" * 5_000, '{"a":' * 50_000]
+)
 def test_what_is_nested_too_deeply_is_refused(tmp_path: Path, nested: str) -> None:
     for name in ("user.jsonl", "user.json"):
         path = tmp_path / name
@@ -621,7 +764,12 @@ def test_what_is_nested_too_deeply_is_refused(tmp_path: Path, nested: str) -> No
 
 
 def test_items_can_be_rows_again(tmp_path: Path) -> None:
-    item = Item(prompt=[user("q")], completion="a", rejected=("b", "c"), created_at=datetime(2024, 1, 1, tzinfo=UTC))
+    item = Item(
+        prompt=[user("q")],
+        completion="a",
+        rejected=("b", "c"),
+        created_at=datetime(2024, 1, 1, tzinfo=UTC),
+    )
     path = tmp_path / "user.jsonl"
     path.write_text(item.model_dump_json())
     assert read_history(path, user_id="ann").items == [item]

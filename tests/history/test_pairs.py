@@ -36,7 +36,9 @@ def trained_pairs(monkeypatch: pytest.MonkeyPatch) -> list[Pair]:
 
 @pytest.fixture
 def personalize(tiny: Callable[..., Path], store_folder: Path) -> PersonalizeUser:
-    return PersonalizeUser(model=str(tiny("llama")), store=store_folder, recipe=QUICK, gate="always")
+    return PersonalizeUser(
+        model=str(tiny("llama")), store=store_folder, recipe=QUICK, gate="always"
+    )
 
 
 def texts(pairs: list[Pair], personalize: PersonalizeUser) -> set[tuple[str, str]]:
@@ -54,16 +56,28 @@ def openai(number: int) -> dict[str, Any]:
 
 
 def trl(number: int) -> dict[str, Any]:
-    return {"prompt": f"Say {number}.", "chosen": f"It is {number}, friend.", "rejected": f"{number}."}
+    return {
+        "prompt": f"Say {number}.",
+        "chosen": f"It is {number}, friend.",
+        "rejected": f"{number}.",
+    }
 
 
 def feedback(number: int) -> dict[str, Any]:
-    return {"prompt": f"Say {number}.", "answer": f"{number}.", "score": 0, "correction": f"It is {number}, friend."}
+    return {
+        "prompt": f"Say {number}.",
+        "answer": f"{number}.",
+        "score": 0,
+        "correction": f"It is {number}, friend.",
+    }
 
 
 @pytest.mark.parametrize("row", [openai, trl, feedback])
 def test_pairs_of_a_file_reach_dpo_as_given(
-    personalize: PersonalizeUser, tmp_path: Path, trained_pairs: list[Pair], row: Callable[[int], dict[str, Any]]
+    personalize: PersonalizeUser,
+    tmp_path: Path,
+    trained_pairs: list[Pair],
+    row: Callable[[int], dict[str, Any]],
 ) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(json.dumps(row(number)) for number in range(6)))
@@ -74,18 +88,26 @@ def test_pairs_of_a_file_reach_dpo_as_given(
     assert (result.num_trained, result.num_held_out) == (4, 2)
     assert texts(trained_pairs, personalize) == {(f"It is {n}, friend.", f"{n}.") for n in range(4)}
     assert all(pair.reward is None for pair in trained_pairs)
-    assert "4 pairs of a chosen and a rejected answer were given; no negative is mined for their items" in result.notes
+    assert (
+        "4 pairs of a chosen and a rejected answer were given; no negative is mined for their items"
+        in result.notes
+    )
 
 
 def test_feedback_in_chroma_trains_the_user_beside_what_the_user_wrote(
     personalize: PersonalizeUser, tmp_path: Path, trained_pairs: list[Pair]
 ) -> None:
     history = ChromaHistory(tmp_path / "chroma")
-    history.add("ann", [{"prompt": f"Count to {n}.", "completion": f"Up to {n}, friend."} for n in range(3)])
+    history.add(
+        "ann", [{"prompt": f"Count to {n}.", "completion": f"Up to {n}, friend."} for n in range(3)]
+    )
     history.add("ann", [feedback(number) for number in range(2)])
     history.add("ann", [{"prompt": "Say hi.", "answer": "Hi.", "score": 0}])
     history.add("ann", [{"prompt": "Say hi.", "answer": "Hi, friend.", "score": 1}])
-    history.add("ann", [{"prompt": f"Say {n}.", "answer": f"It is {n}, friend.", "score": 1} for n in (8, 9)])
+    history.add(
+        "ann",
+        [{"prompt": f"Say {n}.", "answer": f"It is {n}, friend.", "score": 1} for n in (8, 9)],
+    )
     chain = personalize.model_copy(update={"history": history})
     result = chain.invoke({"user_id": "ann"})
     assert result.published
@@ -109,7 +131,9 @@ def test_weight_zero_is_never_trained_on_but_read_as_context(personalize: Person
         messages[1]["weight"] = 0
         return {"messages": messages}
 
-    result = personalize.invoke({"user_id": "ann", "history": [conversation(number) for number in range(6)]})
+    result = personalize.invoke(
+        {"user_id": "ann", "history": [conversation(number) for number in range(6)]}
+    )
     assert (result.num_trained, result.num_held_out) == (4, 2)
     assert all("SECRET" not in sample.reference for sample in result.samples)
     assert all(sample.prompt[1]["content"].startswith("SECRET") for sample in result.samples)

@@ -24,7 +24,10 @@ CHAT = [
 
 def write(folder: Path, *rows: object, name: str = "user.jsonl") -> Path:
     path = folder / name
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -67,21 +70,30 @@ def test_with_target_user_the_roles_of_the_prompt_are_swapped(tmp_path: Path) ->
     system, instruction = turn("system", "Be kind."), turn("user", MESSAGE_INSTRUCTION)
     assert [(item.prompt, item.completion) for item in history.items] == [
         ([system, instruction], "hello"),
-        ([system, instruction, turn("assistant", "hello"), turn("user", "hi there")], "what is new?"),
+        (
+            [system, instruction, turn("assistant", "hello"), turn("user", "hi there")],
+            "what is new?",
+        ),
     ]
     assert history.instruction == MESSAGE_INSTRUCTION
     assert any(MESSAGE_INSTRUCTION in note for note in history.notes)
 
 
-def test_a_first_user_turn_is_answered_to_the_instruction_that_was_asked_for(tmp_path: Path) -> None:
+def test_a_first_user_turn_is_answered_to_the_instruction_that_was_asked_for(
+    tmp_path: Path,
+) -> None:
     path = write(tmp_path, {"messages": CHAT[1:3]})
     history = read_history(path, user_id="ann", target="user", instruction="Say something.")
-    assert [(item.prompt, item.completion) for item in history.items] == [("Say something.", "hello")]
+    assert [(item.prompt, item.completion) for item in history.items] == [
+        ("Say something.", "hello")
+    ]
     assert history.instruction == "Say something."
 
 
 def test_an_assistant_that_speaks_first_answers_the_instruction() -> None:
-    items = as_items([{"messages": [turn("assistant", "welcome"), turn("user", "hi"), turn("assistant", "so?")]}])
+    items = as_items(
+        [{"messages": [turn("assistant", "welcome"), turn("user", "hi"), turn("assistant", "so?")]}]
+    )
     instruction = turn("user", MESSAGE_INSTRUCTION)
     assert [item.messages for item in items] == [
         [instruction],
@@ -90,7 +102,9 @@ def test_an_assistant_that_speaks_first_answers_the_instruction() -> None:
 
 
 @given(
-    roles=st.lists(st.sampled_from(["system", "user", "assistant", "tool"]), min_size=1, max_size=9),
+    roles=st.lists(
+        st.sampled_from(["system", "user", "assistant", "tool"]), min_size=1, max_size=9
+    ),
     target=st.sampled_from(["assistant", "user"]),
 )
 def test_every_prompt_alternates_and_ends_in_a_user_turn(roles: list[str], target: str) -> None:
@@ -120,8 +134,16 @@ def test_what_a_tool_answered_reaches_the_assistant_but_not_the_user() -> None:
 
 
 def test_content_in_parts_is_joined_and_parts_that_are_no_text_are_counted() -> None:
-    parts = [{"type": "text", "text": "one"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": "two"}]
-    messages = [{"role": "user", "content": parts}, turn("assistant", "fine"), turn("developer", "later")]
+    parts = [
+        {"type": "text", "text": "one"},
+        {"type": "image_url", "image_url": {}},
+        {"type": "text", "text": "two"},
+    ]
+    messages = [
+        {"role": "user", "content": parts},
+        turn("assistant", "fine"),
+        turn("developer", "later"),
+    ]
     history = as_history([{"messages": messages}])
     assert history.items[0].prompt == [turn("user", "one\ntwo")]
     assert "parts of messages left out because they are no text: 1" in history.notes
@@ -129,7 +151,11 @@ def test_content_in_parts_is_joined_and_parts_that_are_no_text_are_counted() -> 
 
 def test_a_prompt_may_be_messages_and_a_missing_one_gets_the_instruction() -> None:
     history = as_history(
-        [{"prompt": CHAT[:2], "completion": "a"}, {"completion": "b"}, {"prompt": " ", "completion": "c"}]
+        [
+            {"prompt": CHAT[:2], "completion": "a"},
+            {"completion": "b"},
+            {"prompt": " ", "completion": "c"},
+        ]
     )
     assert [item.prompt for item in history.items] == [CHAT[:2], TEXT_INSTRUCTION, TEXT_INSTRUCTION]
     assert history.instruction == TEXT_INSTRUCTION
@@ -153,7 +179,9 @@ def test_a_user_a_line_brings_history_and_queries(tmp_path: Path) -> None:
 def test_the_example_user_is_read_whole() -> None:
     history = read_history(EXAMPLE)
     assert (history.user_id, len(history.items), len(history.queries)) == ("robin", 102, 25)
-    assert all(item.messages[0]["content"].startswith("Generate a headline") for item in history.items)
+    assert all(
+        item.messages[0]["content"].startswith("Generate a headline") for item in history.items
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,8 +196,18 @@ def test_the_example_user_is_read_whole() -> None:
             "Generate a headline for the following article: t",
             "h",
         ),
-        ({"title": "h", "text": "t"}, "a subject for the following email: x", "Generate a subject", "h"),
-        ({"title": "h", "abstract": "a"}, "Generate a title for", "Generate a title for the following abstract", "h"),
+        (
+            {"title": "h", "text": "t"},
+            "a subject for the following email: x",
+            "Generate a subject",
+            "h",
+        ),
+        (
+            {"title": "h", "abstract": "a"},
+            "Generate a title for",
+            "Generate a title for the following abstract",
+            "h",
+        ),
         (
             {"title": "h", "abstract": "a"},
             'Generate an abstract for the title "x"',
@@ -199,12 +237,20 @@ def test_lamp_profiles_of_every_task_are_known(
     (item,) = history.items
     assert isinstance(item.prompt, str)
     assert item.prompt.startswith(prompt)
-    assert (history.user_id, item.completion, item.created_at) == ("7", completion, datetime(2017, 3, 1, tzinfo=UTC))
+    assert (history.user_id, item.completion, item.created_at) == (
+        "7",
+        completion,
+        datetime(2017, 3, 1, tzinfo=UTC),
+    )
     assert [query.completion for query in history.queries] == ["g"]
 
 
 def test_a_question_without_its_answer_is_no_query(tmp_path: Path) -> None:
-    row = {"id": "10", "input": "Generate a title for x", "profile": [{"title": "h", "abstract": "a"}]}
+    row = {
+        "id": "10",
+        "input": "Generate a title for x",
+        "profile": [{"title": "h", "abstract": "a"}],
+    }
     history = read_history(write(tmp_path, row))
     assert (history.user_id, len(history.items), history.queries) == ("10", 1, [])
 
@@ -212,14 +258,19 @@ def test_a_question_without_its_answer_is_no_query(tmp_path: Path) -> None:
 def test_an_unknown_profile_is_refused_with_its_fields(tmp_path: Path) -> None:
     path = write(tmp_path, {"user_id": "a", "profile": [{"id": 1, "text": "t", "mood": "sad"}]})
     with pytest.raises(
-        HistoryError, match=r"user\.jsonl:1: profile\[0\]: fields of no known task: 'id', 'text', 'mood'"
+        HistoryError,
+        match=r"user\.jsonl:1: profile\[0\]: fields of no known task: 'id', 'text', 'mood'",
     ):
         read_history(path)
 
 
 def test_a_json_file_may_hold_a_list_an_object_or_lines(tmp_path: Path) -> None:
     as_list = write(tmp_path, json.dumps([pair(1), pair(2)], indent=1), name="a.json")
-    as_object = write(tmp_path, json.dumps({"user_id": "u", "history": [pair(1), pair(2)]}, indent=1), name="b.json")
+    as_object = write(
+        tmp_path,
+        json.dumps({"user_id": "u", "history": [pair(1), pair(2)]}, indent=1),
+        name="b.json",
+    )
     as_lines = write(tmp_path, pair(1), pair(2), name="c.json")
     for path in (as_list, as_object, as_lines):
         assert completions(read_users(path)[0]) == ["answer 1", "answer 2"]
@@ -238,20 +289,26 @@ def test_items_are_sorted_when_all_have_a_time_in_any_notation() -> None:
     ]  # 1717142400 = 08:00Z
     history = as_history([pair(number, created_at=time) for number, time in enumerate(times)])
     assert completions(history) == ["answer 2", "answer 3", "answer 1", "answer 0", "answer 4"]
-    assert all(item.created_at and item.created_at.utcoffset() is not None for item in history.items)
+    assert all(
+        item.created_at and item.created_at.utcoffset() is not None for item in history.items
+    )
     assert history.notes == []
 
 
 def test_items_keep_their_order_when_only_some_have_a_time() -> None:
     history = as_history([pair(1, created_at="2024-01-01"), pair(2)])
     assert completions(history) == ["answer 1", "answer 2"]
-    assert history.notes == ["only 1 of 2 items have created_at: their order is taken as oldest first"]
+    assert history.notes == [
+        "only 1 of 2 items have created_at: their order is taken as oldest first"
+    ]
 
 
 def test_milliseconds_and_datetimes_are_times_too() -> None:
     moment = datetime(2024, 5, 31, 8, tzinfo=UTC)
     naive = moment.replace(tzinfo=None)
-    items = as_items([pair(1, created_at=1717142400000), pair(2, created_at=moment), pair(3, date=naive)])
+    items = as_items(
+        [pair(1, created_at=1717142400000), pair(2, created_at=moment), pair(3, date=naive)]
+    )
     assert {item.created_at for item in items} == {moment}
     assert Item(prompt="p", completion="c", created_at=naive).created_at == moment
 
@@ -274,7 +331,9 @@ def test_items_of_one_conversation_share_a_name_and_others_do_not() -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_log_that_repeats_a_conversation_from_its_beginning_is_one_conversation(order: int) -> None:
+def test_a_log_that_repeats_a_conversation_from_its_beginning_is_one_conversation(
+    order: int,
+) -> None:
     rows = [{"messages": CHAT[:3]}, {"messages": CHAT}][::order]
     history = as_history(rows)
     assert sorted(completions(history)) == ["hi there", "nothing much"]
@@ -283,7 +342,9 @@ def test_a_log_that_repeats_a_conversation_from_its_beginning_is_one_conversatio
 
 def test_a_common_greeting_does_not_join_conversations() -> None:
     greeting = [turn("system", "Be kind."), turn("assistant", "welcome")]
-    longer = [[*greeting, turn("user", text), turn("assistant", f"re: {text}")] for text in ("a", "b")]
+    longer = [
+        [*greeting, turn("user", text), turn("assistant", f"re: {text}")] for text in ("a", "b")
+    ]
     items = as_items([{"messages": messages} for messages in (greeting, *longer)])
     assert len({item.conversation for item in items}) == 3
 
@@ -294,20 +355,26 @@ def test_a_common_greeting_does_not_join_conversations() -> None:
 def test_one_of_several_users_is_picked_by_name(tmp_path: Path) -> None:
     path = write(tmp_path, pair(1, user_id="ann"), pair(2, user_id="bob"), pair(3, user_id="ann"))
     assert completions(read_history(path, user_id="ann")) == ["answer 1", "answer 3"]
-    assert [(user.user_id, len(user.items)) for user in read_users(path)] == [("ann", 2), ("bob", 1)]
+    assert [(user.user_id, len(user.items)) for user in read_users(path)] == [
+        ("ann", 2),
+        ("bob", 1),
+    ]
 
 
 def test_several_users_where_one_is_wanted_are_counted_and_named(tmp_path: Path) -> None:
     path = write(tmp_path, *[pair(number, user_id=f"user{number}") for number in range(7)])
     with pytest.raises(
-        HistoryError, match=r"7 users: 'user0', 'user1', 'user2', 'user3', 'user4', …; pick one \(--user"
+        HistoryError,
+        match=r"7 users: 'user0', 'user1', 'user2', 'user3', 'user4', …; pick one \(--user",
     ):
         read_history(path)
 
 
 def test_a_file_of_another_user_is_refused_naming_both(tmp_path: Path) -> None:
     path = write(tmp_path, pair(1, user_id="ann"))
-    with pytest.raises(HistoryError, match="asked for the user 'bob', but the file has the user 'ann'"):
+    with pytest.raises(
+        HistoryError, match="asked for the user 'bob', but the file has the user 'ann'"
+    ):
         read_history(path, user_id="bob")
 
 
@@ -320,14 +387,20 @@ def test_a_file_that_names_nobody_needs_a_user(tmp_path: Path) -> None:
 
 def test_a_file_that_names_a_user_on_some_lines_only_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, pair(1, user_id="ann"), pair(2))
-    with pytest.raises(HistoryError, match=r"user\.jsonl:2: names no user, while .*user\.jsonl:1 does"):
+    with pytest.raises(
+        HistoryError, match=r"user\.jsonl:2: names no user, while .*user\.jsonl:1 does"
+    ):
         read_history(path, user_id="ann")
 
 
 def test_rows_of_two_users_are_never_mixed_in_memory() -> None:
-    with pytest.raises(HistoryError, match=r"history\[1\]: belongs to the user 'bob', not to 'ann'"):
+    with pytest.raises(
+        HistoryError, match=r"history\[1\]: belongs to the user 'bob', not to 'ann'"
+    ):
         as_items([pair(1, user_id="ann"), pair(2, user_id="bob")])
-    with pytest.raises(HistoryError, match=r"history\[0\]: belongs to the user 'bob', not to 'ann'"):
+    with pytest.raises(
+        HistoryError, match=r"history\[0\]: belongs to the user 'bob', not to 'ann'"
+    ):
         as_history([pair(1, user_id="bob")], user_id="ann")
 
 
@@ -383,13 +456,17 @@ def test_a_bad_line_is_named_with_what_is_wrong(tmp_path: Path, line: object, me
 @pytest.mark.parametrize(
     ("user_id", "message"), [("", "user id is empty"), (1.5, "must be text"), ([], "must be text")]
 )
-def test_a_user_id_that_is_no_text_is_refused(tmp_path: Path, user_id: object, message: str) -> None:
+def test_a_user_id_that_is_no_text_is_refused(
+    tmp_path: Path, user_id: object, message: str
+) -> None:
     with pytest.raises(HistoryError, match=message):
         read_history(write(tmp_path, pair(1, user_id=user_id)))
 
 
 def test_a_huge_number_or_nan_beside_the_texts_does_no_harm(tmp_path: Path) -> None:
-    path = write(tmp_path, pair(1, score=10**300, other=float("nan")), pair(2, note="x" * 1_000_000))
+    path = write(
+        tmp_path, pair(1, score=10**300, other=float("nan")), pair(2, note="x" * 1_000_000)
+    )
     assert len(read_history(path, user_id="ann").items) == 2
 
 
@@ -443,7 +520,10 @@ def test_a_row_in_memory_is_named_by_its_index() -> None:
 @given(rows=st.lists(st.tuples(st.text(), st.text().filter(str.strip), st.integers(0, 50))))
 def test_reading_items_again_changes_nothing(rows: list[tuple[str, str, int]]) -> None:
     start = datetime(2024, 1, 1, tzinfo=UTC)
-    raw = [{"prompt": p, "completion": c, "created_at": start + timedelta(days=days)} for p, c, days in rows]
+    raw = [
+        {"prompt": p, "completion": c, "created_at": start + timedelta(days=days)}
+        for p, c, days in rows
+    ]
     items = as_items(raw)
     assert as_items(items) == items
     assert len({item.key for item in items}) == len(items)

@@ -20,7 +20,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The class `InMemoryChatMessageHistory`"),
     pytest.mark.filterwarnings("ignore:RunnableWithMessageHistory is deprecated"),
 ]
-TURNS: list[BaseMessage] = [HumanMessage("hello"), AIMessage("hi"), HumanMessage("bye"), AIMessage("see you")]
+TURNS: list[BaseMessage] = [
+    HumanMessage("hello"),
+    AIMessage("hi"),
+    HumanMessage("bye"),
+    AIMessage("see you"),
+]
 
 
 @pytest.fixture
@@ -54,14 +59,18 @@ def test_it_is_a_chat_history_and_what_the_user_wrote_is_in_chroma(history: Chro
 
 def test_a_turn_is_recorded_once_the_other_side_has_answered(history: ChromaHistory) -> None:
     chat = recorded(history)
-    for number, message in enumerate([*TURNS, HumanMessage("still there?"), HumanMessage("hm"), AIMessage("yes")]):
+    for number, message in enumerate(
+        [*TURNS, HumanMessage("still there?"), HumanMessage("hm"), AIMessage("yes")]
+    ):
         chat.add_message(message)
         expected = ["hello", "bye", "still there?\n\nhm"]
         assert written(history) == expected[: [0, 1, 1, 2, 2, 2, 3][number]]
     assert history.count("ann") == 3
 
 
-def test_the_assistants_turns_are_recorded_where_they_are_the_target(history: ChromaHistory) -> None:
+def test_the_assistants_turns_are_recorded_where_they_are_the_target(
+    history: ChromaHistory,
+) -> None:
     chat = recorded(history, target="assistant")
     chat.add_messages([SystemMessage("Be kind."), *TURNS])
     assert written(history) == ["hi"]
@@ -71,14 +80,20 @@ def test_the_assistants_turns_are_recorded_where_they_are_the_target(history: Ch
 
 def test_tool_calls_images_and_blank_turns_do_no_harm(history: ChromaHistory) -> None:
     chat = recorded(history)
-    chat.add_messages([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}]), AIMessage("a cat")])
+    chat.add_messages(
+        [HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}]), AIMessage("a cat")]
+    )
     assert written(history) == []
     call = AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}])
-    chat.add_messages([HumanMessage("weather?"), call, ToolMessage("18", tool_call_id="1"), AIMessage("mild")])
+    chat.add_messages(
+        [HumanMessage("weather?"), call, ToolMessage("18", tool_call_id="1"), AIMessage("mild")]
+    )
     assert written(history) == ["weather?"]
 
 
-def test_a_chat_that_was_kept_before_is_recorded_at_once_and_only_once(history: ChromaHistory) -> None:
+def test_a_chat_that_was_kept_before_is_recorded_at_once_and_only_once(
+    history: ChromaHistory,
+) -> None:
     kept = InMemoryChatMessageHistory(messages=list(TURNS))
     chat = RecordedChatHistory(kept, history, user_id="ann", session_id="1")
     chat.record()
@@ -138,6 +153,8 @@ def test_a_chroma_that_is_gone_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"user_id": ""}, {"session_id": ""}, {"session_id": None}])
-def test_a_user_or_session_without_a_name_is_refused(history: ChromaHistory, wrong: dict[str, Any]) -> None:
+def test_a_user_or_session_without_a_name_is_refused(
+    history: ChromaHistory, wrong: dict[str, Any]
+) -> None:
     with pytest.raises(HistoryError, match=r"the (user|session) id"):
         recorded(history, **wrong)

@@ -15,8 +15,7 @@ from personal import QUICK, ROWS, Recorder
 
 from adapter_store import AdapterStore
 from langchain_cope import PersonalizeUser
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine
+from langchain_cope.engine import Engine, load_base
 
 REQUEST = {"user_id": "alice", "history": ROWS}
 NUM_CANCELS = 20
@@ -41,16 +40,23 @@ def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
-def left_behind(personalize: PersonalizeUser, temporary: Path, threads: set[threading.Thread]) -> list[str]:
+def left_behind(
+    personalize: PersonalizeUser, temporary: Path, threads: set[threading.Thread]
+) -> list[str]:
     """Whatever a cancelled training should not have left."""
     store = AdapterStore(personalize.store)
-    adapters = [*Path(personalize.store).rglob("versions/*"), *Path(personalize.store).glob("staging/*")]
+    adapters = [
+        *Path(personalize.store).rglob("versions/*"),
+        *Path(personalize.store).glob("staging/*"),
+    ]
     started = {thread.name for thread in set(threading.enumerate()) - threads}
     statistics = Engine.of(load_base(personalize.model)).statistics()
     return [
         *[f"version {version.version}" for version in store.versions("alice")],
         *[f"file {path.name}" for path in (*adapters, *temporary.iterdir())],
-        *[f"thread {name}" for name in started if not name.startswith("asyncio_")],  # the event loop's own pool
+        *[
+            f"thread {name}" for name in started if not name.startswith("asyncio_")
+        ],  # the event loop's own pool
         *["rows"] * statistics.rows,
         *["waiting"] * statistics.waiting,
     ]
@@ -81,7 +87,9 @@ async def test_cancelled_at_random_moments_it_stops_soon_and_leaves_nothing(
         assert time.monotonic() - cancelled < 3
         num_cancelled += 1
         deadline = time.monotonic() + 1  # one step of the engine, on a busy machine
-        while (left := left_behind(personalize, temporary, threads)) and time.monotonic() < deadline:
+        while (
+            left := left_behind(personalize, temporary, threads)
+        ) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         assert left == []
     assert (await personalize.ainvoke(REQUEST)).published
@@ -116,7 +124,9 @@ async def test_a_cancel_just_after_the_publish_takes_it_back(
         loop.call_soon_threadsafe(task.cancel)
         time.sleep(0.2)
 
-    task = asyncio.create_task(personalize.ainvoke(REQUEST, {"callbacks": [AtEndOf("publish", cancel)]}))
+    task = asyncio.create_task(
+        personalize.ainvoke(REQUEST, {"callbacks": [AtEndOf("publish", cancel)]})
+    )
     with pytest.raises(asyncio.CancelledError):
         await task
     assert published not in ([None], [before])
@@ -137,7 +147,9 @@ async def test_a_second_cancel_does_not_leave_the_training_at_work(
 
     await personalize.model_copy(update={"store": tmp_path / "warm"}).ainvoke(REQUEST)
     threads = set(threading.enumerate())
-    task = asyncio.create_task(personalize.ainvoke(REQUEST, {"callbacks": [AtEndOf("sft", cancel_twice)]}))
+    task = asyncio.create_task(
+        personalize.ainvoke(REQUEST, {"callbacks": [AtEndOf("sft", cancel_twice)]})
+    )
     with pytest.raises(asyncio.CancelledError):
         await task
     assert left_behind(personalize, temporary, threads) == []
@@ -156,7 +168,9 @@ def in_a_graph(personalize: PersonalizeUser, config: RunnableConfig) -> Coroutin
 
 
 def in_a_chain(personalize: PersonalizeUser, config: RunnableConfig) -> Coroutine[Any, Any, Any]:
-    return (RunnablePassthrough() | personalize.map()).ainvoke([REQUEST, {**REQUEST, "user_id": "bob"}], config)
+    return (RunnablePassthrough() | personalize.map()).ainvoke(
+        [REQUEST, {**REQUEST, "user_id": "bob"}], config
+    )
 
 
 def streamed(personalize: PersonalizeUser, config: RunnableConfig) -> Coroutine[Any, Any, Any]:
@@ -165,7 +179,10 @@ def streamed(personalize: PersonalizeUser, config: RunnableConfig) -> Coroutine[
 
 @pytest.mark.parametrize("used", [in_a_graph, in_a_chain, streamed])
 async def test_wherever_it_is_used_a_cancel_reaches_it(
-    personalize: PersonalizeUser, temporary: Path, tmp_path: Path, used: Callable[..., Coroutine[Any, Any, Any]]
+    personalize: PersonalizeUser,
+    temporary: Path,
+    tmp_path: Path,
+    used: Callable[..., Coroutine[Any, Any, Any]],
 ) -> None:
     await personalize.model_copy(update={"store": tmp_path / "warm"}).ainvoke(REQUEST)
     threads = set(threading.enumerate())
@@ -183,7 +200,9 @@ async def test_wherever_it_is_used_a_cancel_reaches_it(
     assert left_behind(personalize, temporary, threads) == []
 
 
-async def test_a_timeout_stops_it(personalize: PersonalizeUser, temporary: Path, tmp_path: Path) -> None:
+async def test_a_timeout_stops_it(
+    personalize: PersonalizeUser, temporary: Path, tmp_path: Path
+) -> None:
     await personalize.model_copy(update={"store": tmp_path / "warm"}).ainvoke(REQUEST)
     threads = set(threading.enumerate())
     with pytest.raises(TimeoutError):

@@ -11,10 +11,14 @@ from langchain_cope.personalization import held_out
 
 def items(count: int, conversations: dict[int, str] | None = None) -> list[Item]:
     named = conversations or {}
-    return [Item(prompt=f"p{i}", completion=f"c{i}", conversation=named.get(i)) for i in range(count)]
+    return [
+        Item(prompt=f"p{i}", completion=f"c{i}", conversation=named.get(i)) for i in range(count)
+    ]
 
 
-@pytest.mark.parametrize(("count", "expected"), [(5, 2), (10, 2), (12, 2), (13, 3), (50, 10), (74, 15)])
+@pytest.mark.parametrize(
+    ("count", "expected"), [(5, 2), (10, 2), (12, 2), (13, 3), (50, 10), (74, 15)]
+)
 def test_the_newest_fifth_is_held_out_and_at_least_two(count: int, expected: int) -> None:
     trained, judged = held_out.split(items(count))
     assert len(judged) == expected

@@ -57,7 +57,11 @@ def test_it_stands_in_a_chain(personalize: PersonalizeUser) -> None:
     def ask(user: str) -> dict[str, Any]:
         return {"user_id": user, "history": ROWS}
 
-    chain = RunnableLambda(ask) | personalize.with_config(run_name="learn") | (lambda result: result.version)
+    chain = (
+        RunnableLambda(ask)
+        | personalize.with_config(run_name="learn")
+        | (lambda result: result.version)
+    )
     recorder = Recorder()
     version = chain.invoke("alice", {"callbacks": [recorder], "metadata": {"tenant": "blue"}})
     assert AdapterStore(personalize.store).active("alice") == version
@@ -66,17 +70,26 @@ def test_it_stands_in_a_chain(personalize: PersonalizeUser) -> None:
     assert parents["learn"] == "RunnableSequence"
     assert parents["sft"] == parents["publish"] == "learn"
     metadata = dict(zip([name for name, _, _ in recorder.started], recorder.metadata, strict=True))
-    assert {"tenant": "blue", "base_model": personalize.model, "gate": "improve", "user_id": "alice"}.items() <= (
-        metadata["dpo"].items()
-    )
+    assert {
+        "tenant": "blue",
+        "base_model": personalize.model,
+        "gate": "improve",
+        "user_id": "alice",
+    }.items() <= (metadata["dpo"].items())
 
 
-async def test_it_stands_in_an_asynchronous_chain_and_is_mapped_over_users(personalize: PersonalizeUser) -> None:
+async def test_it_stands_in_an_asynchronous_chain_and_is_mapped_over_users(
+    personalize: PersonalizeUser,
+) -> None:
     chain: Runnable[list[str], list[PersonalizeResult]] = (
-        RunnableLambda(lambda users: [{"user_id": user, "history": ROWS} for user in users]) | personalize.map()
+        RunnableLambda(lambda users: [{"user_id": user, "history": ROWS} for user in users])
+        | personalize.map()
     )
     results = await chain.ainvoke(["alice", "bob"])
-    assert [(result.user_id, result.published) for result in results] == [("alice", True), ("bob", True)]
+    assert [(result.user_id, result.published) for result in results] == [
+        ("alice", True),
+        ("bob", True),
+    ]
     assert [result.user_id for result in chain.invoke(["carol", "dave"])] == ["carol", "dave"]
 
 
@@ -96,7 +109,9 @@ def test_an_option_that_does_not_exist_is_refused(personalize: PersonalizeUser) 
         personalize.invoke(REQUEST, stop=threading.Event())
 
 
-def test_the_user_comes_from_the_config_where_the_request_names_none(personalize: PersonalizeUser) -> None:
+def test_the_user_comes_from_the_config_where_the_request_names_none(
+    personalize: PersonalizeUser,
+) -> None:
     config: RunnableConfig = {"configurable": {"user_id": "alice"}}
     assert personalize.invoke({"history": ROWS}, config).user_id == "alice"
     with pytest.raises(InputError, match="names the user 'bob', but the config the user 'alice'"):
@@ -133,7 +148,9 @@ def test_a_tool_takes_a_request_and_tells_without_quoting(personalize: Personali
     assert personalize.as_tool(name="learn", description="Learns.").description == "Learns."
 
 
-async def test_a_tool_works_asynchronously_and_its_result_holds_no_text(personalize: PersonalizeUser) -> None:
+async def test_a_tool_works_asynchronously_and_its_result_holds_no_text(
+    personalize: PersonalizeUser,
+) -> None:
     result = await personalize.as_tool().ainvoke(REQUEST)
     assert result.published
     assert result.samples == []
@@ -187,22 +204,33 @@ def test_it_is_a_node_and_its_progress_a_custom_stream(personalize: PersonalizeU
     builder.add_edge(START, "learn")
     chunks = list(builder.compile().stream(REQUEST, stream_mode=["custom", "values"]))
     told = [chunk for mode, chunk in chunks if mode == "custom"]
-    assert list(dict.fromkeys(chunk["stage"] for chunk in told)) == ["sft", "negatives", "dpo", "evaluate"]
+    assert list(dict.fromkeys(chunk["stage"] for chunk in told)) == [
+        "sft",
+        "negatives",
+        "dpo",
+        "evaluate",
+    ]
     assert {(chunk["event"], chunk["user_id"]) for chunk in told} == {("cope.progress", "alice")}
     assert [chunk["step"] for chunk in told if chunk["stage"] == "sft"][-1] == 6
     assert chunks[-1][1]["published"]
     assert "better" in chunks[-1][1]["reason"]
 
 
-async def test_progress_of_a_node_function_is_streamed_asynchronously(personalize: PersonalizeUser) -> None:
+async def test_progress_of_a_node_function_is_streamed_asynchronously(
+    personalize: PersonalizeUser,
+) -> None:
     async def learn(state: State) -> State:
-        result = await personalize.ainvoke({"user_id": state["user_id"], "history": state["history"]})
+        result = await personalize.ainvoke(
+            {"user_id": state["user_id"], "history": state["history"]}
+        )
         return {"published": result.published}
 
     builder = StateGraph(State)
     builder.add_node("learn", learn)
     builder.add_edge(START, "learn")
-    stages = [chunk["stage"] async for chunk in builder.compile().astream(REQUEST, stream_mode="custom")]
+    stages = [
+        chunk["stage"] async for chunk in builder.compile().astream(REQUEST, stream_mode="custom")
+    ]
     assert list(dict.fromkeys(stages)) == ["sft", "negatives", "dpo", "evaluate"]
 
 
@@ -215,7 +243,11 @@ def test_a_batch_is_one_after_another_and_says_who_failed(personalize: Personali
             if kwargs.get("name") == "sft":
                 under_way.append(len(self.started) - len(self.outputs) - len(self.errors))
 
-    requests: list[Any] = [REQUEST, {"user_id": "bob", "history": ROWS[:3]}, {"user_id": "carol", "history": ROWS}]
+    requests: list[Any] = [
+        REQUEST,
+        {"user_id": "bob", "history": ROWS[:3]},
+        {"user_id": "carol", "history": ROWS},
+    ]
     config: RunnableConfig = {"callbacks": [Watch()], "max_concurrency": 3}
     alice, bob, carol = personalize.batch(requests, config, return_exceptions=True)
     assert (alice.published, carol.published) == (True, True)
@@ -231,15 +263,23 @@ def test_a_failure_ends_a_batch_before_the_next_user(personalize: PersonalizeUse
     assert AdapterStore(personalize.store).active("alice") is None
 
 
-def test_each_of_a_batch_is_told_as_it_is_done_with_a_config_each(personalize: PersonalizeUser) -> None:
-    configs: list[RunnableConfig] = [{"configurable": {"user_id": user}} for user in ("alice", "bob")]
+def test_each_of_a_batch_is_told_as_it_is_done_with_a_config_each(
+    personalize: PersonalizeUser,
+) -> None:
+    configs: list[RunnableConfig] = [
+        {"configurable": {"user_id": user}} for user in ("alice", "bob")
+    ]
     done: list[str] = []
     for place, result in personalize.batch_as_completed([{"history": ROWS}] * 2, configs):
-        done.append(f"{place} {result.user_id} {AdapterStore(personalize.store).active('bob') is None}")
+        done.append(
+            f"{place} {result.user_id} {AdapterStore(personalize.store).active('bob') is None}"
+        )
     assert done == ["0 alice True", "1 bob False"]
 
 
-async def test_a_cancelled_abatch_stops_the_training_and_starts_no_other(personalize: PersonalizeUser) -> None:
+async def test_a_cancelled_abatch_stops_the_training_and_starts_no_other(
+    personalize: PersonalizeUser,
+) -> None:
     requests: list[Any] = [{"user_id": user, "history": ROWS} for user in ("alice", "bob", "carol")]
     at_bob = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -257,10 +297,16 @@ async def test_a_cancelled_abatch_stops_the_training_and_starts_no_other(persona
     store = AdapterStore(personalize.store)
     assert store.active("alice") is not None
     assert (store.active("bob"), store.active("carol")) == (None, None)
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("cope-personalize")]
+    assert not [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith("cope-personalize")
+    ]
 
 
-async def test_trainings_of_one_device_take_turns_wherever_they_were_started(personalize: PersonalizeUser) -> None:
+async def test_trainings_of_one_device_take_turns_wherever_they_were_started(
+    personalize: PersonalizeUser,
+) -> None:
     spans: dict[str, list[float]] = {}
 
     class Spans(Recorder):
@@ -268,7 +314,9 @@ async def test_trainings_of_one_device_take_turns_wherever_they_were_started(per
             spans.setdefault(data["user_id"], []).append(time.monotonic())
 
     requests = [{"user_id": user, "history": ROWS} for user in ("alice", "bob")]
-    await asyncio.gather(*[personalize.ainvoke(request, {"callbacks": [Spans()]}) for request in requests])
+    await asyncio.gather(
+        *[personalize.ainvoke(request, {"callbacks": [Spans()]}) for request in requests]
+    )
     first, second = sorted(spans.values())
     assert max(first) < min(second)
 
@@ -290,7 +338,9 @@ def test_a_stop_event_is_heard_before_and_while_training(personalize: Personaliz
     assert AdapterStore(personalize.store).active("alice") is None
 
 
-def test_a_stop_event_is_heard_while_waiting_for_another_training(personalize: PersonalizeUser) -> None:
+def test_a_stop_event_is_heard_while_waiting_for_another_training(
+    personalize: PersonalizeUser,
+) -> None:
     stop = threading.Event()
     threading.Timer(0.3, stop.set).start()
     with turn_on("cpu", never), pytest.raises(Cancelled, match="waiting for another training"):
@@ -312,13 +362,17 @@ class Client:
 def trace_of(chain: PersonalizeUser, config: RunnableConfig | None) -> str:
     """All that a callback handler and a LangSmith tracer are told, as text."""
     recorder, client = Recorder(), Client()
-    chain.invoke(REQUEST, {**(config or {}), "callbacks": [recorder, LangChainTracer(client=client)]})  # type: ignore[arg-type, typeddict-item]
+    chain.invoke(
+        REQUEST, {**(config or {}), "callbacks": [recorder, LangChainTracer(client=client)]}
+    )  # type: ignore[arg-type, typeddict-item]
     assert recorder.started
     assert client.runs
     return f"{vars(recorder)} {client.runs}"
 
 
-@pytest.mark.parametrize("config", [None, {"configurable": {"user_id": "alice"}}, {"metadata": {"user_id": "alice"}}])
+@pytest.mark.parametrize(
+    "config", [None, {"configurable": {"user_id": "alice"}}, {"metadata": {"user_id": "alice"}}]
+)
 def test_a_trace_holds_no_text_and_the_user_as_asked(
     personalize: PersonalizeUser, config: RunnableConfig | None
 ) -> None:
@@ -326,7 +380,9 @@ def test_a_trace_holds_no_text_and_the_user_as_asked(
         trace_of(personalize.model_copy(update={"trace_user_id": how}), config)
         for how in ("plain", "hashed", "omitted")
     )
-    assert not [trace for trace in (plain, hashed, omitted) if "fox" in trace or "Headline" in trace]
+    assert not [
+        trace for trace in (plain, hashed, omitted) if "fox" in trace or "Headline" in trace
+    ]
     assert "alice" in plain
     assert "alice" not in hashed
     assert str(HASHED) in hashed

@@ -58,7 +58,9 @@ def base(tiny: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def personalize(base: Path, store_folder: Path, tmp_path: Path) -> PersonalizeUser:
-    return PersonalizeUser(model=str(base), store=str(store_folder), recipe=FOUR_STEPS, job_dir=str(tmp_path / "jobs"))
+    return PersonalizeUser(
+        model=str(base), store=str(store_folder), recipe=FOUR_STEPS, job_dir=str(tmp_path / "jobs")
+    )
 
 
 def killed_at(moment: str, personalize: PersonalizeUser) -> list[str]:
@@ -67,7 +69,11 @@ def killed_at(moment: str, personalize: PersonalizeUser) -> list[str]:
     asked |= {key: getattr(personalize, key) for key in ("model", "store", "job_dir")}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
-        [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -85,8 +91,14 @@ def killed_at(moment: str, personalize: PersonalizeUser) -> list[str]:
 def job_files(personalize: PersonalizeUser) -> dict[str, tuple[int, int]]:
     """Inode and time of each finished file: another one, or the same written again, differs."""
     (job,) = Path(str(personalize.job_dir)).iterdir()
-    facts = {path: path.stat() for path in job.rglob("*") if path.is_file() and not path.parent.name.startswith(".")}
-    return {str(path.relative_to(job)): (stat.st_ino, stat.st_mtime_ns) for path, stat in facts.items()}
+    facts = {
+        path: path.stat()
+        for path in job.rglob("*")
+        if path.is_file() and not path.parent.name.startswith(".")
+    }
+    return {
+        str(path.relative_to(job)): (stat.st_ino, stat.st_mtime_ns) for path, stat in facts.items()
+    }
 
 
 def invoke(personalize: PersonalizeUser, request: Any = REQUEST) -> tuple[Any, Recorder]:
@@ -131,7 +143,9 @@ def test_killed_in_the_middle_of_dpo_it_goes_on_without_sft_to_the_same_adapter(
     assert whole.metrics == result.metrics
 
 
-def test_killed_just_after_the_publish_it_is_not_published_twice(personalize: PersonalizeUser) -> None:
+def test_killed_just_after_the_publish_it_is_not_published_twice(
+    personalize: PersonalizeUser,
+) -> None:
     killed_at("publish ended", personalize)
     store = AdapterStore(personalize.store)
     version = store.active("alice")
@@ -167,7 +181,9 @@ def test_after_a_failure_it_goes_on_too(stopped: PersonalizeUser) -> None:
 
 
 @pytest.mark.parametrize("change", ["history", "held out", "recipe", "base"])
-def test_another_input_starts_anew(stopped: PersonalizeUser, tiny: Callable[..., Path], change: str) -> None:
+def test_another_input_starts_anew(
+    stopped: PersonalizeUser, tiny: Callable[..., Path], change: str
+) -> None:
     rows, changed = ROWS, stopped
     if change == "history":
         rows = [{**ROWS[0], "completion": "Another text"}, *ROWS[1:]]
@@ -176,7 +192,9 @@ def test_another_input_starts_anew(stopped: PersonalizeUser, tiny: Callable[...,
     elif change == "recipe":
         changed = stopped.model_copy(update={"recipe": replace(FOUR_STEPS, seed=1)})
     else:
-        changed = stopped.model_copy(update={"model": str(tiny("llama", initializer_range=0.05, seed=1))})
+        changed = stopped.model_copy(
+            update={"model": str(tiny("llama", initializer_range=0.05, seed=1))}
+        )
     result, recorder = invoke(changed, {"user_id": "alice", "history": rows})
     assert recorder.stages == ALL
     assert not [note for note in result.notes if "done before" in note]
@@ -225,7 +243,9 @@ def test_a_job_folder_that_cannot_be_written_is_refused_before_training(
     (tmp_path / "file").write_text("in the way")
     recorder = Recorder()
     with pytest.raises(InputError, match="job_dir: cannot use"):
-        personalize.model_copy(update={"job_dir": tmp_path / "file"}).invoke(REQUEST, {"callbacks": [recorder]})
+        personalize.model_copy(update={"job_dir": tmp_path / "file"}).invoke(
+            REQUEST, {"callbacks": [recorder]}
+        )
     assert recorder.stages == ["history", "load"]
 
 

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from adapter_store import AdapterStore, BackendError, InvalidAdapterError
 from langchain_cope import ChatCoPe, ChromaHistory, PersonalizeResult, PersonalizeUser
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine
+from langchain_cope.engine import Engine, load_base
 from langchain_cope.errors import HistoryError, InputError, ModelError
 from langchain_cope.evaluation.comparison import as_examples
 from langchain_cope.history import as_items
@@ -48,15 +47,28 @@ def test_from_history_to_a_published_version_that_chats(
     assert set(result.metrics) == {"base", "sft", "dpo", "cope"}
     assert set(result.metrics["cope"]) == {"rouge1", "rougeL"}
     assert result.metrics["dpo"]["nll"] < result.metrics["base"]["nll"]
-    assert set(result.timings) == {"history", "load", "sft", "negatives", "dpo", "evaluate", "publish"}
-    assert [sample.reference for sample in result.samples] == [row["completion"] for row in ROWS[-2:]]
+    assert set(result.timings) == {
+        "history",
+        "load",
+        "sft",
+        "negatives",
+        "dpo",
+        "evaluate",
+        "publish",
+    }
+    assert [sample.reference for sample in result.samples] == [
+        row["completion"] for row in ROWS[-2:]
+    ]
 
     store = AdapterStore(store_folder)
     version = store.resolve("alice", base=load_base(base).fingerprint())
     assert (version.version, version.alpha, version.tau) == (result.version, 0.1, 0.1)
     assert version.metrics == result.metrics
     assert version.metadata["recipe"]["sft"]["rank"] == 4
-    assert all(torch.equal(tensor, before[name]) for name, tensor in load_base(base).model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name])
+        for name, tensor in load_base(base).model.state_dict().items()
+    )
 
     message = ChatCoPe(model=str(base), store=store, user_id="alice").invoke(ROWS[-1]["prompt"])
     assert message.response_metadata["adapter_version"] == result.version
@@ -74,7 +86,9 @@ def test_a_version_that_is_no_better_is_refused_and_the_active_one_stays(
     assert again.version is None
     assert f"active version {first.version}" in again.reason
     assert AdapterStore(store_folder).active("alice") == first.version
-    forced = personalize.model_copy(update={"gate": "always"}).invoke({"user_id": "alice", "history": ROWS})
+    forced = personalize.model_copy(update={"gate": "always"}).invoke(
+        {"user_id": "alice", "history": ROWS}
+    )
     assert forced.published
     assert AdapterStore(store_folder).active("alice") == forced.version
     assert forced.metrics == first.metrics, "the same seed gives the same result"
@@ -89,7 +103,10 @@ def test_a_damaged_active_version_does_not_keep_its_user_from_a_new_one(
     result = personalize.invoke({"user_id": "alice", "history": ROWS})
     assert result.published
     assert "cannot be used" in result.reason
-    assert set(store.fetch(store.resolve("alice"))) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(store.fetch(store.resolve("alice"))) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 def test_the_gain_asked_for_counts(personalize: PersonalizeUser) -> None:
@@ -99,7 +116,9 @@ def test_the_gain_asked_for_counts(personalize: PersonalizeUser) -> None:
     assert "not better by more than 100" in result.reason
 
 
-def test_an_active_version_trained_on_held_out_items_is_not_the_judge(personalize: PersonalizeUser) -> None:
+def test_an_active_version_trained_on_held_out_items_is_not_the_judge(
+    personalize: PersonalizeUser,
+) -> None:
     personalize.invoke({"user_id": "alice", "history": ROWS})
     older = [*ROWS[8:], *ROWS[:8]]  # what was trained on before is now the newest
     result = personalize.invoke({"user_id": "alice", "history": older})
@@ -112,7 +131,9 @@ def test_an_active_version_of_another_base_is_not_the_judge(
 ) -> None:
     personalize.invoke({"user_id": "alice", "history": ROWS})
     other = personalize.model_copy(update={"model": str(tiny("qwen2", initializer_range=0.05))})
-    assert "was trained on another base" in other.invoke({"user_id": "alice", "history": ROWS}).reason
+    assert (
+        "was trained on another base" in other.invoke({"user_id": "alice", "history": ROWS}).reason
+    )
 
 
 def test_training_one_user_leaves_the_other_and_the_base_bit_for_bit(
@@ -127,11 +148,16 @@ def test_training_one_user_leaves_the_other_and_the_base_bit_for_bit(
     personalize.invoke({"user_id": "bob", "history": reversed_rows})
     assert store.fetch(store.resolve("alice")) == alice
     assert store.fetch(store.resolve("bob")) != alice
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_base(base).model.state_dict().items())
+    assert all(
+        torch.equal(tensor, weights[name])
+        for name, tensor in load_base(base).model.state_dict().items()
+    )
     assert ChatCoPe(model=str(base), store=store, user_id="alice").invoke("Hello").content == answer
 
 
-def test_a_user_is_trained_as_if_nobody_had_been_trained_before(personalize: PersonalizeUser, tmp_path: Path) -> None:
+def test_a_user_is_trained_as_if_nobody_had_been_trained_before(
+    personalize: PersonalizeUser, tmp_path: Path
+) -> None:
     first = AdapterStore(personalize.store)
     personalize.invoke({"user_id": "bob", "history": ROWS[::-1]})
     personalize.invoke({"user_id": "alice", "history": ROWS})
@@ -156,7 +182,15 @@ def test_every_stage_is_a_child_run_and_progress_is_told(personalize: Personaliz
     assert result.samples
     (_, root, none), *children = recorder.started
     assert none is None
-    assert [name for name, _, _ in children] == ["history", "load", "sft", "negatives", "dpo", "evaluate", "publish"]
+    assert [name for name, _, _ in children] == [
+        "history",
+        "load",
+        "sft",
+        "negatives",
+        "dpo",
+        "evaluate",
+        "publish",
+    ]
     assert {parent for _, _, parent in children} == {root}
     assert len(recorder.outputs) == len(recorder.started)
     assert "fox" not in str([recorder.inputs, recorder.outputs, recorder.progress])
@@ -172,21 +206,29 @@ def test_every_stage_is_a_child_run_and_progress_is_told(personalize: Personaliz
 async def test_progress_reaches_astream_events(personalize: PersonalizeUser) -> None:
     events = [
         event
-        async for event in personalize.astream_events({"user_id": "alice", "history": ROWS}, version="v2")
+        async for event in personalize.astream_events(
+            {"user_id": "alice", "history": ROWS}, version="v2"
+        )
         if event["event"] == "on_custom_event"
     ]
     assert {event["name"] for event in events} == {"cope.progress"}
     assert {event["data"]["stage"] for event in events} == {"sft", "negatives", "dpo", "evaluate"}
 
 
-async def test_waiting_trainings_leave_the_event_loops_threads_to_others(personalize: PersonalizeUser) -> None:
+async def test_waiting_trainings_leave_the_event_loops_threads_to_others(
+    personalize: PersonalizeUser,
+) -> None:
     with turn_on("cpu", never):
-        waiting = [asyncio.create_task(personalize.ainvoke({"user_id": "alice", "history": ROWS})) for _ in range(40)]
+        waiting = [
+            asyncio.create_task(personalize.ainvoke({"user_id": "alice", "history": ROWS}))
+            for _ in range(40)
+        ]
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), timeout=10) == "free"
         for task in waiting:
             task.cancel()
         assert all(
-            isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(*waiting, return_exceptions=True)
+            isinstance(e, asyncio.CancelledError)
+            for e in await asyncio.gather(*waiting, return_exceptions=True)
         )
     assert AdapterStore(personalize.store).active("alice") is None
 
@@ -206,7 +248,9 @@ async def test_a_cancelled_training_stops_at_the_next_step_and_leaves_nothing(
                 training.set()
 
     slow = personalize.model_copy(update={"recipe": endless})
-    task = asyncio.create_task(slow.ainvoke({"user_id": "alice", "history": ROWS}, {"callbacks": [Wait()]}))
+    task = asyncio.create_task(
+        slow.ainvoke({"user_id": "alice", "history": ROWS}, {"callbacks": [Wait()]})
+    )
     await asyncio.to_thread(training.wait, 60)
     started = time.monotonic()
     task.cancel()
@@ -225,7 +269,9 @@ def test_a_batch_trains_every_user(personalize: PersonalizeUser) -> None:
 
 def test_too_short_a_history_is_refused_before_anything_is_loaded(store_folder: Path) -> None:
     with pytest.raises(HistoryError, match="at least 5 are needed"):
-        PersonalizeUser(model="/nowhere", store=store_folder).invoke({"user_id": "alice", "history": ROWS[:4]})
+        PersonalizeUser(model="/nowhere", store=store_folder).invoke(
+            {"user_id": "alice", "history": ROWS[:4]}
+        )
 
 
 @pytest.mark.parametrize(
@@ -238,13 +284,17 @@ def test_too_short_a_history_is_refused_before_anything_is_loaded(store_folder: 
         ({"user_id": "alice", "history": [{"prompt": "x"}]}, r"history\[0\]"),
     ],
 )
-def test_a_wrong_request_says_what_is_wrong(personalize: PersonalizeUser, request_: Any, message: str) -> None:
+def test_a_wrong_request_says_what_is_wrong(
+    personalize: PersonalizeUser, request_: Any, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         personalize.invoke(request_)
 
 
 @pytest.mark.parametrize("user", ["", "a\0b", "x" * 10_000])
-def test_hostile_user_ids_are_refused_before_training(personalize: PersonalizeUser, user: str) -> None:
+def test_hostile_user_ids_are_refused_before_training(
+    personalize: PersonalizeUser, user: str
+) -> None:
     with pytest.raises(InvalidAdapterError):
         personalize.invoke({"user_id": user, "history": ROWS})
 
@@ -275,5 +325,7 @@ def test_a_failure_in_a_stage_is_traced_and_publishes_nothing(
     recorder = Recorder()
     with pytest.raises(RuntimeError, match="the disk burnt"):
         personalize.invoke({"user_id": "alice", "history": ROWS}, {"callbacks": [recorder]})
-    assert [str(error) for error in recorder.errors] == ["the disk burnt"] * 2  # the stage's run, then the whole
+    assert [str(error) for error in recorder.errors] == [
+        "the disk burnt"
+    ] * 2  # the stage's run, then the whole
     assert AdapterStore(personalize.store).active("alice") is None

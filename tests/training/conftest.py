@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from training.tiny import example, write_model
 
-from langchain_cope.engine.base.base import Base, load_base
-from langchain_cope.engine.engine import Engine
+from langchain_cope.engine import Base, Engine, load_base
 from langchain_cope.training.encode import Example
 from langchain_cope.training.progress import Watch, never, unheard
 from langchain_cope.training.recipe import DPO, SFT, Negatives, Recipe

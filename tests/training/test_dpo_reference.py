@@ -46,7 +46,10 @@ def plain_log_probs(base, pairs, folder=None):
     model = AutoModelForCausalLM.from_pretrained(base.name, dtype=torch.float64)
     model = model if folder is None else PeftModel.from_pretrained(model, folder)
     return torch.tensor(
-        [[log_prob(model.eval(), p.prompt_ids, ids) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
+        [
+            [log_prob(model.eval(), p.prompt_ids, ids) for ids in (p.chosen_ids, p.rejected_ids)]
+            for p in pairs
+        ]
     )
 
 
@@ -54,7 +57,9 @@ def check_reference(trainer, base, pairs):
     with random_state_kept():
         batch = trainer.data_collator([_row(pair) for pair in pairs])
         chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
-    assert torch.allclose(torch.stack([chosen, rejected], dim=1), plain_log_probs(base, pairs), atol=1e-4, rtol=0)
+    assert torch.allclose(
+        torch.stack([chosen, rejected], dim=1), plain_log_probs(base, pairs), atol=1e-4, rtol=0
+    )
 
 
 def expected_loss(base, pairs, folder):
@@ -74,7 +79,9 @@ def test_the_same_check_fails_on_trls_stock_construction(base, trained, tmp_path
     pairs, recipe, sft = trained
     with random_state_kept():
         stock = _PairTrainer(
-            model=PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.name), sft, is_trainable=True),
+            model=PeftModel.from_pretrained(
+                AutoModelForCausalLM.from_pretrained(base.name), sft, is_trainable=True
+            ),
             args=DPOConfig(**arguments(base, recipe.dpo, len(pairs), 0, str(tmp_path)), beta=1.0),
             train_dataset=Dataset.from_list([_row(pair) for pair in pairs]),
             processing_class=tokenizer_copy(base),
@@ -89,10 +96,19 @@ def test_first_loss_is_the_independently_computed_one(base, trained, tmp_path):
     train_dpo(base, pairs, recipe, sft, tmp_path / "dpo", Watch("dpo", heard.append, never))
     expected = expected_loss(base, pairs, sft)
     assert heard[0].loss == pytest.approx(expected, abs=1e-4)
-    assert abs(expected - 0.6931) > 0.05  # the loss of an adapter that does nothing: the check above could not tell
+    assert (
+        abs(expected - 0.6931) > 0.05
+    )  # the loss of an adapter that does nothing: the check above could not tell
 
 
 def test_dpo_prefers_what_the_user_wrote_more_than_sft_did(base, trained, tmp_path, watch):
     pairs, recipe, sft = trained
-    train_dpo(base, pairs, replace(recipe, dpo=replace(recipe.dpo, epochs=4)), sft, tmp_path / "dpo", watch)
+    train_dpo(
+        base,
+        pairs,
+        replace(recipe, dpo=replace(recipe.dpo, epochs=4)),
+        sft,
+        tmp_path / "dpo",
+        watch,
+    )
     assert expected_loss(base, pairs, tmp_path / "dpo") < expected_loss(base, pairs, sft)

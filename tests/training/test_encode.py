@@ -9,7 +9,10 @@ END = 257  # <|end|>
 
 
 def turns(*contents):
-    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 9, contents, strict=False)]
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant") * 9, contents, strict=False)
+    ]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -31,10 +34,14 @@ def test_completion_starts_with_the_empty_think_block_and_ends_with_what_trails_
 
 def test_system_message_that_the_template_refuses_is_merged_into_the_first_turn(make_base):
     base = make_base(template="refuses system")
-    assert encode(base, [SYSTEM, *turns("two?")], "2") == encode(base, turns("Be brief.\n\ntwo?"), "2")
+    assert encode(base, [SYSTEM, *turns("two?")], "2") == encode(
+        base, turns("Be brief.\n\ntwo?"), "2"
+    )
 
 
-@pytest.mark.parametrize(("template", "closing"), [("plain", "<|end|>"), ("newline after end", "<|end|>\n")])
+@pytest.mark.parametrize(
+    ("template", "closing"), [("plain", "<|end|>"), ("newline after end", "<|end|>\n")]
+)
 def test_a_candidate_cut_at_the_limit_has_no_end_of_turn(make_base, template, closing):
     base = make_base(template=template)
     item = fit(base, [example(1)], 200, 100)[0][0]
@@ -74,7 +81,9 @@ def test_long_completion_is_cut_without_its_end_of_turn_and_that_is_said(base):
     items, notes = fit(base, [Example(turns("two?"), "x" * 400)], 2048, 768)
     assert len(items[0].prompt_ids) + len(items[0].completion_ids) == 256
     assert END not in items[0].completion_ids
-    assert notes == ["1 of 1 items had a completion too long for 256 tokens in all, cut without its end of turn"]
+    assert notes == [
+        "1 of 1 items had a completion too long for 256 tokens in all, cut without its end of turn"
+    ]
 
 
 def test_a_text_of_millions_of_characters_is_cut_before_it_is_tokenized(base, monkeypatch):
@@ -97,7 +106,9 @@ def test_long_prompt_and_long_completion_share_the_room(base):
 
 
 def test_fields_keep_their_first_words_and_that_is_said(base):
-    (item,), notes = fit(base, [Example(turns("one  two\nthree four"), "five six seven eight")], 2048, 3)
+    (item,), notes = fit(
+        base, [Example(turns("one  two\nthree four"), "five six seven eight")], 2048, 3
+    )
     assert item.example == Example(turns("one  two\nthree"), "five six seven")
     assert item.completion_ids[-1] == END
     assert notes == ["1 of 1 items had a field of more than 3 words, cut there"]

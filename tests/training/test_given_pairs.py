@@ -22,7 +22,9 @@ def log_prob(base, folder, item, text):
     model = model if folder is None else PeftModel.from_pretrained(model, folder)
     prompt, completion = encode(base, item.prompt, text)
     with torch.no_grad():
-        scores = model.eval()(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        scores = (
+            model.eval()(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        )
     return scores[len(prompt) - 1 : -1].gather(1, torch.tensor(completion)[:, None]).sum().item()
 
 
@@ -39,7 +41,9 @@ def trained_pairs(monkeypatch):
     heard = []
     trainer = dpo.dpo_trainer
     monkeypatch.setattr(
-        dpo, "dpo_trainer", lambda base, pairs, *rest: heard.extend(pairs) or trainer(base, pairs, *rest)
+        dpo,
+        "dpo_trainer",
+        lambda base, pairs, *rest: heard.extend(pairs) or trainer(base, pairs, *rest),
     )
     return heard
 
@@ -55,8 +59,12 @@ def test_given_pairs_are_the_chosen_and_rejected_texts_as_token_ids(base, mixed,
     for pair in pairs:
         prompt, chosen = encode(base, mixed[pair.index].prompt, mixed[pair.index].completion)
         assert (pair.prompt_ids, pair.chosen_ids) == (prompt, chosen)
-        assert (pair.prompt_ids, pair.rejected_ids) == encode(base, mixed[pair.index].prompt, pair.rejected)
-    assert notes == ["3 pairs of a chosen and a rejected answer were given; no negative is mined for their items"]
+        assert (pair.prompt_ids, pair.rejected_ids) == encode(
+            base, mixed[pair.index].prompt, pair.rejected
+        )
+    assert notes == [
+        "3 pairs of a chosen and a rejected answer were given; no negative is mined for their items"
+    ]
 
 
 def test_given_and_mined_pairs_train_together_and_only_items_without_pairs_are_mined(
@@ -65,15 +73,24 @@ def test_given_and_mined_pairs_train_together_and_only_items_without_pairs_are_m
     result = train_user(engine, mixed, recipe, tmp_path)
     assert [pair.index for pair in trained_pairs] == [0, 1, 2, 3, 4, 4, 5]
     given = [pair for pair in trained_pairs if pair.reward is None]
-    assert [(pair.index, pair.rejected) for pair in given] == [(1, WORSE[0]), (4, WORSE[0]), (4, WORSE[1])]
+    assert [(pair.index, pair.rejected) for pair in given] == [
+        (1, WORSE[0]),
+        (4, WORSE[0]),
+        (4, WORSE[1]),
+    ]
     assert [(n.index, n.text, n.reward) for n in result.negatives] == [
         (pair.index, pair.rejected, pair.reward) for pair in trained_pairs
     ]
     assert all(isinstance(n.reward, float) for n in result.negatives if n.index not in (1, 4))
-    assert any(note.startswith("3 pairs of a chosen and a rejected answer were given") for note in result.notes)
+    assert any(
+        note.startswith("3 pairs of a chosen and a rejected answer were given")
+        for note in result.notes
+    )
 
 
-def test_what_is_mined_for_the_others_does_not_depend_on_the_pairs(engine, examples, recipe, tmp_path, trained_pairs):
+def test_what_is_mined_for_the_others_does_not_depend_on_the_pairs(
+    engine, examples, recipe, tmp_path, trained_pairs
+):
     pairs = [*examples[:5], replace(examples[5], rejected=WORSE[:1])]
     with_pair = train_user(engine, pairs, recipe, tmp_path / "pair").negatives
     without = train_user(engine, examples, recipe, tmp_path / "none").negatives
@@ -81,7 +98,9 @@ def test_what_is_mined_for_the_others_does_not_depend_on_the_pairs(engine, examp
     assert with_pair[5] != without[5]
 
 
-def test_a_history_of_pairs_alone_is_trained_and_the_rejected_answer_loses_most(engine, recipe, tmp_path):
+def test_a_history_of_pairs_alone_is_trained_and_the_rejected_answer_loses_most(
+    engine, recipe, tmp_path
+):
     rejected = "nothing of the sort"
     items = [replace(example(number), rejected=(rejected,)) for number in range(6)]
     harder = replace(recipe, dpo=replace(recipe.dpo, epochs=4, beta=0.1))
@@ -90,7 +109,8 @@ def test_a_history_of_pairs_alone_is_trained_and_the_rejected_answer_loses_most(
 
     def margin(folder):
         gains = [
-            log_prob(engine.base, folder, item, item.completion) - log_prob(engine.base, folder, item, rejected)
+            log_prob(engine.base, folder, item, item.completion)
+            - log_prob(engine.base, folder, item, rejected)
             for item in items
         ]
         return sum(gains) / len(gains)
@@ -110,7 +130,9 @@ def test_a_rejected_answer_is_cut_like_a_completion(base, recipe):
 
 
 def test_a_pair_without_room_for_its_rejected_answer_is_dropped_and_that_is_said(base, recipe):
-    (item,), _ = fit(base, [Example([{"role": "user", "content": "two?"}], "2", ("no",))], 2048, 768)
+    (item,), _ = fit(
+        base, [Example([{"role": "user", "content": "two?"}], "2", ("no",))], 2048, 768
+    )
     pairs, notes = given_pairs(base, [item], replace(recipe, max_length=len(item.prompt_ids)))
     assert pairs == []
     assert notes[1] == "1 of them dropped: the prompt leaves no room for the rejected answer"

@@ -15,7 +15,9 @@ class Sized:
 
 def test_paper_recipe_holds_the_papers_numbers():
     paper = Recipe.paper()
-    assert paper.sft == SFT(1e-4, 2, 4, 0.01, 0.3, 0.1, rank=8, lora_alpha=8, dropout=0.05, targets="attention")
+    assert paper.sft == SFT(
+        1e-4, 2, 4, 0.01, 0.3, 0.1, rank=8, lora_alpha=8, dropout=0.05, targets="attention"
+    )
     assert paper.negatives == Negatives(candidates=3, temperature=1.0, top_p=0.95)
     assert paper.dpo == DPO(5e-6, 1, 8, 0.01, 0.3, 0.1, beta=0.01)
     assert (paper.alpha, paper.tau, paper.max_length, paper.max_words, paper.max_new_tokens) == (
@@ -25,21 +27,31 @@ def test_paper_recipe_holds_the_papers_numbers():
         768,
         100,
     )
-    assert Recipe.paper(long_form=True) == replace(paper, max_new_tokens=600, repetition_penalty=1.2)
+    assert Recipe.paper(long_form=True) == replace(
+        paper, max_new_tokens=600, repetition_penalty=1.2
+    )
 
 
 def test_default_recipe_is_the_papers_at_seven_billion_parameters():
-    assert replace(Recipe.for_model(Sized(7_000_000_000), range(60)), max_new_tokens=100) == Recipe.paper()
+    assert (
+        replace(Recipe.for_model(Sized(7_000_000_000), range(60)), max_new_tokens=100)
+        == Recipe.paper()
+    )
 
 
 def test_smaller_models_get_larger_steps_that_end_at_the_ones_seen_to_work():
-    rates = [Recipe.for_model(Sized(n), range(60)).sft.learning_rate for n in (10**6, 7_377_152, 10**8, 10**9, 10**10)]
+    rates = [
+        Recipe.for_model(Sized(n), range(60)).sft.learning_rate
+        for n in (10**6, 7_377_152, 10**8, 10**9, 10**10)
+    ]
     assert rates == sorted(rates, reverse=True)
     assert rates[:2] == pytest.approx([1.5e-3, 1.5e-3], rel=0.01)
     assert rates[-1] == 1e-4
 
 
-@pytest.mark.parametrize(("num_items", "epochs"), [(5, 6), (8, 6), (15, 3), (20, 3), (21, 2), (1000, 2)])
+@pytest.mark.parametrize(
+    ("num_items", "epochs"), [(5, 6), (8, 6), (15, 3), (20, 3), (21, 2), (1000, 2)]
+)
 def test_short_histories_get_more_epochs(num_items, epochs):
     assert Recipe.for_model(Sized(7_377_152), range(num_items)).sft.epochs == epochs
 
@@ -52,14 +64,19 @@ def test_short_histories_get_more_epochs(num_items, epochs):
         (SFT, "rank", 2.5, "SFT.rank is 2.5, expected a whole number >= 1"),
         (SFT, "rank", True, "SFT.rank is True"),
         (SFT, "dropout", 1.0, "SFT.dropout is 1.0, expected a share, below 1"),
-        (SFT, "targets", "everything", 'SFT.targets is \'everything\', expected "attention", "linear" or a tuple'),
+        (
+            SFT,
+            "targets",
+            "everything",
+            'SFT.targets is \'everything\', expected "attention", "linear" or a tuple',
+        ),
         (SFT, "targets", (), r"SFT.targets is \(\)"),
         (DPO, "beta", -1, "DPO.beta is -1"),
         (DPO, "warmup", 1, "DPO.warmup is 1, expected a share of the steps"),
         (Negatives, "candidates", 0, "Negatives.candidates is 0"),
         (Negatives, "top_p", 1.5, "Negatives.top_p is 1.5, expected a number > 0 and <= 1"),
-        (Recipe, "alpha", -0.1, "Recipe.alpha is -0.1, expected a number >= 0"),
-        (Recipe, "tau", 0, "Recipe.tau is 0, expected a number > 0 and <= 1"),
+        (Recipe, "alpha", -0.1, "alpha must be a finite number ≥ 0, not -0.1"),
+        (Recipe, "tau", 0, "tau must lie in 0 < tau ≤ 1, not 0:"),
         (Recipe, "max_new_tokens", "many", "Recipe.max_new_tokens is 'many'"),
         (Recipe, "seed", 2**32, "Recipe.seed is 4294967296"),
         (Recipe, "sft", {"rank": 8}, "Recipe.sft is .*, expected an instance of SFT"),
@@ -83,5 +100,7 @@ def test_recipe_as_plain_data_survives_json():
 
 def test_recipe_and_pipeline_import_without_torch():
     code = "import sys, langchain_cope.training.recipe, langchain_cope.training.pipeline; print('torch' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert answer.stdout.strip() == "False"

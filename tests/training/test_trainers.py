@@ -36,7 +36,9 @@ def bits(model):
 
 
 def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 def unpadded(ids, keep):
@@ -47,16 +49,24 @@ def unpadded(ids, keep):
 def test_batches_of_sft_are_what_encode_returns(make_base, examples, recipe, tmp_path, template):
     base = make_base(template=template)
     with random_state_kept():
-        batches = list(sft_trainer(base, encoded(base, examples), recipe, str(tmp_path)).get_train_dataloader())
-    rows = [row for batch in batches for row in unpadded(batch["input_ids"], batch["attention_mask"])]
-    learned = [row for batch in batches for row in unpadded(batch["labels"], batch["labels"] != -100)]
+        batches = list(
+            sft_trainer(base, encoded(base, examples), recipe, str(tmp_path)).get_train_dataloader()
+        )
+    rows = [
+        row for batch in batches for row in unpadded(batch["input_ids"], batch["attention_mask"])
+    ]
+    learned = [
+        row for batch in batches for row in unpadded(batch["labels"], batch["labels"] != -100)
+    ]
     expected = [encode(base, e.prompt, e.completion) for e in examples]
     assert sorted(rows) == sorted(prompt + completion for prompt, completion in expected)
     assert sorted(learned) == sorted(completion for _, completion in expected)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_batches_of_dpo_are_what_encode_returns(make_base, examples, recipe, watch, tmp_path, template):
+def test_batches_of_dpo_are_what_encode_returns(
+    make_base, examples, recipe, watch, tmp_path, template
+):
     base = make_base(template=template)
     train_sft(base, encoded(base, examples), recipe, tmp_path / "sft", watch)
     pairs = [pair(base, number) for number in range(6)]
@@ -75,7 +85,11 @@ def test_batches_of_dpo_are_what_encode_returns(make_base, examples, recipe, wat
     ("architecture", "targets", "layers"),
     [
         ("llama", "attention", {"q_proj", "v_proj"}),
-        ("llama", "linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (
+            "llama",
+            "linear",
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
         ("gpt2", "attention", {"c_attn"}),
         ("gpt2", "linear", {"c_attn", "c_proj", "c_fc"}),
         ("phi3", "attention", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
@@ -91,8 +105,12 @@ def test_every_adapter_tensor_moves_and_the_base_does_not(
     with random_state_kept():
         fresh = bits(sft_trainer(base, encoded(base, examples), recipe, str(tmp_path)).model)
     train_sft(base, encoded(base, examples), recipe, tmp_path / "sft", watch)
-    train_dpo(base, [pair(base, n) for n in range(6)], recipe, tmp_path / "sft", tmp_path / "dpo", watch)
-    sft, dpo = (load_file(tmp_path / stage / "adapter_model.safetensors") for stage in ("sft", "dpo"))
+    train_dpo(
+        base, [pair(base, n) for n in range(6)], recipe, tmp_path / "sft", tmp_path / "dpo", watch
+    )
+    sft, dpo = (
+        load_file(tmp_path / stage / "adapter_model.safetensors") for stage in ("sft", "dpo")
+    )
     assert sft.keys() == dpo.keys()
     assert {name.split(".")[-3] for name in sft} == layers
     for name in sft:
@@ -113,31 +131,46 @@ def test_folder_is_a_plain_peft_folder_that_loads_without_a_network(
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.name), tmp_path / "sft").eval()
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base.name), tmp_path / "sft"
+    ).eval()
     assert plain.peft_config["default"].base_model_name_or_path == base.name
     with random_state_kept():
-        trained = dpo_trainer(base, [pair(base, 0)], recipe, tmp_path / "sft", str(tmp_path)).model.eval()
+        trained = dpo_trainer(
+            base, [pair(base, 0)], recipe, tmp_path / "sft", str(tmp_path)
+        ).model.eval()
     ids = torch.tensor([items[0].prompt_ids])
     with torch.no_grad():
         assert torch.allclose(plain(input_ids=ids).logits, trained(input_ids=ids).logits, atol=1e-5)
 
 
-def test_same_seed_gives_the_same_bytes_even_after_another_user_was_trained(base, examples, recipe, watch, tmp_path):
+def test_same_seed_gives_the_same_bytes_even_after_another_user_was_trained(
+    base, examples, recipe, watch, tmp_path
+):
     items = encoded(base, examples)
     train_sft(base, items, recipe, tmp_path / "first", watch)
-    train_sft(base, encoded(base, [example(n, "never") for n in range(9)]), recipe, tmp_path / "other user", watch)
+    train_sft(
+        base,
+        encoded(base, [example(n, "never") for n in range(9)]),
+        recipe,
+        tmp_path / "other user",
+        watch,
+    )
     torch.rand(3)
     train_sft(base, items, recipe, tmp_path / "again", watch)
     train_sft(base, items, replace(recipe, seed=1), tmp_path / "other seed", watch)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     weights = [
-        (tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("first", "other seed", "other user")
+        (tmp_path / run / "adapter_model.safetensors").read_bytes()
+        for run in ("first", "other seed", "other user")
     ]
     assert len(set(weights)) == 3
 
 
-def test_training_leaves_random_state_and_tokenizer_as_they_were(base, examples, recipe, watch, tmp_path):
+def test_training_leaves_random_state_and_tokenizer_as_they_were(
+    base, examples, recipe, watch, tmp_path
+):
     padding, fingerprint = base.tokenizer.padding_side, base.fingerprint()
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     expected = random.random(), numpy.random.rand(), torch.rand(1).item()
@@ -151,7 +184,9 @@ def test_training_leaves_random_state_and_tokenizer_as_they_were(base, examples,
 
 def test_progress_is_reported_and_nothing_is_printed(base, examples, recipe, tmp_path, capfd):
     heard = []
-    train_sft(base, encoded(base, examples), recipe, tmp_path / "sft", Watch("sft", heard.append, never))
+    train_sft(
+        base, encoded(base, examples), recipe, tmp_path / "sft", Watch("sft", heard.append, never)
+    )
     assert [(p.stage, p.step, p.total) for p in heard] == [("sft", step, 6) for step in range(1, 7)]
     assert all(p.loss > 0 for p in heard)
     assert heard[-1].loss < heard[0].loss
@@ -171,12 +206,15 @@ def test_a_stop_is_heard_at_the_next_step_and_leaves_no_folder(base, examples, r
 def test_modules_that_the_base_lacks_are_refused_by_name(base, examples, recipe, watch, tmp_path):
     recipe = replace(recipe, sft=replace(recipe.sft, targets=("q_proj", "qkv")))
     with pytest.raises(
-        ValueError, match=r"SFT.targets names \['qkv'\], but this base's linear layers are \['down_proj'"
+        ValueError,
+        match=r"SFT.targets names \['qkv'\], but this base's linear layers are \['down_proj'",
     ):
         train_sft(base, encoded(base, examples), recipe, tmp_path / "sft", watch)
 
 
-def test_bfloat16_base_is_trained_in_bfloat16_and_not_cast(make_base, examples, recipe, watch, tmp_path):
+def test_bfloat16_base_is_trained_in_bfloat16_and_not_cast(
+    make_base, examples, recipe, watch, tmp_path
+):
     base = make_base()
     low = replace(base, model=base.skeleton().to(torch.bfloat16), _fingerprint=None)
     before = bits(low.model)
@@ -184,9 +222,10 @@ def test_bfloat16_base_is_trained_in_bfloat16_and_not_cast(make_base, examples, 
     train_dpo(low, [pair(low, 0)], recipe, tmp_path / "sft", tmp_path / "dpo", watch)
     assert same(bits(low.model), before)
     assert low.dtype == torch.bfloat16
-    assert {tensor.dtype for tensor in load_file(tmp_path / "dpo" / "adapter_model.safetensors").values()} == {
-        torch.float32
-    }
+    assert {
+        tensor.dtype
+        for tensor in load_file(tmp_path / "dpo" / "adapter_model.safetensors").values()
+    } == {torch.float32}
 
 
 def test_base_on_a_second_gpu_is_refused_with_what_to_do(base, recipe):

@@ -26,8 +26,13 @@ EMPTY_THINK_BLOCK = (  # as Qwen3 does: the generation prompt has none, the last
     "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-PROMPT_ENDS_OTHERWISE = PLAIN.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\n<think>\n{% endif %}")
-REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN
+PROMPT_ENDS_OTHERWISE = PLAIN.replace(
+    "<|start|>assistant\n{% endif %}", "<|start|>assistant\n<think>\n{% endif %}"
+)
+REFUSES_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + PLAIN
+)
 
 TEMPLATES = {
     "plain": PLAIN,
@@ -36,11 +41,22 @@ TEMPLATES = {
     "prompt ends otherwise": PROMPT_ENDS_OTHERWISE,
     "refuses system": REFUSES_SYSTEM,
 }
-WIDTH = {"vocab_size": 260, "bos_token_id": None, "eos_token_id": 257, "pad_token_id": 259, "initializer_range": 0.2}
+WIDTH = {
+    "vocab_size": 260,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+    "pad_token_id": 259,
+    "initializer_range": 0.2,
+}
 
 
 def _llama(context: int) -> LlamaForCausalLM:
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = LlamaConfig(**WIDTH, **shape, num_key_value_heads=1, max_position_embeddings=context)
     return LlamaForCausalLM(config)
 
@@ -50,7 +66,12 @@ def _gpt2(context: int) -> GPT2LMHeadModel:
 
 
 def _phi3(context: int) -> Phi3ForCausalLM:
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     limits = {"max_position_embeddings": context, "original_max_position_embeddings": context}
     return Phi3ForCausalLM(Phi3Config(**WIDTH, **shape, **limits, num_key_value_heads=1))
 

@@ -14,12 +14,18 @@ from cope_lc.options import Json, Store
 
 VERIFY_EXAMPLE = "Example: cope-lc adapters verify"
 GC_EXAMPLE = "Example: cope-lc adapters gc --dry-run"
-NEW_KEY_EXAMPLE = "Example: cope-lc adapters new-key ~/.cope-keys; export COPE_STORE_KEY_FILE=~/.cope-keys"
-ROTATE_EXAMPLE = "Example: cope-lc adapters new-key ~/.cope-keys --name 2027; cope-lc adapters rotate-keys"
+NEW_KEY_EXAMPLE = (
+    "Example: cope-lc adapters new-key ~/.cope-keys; export COPE_STORE_KEY_FILE=~/.cope-keys"
+)
+ROTATE_EXAMPLE = (
+    "Example: cope-lc adapters new-key ~/.cope-keys --name 2027; cope-lc adapters rotate-keys"
+)
 
 
 def verify(
-    user: Annotated[str | None, typer.Argument(metavar="USER", help="User id; left out: all users.")] = None,
+    user: Annotated[
+        str | None, typer.Argument(metavar="USER", help="User id; left out: all users.")
+    ] = None,
     store: Store = None,
     as_json: Json = False,
 ) -> None:
@@ -40,7 +46,10 @@ def verify(
         opened.resolve(user)  # it says best what is not there
     if as_json:
         figures = {name: value for name, value in asdict(found).items() if name != "damaged"}
-        damaged = [{"user_id": r.user_id, "user_key": r.user_key, "problems": list(r.problems)} for r in found.damaged]
+        damaged = [
+            {"user_id": r.user_id, "user_key": r.user_key, "problems": list(r.problems)}
+            for r in found.damaged
+        ]
         print_json({"store": opened.url, "ok": found.ok, **figures, "damaged": damaged})
     else:
         out = console()
@@ -53,16 +62,29 @@ def verify(
                     whole=True,
                 )
         users = f"{found.users} user{'s' if found.users != 1 else ''}"
-        say(out, f"{users}, {found.versions} versions, {found.bytes / 1e6:.1f} MB in {place_of(opened)}", whole=True)
-        said = "all is what was published" if found.ok else f"{len(found.damaged)} of them with damage"
-        say(out, said + (f"; {found.orphans} unlisted versions are left for gc" if found.orphans else ""))
+        say(
+            out,
+            f"{users}, {found.versions} versions, {found.bytes / 1e6:.1f} MB in {place_of(opened)}",
+            whole=True,
+        )
+        said = (
+            "all is what was published" if found.ok else f"{len(found.damaged)} of them with damage"
+        )
+        say(
+            out,
+            said
+            + (f"; {found.orphans} unlisted versions are left for gc" if found.orphans else ""),
+        )
     if not found.ok:
         raise typer.Exit(1)
 
 
 def gc(
     grace_hours: Annotated[
-        float, typer.Option("--grace-hours", metavar="H", min=0, help="What is younger may still be published.")
+        float,
+        typer.Option(
+            "--grace-hours", metavar="H", min=0, help="What is younger may still be published."
+        ),
     ] = 24,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     store: Store = None,
@@ -98,16 +120,23 @@ def _check_name(value: str | None) -> str | None:
     from adapter_store.keys import is_key_name
 
     if value is not None and not is_key_name(value):
-        raise typer.BadParameter(f"{value!r} is no name: give 1 to 64 letters, digits, dots, dashes and underscores")
+        raise typer.BadParameter(
+            f"{value!r} is no name: give 1 to 64 letters, digits, dots, dashes and underscores"
+        )
     return value
 
 
 def new_key(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Made where it is not there; for you only.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Made where it is not there; for you only.")
+    ],
     name: Annotated[
         str | None,
         typer.Option(
-            "--name", metavar="NAME", callback=_check_name, help="Letters and digits. Default: key-1, key-2 and so on."
+            "--name",
+            metavar="NAME",
+            callback=_check_name,
+            help="Letters and digits. Default: key-1, key-2 and so on.",
         ),
     ] = None,
     as_json: Json = False,
@@ -132,14 +161,18 @@ def new_key(
     if as_json:
         print_json({"file": str(path), "key": keys.key_id, "keys": keys.names})
     else:
-        print(f"{keys.key_id} wraps what is new; keep {clean(str(path))} safe: without it an encrypted store is lost")
+        print(
+            f"{keys.key_id} wraps what is new; keep {clean(str(path))} safe: without it an encrypted store is lost"
+        )
         if len(keys.names) > 1:
             print("then, for each store that is encrypted with it: cope-lc adapters rotate-keys")
 
 
 def _next_name(names: Iterable[str]) -> str:
     """The name after the highest: older keys may have been destroyed, or have other names."""
-    numbers = (int(found[1]) for name in names if (found := re.fullmatch(r"key-([0-9]{1,9})", name)))
+    numbers = (
+        int(found[1]) for name in names if (found := re.fullmatch(r"key-([0-9]{1,9})", name))
+    )
     return f"key-{max(numbers, default=0) + 1}"
 
 

@@ -19,7 +19,8 @@ def open_existing(store: str | None) -> "AdapterStore":
     opened = open_store(store)
     if not opened.exists():
         raise typer.BadParameter(
-            f"{clean(place_of(opened))} is no store: nothing was done; name the right one", param_hint="--store"
+            f"{clean(place_of(opened))} is no store: nothing was done; name the right one",
+            param_hint="--store",
         )
     return opened
 

@@ -19,10 +19,15 @@ IMPORT_ALL_EXAMPLE = "Example: cope-lc adapters import-all ./users --store s3://
 def export(
     user: User,
     target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="New or empty folder; or a new file ending in .tar: all versions.")
+        Path,
+        typer.Argument(
+            metavar="TARGET",
+            help="New or empty folder; or a new file ending in .tar: all versions.",
+        ),
     ],
     version: Annotated[
-        str | None, typer.Option("--version", metavar="VERSION", help="Of a folder. Default: the active one.")
+        str | None,
+        typer.Option("--version", metavar="VERSION", help="Of a folder. Default: the active one."),
     ] = None,
     store: Store = None,
     as_json: Json = False,
@@ -36,15 +41,24 @@ def export(
 
     opened = open_store(store)
     if target.name.endswith((".tar.gz", ".tgz", ".zip")):
-        raise typer.BadParameter("archives are plain: give a name that ends in .tar, or a folder", param_hint="TARGET")
+        raise typer.BadParameter(
+            "archives are plain: give a name that ends in .tar, or a folder", param_hint="TARGET"
+        )
     if target.suffix == ".tar":
         if version is not None:
             raise typer.BadParameter(
-                "a .tar file holds all versions: leave it out, or name a folder", param_hint="--version"
+                "a .tar file holds all versions: leave it out, or name a folder",
+                param_hint="--version",
             )
         file = opened.export_user(user, target)
         if as_json:
-            print_json({"user_id": user, "file": str(file), "versions": [v.version for v in opened.versions(user)]})
+            print_json(
+                {
+                    "user_id": user,
+                    "file": str(file),
+                    "versions": [v.version for v in opened.versions(user)],
+                }
+            )
         else:
             print(f"{name_of(user)} written to {clean(str(file))}; it is not encrypted")
         return
@@ -57,7 +71,9 @@ def export(
 
 
 def export_all(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A file a user is written there.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A file a user is written there.")
+    ],
     store: Store = None,
     as_json: Json = False,
 ) -> None:
@@ -75,12 +91,18 @@ def export_all(
     there = len(list(folder.glob("*.tar")))
     problems: list[str] = []
     with counted("users exported") as count:
-        number = opened.export_users(folder, on_user=count, on_problem=lambda error: problems.append(str(error)))
+        number = opened.export_users(
+            folder, on_user=count, on_problem=lambda error: problems.append(str(error))
+        )
     if as_json:
-        print_json({"folder": str(folder), "users": number, "already_there": there, "problems": problems})
+        print_json(
+            {"folder": str(folder), "users": number, "already_there": there, "problems": problems}
+        )
     else:
         say_passed_over(problems)
-        print(f"{number} user{'s' if number != 1 else ''} written to {clean(str(folder))}; they are not encrypted")
+        print(
+            f"{number} user{'s' if number != 1 else ''} written to {clean(str(folder))}; they are not encrypted"
+        )
         if there:
             print(f"{there} {'were' if there != 1 else 'was'} there already and left as they are")
     if problems:
@@ -88,7 +110,9 @@ def export_all(
 
 
 def import_one(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A .tar file of a user, or a peft folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A .tar file of a user, or a peft folder.")
+    ],
     user: Annotated[
         str | None, typer.Option("--user", metavar="ID", help="Of a peft folder: whose it becomes.")
     ] = None,
@@ -107,7 +131,9 @@ def import_one(
     opened = open_store(store)
     if not source.is_dir():
         if user is not None:
-            raise typer.BadParameter("an archive names its user itself: leave it out", param_hint="--user")
+            raise typer.BadParameter(
+                "an archive names its user itself: leave it out", param_hint="--user"
+            )
         user = opened.import_user(source).user_id
     else:
         user = _import_folder(opened, source, user, model)
@@ -136,28 +162,38 @@ def import_all(
     from langchain_cope.stores import open_store
 
     if not folder.is_dir():
-        raise typer.BadParameter(f"{folder} is no folder: name one that export-all wrote", param_hint="FOLDER")
+        raise typer.BadParameter(
+            f"{folder} is no folder: name one that export-all wrote", param_hint="FOLDER"
+        )
     if not any(folder.glob("*.tar")):
-        raise typer.BadParameter(f"{folder} holds no .tar file: name one that export-all wrote", param_hint="FOLDER")
+        raise typer.BadParameter(
+            f"{folder} holds no .tar file: name one that export-all wrote", param_hint="FOLDER"
+        )
     opened = open_store(store)
     problems: list[str] = []
     with counted("users imported") as count:
-        number = opened.import_users(folder, on_user=count, on_problem=lambda error: problems.append(str(error)))
+        number = opened.import_users(
+            folder, on_user=count, on_problem=lambda error: problems.append(str(error))
+        )
     if as_json:
         print_json({"store": opened.url, "users": number, "problems": problems})
     else:
         say_passed_over(problems)
         kind = "encrypted" if opened.is_encrypted() else "not encrypted"
-        print(f"{number} user{'s' if number != 1 else ''} imported into {clean(place_of(opened))}, which is {kind}")
+        print(
+            f"{number} user{'s' if number != 1 else ''} imported into {clean(place_of(opened))}, which is {kind}"
+        )
     if problems:
         raise typer.Exit(1)
 
 
 def _import_folder(store: "AdapterStore", folder: Path, user: str | None, model: str) -> str:
     if user is None:
-        raise typer.BadParameter("a peft folder does not say whose it is: give its user", param_hint="--user")
+        raise typer.BadParameter(
+            "a peft folder does not say whose it is: give its user", param_hint="--user"
+        )
     from cope_lc.quiet_libraries import prints_to_stderr
-    from langchain_cope.engine.base.base import load_base
+    from langchain_cope.engine import load_base
 
     store.prepare(user)
     with prints_to_stderr():

@@ -8,7 +8,13 @@ import typer
 
 from cope_lc.adapters import care as adapters_care
 from cope_lc.adapters import transfer as adapters_transfer
-from cope_lc.adapters.stored import history_facts, local_time, open_existing, place_of, version_facts
+from cope_lc.adapters.stored import (
+    history_facts,
+    local_time,
+    open_existing,
+    place_of,
+    version_facts,
+)
 from cope_lc.options import Json, Limit, Reason, Store, User, Version, Yes
 
 if TYPE_CHECKING:
@@ -26,7 +32,8 @@ app = typer.Typer(
 def list_users(
     limit: Limit = 1000,
     cursor: Annotated[
-        str | None, typer.Option("--cursor", metavar="C", help="Where the page before ended, as it says.")
+        str | None,
+        typer.Option("--cursor", metavar="C", help="Where the page before ended, as it says."),
     ] = None,
     store: Store = None,
     as_json: Json = False,
@@ -40,20 +47,28 @@ def list_users(
 
     opened = open_store(store)
     problems: list[str] = []
-    heads, following = opened.list_users(cursor, limit=limit, on_problem=lambda error: problems.append(str(error)))
+    heads, following = opened.list_users(
+        cursor, limit=limit, on_problem=lambda error: problems.append(str(error))
+    )
     heads = sorted(heads, key=lambda head: head.user_id)
     if as_json:
         page = {"next": following} if following else {}
         users = [_head_facts(head) for head in heads]
         print_json({"store": opened.url, "users": users, "problems": problems, **page})
     else:
-        _show_page(opened, heads, following, problems, is_whole=cursor is None and following is None)
+        _show_page(
+            opened, heads, following, problems, is_whole=cursor is None and following is None
+        )
     if problems:
         raise typer.Exit(1)
 
 
 def _show_page(
-    store: "AdapterStore", heads: list["UserHead"], following: str | None, problems: list[str], is_whole: bool
+    store: "AdapterStore",
+    heads: list["UserHead"],
+    following: str | None,
+    problems: list[str],
+    is_whole: bool,
 ) -> None:
     from cope_lc.screen import cell, console, say, say_passed_over, table
     from cope_lc.text import name_of
@@ -61,14 +76,25 @@ def _show_page(
     out = console()
     say_passed_over(problems)
     if not heads and is_whole and not problems:
-        say(out, f"no users in {place_of(store)}; add one with: cope-lc personalize FILE --user ID", whole=True)
+        say(
+            out,
+            f"no users in {place_of(store)}; add one with: cope-lc personalize FILE --user ID",
+            whole=True,
+        )
         return
     rows = table(
-        "user", "active version", "versions", "updated", right=("versions",), whole=("active version", "updated")
+        "user",
+        "active version",
+        "versions",
+        "updated",
+        right=("versions",),
+        whole=("active version", "updated"),
     )
     for head in heads:
         count = str(len(head.versions))
-        rows.add_row(cell(name_of(head.user_id)), head.active or "none", count, local_time(head.updated_at))
+        rows.add_row(
+            cell(name_of(head.user_id)), head.active or "none", count, local_time(head.updated_at)
+        )
     out.print(rows)
     count = f"{len(heads)} user{'s' if len(heads) != 1 else ''}"
     where = f"{'' if is_whole else 'of those '}in {place_of(store)}"
@@ -80,7 +106,9 @@ def _show_page(
 @app.command(epilog="Example: cope-lc adapters show alice")
 def show(
     user: User,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Changes of the history, at most.")] = 20,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", min=1, help="Changes of the history, at most.")
+    ] = 20,
     store: Store = None,
     as_json: Json = False,
 ) -> None:
@@ -94,13 +122,27 @@ def show(
     from langchain_cope.stores import open_store
 
     opened = open_store(store)
-    versions, active, history = opened.versions(user), opened.active(user), opened.history(user, limit=limit)
+    versions, active, history = (
+        opened.versions(user),
+        opened.active(user),
+        opened.history(user, limit=limit),
+    )
     if not history:
         opened.resolve(user)  # it says best what is not there
     if as_json:
-        facts = [version_facts(version) | {"active": version.version == active} for version in versions]
+        facts = [
+            version_facts(version) | {"active": version.version == active} for version in versions
+        ]
         changes = [history_facts(change) for change in history]
-        print_json({"store": opened.url, "user_id": user, "active": active, "versions": facts, "history": changes})
+        print_json(
+            {
+                "store": opened.url,
+                "user_id": user,
+                "active": active,
+                "versions": facts,
+                "history": changes,
+            }
+        )
         return
     out = console()
     say(out, f"{name_of(user)} in {place_of(opened)}\n", whole=True)
@@ -118,7 +160,9 @@ def show(
 
 
 @app.command(epilog="Example: cope-lc adapters activate alice 20260131T235959Z-0123456789ab")
-def activate(user: User, version: Version, reason: Reason = "", store: Store = None, as_json: Json = False) -> None:
+def activate(
+    user: User, version: Version, reason: Reason = "", store: Store = None, as_json: Json = False
+) -> None:
     """Serve another version of a user's adapter."""
     from langchain_cope.stores import open_store
 
@@ -144,7 +188,8 @@ def rollback(user: User, reason: Reason = "", store: Store = None, as_json: Json
 def delete(
     user: User,
     version: Annotated[
-        str | None, typer.Argument(metavar="VERSION", help="Version id; left out: every version of the user.")
+        str | None,
+        typer.Argument(metavar="VERSION", help="Version id; left out: every version of the user."),
     ] = None,
     yes: Yes = False,
     reason: Reason = "",
@@ -161,7 +206,11 @@ def delete(
     opened = open_store(store)
     doomed = [opened.resolve(user, version)] if version is not None else _versions(opened, user)
     active = opened.active(user)
-    what = f"version {version}" if version is not None else f"{len(doomed)} version{'s' if len(doomed) > 1 else ''}"
+    what = (
+        f"version {version}"
+        if version is not None
+        else f"{len(doomed)} version{'s' if len(doomed) > 1 else ''}"
+    )
     if version is not None and version == active:
         what += ", the active one,"
     if not yes:
@@ -170,7 +219,9 @@ def delete(
         opened.delete_version(user, found.version, reason=reason)
     if as_json:
         left = opened.active(user)
-        print_json({"user_id": user, "deleted": [found.version for found in doomed], "active": left})
+        print_json(
+            {"user_id": user, "deleted": [found.version for found in doomed], "active": left}
+        )
     else:
         served = "" if opened.active(user) else "; none is active now"
         print(f"deleted {what} of {name_of(user)}{served}")
@@ -197,13 +248,20 @@ def erase(user: User, yes: Yes = False, store: Store = None, as_json: Json = Fal
     if as_json:
         print_json({"user_id": user, "erased": True, "versions": count})
     else:
-        print(f"erased {name_of(user)}" + ("" if count != 0 else "; no adapter was there under this id"))
+        print(
+            f"erased {name_of(user)}"
+            + ("" if count != 0 else "; no adapter was there under this id")
+        )
 
 
 app.command(epilog=adapters_transfer.EXPORT_EXAMPLE)(adapters_transfer.export)
-app.command(name="export-all", epilog=adapters_transfer.EXPORT_ALL_EXAMPLE)(adapters_transfer.export_all)
+app.command(name="export-all", epilog=adapters_transfer.EXPORT_ALL_EXAMPLE)(
+    adapters_transfer.export_all
+)
 app.command(name="import", epilog=adapters_transfer.IMPORT_EXAMPLE)(adapters_transfer.import_one)
-app.command(name="import-all", epilog=adapters_transfer.IMPORT_ALL_EXAMPLE)(adapters_transfer.import_all)
+app.command(name="import-all", epilog=adapters_transfer.IMPORT_ALL_EXAMPLE)(
+    adapters_transfer.import_all
+)
 app.command(epilog=adapters_care.VERIFY_EXAMPLE)(adapters_care.verify)
 app.command(epilog=adapters_care.GC_EXAMPLE)(adapters_care.gc)
 app.command(name="new-key", epilog=adapters_care.NEW_KEY_EXAMPLE)(adapters_care.new_key)
@@ -232,7 +290,11 @@ def _say_active(user: str, active: "AdapterVersion", before: str | None, as_json
     if as_json:
         print_json({"user_id": user, "active": active.version, "before": before})
     else:
-        said = "was active already" if active.version == before else f"is active (before: {before or 'none'})"
+        said = (
+            "was active already"
+            if active.version == before
+            else f"is active (before: {before or 'none'})"
+        )
         print(f"{name_of(user)}: {active.version} {said}")
 
 

@@ -18,10 +18,14 @@ def version_table(versions: list["AdapterVersion"], active: str | None) -> "Tabl
     """The versions, the newest first, with what they were measured at."""
     columns = ("", "version", "created", "NLL\nbase → dpo", "ROUGE-L\nbase → cope")
     rows = table(*columns, whole=("", "created"), right=columns[3:])
-    rows.columns[1].min_width = max(len(version.version) for version in versions)  # a model's path may fold, an id not
+    rows.columns[1].min_width = max(
+        len(version.version) for version in versions
+    )  # a model's path may fold, an id not
     for version in reversed(versions):
         strengths = f"α {_plain(version.alpha)}  τ {_plain(version.tau)}"
-        model = cell(f"{version.version}\n  base {version.base.get('model', '?')}, {num_bytes(version) / 1e6:.1f} MB\n")
+        model = cell(
+            f"{version.version}\n  base {version.base.get('model', '?')}, {num_bytes(version) / 1e6:.1f} MB\n"
+        )
         rows.add_row(
             cell("●" if version.version == active else "", "green"),
             model,
@@ -40,7 +44,13 @@ def history_table(history: list["HistoryEntry"]) -> "Table":
         if change.version and change.version != change.active:
             done += f" of {change.version}"
         nll = _figure(change.metrics, "dpo", "nll") if change.version == change.active else None
-        rows.add_row(local_time(change.at), change.active or "none", number(nll), cell(done), cell(change.reason))
+        rows.add_row(
+            local_time(change.at),
+            change.active or "none",
+            number(nll),
+            cell(done),
+            cell(change.reason),
+        )
     return rows
 
 

@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from langchain_cope.engine.adapter import CONFIG, WEIGHTS
@@ -75,7 +81,9 @@ class Base:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Tokens that are no text."""
-        added = (token for token, entry in self.tokenizer.added_tokens_decoder.items() if entry.special)
+        added = (
+            token for token, entry in self.tokenizer.added_tokens_decoder.items() if entry.special
+        )
         return frozenset([*added, *self.tokenizer.all_special_ids])
 
     @cached_property
@@ -86,7 +94,10 @@ class Base:
     @cached_property
     def markers(self) -> frozenset[int]:
         """Special tokens that mark a part of an answer, a call or a thought: they are shown, the other special ones are not."""
-        tokens = {token: str(self.tokenizer.convert_ids_to_tokens(token)) for token in self.special_ids - self.eos_ids}
+        tokens = {
+            token: str(self.tokenizer.convert_ids_to_tokens(token))
+            for token in self.special_ids - self.eos_ids
+        }
         return frozenset(token for token, text in tokens.items() if self.reply_format.uses(text))
 
     @cached_property
@@ -119,7 +130,9 @@ class Base:
         shared: dict[int, Any] = {id(parameter): parameter for parameter in self.model.parameters()}
         return copy.deepcopy(self.model, shared)
 
-    def prompt_ids(self, messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+    def prompt_ids(
+        self, messages: list[Message], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of a conversation that the assistant is to continue, in the base's chat template."""
         return render(self.tokenizer, messages, add_generation_prompt=True, tools=tools)
 
@@ -156,13 +169,26 @@ def load_base(
     named_dtype = _named_dtype(dtype, chosen_device)
     folder = STARTER if str(model) == "starter" else Path(model).expanduser()
     source = folder.resolve() if _exists(folder) else model
-    key = (str(source), revision, chosen_device, named_dtype, str(task_adapter), repr(quantization_config))
+    key = (
+        str(source),
+        revision,
+        chosen_device,
+        named_dtype,
+        str(task_adapter),
+        repr(quantization_config),
+    )
     with _registry:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
         if key not in _loaded:
             _loaded[key] = _load(
-                str(model), str(source), revision, chosen_device, named_dtype, task_adapter, quantization_config
+                str(model),
+                str(source),
+                revision,
+                chosen_device,
+                named_dtype,
+                task_adapter,
+                quantization_config,
             )
         return _loaded[key]
 
@@ -176,7 +202,10 @@ def _load(
     task_adapter: str | Path | None,
     quantization_config: Any,
 ) -> Base:
-    with _quiet_transformers(), torch.inference_mode(False):  # inference tensors could never be trained through
+    with (
+        _quiet_transformers(),
+        torch.inference_mode(False),
+    ):  # inference tensors could never be trained through
         try:
             config = AutoConfig.from_pretrained(source, revision=revision)
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
@@ -206,18 +235,30 @@ def _load(
             "For another, set `chat_template` in its tokenizer_config.json.",
             name,
         )
-    recorded = None if quantization is None else str(getattr(quantization, "to_dict", lambda: quantization)())
+    recorded = (
+        None
+        if quantization is None
+        else str(getattr(quantization, "to_dict", lambda: quantization)())
+    )
     context = context_of(config.get_text_config().to_dict(), tokenizer.model_max_length) or 10**6
     return Base(name, source, revision, tokenizer, model, context, adapter_folder, recorded)
 
 
 def _choose_device(device: str | torch.device | None) -> str:
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device must be cpu, cuda, cuda:N or mps (one device a base), not {str(device)!r}") from error
+        raise InputError(
+            f"device must be cpu, cuda, cuda:N or mps (one device a base), not {str(device)!r}"
+        ) from error
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(wanted.type, True):
         raise InputError(
@@ -237,7 +278,9 @@ def _named_dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype | 
     return named
 
 
-def _choose_dtype(dtype: torch.dtype | None, device: str, source: str, config: Any) -> torch.dtype | str:
+def _choose_dtype(
+    dtype: torch.dtype | None, device: str, source: str, config: Any
+) -> torch.dtype | str:
     if dtype is not None:
         return dtype
     if device != "cpu":
@@ -284,13 +327,17 @@ def _adapter_folder(task_adapter: str) -> Path:
 
 def _merge(model: Any, task_adapter: Path, quantization: Any) -> Any:
     if quantization is not None:
-        raise InputError("a task adapter cannot be merged into quantized weights: merge it first, then quantize")
+        raise InputError(
+            "a task adapter cannot be merged into quantized weights: merge it first, then quantize"
+        )
     from peft import PeftModel
 
     try:
         return PeftModel.from_pretrained(model, task_adapter).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"the task adapter {str(task_adapter)!r} cannot be merged into this base: {error}") from error
+        raise ModelError(
+            f"the task adapter {str(task_adapter)!r} cannot be merged into this base: {error}"
+        ) from error
 
 
 def _explain(name: str, source: str, error: Exception) -> Exception:
@@ -298,7 +345,11 @@ def _explain(name: str, source: str, error: Exception) -> Exception:
     is_there = _exists(Path(source))
     looks_like_path = is_there or source.startswith((".", "/", "~"))
     if (is_there or isinstance(error, OSError)) and not _exists(Path(source) / "config.json"):
-        where = f"no model at the path {name!r}" if looks_like_path else f"no base model {name!r} here or on the hub"
+        where = (
+            f"no model at the path {name!r}"
+            if looks_like_path
+            else f"no base model {name!r} here or on the hub"
+        )
         return ModelNotFound(
             f"{where} ({first_line}); give 'starter', a Hugging Face id or a folder with config.json and weights"
         )

@@ -67,7 +67,12 @@ def merge_same_role(messages: Sequence[Message]) -> list[Message]:
     turns: list[Message] = []
     for message in messages:
         plain = message.keys() == {"role", "content"} and message["role"] in ("user", "assistant")
-        if plain and turns and turns[-1].keys() == {"role", "content"} and turns[-1]["role"] == message["role"]:
+        if (
+            plain
+            and turns
+            and turns[-1].keys() == {"role", "content"}
+            and turns[-1]["role"] == message["role"]
+        ):
             turns[-1] = {**message, "content": f"{turns[-1]['content']}\n\n{message['content']}"}
         else:
             turns.append(message)

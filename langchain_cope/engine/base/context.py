@@ -13,5 +13,10 @@ def context_of(config: Mapping[str, Any], tokenizer_limit: Any) -> int | None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
         # Beyond this length such a model turns every row of a batch by other angles: one user's prompt would change all answers.
-        limits.append(rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings"))
-    return min((int(n) for n in limits if isinstance(n, (int, float)) and 0 < n < _REAL), default=None)
+        limits.append(
+            rope.get("original_max_position_embeddings")
+            or config.get("original_max_position_embeddings")
+        )
+    return min(
+        (int(n) for n in limits if isinstance(n, (int, float)) and 0 < n < _REAL), default=None
+    )

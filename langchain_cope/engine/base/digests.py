@@ -41,7 +41,8 @@ def remembered(files: list[Path], compute: Callable[[], str]) -> str:
 def _marks(files: list[Path]) -> list[tuple[str, int, int, int, int, int]]:
     found = [(path.resolve(), path.stat()) for path in files]
     return [
-        (str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in found
+        (str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        for path, stat in found
     ]
 
 

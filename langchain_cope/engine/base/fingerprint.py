@@ -78,7 +78,9 @@ def _weights_digest(base: "Base") -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(base.model.state_dict().items()):
         digest.update(f"{name}\0{list(tensor.shape)}\0{tensor.dtype}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -95,11 +97,16 @@ def _checkpoint_files(base: "Base") -> list[Path]:
     folder = Path(base.source)
     if not folder.is_dir():
         revision = getattr(base.model.config, "_commit_hash", None) or base.revision
-        config_file = cached_file(base.source, "config.json", revision=revision, local_files_only=True)
+        config_file = cached_file(
+            base.source, "config.json", revision=revision, local_files_only=True
+        )
         folder = Path(str(config_file)).parent
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [
+            folder / name
+            for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        ]
     return [file for file in [folder / "model.safetensors"] if file.is_file()]
 
 

@@ -47,7 +47,11 @@ def reply_format_of(tokenizer: PreTrainedTokenizerBase) -> ReplyFormat:
         return ReplyFormat({"start_anchor": "\0", "fields": common}, _presents_calls(tokenizer))
     given = known["fields"]
     thought = next((given[name] for name in _THOUGHT_NAMES if name in given), _THOUGHT)
-    fields: dict[str, dict[str, Any]] = {THOUGHT: thought, CALLS: _CALLS, ANSWER: given.get("content", _ANSWER)}
+    fields: dict[str, dict[str, Any]] = {
+        THOUGHT: thought,
+        CALLS: _CALLS,
+        ANSWER: given.get("content", _ANSWER),
+    }
     calls = given.get("tool_calls", {})
     native = calls.get("open") == CALL_BEGIN and calls.get("content") == "json"
     for name in (THOUGHT, ANSWER):  # where they begin and end, and no parsing that could fail

@@ -10,19 +10,9 @@ import torch
 from torch import Tensor
 
 
-def check_alpha_tau(alpha: float, tau: float) -> None:
-    """Raise ``ValueError`` unless α ≥ 0 and 0 < τ ≤ 1, both finite."""
-    if isinstance(alpha, bool) or not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(
-            f"alpha must be a finite number ≥ 0, not {alpha!r}: 0 is the adapter alone, 0.1 the paper's value"
-        )
-    if isinstance(tau, bool) or not (isinstance(tau, (int, float)) and 0 < tau <= 1):
-        raise ValueError(
-            f"tau must lie in 0 < tau ≤ 1, not {tau!r}: 0.1 is the paper's value, 1 keeps the likeliest token only"
-        )
-
-
-def contrast(user_logits: Tensor, base_logits: Tensor, alpha: float | Tensor, tau: float | Tensor) -> Tensor:
+def contrast(
+    user_logits: Tensor, base_logits: Tensor, alpha: float | Tensor, tau: float | Tensor
+) -> Tensor:
     """Scores of the next token under contrasted preferences, as normalised log-probabilities.
 
     ``score(v) = log π_user(v) − α · log π_base(v)`` for every v in

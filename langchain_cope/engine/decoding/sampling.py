@@ -34,7 +34,11 @@ class Sampling:
     def __post_init__(self) -> None:
         checks = (
             (_is_whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "an integer ≥ 1"),
-            (_is_number(self.temperature) and self.temperature >= 0, "temperature", "a finite number ≥ 0"),
+            (
+                _is_number(self.temperature) and self.temperature >= 0,
+                "temperature",
+                "a finite number ≥ 0",
+            ),
             (_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in 0 < top_p ≤ 1"),
             (_is_whole(self.top_k) and self.top_k >= 0, "top_k", "an integer ≥ 0"),
             (_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in 0 ≤ min_p ≤ 1"),
@@ -44,7 +48,11 @@ class Sampling:
                 "repetition_penalty",
                 "a number > 0",
             ),
-            (all(isinstance(s, str) and s for s in self.stop), "stop", "strings that are not empty"),
+            (
+                all(isinstance(s, str) and s for s in self.stop),
+                "stop",
+                "strings that are not empty",
+            ),
         )
         for good, name, expected in checks:
             if not good:
@@ -60,7 +68,10 @@ def _is_whole(value: object) -> bool:
 
 
 def choose_tokens(
-    scores: Tensor, samplings: Sequence[Sampling], seen: Sequence[Sequence[int]], steps: Sequence[int]
+    scores: Tensor,
+    samplings: Sequence[Sampling],
+    seen: Sequence[Sequence[int]],
+    steps: Sequence[int],
 ) -> Tensor:
     """The next token of every request.
 
@@ -83,7 +94,9 @@ def choose_tokens(
     if sampled:
         settings = [samplings[row] for row in sampled]
         warped = warp(scores[sampled], settings)
-        noise = _gumbel_noise(settings, [steps[row] for row in sampled], scores.shape[-1]).to(scores.device)
+        noise = _gumbel_noise(settings, [steps[row] for row in sampled], scores.shape[-1]).to(
+            scores.device
+        )
         # The argmax of log-probabilities plus Gumbel noise is an exact sample from them.
         tokens[sampled] = (warped + noise).argmax(dim=-1)
     return tokens
@@ -100,7 +113,9 @@ def warp(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
         vocabulary = scores.shape[-1]
         ordered, order = scores.sort(dim=-1, descending=True)
         rank = torch.arange(vocabulary, device=scores.device)
-        ordered = ordered.masked_fill(rank >= column([float(s.top_k or vocabulary) for s in samplings]), -math.inf)
+        ordered = ordered.masked_fill(
+            rank >= column([float(s.top_k or vocabulary) for s in samplings]), -math.inf
+        )
         probability = ordered.softmax(dim=-1)
         # A token stays while the mass before it is below top_p: the first one always stays.
         before = probability.cumsum(dim=-1) - probability

@@ -11,9 +11,7 @@ LONGEST, SHORTEST = 3, 2  # tokens that must have stood together before
 MAX_DRAFT = 8  # tokens proposed at a time
 _LENGTHS = (1, 2, 4, MAX_DRAFT)
 _TREND = 0.2  # weight of the newest observation
-_GAIN = (
-    1.25  # what a draft must promise: timings and hit rates are estimates, and a wrong guess costs everyone in the step
-)
+_GAIN = 1.25  # what a draft must promise: timings and hit rates are estimates, and a wrong guess costs everyone in the step
 _FORGET = 256  # observations after which timings of other sizes are taken afresh
 _TOKENS_FOR_DOUBLE = 32  # a first guess: this many tokens more take as long again
 
@@ -52,7 +50,11 @@ class PromptLookup:
     def _add(self, token: int) -> None:
         follows = self._at is not None and self._tokens[self._at] == token
         self._tokens.append(token)
-        runs = [tuple(self._tokens[-size:]) for size in range(LONGEST, SHORTEST - 1, -1) if len(self._tokens) >= size]
+        runs = [
+            tuple(self._tokens[-size:])
+            for size in range(LONGEST, SHORTEST - 1, -1)
+            if len(self._tokens) >= size
+        ]
         if follows and self._at is not None:
             self._at += 1
         else:
@@ -113,4 +115,6 @@ class Speculation:
         smaller = max((known for known in self._seconds if known < num_tokens), default=None)
         if smaller is None:
             return 1 + num_tokens / _TOKENS_FOR_DOUBLE
-        return self._seconds[smaller] * (1 + (num_tokens - smaller) / (smaller + _TOKENS_FOR_DOUBLE))
+        return self._seconds[smaller] * (
+            1 + (num_tokens - smaller) / (smaller + _TOKENS_FOR_DOUBLE)
+        )

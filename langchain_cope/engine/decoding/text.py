@@ -45,7 +45,9 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         shown = [token for token in ids if token not in self._hidden]
-        text = self._tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(
+            shown, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         return text if isinstance(text, str) else "".join(text)
 
 
@@ -78,4 +80,11 @@ class StopStrings:
 
 def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that begins ``stop``."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+    return next(
+        (
+            size
+            for size in range(min(len(text), len(stop) - 1), 0, -1)
+            if text.endswith(stop[:size])
+        ),
+        0,
+    )

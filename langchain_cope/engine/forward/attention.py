@@ -19,7 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 NAME, EAGER_NAME = "cope_rows", "cope_rows_eager"
 
 
-def row_mask(positions: Tensor, num_positions: int, pattern: Callable[..., Any] = causal_mask_function) -> Tensor:
+def row_mask(
+    positions: Tensor, num_positions: int, pattern: Callable[..., Any] = causal_mask_function
+) -> Tensor:
     """Who sees what: bool ``(R, 1, Q, num_positions)`` for queries at ``positions`` ``(R, Q)``."""
     rows = torch.arange(positions.shape[0], device=positions.device).view(-1, 1, 1, 1)
     keys = torch.arange(num_positions, device=positions.device).view(1, 1, 1, -1)
@@ -28,7 +30,9 @@ def row_mask(positions: Tensor, num_positions: int, pattern: Callable[..., Any] 
     return mask.expand(positions.shape[0], 1, positions.shape[1], num_positions)
 
 
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
     """Attention of ``(R, heads, Q, size)`` over ``(R, groups, T, size)``, the heads of a group as queries of one head.
 
     ``mask``: None, or what is added, ``(R, 1, heads / groups · Q, T)`` or broadcast to it. Returns ``(R, heads, Q, size)``.
@@ -66,20 +70,33 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Transformers' form: from ``(R, heads, Q, size)`` to ``(R, Q, heads, size)``."""
     groups, heads = key.shape[1], query.shape[1]
-    plain = query.device.type != "cpu" or groups == heads or options.get("position_bias") is not None
+    plain = (
+        query.device.type != "cpu" or groups == heads or options.get("position_bias") is not None
+    )
     if plain or attention_mask is None or attention_mask.shape[1] != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    mask = attention_mask if query.shape[2] == 1 else attention_mask.repeat(1, 1, heads // groups, 1)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+    mask = (
+        attention_mask if query.shape[2] == 1 else attention_mask.repeat(1, 1, heads // groups, 1)
+    )
     return grouped_attention(query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
 
 
 def _eager_attention(module: nn.Module, *arguments: Any, **options: Any) -> Any:
     """The eager attention of the file that ``module`` comes from."""
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **options)
+    return sys.modules[type(module).__module__].eager_attention_forward(
+        module, *arguments, **options
+    )
 
 
 def _mask(
-    q_length: int, kv_length: int, q_offset: Tensor | int, mask_function: Callable[..., Any], device: Any, **_: Any
+    q_length: int,
+    kv_length: int,
+    q_offset: Tensor | int,
+    mask_function: Callable[..., Any],
+    device: Any,
+    **_: Any,
 ) -> Tensor:
     """``q_offset``: where each row's first query stands, ``(R, 1)``, from `forward.RowCache`."""
     assert isinstance(q_offset, Tensor)

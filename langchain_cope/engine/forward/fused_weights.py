@@ -32,9 +32,15 @@ def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
     first = present[0]
     start = first.storage_offset()
     for tensor in present:
-        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and tensor.dtype == first.dtype
+        same = (
+            tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and tensor.dtype == first.dtype
+        )
         if not (
-            same and tensor.is_contiguous() and tensor.storage_offset() == start and tensor.shape[1:] == first.shape[1:]
+            same
+            and tensor.is_contiguous()
+            and tensor.storage_offset() == start
+            and tensor.shape[1:] == first.shape[1:]
         ):
             return None
         start += tensor.numel()

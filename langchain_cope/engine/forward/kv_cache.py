@@ -39,14 +39,22 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape | None]:
     Raises ``ModelError``, by name, where a layer keeps anything but keys and values of plain attention.
     """
     cache = DynamicCache(config=model.config)
-    other = sorted({type(layer).__name__ for layer in cache.layers} - {kind.__name__ for kind in _SERVED})
+    other = sorted(
+        {type(layer).__name__ for layer in cache.layers} - {kind.__name__ for kind in _SERVED}
+    )
     name = cache_argument(model)
     if name is None:
         other = ["its forward takes no cache of keys and values"]
-    if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo's, cut by position in the batch
+    if "local" in getattr(
+        model.config, "attention_layers", ()
+    ):  # GPT-Neo's, cut by position in the batch
         other = ["local attention of its own"]
     if not other and name is not None:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True, **{name: cache})
+        model(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device),
+            use_cache=True,
+            **{name: cache},
+        )
         other = [] if any(map(_shape, cache.layers)) else ["its layers keep nothing in the cache"]
     if other:
         raise ModelError(
@@ -71,7 +79,9 @@ def _shape(layer: Any) -> LayerShape | None:
 class KeyValues:
     """Room for the keys and values of rows, in every layer. Grows as asked; never read where nothing was written."""
 
-    def __init__(self, shapes: Sequence[LayerShape | None], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shapes: Sequence[LayerShape | None], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._shapes = shapes
         self._like = torch.empty(0, dtype=dtype, device=device)
         self.num_rows = self.num_positions = 0
@@ -106,17 +116,23 @@ class KeyValues:
             return
         try:
             for states in (self.keys, self.values):
-                for layer, old in enumerate(states):  # layer by layer: old and new are never both there whole
+                for layer, old in enumerate(
+                    states
+                ):  # layer by layer: old and new are never both there whole
                     states[layer] = _resized(old, *wanted)
         finally:  # where memory ran out in between, what every layer has
             self.num_rows = min(states.shape[0] for states in (*self.keys, *self.values))
             self.num_positions = min(states.shape[2] for states in (*self.keys, *self.values))
 
     def _enlarged(self, rows: int, positions: int) -> tuple[int, int]:
-        more = self.num_rows + self.num_rows // 2 if rows > self.num_rows else self.num_rows  # few, larger steps
+        more = (
+            self.num_rows + self.num_rows // 2 if rows > self.num_rows else self.num_rows
+        )  # few, larger steps
         return max(rows, more), max(self.num_positions, self.rounded(positions))
 
-    def write(self, layer: int, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(
+        self, layer: int, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
         """Put ``keys`` and ``values`` ``(R, Q, heads, size)`` of one layer at ``positions`` ``(R, Q)`` of ``rows`` ``(R, 1)``."""
         self.keys[layer][rows, :, positions] = keys
         self.values[layer][rows, :, positions] = values
@@ -135,10 +151,19 @@ class KeyValues:
 
     def read(self, row: int, start: int, end: int) -> Block:
         """A copy of positions ``start`` to ``end`` of a row, in one piece of memory: small ones that stay would litter the heap."""
-        flat = self._like.new_empty((end - start) * self.bytes_per_position // self._like.element_size())
-        sources = [states[row, :, start:end] for layer in zip(self.keys, self.values, strict=True) for states in layer]
+        flat = self._like.new_empty(
+            (end - start) * self.bytes_per_position // self._like.element_size()
+        )
+        sources = [
+            states[row, :, start:end]
+            for layer in zip(self.keys, self.values, strict=True)
+            for states in layer
+        ]
         parts = torch.split(flat, [source.numel() for source in sources])
-        copies = [part.view(source.shape).copy_(source) for part, source in zip(parts, sources, strict=True)]
+        copies = [
+            part.view(source.shape).copy_(source)
+            for part, source in zip(parts, sources, strict=True)
+        ]
         return list(zip(copies[::2], copies[1::2], strict=True))
 
     def fill(self, row: int, blocks: Sequence[Block]) -> None:
@@ -150,7 +175,10 @@ class KeyValues:
 
     def clear(self) -> None:
         """Nobody is here: give the memory back where it is much."""
-        if not self.keys or self.num_rows * self.num_positions * self.bytes_per_position > _KEEP_WHEN_IDLE:
+        if (
+            not self.keys
+            or self.num_rows * self.num_positions * self.bytes_per_position > _KEEP_WHEN_IDLE
+        ):
             self.num_rows = self.num_positions = 0
             shapes = [shape or LayerShape(0, 0, 0) for shape in self._shapes]
             self.keys = [self._like.new_empty(0, s.heads, 0, s.key_size) for s in shapes]

@@ -36,11 +36,19 @@ class _Product:
     @classmethod
     def of(cls, path: str, module: nn.Module, names: tuple[str, ...]) -> "_Product | None":
         layers = [getattr(module, name) for name in names]
-        weight, bias = joined([layer.weight for layer in layers]), joined([layer.bias for layer in layers])
+        weight, bias = (
+            joined([layer.weight for layer in layers]),
+            joined([layer.bias for layer in layers]),
+        )
         if weight is None or (bias is None and any(layer.bias is not None for layer in layers)):
             return None
         return cls(
-            weight, bias, Site(tuple(f"{path}.{name}" for name in names), tuple(layer.out_features for layer in layers))
+            weight,
+            bias,
+            Site(
+                tuple(f"{path}.{name}" for name in names),
+                tuple(layer.out_features for layer in layers),
+            ),
         )
 
 
@@ -72,7 +80,11 @@ class LeanForward:
 
     def __init__(self, model: Any, layers: list[_Layer], order: FasterOrder) -> None:
         decoder = model.model
-        self._embed, self._rotary, self._head = decoder.embed_tokens, decoder.rotary_emb, model.lm_head
+        self._embed, self._rotary, self._head = (
+            decoder.embed_tokens,
+            decoder.rotary_emb,
+            model.lm_head,
+        )
         self._norm = _norm(decoder.norm)
         self._layers = layers
         self._linear = order
@@ -80,22 +92,33 @@ class LeanForward:
         self._size: int = attention.head_dim
         self._groups = attention.k_proj.out_features // self._size
         self._heads = attention.q_proj.out_features // self._size
-        products = (p for layer in layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down))
+        products = (
+            p for layer in layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        )
         self.sites = {path: product.site for product in products for path in product.site.paths}
 
     @classmethod
     def of(cls, model: PreTrainedModel, order: FasterOrder) -> "LeanForward | None":
         """A forward for ``model``, or None where the model is built in another way."""
         decoder: Any = getattr(model, "model", None)
-        parts = {name for name, _ in decoder.named_children()} if isinstance(decoder, nn.Module) else set()
+        parts = (
+            {name for name, _ in decoder.named_children()}
+            if isinstance(decoder, nn.Module)
+            else set()
+        )
         if (
             parts != {"embed_tokens", "layers", "norm", "rotary_emb"}
             or type(getattr(model, "lm_head", None)) is not nn.Linear
         ):
             return None
-        if _differs_by_layer(model.config) or {name for name, _ in model.named_children()} != {"model", "lm_head"}:
+        if _differs_by_layer(model.config) or {name for name, _ in model.named_children()} != {
+            "model",
+            "lm_head",
+        }:
             return None
-        layers = [_layer(f"model.layers.{index}", layer) for index, layer in enumerate(decoder.layers)]
+        layers = [
+            _layer(f"model.layers.{index}", layer) for index, layer in enumerate(decoder.layers)
+        ]
         if not layers or any(layer is None for layer in layers) or not _is_rms_norm(decoder.norm):
             return None
         return cls(model, [layer for layer in layers if layer is not None], order)
@@ -136,12 +159,18 @@ class LeanForward:
         )
         turned, values = everything[:, :, : heads + groups], everything[:, :, heads + groups :]
         if layer.query_norm is not None and layer.key_norm is not None:
-            turned = torch.cat([layer.query_norm(turned[:, :, :heads]), layer.key_norm(turned[:, :, heads:])], dim=2)
+            turned = torch.cat(
+                [layer.query_norm(turned[:, :, :heads]), layer.key_norm(turned[:, :, heads:])],
+                dim=2,
+            )
         # The rotation pairs entry i with i + size / 2: rolling by half a head brings each its partner, the sign is in the sine.
         turned = torch.addcmul(turned * turn[0], turned.roll(self._size // 2, -1), turn[1])
         inputs.kv.write(index, rows, inputs.positions, turned[:, :, heads:], values)
         queries = turned[:, :, :heads].transpose(1, 2)
-        keys, values = inputs.kv.keys[index][:num_rows, :, :end], inputs.kv.values[index][:num_rows, :, :end]
+        keys, values = (
+            inputs.kv.keys[index][:num_rows, :, :end],
+            inputs.kv.values[index][:num_rows, :, :end],
+        )
         mixed = grouped_attention(queries, keys, values, mask, layer.scaling)
         return mixed.transpose(1, 2).reshape(num_rows, num_queries, -1)
 
@@ -153,7 +182,9 @@ class LeanForward:
     def _mask(self, inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
         if inputs.positions.shape[1] == 1 and inputs.same_length:
             return None  # every row sees all that is read
-        return additive(row_mask(inputs.positions, inputs.num_positions), dtype, self._heads // self._groups)
+        return additive(
+            row_mask(inputs.positions, inputs.num_positions), dtype, self._heads // self._groups
+        )
 
 
 def _layer(path: str, layer: nn.Module) -> _Layer | None:
@@ -167,8 +198,17 @@ def _layer(path: str, layer: nn.Module) -> _Layer | None:
     norms = [children["input_layernorm"], children["post_attention_layernorm"]]
     norms += [inside[name] for name in ("q_norm", "k_norm") if name in inside]
     linear = [module for name, module in {**inside, **gated}.items() if name.endswith("_proj")]
-    known = inside.keys() <= _ATTENTION and gated.keys() == _MLP and ("q_norm" in inside) == ("k_norm" in inside)
-    if not (known and len(linear) == 7 and all(type(m) is nn.Linear for m in linear) and all(map(_is_rms_norm, norms))):
+    known = (
+        inside.keys() <= _ATTENTION
+        and gated.keys() == _MLP
+        and ("q_norm" in inside) == ("k_norm" in inside)
+    )
+    if not (
+        known
+        and len(linear) == 7
+        and all(type(m) is nn.Linear for m in linear)
+        and all(map(_is_rms_norm, norms))
+    ):
         return None
     qkv = _Product.of(f"{path}.self_attn", attention, GROUPS[0])
     gate_up = _Product.of(f"{path}.mlp", mlp, GROUPS[1])
@@ -176,9 +216,17 @@ def _layer(path: str, layer: nn.Module) -> _Layer | None:
         _Product.of(f"{path}.self_attn", attention, ("o_proj",)),
         _Product.of(f"{path}.mlp", mlp, ("down_proj",)),
     )
-    if qkv is None or gate_up is None or output is None or down is None or not hasattr(attention, "scaling"):
+    if (
+        qkv is None
+        or gate_up is None
+        or output is None
+        or down is None
+        or not hasattr(attention, "scaling")
+    ):
         return None
-    query_norm, key_norm = (_norm(inside[name]) if name in inside else None for name in ("q_norm", "k_norm"))
+    query_norm, key_norm = (
+        _norm(inside[name]) if name in inside else None for name in ("q_norm", "k_norm")
+    )
     return _Layer(
         _norm(norms[0]),
         qkv,
@@ -195,7 +243,9 @@ def _layer(path: str, layer: nn.Module) -> _Layer | None:
 
 def _is_rms_norm(module: Any) -> bool:
     return (
-        type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and hasattr(module, "weight")
+        type(module).__name__.endswith("RMSNorm")
+        and hasattr(module, "variance_epsilon")
+        and hasattr(module, "weight")
     )
 
 

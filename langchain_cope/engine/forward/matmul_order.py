@@ -35,11 +35,17 @@ class FasterOrder:
             for m in model.modules()
             if type(m) is nn.Linear and m.weight.numel() >= LARGE and m.weight.is_contiguous()
         ]
-        layers = [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.is_floating_point()]
+        layers = [
+            layer
+            for layer in layers
+            if layer.weight.device.type == "cpu" and layer.weight.is_floating_point()
+        ]
         if not layers:
             return cls(frozenset())
         shapes = [layer.weight.shape for layer in layers]
-        usual = max(set(shapes), key=shapes.count)  # many weights of one shape: the caches must not hold them all
+        usual = max(
+            set(shapes), key=shapes.count
+        )  # many weights of one shape: the caches must not hold them all
         weights = [layer.weight for layer in layers if layer.weight.shape == usual][:16]
         return cls(frozenset(rows for rows in ROWS if _weight_first_wins(weights, rows)))
 
@@ -47,7 +53,10 @@ class FasterOrder:
         """See `Linear`."""
         if self._weight_first and weight.numel() >= LARGE:
             num_rows = states.numel() // states.shape[-1]
-            if num_rows > 1 and min(1 << (num_rows - 1).bit_length(), ROWS[-1] * 2) in self._weight_first:
+            if (
+                num_rows > 1
+                and min(1 << (num_rows - 1).bit_length(), ROWS[-1] * 2) in self._weight_first
+            ):
                 return weight_first(states, weight, bias)
         return F.linear(states, weight, bias)
 
@@ -62,7 +71,10 @@ def weight_first(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _weight_first_wins(weights: list[Tensor], rows: int) -> bool:
     states = weights[0].new_ones(rows, weights[0].shape[1])
-    usual, other = (min(_seconds(order, states, weights) for _ in range(_TRIALS)) for order in (F.linear, weight_first))
+    usual, other = (
+        min(_seconds(order, states, weights) for _ in range(_TRIALS))
+        for order in (F.linear, weight_first)
+    )
     return other < _MARGIN * usual
 
 

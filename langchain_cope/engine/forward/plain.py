@@ -61,16 +61,28 @@ def choose_forward(model: PreTrainedModel, shapes: list[LayerShape | None]) -> F
     from langchain_cope.engine.forward.llama import LeanForward
 
     device = model.device
-    prompts = [torch.randint(0, 100, (length,), generator=torch.Generator().manual_seed(length)) for length in (12, 7)]
-    prompts = [prompt.clamp_max(model.config.get_text_config().vocab_size - 1).to(device) for prompt in prompts]
-    expected = torch.stack([model(input_ids=p.unsqueeze(0), use_cache=False).logits[0, -1].float() for p in prompts])
+    prompts = [
+        torch.randint(0, 100, (length,), generator=torch.Generator().manual_seed(length))
+        for length in (12, 7)
+    ]
+    prompts = [
+        prompt.clamp_max(model.config.get_text_config().vocab_size - 1).to(device)
+        for prompt in prompts
+    ]
+    expected = torch.stack(
+        [model(input_ids=p.unsqueeze(0), use_cache=False).logits[0, -1].float() for p in prompts]
+    )
     order = FasterOrder.measured(model)
     try:
         if lean := LeanForward.of(model, order):
             difference = _difference(lean, model, shapes, prompts, expected)
             if difference <= _tolerance(model.dtype) / 2:
                 return lean
-            _log.debug("%s is not served by the lean forward: it differs by %.3g", type(model).__name__, difference)
+            _log.debug(
+                "%s is not served by the lean forward: it differs by %.3g",
+                type(model).__name__,
+                difference,
+            )
     except Exception:  # it has the parts, but in other sizes, say
         _log.debug("%s is not served by the lean forward", type(model).__name__, exc_info=True)
     plain = PlainForward(model, order)
@@ -89,17 +101,28 @@ def choose_forward(model: PreTrainedModel, shapes: list[LayerShape | None]) -> F
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    return 1e-3 if dtype == torch.float32 else 0.2  # a wrong mask or scale is off by a third and more
+    return (
+        1e-3 if dtype == torch.float32 else 0.2
+    )  # a wrong mask or scale is off by a third and more
 
 
 def _difference(
-    forward: Forward, model: PreTrainedModel, shapes: list[LayerShape | None], prompts: list[Tensor], expected: Tensor
+    forward: Forward,
+    model: PreTrainedModel,
+    shapes: list[LayerShape | None],
+    prompts: list[Tensor],
+    expected: Tensor,
 ) -> float:
     """How far ``forward`` is from ``expected`` logits, relative to their spread, when it gets the prompts in two ragged chunks."""
     kv = KeyValues(shapes, model.dtype, model.device)
     kv.reserve(2, 16)
-    lora = LoraRows(forward.sites, torch.empty(0, dtype=low_rank_dtype(model.dtype, model.device), device=model.device))
-    first, second = (torch.zeros(2, width, dtype=torch.long, device=model.device) for width in (5, 7))
+    lora = LoraRows(
+        forward.sites,
+        torch.empty(0, dtype=low_rank_dtype(model.dtype, model.device), device=model.device),
+    )
+    first, second = (
+        torch.zeros(2, width, dtype=torch.long, device=model.device) for width in (5, 7)
+    )
     offsets = torch.tensor([[5], [2]], device=model.device)
     for row, (prompt, offset) in enumerate(zip(prompts, (5, 2), strict=True)):
         first[row, :offset] = prompt[:offset]
@@ -125,7 +148,11 @@ class RowCache(Cache):
         """Write ``(R, heads, Q, size)`` and return everything up to the longest row."""
         kv, num_rows, end = self._inputs.kv, len(self._rows), self._inputs.num_positions
         kv.write(
-            layer_idx, self._rows, self._inputs.positions, key_states.transpose(1, 2), value_states.transpose(1, 2)
+            layer_idx,
+            self._rows,
+            self._inputs.positions,
+            key_states.transpose(1, 2),
+            value_states.transpose(1, 2),
         )
         return kv.keys[layer_idx][:num_rows, :, :end], kv.values[layer_idx][:num_rows, :, :end]
 
@@ -159,7 +186,11 @@ class PlainForward:
         self._cache_name = cache_argument(model) or "past_key_values"
         attend_by_rows(model)
         for module in self._modules.values():
-            if type(module) is nn.Linear and module.weight.is_contiguous() and module.weight.device.type == "cpu":
+            if (
+                type(module) is nn.Linear
+                and module.weight.is_contiguous()
+                and module.weight.device.type == "cpu"
+            ):
                 module.forward = partial(_ordered, order, module)  # type: ignore[method-assign]
 
     def __call__(self, inputs: Inputs) -> Tensor:
@@ -167,7 +198,11 @@ class PlainForward:
         self._hook(inputs.lora)
         rows, columns = inputs.wanted
         kept = sorted(set(columns))
-        arguments: dict[str, Any] = {"input_ids": inputs.ids, self._cache_name: RowCache(inputs), "use_cache": True}
+        arguments: dict[str, Any] = {
+            "input_ids": inputs.ids,
+            self._cache_name: RowCache(inputs),
+            "use_cache": True,
+        }
         if "position_ids" in self._accepts:
             arguments["position_ids"] = inputs.positions
         if "logits_to_keep" in self._accepts:
@@ -183,12 +218,18 @@ class PlainForward:
     def _hook(self, lora: LoraRows) -> None:
         for path in lora.paths - self._hooked:
             self._hooked.add(path)
-            self._modules[path].register_forward_hook(partial(self._add_low_rank_product, self.sites[path]))
+            self._modules[path].register_forward_hook(
+                partial(self._add_low_rank_product, self.sites[path])
+            )
 
-    def _add_low_rank_product(self, site: Site, _: nn.Module, states: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _add_low_rank_product(
+        self, site: Site, _: nn.Module, states: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
         if self._inputs is not None and self._inputs.lora.changes(site):
             shape = self._inputs.ids.shape
-            self._inputs.lora.add(site, _by_row(states[0], shape, site), _by_row(output, shape, site))
+            self._inputs.lora.add(
+                site, _by_row(states[0], shape, site), _by_row(output, shape, site)
+            )
         return output
 
 

@@ -21,14 +21,24 @@ _MOST_WAYS = 8  # of which each is tried
 _NEVER = 1 << 30
 _NUMBER = "0123456789.+-eE"
 _SEPARATORS = "@.:/-"  # what most texts of a form have somewhere
-_OUTSIDE = {",": _GOES_ON, ":": _GOES_ON, "n": _NULL, "-": _STRING, '"': _STRING, "[": _ARRAY, "{": _OBJECT}
+_OUTSIDE = {
+    ",": _GOES_ON,
+    ":": _GOES_ON,
+    "n": _NULL,
+    "-": _STRING,
+    '"': _STRING,
+    "[": _ARRAY,
+    "{": _OBJECT,
+}
 
 
 class TokenRanks:
     """For each token of a vocabulary how far it leads from the end: uint8 ``(V,)``, within a JSON string and outside."""
 
     def __init__(self, tokenizer: Any, eos_ids: Collection[int]) -> None:
-        self.texts: list[str] = [tokenizer.decode_str([token]) for token in range(tokenizer.vocab_size)]
+        self.texts: list[str] = [
+            tokenizer.decode_str([token]) for token in range(tokenizer.vocab_size)
+        ]
         self.outside = torch.tensor([_rank_outside(text) for text in self.texts], dtype=torch.uint8)
         self.inside = torch.tensor([_rank_inside(text) for text in self.texts], dtype=torch.uint8)
         ended = torch.tensor(sorted(eos_ids))
@@ -90,7 +100,9 @@ class Closing:
     free text, which itself is never hurried.
     """
 
-    def __init__(self, ranks: TokenRanks, room: int, reserve: int, *, marked: bool, begin: str, end: str) -> None:
+    def __init__(
+        self, ranks: TokenRanks, room: int, reserve: int, *, marked: bool, begin: str, end: str
+    ) -> None:
         self._ranks = ranks
         self._room = room
         self._reserve = reserve
@@ -109,7 +121,10 @@ class Closing:
         """The beginning of ``draft`` after none of whose tokens this would look ahead or close."""
         if self._place.in_json:
             return [] if self._closes else draft[: max(self._room - self._next_look - 1, 0)]
-        mark = next((place for place, token in enumerate(draft) if ">" in self._ranks.texts[token]), len(draft))
+        mark = next(
+            (place for place, token in enumerate(draft) if ">" in self._ranks.texts[token]),
+            len(draft),
+        )
         return draft[:mark]  # a call may begin there
 
     def push(self, token: int) -> None:
@@ -151,7 +166,9 @@ class Closing:
         if len(tokens) > _MOST_WAYS:
             left = self._room - len(self._path) - _SPARE
             return lowest if left >= self._reserve else self._only(allowed, self._path[:1])
-        return self._only(allowed, [token for token in tokens if self._fits(matcher, token)] or self._path[:1])
+        return self._only(
+            allowed, [token for token in tokens if self._fits(matcher, token)] or self._path[:1]
+        )
 
     def _only(self, allowed: Tensor, tokens: list[int]) -> Tensor:
         only = torch.zeros_like(allowed)
@@ -186,7 +203,9 @@ class Closing:
     def _closing_token(self, matcher: Any, place: _Place, tried: Counter[int]) -> list[int]:
         """One token of the lowest rank there is; none where the end itself may come."""
         ranks = self._ranks.inside if place.scan.in_string else self._ranks.outside
-        allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8).bool()
+        allowed = torch.frombuffer(
+            bytearray(matcher.compute_logit_bias()), dtype=torch.uint8
+        ).bool()
         if not allowed.any():
             return []
         lowest = ranks[allowed].min()

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from langchain_cope.engine.grammar.closing import Closing, TokenRanks
-from langchain_cope.engine.grammar.schema import CALL_BEGIN, CALL_END, Grammar, first_line, llguidance
+from langchain_cope.engine.grammar.schema import (
+    CALL_BEGIN,
+    CALL_END,
+    Grammar,
+    first_line,
+    llguidance,
+)
 from langchain_cope.engine.grammar.shortest import shortest_texts
 from langchain_cope.errors import InputError, ModelError
 
@@ -30,12 +36,16 @@ _MOST_RESERVES = 256
 class Constraint:
     """Where one answer stands in its grammar. The engine's thread owns it."""
 
-    def __init__(self, matcher: Any, vocabulary: "_Vocabulary", grammar: Grammar, room: int) -> None:
+    def __init__(
+        self, matcher: Any, vocabulary: "_Vocabulary", grammar: Grammar, room: int
+    ) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._stuck = False
         reserve = vocabulary.reserve(grammar)
-        self._closing = Closing(vocabulary.ranks, room, reserve, marked=grammar.text, begin=CALL_BEGIN, end=CALL_END)
+        self._closing = Closing(
+            vocabulary.ranks, room, reserve, marked=grammar.text, begin=CALL_BEGIN, end=CALL_END
+        )
         self._closing.look_ahead(matcher)
 
     @property
@@ -59,7 +69,9 @@ class Constraint:
         """Which tokens may come next, after ``drafted``: bool ``(V,)`` on the CPU, at least one of them true."""
         if drafted:
             self._matcher.consume_tokens(list(drafted))
-        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
+        allowed = torch.frombuffer(
+            bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8
+        ).bool()
         if drafted:
             self._matcher.rollback(len(drafted))
         if self.error or not bool(allowed.any()):
@@ -102,11 +114,18 @@ class _Vocabulary:
         if grammar not in self.reserves:
             if len(self.reserves) >= _MOST_RESERVES:
                 self.reserves.clear()
-            texts = [text for _, schema in grammar.calls for text in shortest_texts(json.loads(schema))]
-            names = [f'{CALL_BEGIN}\n{{"name": "{name}", "arguments": }}\n{CALL_END}' for name, _ in grammar.calls]
+            texts = [
+                text for _, schema in grammar.calls for text in shortest_texts(json.loads(schema))
+            ]
+            names = [
+                f'{CALL_BEGIN}\n{{"name": "{name}", "arguments": }}\n{CALL_END}'
+                for name, _ in grammar.calls
+            ]
             if grammar.answer is not None:
                 texts += shortest_texts(json.loads(grammar.answer))
-            longest = [max((self._size(text) for text in several), default=0) for several in (texts, names)]
+            longest = [
+                max((self._size(text) for text in several), default=0) for several in (texts, names)
+            ]
             self.reserves[grammar] = sum(longest)
         return self.reserves[grammar]
 
@@ -122,7 +141,9 @@ def compile_grammar(grammar: Grammar, base: "Base", room: int) -> Constraint:
     vocabulary = vocabulary_of(base)
     matcher = llguidance().LLMatcher(vocabulary.tokenizer, _lark(grammar, vocabulary), log_level=0)
     if matcher.is_error():
-        raise InputError(f"no grammar can be made of this schema: {first_line(matcher.get_error())}")
+        raise InputError(
+            f"no grammar can be made of this schema: {first_line(matcher.get_error())}"
+        )
     return Constraint(matcher, vocabulary, grammar, room)
 
 
@@ -143,17 +164,27 @@ def _make_vocabulary(base: "Base") -> _Vocabulary:
             f"the base {base.name!r} has a slow tokenizer: tools and structured output need one with tokenizer.json"
         )
     eos_ids = base.eos_ids
-    tokenizer = from_tokenizer(base.tokenizer, n_vocab=base.vocabulary_size, eos_token=sorted(eos_ids))
+    tokenizer = from_tokenizer(
+        base.tokenizer, n_vocab=base.vocabulary_size, eos_token=sorted(eos_ids)
+    )
     known = base.tokenizer.get_vocab()
-    special = {mark for mark in (CALL_BEGIN, CALL_END) if mark in known and tokenizer.is_special_token(known[mark])}
+    special = {
+        mark
+        for mark in (CALL_BEGIN, CALL_END)
+        if mark in known and tokenizer.is_special_token(known[mark])
+    }
     calls = {known[mark] for mark in special}
     markers = tuple(sorted(i for i in base.markers - calls if tokenizer.is_special_token(i)))
-    return _Vocabulary(tokenizer, TokenRanks(tokenizer, eos_ids), eos_ids, frozenset(special), markers)
+    return _Vocabulary(
+        tokenizer, TokenRanks(tokenizer, eos_ids), eos_ids, frozenset(special), markers
+    )
 
 
 def _lark(grammar: Grammar, vocabulary: _Vocabulary) -> str:
     """The grammar in llguidance's dialect of Lark."""
-    begin, end = (mark if mark in vocabulary.special else _literal(mark) for mark in (CALL_BEGIN, CALL_END))
+    begin, end = (
+        mark if mark in vocabulary.special else _literal(mark) for mark in (CALL_BEGIN, CALL_END)
+    )
     lines = ["%llguidance {}"]
     if grammar.text:
         pieces = ["tag"] if grammar.calls and grammar.several else []
@@ -175,12 +206,18 @@ def _lark(grammar: Grammar, vocabulary: _Vocabulary) -> str:
     else:
         calls = ['tag ("\\n" tag)*' if grammar.several else "tag"] if grammar.calls else []
         answer = ["answer"] if grammar.answer is not None else []
-        lines += [f"start: {' | '.join(calls + answer)}", f'tag: {begin} "\\n" call "\\n" {end}' if calls else ""]
+        lines += [
+            f"start: {' | '.join(calls + answer)}",
+            f'tag: {begin} "\\n" call "\\n" {end}' if calls else "",
+        ]
     if grammar.calls:
         lines.append(f"call: {' | '.join(f'call_{i}' for i in range(len(grammar.calls)))}")
     for index, (name, schema) in enumerate(grammar.calls):
         head = '{"name": ' + json.dumps(name, ensure_ascii=False) + ', "arguments": '
-        lines += [f'call_{index}: {_literal(head)} arguments_{index} "}}"', f"arguments_{index}: %json {schema}"]
+        lines += [
+            f'call_{index}: {_literal(head)} arguments_{index} "}}"',
+            f"arguments_{index}: %json {schema}",
+        ]
     if grammar.answer is not None:
         lines.append(f"answer: %json {grammar.answer}")
     return "\n".join(lines)

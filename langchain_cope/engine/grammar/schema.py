@@ -65,7 +65,11 @@ def closed_schema(schema: dict[str, Any]) -> str:
     except InputError:
         raise
     except (TypeError, ValueError, RecursionError) as error:
-        what = "is nested too deep" if isinstance(error, RecursionError) else f"cannot be written as JSON: {error}"
+        what = (
+            "is nested too deep"
+            if isinstance(error, RecursionError)
+            else f"cannot be written as JSON: {error}"
+        )
         raise InputError(f"a JSON schema is needed, but this one {what}") from error
 
 
@@ -102,8 +106,13 @@ def _closed(schema: Any, closes: bool) -> Any:
     if not isinstance(schema, dict):
         return schema
     values = ("enum", "const", "default", "examples", "example")  # instances, not schemas
-    closed = {key: part if key in values else _closed_part(key, part, closes) for key, part in schema.items()}
-    if isinstance(names := closed.get("propertyNames"), dict) and isinstance(names.get("enum"), list):
+    closed = {
+        key: part if key in values else _closed_part(key, part, closes)
+        for key, part in schema.items()
+    }
+    if isinstance(names := closed.get("propertyNames"), dict) and isinstance(
+        names.get("enum"), list
+    ):
         _spell_out_names(closed, closed.pop("propertyNames")["enum"])
     if closes and "properties" in closed and "patternProperties" not in closed:
         closed.setdefault("additionalProperties", False)

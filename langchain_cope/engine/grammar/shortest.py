@@ -41,7 +41,9 @@ def _within(schema: Any) -> Iterator[dict[str, Any]]:
                 yield from _within(part)
 
 
-def _shortest(schema: Any, root: dict[str, Any], depth: int, known: dict[tuple[int, int], str]) -> str:
+def _shortest(
+    schema: Any, root: dict[str, Any], depth: int, known: dict[tuple[int, int], str]
+) -> str:
     key = id(schema), depth
     if key not in known:
         known[key] = _made(schema, root, depth, known)[:_LONGEST]
@@ -67,16 +69,24 @@ def _made(schema: Any, root: dict[str, Any], depth: int, known: dict[tuple[int, 
     kind = "null" if "null" in kinds else kinds[0] if isinstance(kinds, list) else kinds
     if kind == "object":
         properties = schema.get("properties", {})
-        parts = [f"{json.dumps(name)}: {shortest(properties.get(name))}" for name in schema.get("required", ())]
+        parts = [
+            f"{json.dumps(name)}: {shortest(properties.get(name))}"
+            for name in schema.get("required", ())
+        ]
         return "{" + ", ".join(parts) + "}"
     if kind == "array":
         item = shortest(schema.get("items")) + ", "
         return "[" + item * min(int(schema.get("minItems", 0)), _LONGEST // len(item) + 1) + "]"
     if kind == "string":
-        text = _FORMATS.get(str(schema.get("format")), "a" * min(int(schema.get("minLength", 0)), _LONGEST))
+        text = _FORMATS.get(
+            str(schema.get("format")), "a" * min(int(schema.get("minLength", 0)), _LONGEST)
+        )
         return json.dumps(text + "a" * 8 * ("pattern" in schema))
     if kind in ("integer", "number"):
-        return max((str(schema[key]) for key in ("minimum", "exclusiveMinimum") if schema.get(key, 0) > 0), default="0")
+        return max(
+            (str(schema[key]) for key in ("minimum", "exclusiveMinimum") if schema.get(key, 0) > 0),
+            default="0",
+        )
     return "false" if kind == "boolean" else "null"
 
 

@@ -23,7 +23,9 @@ def test_a_server_that_ignores_the_condition_is_refused_before_anything_is_store
             lambda: store.prepare("alice"),
             lambda: store.erase_user("alice"),
         ):
-            with pytest.raises(BackendError, match=r"writes over what is there .*If-None-Match") as caught:
+            with pytest.raises(
+                BackendError, match=r"writes over what is there .*If-None-Match"
+            ) as caught:
                 call()
             assert "s3cr3t" not in str(caught.value)
         assert objects == {}
@@ -67,7 +69,9 @@ def test_a_backend_of_ones_own_that_writes_over_things_is_refused_too(files, tmp
 
 
 def test_a_server_that_is_not_there_is_an_error_without_secrets():
-    store = AdapterStore("s3://key:s3cr3t@bucket/prefix?endpoint=http://127.0.0.1:9&region=us-east-1")
+    store = AdapterStore(
+        "s3://key:s3cr3t@bucket/prefix?endpoint=http://127.0.0.1:9&region=us-east-1"
+    )
     with pytest.raises(BackendError, match=r"cannot read s3://\*\*\*@bucket/prefix") as caught:
         store.resolve("alice")
     assert "s3cr3t" not in str(caught.value) + repr(caught.value) + repr(store) + store.url
@@ -75,7 +79,9 @@ def test_a_server_that_is_not_there_is_an_error_without_secrets():
 
 
 def test_a_bucket_that_is_not_there_is_an_error_when_writing(s3_server, files):
-    store = AdapterStore(f"s3://key:s3cr3t@no-such-bucket/prefix?endpoint={s3_server}&region=us-east-1")
+    store = AdapterStore(
+        f"s3://key:s3cr3t@no-such-bucket/prefix?endpoint={s3_server}&region=us-east-1"
+    )
     with pytest.raises(BackendError, match=r"cannot write .*no-such-bucket"):
         store.publish("alice", files(), base=BASE)
 
@@ -113,7 +119,9 @@ try:
 except BackendError as error:
     print(error)
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
     assert "pip install 'langchain-cope[cloud]'" in said
 
 
@@ -154,11 +162,15 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_second_process_reads_what_was_published(s3_url, files):
     version = AdapterStore(s3_url).publish("alice", files(1), base=BASE)
     code = "import sys; from adapter_store import AdapterStore; print(AdapterStore(sys.argv[1]).active('alice'))"
-    found = subprocess.run([sys.executable, "-c", code, s3_url], capture_output=True, text=True, timeout=60, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code, s3_url], capture_output=True, text=True, timeout=60, check=True
+    )
     assert found.stdout.strip() == version.version
 
 
-def test_options_and_credentials_may_stand_in_the_environment(s3_url, s3_server, monkeypatch, files):
+def test_options_and_credentials_may_stand_in_the_environment(
+    s3_url, s3_server, monkeypatch, files
+):
     version = AdapterStore(s3_url).publish("alice", files(1), base=BASE)
     bucket = s3_url.partition("@")[2].partition("/")[0]
     for name, value in {

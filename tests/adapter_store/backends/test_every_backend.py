@@ -115,7 +115,9 @@ class TestPublishAndRead:
 
 class TestUsers:
     def test_reading_an_empty_store_finds_nobody(self, store):
-        with pytest.raises(AdapterNotFoundError, match=r"user 'alice' has no adapter in .*personalize"):
+        with pytest.raises(
+            AdapterNotFoundError, match=r"user 'alice' has no adapter in .*personalize"
+        ):
             store.resolve("alice")
         assert store.versions("alice") == []
         assert store.active("alice") is None
@@ -202,7 +204,11 @@ class TestUsers:
         second = store.publish("alice", files(2), base=BASE, activate=False)
         [head], _ = store.list_users()
         assert head.versions == (first, second)
-        assert (head.active, head.operation, head.operation_version) == (first.version, "publish", second.version)
+        assert (head.active, head.operation, head.operation_version) == (
+            first.version,
+            "publish",
+            second.version,
+        )
         assert head.seq == 2
 
     def test_a_cursor_of_no_listing_and_an_empty_page_are_refused(self, store):
@@ -239,11 +245,16 @@ class TestVersions:
     def test_an_unknown_version_is_refused_and_the_newest_named(self, store, files):
         version = store.publish("alice", files(), base=BASE)
         for call in (store.resolve, store.activate, store.delete_version):
-            with pytest.raises(AdapterNotFoundError, match=f"no version '../../x' .*the newest is {version.version}"):
+            with pytest.raises(
+                AdapterNotFoundError,
+                match=f"no version '../../x' .*the newest is {version.version}",
+            ):
                 call("alice", "../../x")
         assert store.resolve("alice") == version
 
-    def test_deleting_the_active_version_leaves_none_active_and_no_byte(self, store, backend, files):
+    def test_deleting_the_active_version_leaves_none_active_and_no_byte(
+        self, store, backend, files
+    ):
         kept = store.publish("alice", files(1), base=BASE)
         gone = store.publish("alice", files(2), base=BASE)
         store.delete_version("alice", gone.version)
@@ -279,12 +290,18 @@ class TestVersions:
         version = store.publish("alice", files(), base=BASE)
         folder = store_layout.version_folder(version.user_key, version.version)
         backend.delete(f"{folder}/adapter_config.json")
-        with pytest.raises(IntegrityError, match=rf"{version.version}/adapter_config.json is missing"):
+        with pytest.raises(
+            IntegrityError, match=rf"{version.version}/adapter_config.json is missing"
+        ):
             store.fetch(version)
 
-    def test_beyond_twenty_the_oldest_that_is_not_active_is_dropped_with_its_files(self, store, backend, files):
+    def test_beyond_twenty_the_oldest_that_is_not_active_is_dropped_with_its_files(
+        self, store, backend, files
+    ):
         versions = [store.publish("alice", files(0), base=BASE)]
-        versions += [store.publish("alice", files(n), base=BASE, activate=False) for n in range(1, 22)]
+        versions += [
+            store.publish("alice", files(n), base=BASE, activate=False) for n in range(1, 22)
+        ]
         expected = [versions[0], *versions[3:]]
         assert store.versions("alice") == expected
         assert store.active("alice") == versions[0].version
@@ -312,7 +329,9 @@ class TestVersions:
 
 class TestRollback:
     def test_it_passes_over_what_was_deleted_and_never_stays_where_it_is(self, store, files):
-        first, second, third = (store.publish("alice", files(n), base=BASE).version for n in range(3))
+        first, second, third = (
+            store.publish("alice", files(n), base=BASE).version for n in range(3)
+        )
         store.activate("alice", first)
         store.activate("alice", third)  # the way back: first, second, third, first
         store.delete_version("alice", second)
@@ -350,7 +369,9 @@ class TestRollback:
             lambda: store.activate("alice", first, expected_active=first),
             lambda: store.rollback("alice", expected_active=None),
         ):
-            with pytest.raises(PublishConflictError, match=f"has '{second}' active where .* was expected"):
+            with pytest.raises(
+                PublishConflictError, match=f"has '{second}' active where .* was expected"
+            ):
                 call()
         assert store.history("alice") == before
         assert store.rollback("alice", expected_active=second).version == first
@@ -364,14 +385,18 @@ class TestRollback:
             lambda: store.rollback("alice", reason=reason),
             lambda: store.delete_version("alice", version, reason=reason),
         ):
-            with pytest.raises(InvalidAdapterError, match="is not up to 1000 characters of text: say it shorter"):
+            with pytest.raises(
+                InvalidAdapterError, match="is not up to 1000 characters of text: say it shorter"
+            ):
                 call()
         assert len(store.versions("alice")) == 1
 
     @pytest.mark.parametrize("data_seq", [-1, 5, True, "1", 1.0])
     def test_a_data_seq_that_is_none_is_refused(self, store, files, data_seq):
         store.publish("alice", files(), base=BASE)
-        with pytest.raises(InvalidAdapterError, match=r"data_seq is .* the user's log is at 1: give what data_seq"):
+        with pytest.raises(
+            InvalidAdapterError, match=r"data_seq is .* the user's log is at 1: give what data_seq"
+        ):
             store.publish("alice", files(), base=BASE, data_seq=data_seq)
         assert len(store.versions("alice")) == 1
 
@@ -379,7 +404,9 @@ class TestRollback:
 class TestBase:
     def test_the_same_base_under_another_name_or_quantized_is_accepted(self, store, files):
         store.publish("alice", files(), base=BASE)
-        assert store.resolve("alice", base={**BASE, "model": "/models/starter", "quantization": "int8"})
+        assert store.resolve(
+            "alice", base={**BASE, "model": "/models/starter", "quantization": "int8"}
+        )
 
     def test_another_base_is_refused_naming_each_part_that_differs(self, store, files):
         version = store.publish("alice", files(), base=BASE | {"chat_template": "t" * 500})
@@ -405,18 +432,44 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            (lambda files: files.pop("adapter_config.json"), "expected exactly adapter_model.safetensors and"),
-            (lambda files: files.update({"adapter_model.bin": b""}), "adapter_model.bin.*expected exactly"),
+            (
+                lambda files: files.pop("adapter_config.json"),
+                "expected exactly adapter_model.safetensors and",
+            ),
+            (
+                lambda files: files.update({"adapter_model.bin": b""}),
+                "adapter_model.bin.*expected exactly",
+            ),
             (lambda files: files.update({"../evil": b""}), "../evil.*expected exactly"),
-            (lambda files: files.update({"adapter_config.json": "{}"}), "given as str, expected its content as bytes"),
-            (lambda files: files.update({"adapter_config.json": b"[]"}), "JSON list where an object is expected"),
-            (lambda files: files.update({"adapter_config.json": b"{"}), "adapter_config.json is not usable"),
-            (lambda files: files.update({"adapter_config.json": b"\xff{}"}), "adapter_config.json is not usable"),
-            (lambda files: files.update({"adapter_config.json": b"[" * 100_000}), "nested too deeply"),
-            (lambda files: files.update({"adapter_model.safetensors": b""}), "not a whole safetensors file"),
+            (
+                lambda files: files.update({"adapter_config.json": "{}"}),
+                "given as str, expected its content as bytes",
+            ),
+            (
+                lambda files: files.update({"adapter_config.json": b"[]"}),
+                "JSON list where an object is expected",
+            ),
+            (
+                lambda files: files.update({"adapter_config.json": b"{"}),
+                "adapter_config.json is not usable",
+            ),
+            (
+                lambda files: files.update({"adapter_config.json": b"\xff{}"}),
+                "adapter_config.json is not usable",
+            ),
+            (
+                lambda files: files.update({"adapter_config.json": b"[" * 100_000}),
+                "nested too deeply",
+            ),
+            (
+                lambda files: files.update({"adapter_model.safetensors": b""}),
+                "not a whole safetensors file",
+            ),
         ],
     )
-    def test_unusable_files_are_refused_and_nothing_is_stored(self, store, backend, files, change, said):
+    def test_unusable_files_are_refused_and_nothing_is_stored(
+        self, store, backend, files, change, said
+    ):
         given = files()
         change(given)
         with pytest.raises(InvalidAdapterError, match=said):
@@ -427,10 +480,13 @@ class TestRefusals:
     def test_a_folder_without_safetensors_is_refused_saying_how_to_save(self, store, tmp_path):
         (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
         with pytest.raises(
-            InvalidAdapterError, match=f"no adapter_model.safetensors in {tmp_path}.*safe_serialization"
+            InvalidAdapterError,
+            match=f"no adapter_model.safetensors in {tmp_path}.*safe_serialization",
         ):
             store.publish("alice", tmp_path, base=BASE)
-        with pytest.raises(InvalidAdapterError, match=r"cannot read .*adapter_model.bin/adapter_model.safetensors"):
+        with pytest.raises(
+            InvalidAdapterError, match=r"cannot read .*adapter_model.bin/adapter_model.safetensors"
+        ):
             store.publish("alice", tmp_path / "adapter_model.bin", base=BASE)
 
     @pytest.mark.parametrize(
@@ -441,7 +497,10 @@ class TestRefusals:
             ({"metadata": {"x": object()}}, "metadata .* cannot be kept as JSON"),
             ({"metadata": {"x": "\ud800"}}, "metadata .* cannot be kept as JSON"),
             ({"metadata": {1: "x"}}, "names that are not text"),
-            ({"metadata": {"x": "y" * 300_000}}, "metadata has 300.* bytes as JSON, at most 262144"),
+            (
+                {"metadata": {"x": "y" * 300_000}},
+                "metadata has 300.* bytes as JSON, at most 262144",
+            ),
             ({"metadata": [1]}, "is no mapping"),
             ({"base": {"weights": 1}}, "base .* does not map text to text"),
             ({"alpha": -0.1}, "alpha is -0.1: give a finite number of at least 0"),
@@ -452,15 +511,22 @@ class TestRefusals:
             ({"idempotency_key": ""}, "idempotency key '' is not 1 to 256"),
         ],
     )
-    def test_unusable_facts_are_refused_and_nothing_is_stored(self, store, backend, files, arguments, said):
+    def test_unusable_facts_are_refused_and_nothing_is_stored(
+        self, store, backend, files, arguments, said
+    ):
         with pytest.raises(InvalidAdapterError, match=said):
             store.publish("alice", files(), **({"base": BASE} | arguments))
         assert backend.list_folder("users") == []
 
-    def test_sizes_beyond_the_limits_are_refused_from_memory_and_from_a_folder(self, place, peft_folder, files):
+    def test_sizes_beyond_the_limits_are_refused_from_memory_and_from_a_folder(
+        self, place, peft_folder, files
+    ):
         small = AdapterStore(place, limits=Limits(weights_bytes=100))
         for given in (files(), peft_folder):
-            with pytest.raises(InvalidAdapterError, match="safetensors is larger than the 100 bytes that this store"):
+            with pytest.raises(
+                InvalidAdapterError,
+                match="safetensors is larger than the 100 bytes that this store",
+            ):
                 small.publish("alice", given, base=BASE)
         version = AdapterStore(place).publish("alice", files(), base=BASE)
         with pytest.raises(InvalidAdapterError, match="more than the 100 that this store reads"):
@@ -474,12 +540,21 @@ class TestJobs:
         assert store.publish("alice", files(3), base=BASE, idempotency_key="job-7") == first
         assert store.versions("alice") == [first, later]
         assert store.active("alice") == later.version
-        assert store.publish("bob", files(3), base=BASE, idempotency_key="job-7").user_key != first.user_key
-        assert store.publish("alice", files(3), base=BASE, idempotency_key="job-8") not in (first, later)
+        assert (
+            store.publish("bob", files(3), base=BASE, idempotency_key="job-7").user_key
+            != first.user_key
+        )
+        assert store.publish("alice", files(3), base=BASE, idempotency_key="job-8") not in (
+            first,
+            later,
+        )
 
     def test_the_same_job_run_at_once_in_many_threads_publishes_once(self, store, backend, files):
         with ThreadPoolExecutor(8) as pool:
-            jobs = [pool.submit(store.publish, "alice", files(n), base=BASE, idempotency_key="job") for n in range(8)]
+            jobs = [
+                pool.submit(store.publish, "alice", files(n), base=BASE, idempotency_key="job")
+                for n in range(8)
+            ]
             published = {job.result().version for job in jobs}
         [version] = store.versions("alice")
         assert published == {version.version}
@@ -487,12 +562,17 @@ class TestJobs:
         assert len(data) == 2
         store.fetch(version)
 
-    def test_a_publisher_that_expects_another_active_version_is_refused_and_leaves_nothing(self, store, backend, files):
+    def test_a_publisher_that_expects_another_active_version_is_refused_and_leaves_nothing(
+        self, store, backend, files
+    ):
         first = store.publish("alice", files(1), base=BASE, expected_active=None)
         second = store.publish("alice", files(2), base=BASE, expected_active=first.version)
         before = all_keys(backend)
         for expected in (first.version, None):
-            with pytest.raises(PublishConflictError, match=f"'{second.version}' active where .*nothing was published"):
+            with pytest.raises(
+                PublishConflictError,
+                match=f"'{second.version}' active where .*nothing was published",
+            ):
                 store.publish("alice", files(3), base=BASE, expected_active=expected)
         assert all_keys(backend) == before
         assert store.resolve("alice") == second
@@ -504,7 +584,9 @@ class TestJobs:
         def publish(number):
             barrier.wait()
             try:
-                return store.publish("alice", files(number), base=BASE, expected_active=first.version)
+                return store.publish(
+                    "alice", files(number), base=BASE, expected_active=first.version
+                )
             except PublishConflictError:
                 return None
 
@@ -515,9 +597,13 @@ class TestJobs:
 
     def test_concurrent_publishes_are_all_kept_in_one_order(self, store, files):
         with ThreadPoolExecutor(6) as pool:
-            published = list(pool.map(lambda n: store.publish("alice", files(n), base=BASE), range(12)))
+            published = list(
+                pool.map(lambda n: store.publish("alice", files(n), base=BASE), range(12))
+            )
         versions = store.versions("alice")
-        assert {version.version for version in versions} == {version.version for version in published}
+        assert {version.version for version in versions} == {
+            version.version for version in published
+        }
         [head], _ = store.list_users()
         assert head.seq == 12
         assert head.active == versions[-1].version
@@ -557,7 +643,9 @@ class TestJobs:
         assert AdapterStore(place).versions("alice") == [version]
         assert AdapterStore(place).list_users()[0][0].seq == 1
 
-    def test_a_commit_that_failed_after_it_became_visible_keeps_its_files(self, files, place, backend):
+    def test_a_commit_that_failed_after_it_became_visible_keeps_its_files(
+        self, files, place, backend
+    ):
         class Unsure:
             """Fails after the entry is there, as an fsync of the folder may."""
 
@@ -575,7 +663,9 @@ class TestJobs:
         store = AdapterStore(place)
         assert store.fetch(store.resolve("alice")) == files(5)
 
-    def test_storage_that_goes_away_in_mid_publish_is_reported_as_it_first_failed(self, files, backend):
+    def test_storage_that_goes_away_in_mid_publish_is_reported_as_it_first_failed(
+        self, files, backend
+    ):
         class Leaving:
             """Is gone for good from the log entry on."""
 

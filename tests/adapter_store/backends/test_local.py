@@ -52,7 +52,9 @@ class TestLayout:
 
     def test_an_entry_is_a_whole_head_that_a_person_can_read(self, local, root, files):
         first = local.publish("ålice 😀", files(1), base=BASE)
-        second = local.publish("ålice 😀", files(2), base=BASE, metrics={"nll": 2.5}, activate=False)
+        second = local.publish(
+            "ålice 😀", files(2), base=BASE, metrics={"nll": 2.5}, activate=False
+        )
         text = newest_entry(root, first).read_text(encoding="utf-8")
         entry = json.loads(text)
         assert '"user_id": "ålice 😀"' in text
@@ -106,7 +108,11 @@ class TestDamage:
         version = local.publish("alice", files(), base=BASE)
         path = local.fetch_dir(version) / name
         path.write_bytes(damage(path.read_bytes()))
-        for call in (local.fetch, local.fetch_dir, lambda _: local.export_peft("alice", tmp_path / "out")):
+        for call in (
+            local.fetch,
+            local.fetch_dir,
+            lambda _: local.export_peft("alice", tmp_path / "out"),
+        ):
             with pytest.raises(IntegrityError, match=f"{path} .*{said}"):
                 call(version)
         assert not (tmp_path / "out").exists()
@@ -142,7 +148,12 @@ class TestDamage:
             lambda entry: entry | {"format": None},
             lambda entry: entry | {"versions": [entry["versions"][0] | {"version": "../../../x"}]},
             lambda entry: (
-                entry | {"versions": [entry["versions"][0] | {"files": {"../x": {"sha256": "0", "size": 1}}}]}
+                entry
+                | {
+                    "versions": [
+                        entry["versions"][0] | {"files": {"../x": {"sha256": "0", "size": 1}}}
+                    ]
+                }
             ),
             lambda entry: entry | {"versions": [entry["versions"][0] | {"files": {"a": 1}}]},
             lambda entry: entry | {"versions": [entry["versions"][0] | {"base": {"weights": 1}}]},
@@ -162,11 +173,15 @@ class TestDamage:
             lambda store: store.delete_version("alice", version.version),
         ]
         for call in calls:
-            with pytest.raises(IntegrityError, match=f"{path} is damaged: .*; restore it from a backup"):
+            with pytest.raises(
+                IntegrityError, match=f"{path} is damaged: .*; restore it from a backup"
+            ):
                 call(AdapterStore(root))
         assert len(list((user_folder(root, version) / "versions").iterdir())) == 1
 
-    def test_an_entry_that_can_be_read_but_not_carried_on_stops_the_writer(self, local, root, files):
+    def test_an_entry_that_can_be_read_but_not_carried_on_stops_the_writer(
+        self, local, root, files
+    ):
         version = local.publish("alice", files(), base=BASE)
         path = newest_entry(root, version)
         path.write_text(path.read_text().replace('"metrics": {}', '"metrics": {"nll": 1e999}'))
@@ -176,11 +191,19 @@ class TestDamage:
     @pytest.mark.parametrize(
         "content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "check": 1}', '{"format": "1"}']
     )
-    def test_a_damaged_root_file_is_an_integrity_error_with_its_path(self, local, root, files, content):
+    def test_a_damaged_root_file_is_an_integrity_error_with_its_path(
+        self, local, root, files, content
+    ):
         local.publish("alice", files(), base=BASE)
         (root / "adapter_store.json").write_text(content)
-        for call in (local.resolve, local.versions, lambda user: local.publish(user, files(), base=BASE)):
-            with pytest.raises(IntegrityError, match=f"{root}/adapter_store.json is no root file .*restore it"):
+        for call in (
+            local.resolve,
+            local.versions,
+            lambda user: local.publish(user, files(), base=BASE),
+        ):
+            with pytest.raises(
+                IntegrityError, match=f"{root}/adapter_store.json is no root file .*restore it"
+            ):
                 call("alice")
 
     def test_a_changed_pepper_in_the_root_file_is_noticed(self, local, root, files):
@@ -195,7 +218,10 @@ class TestDamage:
         local.publish("alice", files(), base=BASE)
         (root / "adapter_store.json").unlink()
         for call in (local.resolve, lambda user: local.publish(user, files(), base=BASE)):
-            with pytest.raises(IntegrityError, match=f"{root}/adapter_store.json is missing, but the store has users"):
+            with pytest.raises(
+                IntegrityError,
+                match=f"{root}/adapter_store.json is missing, but the store has users",
+            ):
                 call("alice")
         assert not (root / "adapter_store.json").exists()
 
@@ -212,24 +238,33 @@ class TestDamage:
         for path in (newest_entry(root, version), root / "adapter_store.json"):
             path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
             with pytest.raises(
-                FormatVersionError, match=f"{path}: it has format 3, this release reads up to 2; upgrade"
+                FormatVersionError,
+                match=f"{path}: it has format 3, this release reads up to 2; upgrade",
             ):
                 AdapterStore(root).resolve("alice")
 
-    def test_a_store_of_the_first_format_is_read_and_goes_on_in_the_present_one(self, local, root, files):
+    def test_a_store_of_the_first_format_is_read_and_goes_on_in_the_present_one(
+        self, local, root, files
+    ):
         first = local.publish("alice", files(1), base=BASE)
         second = local.publish("alice", files(2), base=BASE)
         root_file = root / "adapter_store.json"
         content = json.loads(root_file.read_text())
-        root_file.write_text(json.dumps({"format": 1, "check": content["check"], "pepper": content["pepper"]}))
+        root_file.write_text(
+            json.dumps({"format": 1, "check": content["check"], "pepper": content["pepper"]})
+        )
         added = {"reason", "parent", "previous", "erased_seq", "collected_seq"}
         for path in (user_folder(root, first) / "log").iterdir():
             entry = json.loads(path.read_text())
-            path.write_text(json.dumps({k: v for k, v in entry.items() if k not in added} | {"format": 1}))
+            path.write_text(
+                json.dumps({k: v for k, v in entry.items() if k not in added} | {"format": 1})
+            )
         store = AdapterStore(root)
         assert store.fetch(store.resolve("alice")) == files(2)
         assert [change.operation for change in store.history("alice")] == ["publish", "publish"]
-        with pytest.raises(AdapterNotFoundError, match="no earlier active version"):  # which it did not keep
+        with pytest.raises(
+            AdapterNotFoundError, match="no earlier active version"
+        ):  # which it did not keep
             store.rollback("alice")
         store.activate("alice", first.version)
         assert json.loads(newest_entry(root, first).read_text())["format"] == 2
@@ -267,7 +302,9 @@ class TestPepper:
                 store.active,
                 lambda user, s=store: s.publish(user, files(), base=BASE),
             ):
-                with pytest.raises(KeyMismatchError, match=f"{root}/adapter_store.json was made .*{said}"):
+                with pytest.raises(
+                    KeyMismatchError, match=f"{root}/adapter_store.json was made .*{said}"
+                ):
                     call("alice")
             with pytest.raises(KeyMismatchError):
                 store.list_users()
@@ -278,7 +315,10 @@ class TestPepper:
             AdapterStore(root, pepper=PEPPER).resolve("alice")
 
     def test_two_stores_name_one_user_differently(self, tmp_path, files):
-        keys = {AdapterStore(tmp_path / name).publish("alice", files(), base=BASE).user_key for name in "ab"}
+        keys = {
+            AdapterStore(tmp_path / name).publish("alice", files(), base=BASE).user_key
+            for name in "ab"
+        }
         assert len(keys) == 2
 
 
@@ -287,8 +327,15 @@ class TestRefusingDisks:
         (tmp_path / "store").write_text("a file")
         for place in (tmp_path / "store", tmp_path / "store" / "below"):
             store = AdapterStore(place)
-            for call in (store.resolve, store.versions, lambda user, s=store: s.publish(user, files(), base=BASE)):
-                with pytest.raises(BackendError, match=f"cannot .* {place}.*: a file stands where a folder is needed"):
+            for call in (
+                store.resolve,
+                store.versions,
+                lambda user, s=store: s.publish(user, files(), base=BASE),
+            ):
+                with pytest.raises(
+                    BackendError,
+                    match=f"cannot .* {place}.*: a file stands where a folder is needed",
+                ):
                     call("alice")
         assert (tmp_path / "store").read_text() == "a file"
 
@@ -302,7 +349,8 @@ class TestRefusingDisks:
             for path in closed:
                 path.chmod(0o500)
             with pytest.raises(
-                BackendError, match=f"cannot write {folder}/store/.*: permission denied: give this user"
+                BackendError,
+                match=f"cannot write {folder}/store/.*: permission denied: give this user",
             ):
                 store.publish("alice", files(2), base=BASE)
             with pytest.raises(BackendError, match="permission denied"):
@@ -318,25 +366,35 @@ class TestRefusingDisks:
     def test_without_permission_to_make_or_read_a_store_it_says_where(self, unprivileged, files):
         with unprivileged() as folder:
             folder.chmod(0o500)
-            for call in (AdapterStore.prepare, lambda store, user: store.publish(user, files(), base=BASE)):
-                with pytest.raises(BackendError, match=f"cannot write {folder}/new/.*permission denied"):
+            for call in (
+                AdapterStore.prepare,
+                lambda store, user: store.publish(user, files(), base=BASE),
+            ):
+                with pytest.raises(
+                    BackendError, match=f"cannot write {folder}/new/.*permission denied"
+                ):
                     call(AdapterStore(folder / "new"), "alice")
             store = AdapterStore(MemoryBackend())
             store.publish("alice", files(), base=BASE)
-            with pytest.raises(BackendError, match=f"cannot write an adapter to {folder}/out .*Permission denied"):
+            with pytest.raises(
+                BackendError, match=f"cannot write an adapter to {folder}/out .*Permission denied"
+            ):
                 store.export_peft("alice", folder / "out")
             folder.chmod(0o000)
             with pytest.raises(BackendError, match=f"cannot read {folder}/new/.*permission denied"):
                 AdapterStore(folder / "new").resolve("alice")
             folder.chmod(0o700)
 
-    def test_a_version_whose_files_cannot_be_removed_is_off_the_list_and_named(self, unprivileged, files):
+    def test_a_version_whose_files_cannot_be_removed_is_off_the_list_and_named(
+        self, unprivileged, files
+    ):
         with unprivileged() as folder:
             store = AdapterStore(folder / "store")
             version = store.publish("alice", files(), base=BASE)
             store.fetch_dir(version).chmod(0o500)
             with pytest.raises(
-                BackendError, match=f"{version.version} of user 'alice' is no longer listed, but its files"
+                BackendError,
+                match=f"{version.version} of user 'alice' is no longer listed, but its files",
             ):
                 store.delete_version("alice", version.version)
             assert store.versions("alice") == []
@@ -344,7 +402,10 @@ class TestRefusingDisks:
     def test_a_full_disk_in_mid_publish_leaves_the_store_as_it_was(self, local, root, files):
         version = local.publish("alice", files(1), base=BASE)
         before = sorted(path for path in root.rglob("*") if path.is_file())
-        with files_at_most(20_000), pytest.raises(BackendError, match=f"cannot write {root}/.*raise the limit"):
+        with (
+            files_at_most(20_000),
+            pytest.raises(BackendError, match=f"cannot write {root}/.*raise the limit"),
+        ):
             local.publish("alice", files(2, num_values=100_000), base=BASE)
         # The data fits, the entry does not: the last step fails.
         with files_at_most(20_000), pytest.raises(BackendError, match=r"log/000000000002\.json: "):

@@ -94,7 +94,9 @@ class TestArchives:
         assert archive.read_bytes() == before
         assert [path.name for path in archive.parent.iterdir() if path.name.startswith(".")] == []
 
-    def test_a_user_who_is_not_there_and_a_damaged_one_export_nothing(self, local, archive, tmp_path):
+    def test_a_user_who_is_not_there_and_a_damaged_one_export_nothing(
+        self, local, archive, tmp_path
+    ):
         with pytest.raises(AdapterNotFoundError, match="user 'bob' has no adapter"):
             local.export_user("bob", tmp_path / "bob.tar")
         next((tmp_path / "store").rglob("adapter_config.json")).write_bytes(b"{}")
@@ -122,8 +124,15 @@ class TestArchives:
             patched.setattr(local, "fetch", fetch_late)
             local.export_user("alice", tmp_path / "first.tar")
         assert json.loads(members(tmp_path / "first.tar")[0][1])["active"] is None
-        assert [member.name.split("/")[1] for member, _ in members(tmp_path / "first.tar")[1:]] == [first.version] * 2
-        (tmp_path / "store" / layout.version_folder(first.user_key, first.version) / layout.CONFIG).unlink()
+        assert [member.name.split("/")[1] for member, _ in members(tmp_path / "first.tar")[1:]] == [
+            first.version
+        ] * 2
+        (
+            tmp_path
+            / "store"
+            / layout.version_folder(first.user_key, first.version)
+            / layout.CONFIG
+        ).unlink()
         with pytest.raises(IntegrityError, match=r"adapter_config\.json is missing"):
             local.export_user("alice", tmp_path / "alice.tar")
         assert [path.name for path in tmp_path.iterdir() if "alice" in path.name] == []
@@ -133,16 +142,24 @@ class TestArchives:
         local.delete_version("alice", first.version)
         third = local.publish("alice", files(7), base=BASE)
         head = local.import_user(archive)
-        assert [version.digest for version in head.versions] == [first.digest, second.digest, third.digest]
+        assert [version.digest for version in head.versions] == [
+            first.digest,
+            second.digest,
+            third.digest,
+        ]
         assert [version.version for version in head.versions[1:]] == [second.version, third.version]
         assert head.active == third.version
         assert head.operation == "import"
         assert local.fetch(head.versions[0]) == make_adapter(0)
 
-    def test_an_archive_of_another_store_does_not_bring_an_erased_user_back(self, archive, other, files):
+    def test_an_archive_of_another_store_does_not_bring_an_erased_user_back(
+        self, archive, other, files
+    ):
         other.import_user(archive)
         other.erase_user("alice")
-        with pytest.raises(UserErasedError, match=r"was erased in this store.* nothing was imported"):
+        with pytest.raises(
+            UserErasedError, match=r"was erased in this store.* nothing was imported"
+        ):
             other.import_user(archive)
         assert other.active("alice") is None
         assert list(other.history("alice"))[-1].operation == "erase"
@@ -151,15 +168,21 @@ class TestArchives:
             other.import_user(archive)
         assert other.versions("alice") == [since]
 
-    def test_a_version_that_went_round_by_another_store_is_known_again(self, local, archive, other, tmp_path, files):
+    def test_a_version_that_went_round_by_another_store_is_known_again(
+        self, local, archive, other, tmp_path, files
+    ):
         other.import_user(archive)
         other.publish("alice", files(7), base=BASE, idempotency_key="job")
         back = other.export_user("alice", tmp_path / "back.tar")
         before = local.versions("alice")
         head = local.import_user(back)
-        assert [version.version for version in head.versions[1:]] == [version.version for version in before]
+        assert [version.version for version in head.versions[1:]] == [
+            version.version for version in before
+        ]
         assert head.versions[0].idempotency_key == "job"
-        assert local.publish("alice", files(7), base=BASE, idempotency_key="job") == head.versions[0]
+        assert (
+            local.publish("alice", files(7), base=BASE, idempotency_key="job") == head.versions[0]
+        )
         assert local.import_user(back) == head
         assert other.import_user(local.export_user("alice", tmp_path / "again.tar")).seq == 2
 
@@ -169,7 +192,9 @@ class TestArchives:
 
         local.publish("alice", make_adapter(0), base=BASE)
         monkeypatch.setattr(local, "fetch", fetch_too_late)
-        with pytest.raises(PublishConflictError, match="deleted each of 10 times that it was exported"):
+        with pytest.raises(
+            PublishConflictError, match="deleted each of 10 times that it was exported"
+        ):
             local.export_user("alice", tmp_path / "alice.tar")
 
     def test_an_import_that_fails_leaves_no_file(self, archive, monkeypatch):
@@ -204,7 +229,9 @@ class TestArchives:
             files = mine.fetch(first)
             mine.delete_version("alice", first.version)
             for name, data in files.items():
-                backend.put_if_absent(f"{layout.version_folder(first.user_key, first.version)}/{name}", data)
+                backend.put_if_absent(
+                    f"{layout.version_folder(first.user_key, first.version)}/{name}", data
+                )
         removed = []
         delete = backend.delete
 
@@ -240,11 +267,15 @@ class TestArchives:
         store = AdapterStore(backend, limits=Limits(live_versions=1))
         version = store.publish("alice", make_adapter(7), base=BASE)
         put, written = backend.put_if_absent, []
-        monkeypatch.setattr(backend, "put_if_absent", lambda key, data: (written.append(key), put(key, data)))
+        monkeypatch.setattr(
+            backend, "put_if_absent", lambda key, data: (written.append(key), put(key, data))
+        )
         assert store.import_user(archive).versions == (version,)
         assert not [key for key in written if key.startswith("users/")]
 
-    def test_an_import_in_whose_middle_garbage_is_collected_writes_its_files_again(self, archive, monkeypatch):
+    def test_an_import_in_whose_middle_garbage_is_collected_writes_its_files_again(
+        self, archive, monkeypatch
+    ):
         backend = MemoryBackend()
         store, put, times = AdapterStore(backend), backend.put_if_absent, []
 
@@ -257,10 +288,15 @@ class TestArchives:
         monkeypatch.setattr(backend, "put_if_absent", collected)
         head = store.import_user(archive)
         assert len(times) == 2
-        assert [store.fetch(version) for version in head.versions] == [make_adapter(0), make_adapter(1)]
+        assert [store.fetch(version) for version in head.versions] == [
+            make_adapter(0),
+            make_adapter(1),
+        ]
         assert store.verify().orphans == 0
 
-    def test_a_file_that_is_written_anew_while_it_is_read_is_refused(self, archive, other, tmp_path, monkeypatch):
+    def test_a_file_that_is_written_anew_while_it_is_read_is_refused(
+        self, archive, other, tmp_path, monkeypatch
+    ):
         source = AdapterStore(tmp_path / "source")
         source.publish("alice", make_adapter(9), base=BASE)
         another = source.export_user("alice", tmp_path / "another.tar").read_bytes()
@@ -272,11 +308,15 @@ class TestArchives:
             return read(*arguments)
 
         monkeypatch.setattr(importing, "read_archive", written_anew)
-        with pytest.raises(InvalidAdapterError, match="was changed while it was read: nothing was imported"):
+        with pytest.raises(
+            InvalidAdapterError, match="was changed while it was read: nothing was imported"
+        ):
             other.import_user(archive)
         assert other.versions("alice") == []
 
-    def test_an_import_into_a_store_that_was_restored_is_fenced_by_its_own_log(self, tmp_path, monkeypatch):
+    def test_an_import_into_a_store_that_was_restored_is_fenced_by_its_own_log(
+        self, tmp_path, monkeypatch
+    ):
         """The archive is from further on in the log than the restored one is: an erasure meanwhile still counts."""
         backend = MemoryBackend()
         store = AdapterStore(backend)
@@ -382,14 +422,25 @@ class TestArchives:
     def test_a_peft_folder_is_imported_with_what_is_known_of_it(self, local, peft_folder, files):
         version = local.import_peft("alice", peft_folder, base=BASE, alpha=0.2)
         assert local.fetch(version) == files()
-        assert (version.alpha, local.history("alice")[0].reason) == (0.2, "imported from a peft folder")
+        assert (version.alpha, local.history("alice")[0].reason) == (
+            0.2,
+            "imported from a peft folder",
+        )
         with pytest.raises(InvalidAdapterError, match="there is no adapter_model"):
             local.import_peft("alice", peft_folder.parent / "none", base=BASE)
 
 
 HOSTILE = {
-    "a symbolic link": lambda rows: [rows[0], special(rows[1][0].name, tarfile.SYMTYPE, "/etc/passwd"), *rows[2:]],
-    "a hard link": lambda rows: [rows[0], special(rows[1][0].name, tarfile.LNKTYPE, "manifest.json"), *rows[2:]],
+    "a symbolic link": lambda rows: [
+        rows[0],
+        special(rows[1][0].name, tarfile.SYMTYPE, "/etc/passwd"),
+        *rows[2:],
+    ],
+    "a hard link": lambda rows: [
+        rows[0],
+        special(rows[1][0].name, tarfile.LNKTYPE, "manifest.json"),
+        *rows[2:],
+    ],
     "a device": lambda rows: [rows[0], special(rows[1][0].name, tarfile.CHRTYPE), *rows[2:]],
     "a pipe": lambda rows: [rows[0], special(rows[1][0].name, tarfile.FIFOTYPE), *rows[2:]],
     "a folder": lambda rows: [rows[0], special(rows[1][0].name, tarfile.DIRTYPE), *rows[2:]],
@@ -406,21 +457,36 @@ HOSTILE = {
     "no user": lambda rows: changed_manifest(rows, user_id=None),
     "no place in the log": lambda rows: changed_manifest(rows, seq="1"),
     "versions of another kind": lambda rows: changed_manifest(rows, versions=[1]),
-    "a version twice": lambda rows: changed_manifest(rows, versions=json.loads(rows[0][1])["versions"] * 2),
+    "a version twice": lambda rows: changed_manifest(
+        rows, versions=json.loads(rows[0][1])["versions"] * 2
+    ),
     "a version that leads out": lambda rows: changed_manifest(
         rows, versions=[{**json.loads(rows[0][1])["versions"][0], "version": "../../x"}]
     ),
-    "metadata beyond the limit": lambda rows: changed_version(rows, metadata={"x": "a" * 1_000_000}),
+    "metadata beyond the limit": lambda rows: changed_version(
+        rows, metadata={"x": "a" * 1_000_000}
+    ),
     "a base beyond the limit": lambda rows: changed_version(rows, base={"x": "a" * 1_000_000}),
     "an alpha below zero": lambda rows: changed_version(rows, alpha=-5.0),
     "a tau above one": lambda rows: changed_version(rows, tau=7.0),
     "an empty idempotency key": lambda rows: changed_version(rows, idempotency_key=""),
     "a long idempotency key": lambda rows: changed_version(rows, idempotency_key="k" * 1000),
     "a long name of its store": lambda rows: changed_manifest(rows, store="s" * 1000),
-    "metrics without bounds": lambda rows: [(rows[0][0], rows[0][1].replace(b'"nll": 0', b'"nll": 1e999')), *rows[1:]],
-    "other bytes than announced": lambda rows: [rows[0], (rows[1][0], rows[1][1][:-1] + b"!"), *rows[2:]],
+    "metrics without bounds": lambda rows: [
+        (rows[0][0], rows[0][1].replace(b'"nll": 0', b'"nll": 1e999')),
+        *rows[1:],
+    ],
+    "other bytes than announced": lambda rows: [
+        rows[0],
+        (rows[1][0], rows[1][1][:-1] + b"!"),
+        *rows[2:],
+    ],
     "fewer bytes than announced": lambda rows: [rows[0], (rows[1][0], rows[1][1][:-1]), *rows[2:]],
-    "weights that are a pickle": lambda rows: [rows[0], (rows[1][0], b"\x80\x04" + rows[1][1][2:]), *rows[2:]],
+    "weights that are a pickle": lambda rows: [
+        rows[0],
+        (rows[1][0], b"\x80\x04" + rows[1][1][2:]),
+        *rows[2:],
+    ],
 }
 
 
@@ -433,7 +499,9 @@ class TestHostileArchives:
             other.import_user(archive)
         assert len(str(caught.value)) < 700
         assert other.versions("alice") == []
-        written = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {path.name for path in before}
+        written = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {
+            path.name for path in before
+        }
         assert written <= {"adapter_store.json"}
 
     def test_an_archive_that_was_cut_anywhere_is_refused(self, archive, other):
@@ -447,7 +515,9 @@ class TestHostileArchives:
 
     def test_a_newer_archive_is_refused_saying_so(self, archive, other):
         rewrite(archive, changed_manifest(members(archive), format=99))
-        with pytest.raises(FormatVersionError, match=r"cannot import .*alice.tar: it has format 99"):
+        with pytest.raises(
+            FormatVersionError, match=r"cannot import .*alice.tar: it has format 99"
+        ):
             other.import_user(archive)
 
     def test_what_is_no_tar_is_refused(self, archive, other, tmp_path):
@@ -496,7 +566,11 @@ GOOD = _archive_bytes()
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.binary(min_size=1, max_size=12)), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.integers(0, len(GOOD) - 1), st.binary(min_size=1, max_size=12)),
+        min_size=1,
+        max_size=4,
+    ),
     st.integers(0, 3 * 512),
 )
 def test_a_changed_archive_is_refused_or_imported_whole(changes, num_cut):

@@ -79,7 +79,9 @@ def test_a_head_in_memory_is_not_taken_for_a_late_entry_in_its_place_after_an_er
 
 
 @pytest.mark.parametrize("num_entries", [1, 2])
-def test_an_entry_that_lands_late_between_a_listing_and_its_reading_is_not_taken_for_the_one_listed(num_entries):
+def test_an_entry_that_lands_late_between_a_listing_and_its_reading_is_not_taken_for_the_one_listed(
+    num_entries,
+):
     backend = MemoryBackend()
     writer, slow_backend = AdapterStore(backend), Hooked(backend)
     versions = [writer.publish("alice", make_adapter(n, 64), base=BASE) for n in range(num_entries)]
@@ -151,7 +153,9 @@ class Sleeper:
 
     def __init__(self, backend, seed):
         self.hooked = Hooked(backend)
-        self.asleep, self.may_put, self.landed, self.may_go_on = (threading.Event() for _ in range(4))
+        self.asleep, self.may_put, self.landed, self.may_go_on = (
+            threading.Event() for _ in range(4)
+        )
         self.hooked.before, self.hooked.after = self.before, self.after
         self.result = None
         self.thread = threading.Thread(target=self.publish, args=(AdapterStore(self.hooked), seed))
@@ -239,7 +243,9 @@ def test_a_reader_between_two_late_entries_believes_neither():
         reader.resolve("alice")
 
 
-@pytest.mark.parametrize("is_deleted", [True, False], ids=["in a hole", "before the erasure's entry"])
+@pytest.mark.parametrize(
+    "is_deleted", [True, False], ids=["in a hole", "before the erasure's entry"]
+)
 def test_a_change_that_never_was_in_the_log_is_not_reported_as_made(is_deleted):
     """Another one won against the same state, and the user was erased since."""
     backend = MemoryBackend()
@@ -277,7 +283,9 @@ def test_a_change_that_is_followed_by_what_cannot_be_read_says_that_nobody_can_t
     backend = MemoryBackend()
     other, hooked = AdapterStore(backend), Hooked(backend)
     versions = [other.publish("alice", make_adapter(n, 64), base=BASE) for n in range(2)]
-    hooked.after = once(lambda: backend.put_if_absent(entry_key(versions[0].user_key, 4), b"damaged"))
+    hooked.after = once(
+        lambda: backend.put_if_absent(entry_key(versions[0].user_key, 4), b"damaged")
+    )
     with pytest.raises(BackendError, match="nobody can tell whether it counted"):
         AdapterStore(hooked).activate("alice", versions[0].version)
 
@@ -332,7 +340,9 @@ class TestAPublishWithoutAnAnswer:
     def keys(self, request, tmp_path):
         return FileKeys.create(tmp_path / "keys") if request.param == "encrypted" else None
 
-    @pytest.fixture(params=[BackendError("timeout"), KeyboardInterrupt()], ids=["timeout", "Ctrl-C"])
+    @pytest.fixture(
+        params=[BackendError("timeout"), KeyboardInterrupt()], ids=["timeout", "Ctrl-C"]
+    )
     def late(self, request, keys):
         """A store, and the puts of entries that it was not answered."""
         backend = MemoryBackend()

@@ -38,7 +38,9 @@ def test_show_draws_history_and_a_chart(
     cope_lc: Callable, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = [put(store, seed=number, nll=nll) for number, nll in enumerate([4.7, 4.9, 4.5])]
-    assert cope_lc("adapters", "rollback", "alice", "--reason", "worse [red]answers[/red]").code == 0
+    assert (
+        cope_lc("adapters", "rollback", "alice", "--reason", "worse [red]answers[/red]").code == 0
+    )
     monkeypatch.setenv("COLUMNS", "100")
     shown = cope_lc("adapters", "show", "alice").stdout
     chart = [line for line in shown.splitlines() if "█" in line]
@@ -53,16 +55,26 @@ def test_show_draws_history_and_a_chart(
     assert "worse [red]answers[/red]" in newest
     assert "4.900" in newest
     history = cope_lc("adapters", "show", "alice", "--json").json["history"]
-    assert [change["operation"] for change in history] == ["publish", "publish", "publish", "rollback"]
+    assert [change["operation"] for change in history] == [
+        "publish",
+        "publish",
+        "publish",
+        "rollback",
+    ]
     assert history[-1]["reason"] == "worse [red]answers[/red]"
     assert history[-1]["active"] == versions[1]
     assert history[-1]["metrics"]["dpo"]["nll"] == 4.9
     assert len(cope_lc("adapters", "show", "alice", "--limit", 1, "--json").json["history"]) == 1
 
 
-def test_rollback_goes_back_and_says_where_there_is_nothing(cope_lc: Callable, store: AdapterStore) -> None:
+def test_rollback_goes_back_and_says_where_there_is_nothing(
+    cope_lc: Callable, store: AdapterStore
+) -> None:
     first, second = put(store), put(store, seed=2)
-    assert cope_lc("adapters", "rollback", "alice").stdout == f"alice: {first} is active (before: {second})\n"
+    assert (
+        cope_lc("adapters", "rollback", "alice").stdout
+        == f"alice: {first} is active (before: {second})\n"
+    )
     outcome = cope_lc("adapters", "rollback", "alice")
     assert outcome.code == 2
     assert "no earlier active version" in outcome.error
@@ -110,7 +122,9 @@ def test_a_damaged_user_is_erased_too(
     _, said = run.communicate(timeout=60)
     os.close(ours)
     os.close(theirs)
-    assert said.startswith(f"erase alice (what is there cannot be read) from {store_folder} for good?")
+    assert said.startswith(
+        f"erase alice (what is there cannot be read) from {store_folder} for good?"
+    )
     erased = cope_lc("adapters", "erase", "alice", "--yes", "--json").json
     assert erased == {"user_id": "alice", "erased": True, "versions": None}
     assert not list(store_folder.rglob("*.safetensors"))
@@ -129,7 +143,10 @@ def test_a_user_goes_out_as_a_file_and_comes_in_elsewhere(
 ) -> None:
     first, second = put(store), put(store, seed=2)
     file = tmp_path / "alice.tar"
-    assert cope_lc("adapters", "export", "alice", file, "--json").json["versions"] == [first, second]
+    assert cope_lc("adapters", "export", "alice", file, "--json").json["versions"] == [
+        first,
+        second,
+    ]
     assert cope_lc("adapters", "export", "alice", file).code == 1  # never written over
     assert cope_lc("adapters", "export", "alice", tmp_path / "b.tar", "--version", first).code == 2
     other = ("--store", tmp_path / "other")
@@ -160,7 +177,9 @@ def test_all_users_move_into_an_encrypted_store(
         f"3 users imported into {tmp_path / 'encrypted'}, which is encrypted\n"
     )
     assert cope_lc("adapters", "import-all", tmp_path / "none", *encrypted).code == 2
-    assert b"user-1" not in b"".join(p.read_bytes() for p in (tmp_path / "encrypted").rglob("*") if p.is_file())
+    assert b"user-1" not in b"".join(
+        p.read_bytes() for p in (tmp_path / "encrypted").rglob("*") if p.is_file()
+    )
     assert cope_lc("adapters", "new-key", key_file, "--json").json["keys"] == ["key-2", "key-1"]
     assert cope_lc("adapters", "new-key", key_file, "--name", "key-1").code == 2
     assert cope_lc("adapters", "rotate-keys", *encrypted, "--json").json["rewrapped"] == 4
@@ -181,14 +200,21 @@ def test_a_new_key_is_named_after_the_highest(cope_lc: Callable, tmp_path: Path)
         cope_lc("adapters", "new-key", key_file)
     newest = key_file.read_text().splitlines()[0]
     key_file.write_text(f"{newest}\n")  # the older ones destroyed
-    assert cope_lc("adapters", "new-key", key_file, "--name", "2027", "--json").json["keys"] == ["2027", "key-3"]
-    assert cope_lc("adapters", "new-key", key_file, "--json").json["keys"] == ["key-4", "2027", "key-3"]
+    assert cope_lc("adapters", "new-key", key_file, "--name", "2027", "--json").json["keys"] == [
+        "2027",
+        "key-3",
+    ]
+    assert cope_lc("adapters", "new-key", key_file, "--json").json["keys"] == [
+        "key-4",
+        "2027",
+        "key-3",
+    ]
 
 
 def test_a_peft_folder_becomes_a_users_version(
     cope_lc: Callable, store: AdapterStore, tiny: Callable[..., Path], adapter: Callable[..., Path]
 ) -> None:
-    from langchain_cope.engine.base.base import load_base
+    from langchain_cope.engine import load_base
 
     folder, model = adapter(tiny("llama")), tiny("llama")
     assert "--user" in cope_lc("adapters", "import", folder, "--model", model).error
@@ -196,10 +222,15 @@ def test_a_peft_folder_becomes_a_users_version(
     assert outcome.code == 0, outcome
     version = store.resolve("alice", base=load_base(model).fingerprint())
     assert outcome.json["active"] == version.version
-    assert store.fetch(version)["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+    assert (
+        store.fetch(version)["adapter_model.safetensors"]
+        == (folder / "adapter_model.safetensors").read_bytes()
+    )
 
 
-def test_verify_names_damage_and_ends_with_one(cope_lc: Callable, store: AdapterStore, store_folder: Path) -> None:
+def test_verify_names_damage_and_ends_with_one(
+    cope_lc: Callable, store: AdapterStore, store_folder: Path
+) -> None:
     put(store)
     put(store, "bob")
     assert cope_lc("adapters", "verify").stdout.splitlines()[-1] == "all is what was published"
@@ -248,7 +279,9 @@ def test_users_who_cannot_be_read_are_named_and_stop_nobody_else(
     assert (again.code, again.json["users"], again.json["problems"]) == (0, 2, [])
 
 
-def test_gc_takes_what_is_not_listed(cope_lc: Callable, store: AdapterStore, store_folder: Path) -> None:
+def test_gc_takes_what_is_not_listed(
+    cope_lc: Callable, store: AdapterStore, store_folder: Path
+) -> None:
     version = put(store)
     orphan = next(store_folder.rglob(version)).with_name("20200101T000000Z-000000000000")
     orphan.mkdir()
@@ -267,7 +300,13 @@ def test_who_mistypes_a_store_or_a_user_is_not_told_that_all_is_well(
     cope_lc: Callable, store: AdapterStore, tmp_path: Path
 ) -> None:
     put(store)
-    for words in (["verify"], ["gc"], ["rotate-keys"], ["export-all", tmp_path / "out"], ["erase", "alice", "--yes"]):
+    for words in (
+        ["verify"],
+        ["gc"],
+        ["rotate-keys"],
+        ["export-all", tmp_path / "out"],
+        ["erase", "alice", "--yes"],
+    ):
         outcome = cope_lc("adapters", *words, "--store", tmp_path / "nowhere")
         assert outcome.code == 2
         assert "is no store: nothing was done" in outcome.error
@@ -278,37 +317,53 @@ def test_who_mistypes_a_store_or_a_user_is_not_told_that_all_is_well(
     outcome = cope_lc("adapters", "verify", "bob")
     assert outcome.code == 2
     assert "user 'bob' has no adapter" in outcome.error
-    assert cope_lc("adapters", "erase", "bob", "--yes").stdout == "erased bob; no adapter was there under this id\n"
+    assert (
+        cope_lc("adapters", "erase", "bob", "--yes").stdout
+        == "erased bob; no adapter was there under this id\n"
+    )
     assert cope_lc("adapters", "verify", "bob").code == 0  # what is left says that he was erased
 
 
-def test_the_history_of_who_was_deleted_or_erased_is_shown(cope_lc: Callable, store: AdapterStore) -> None:
+def test_the_history_of_who_was_deleted_or_erased_is_shown(
+    cope_lc: Callable, store: AdapterStore
+) -> None:
     put(store)
-    assert "none is active now" in cope_lc("adapters", "delete", "alice", "--reason", "left us", "--yes").stdout
+    assert (
+        "none is active now"
+        in cope_lc("adapters", "delete", "alice", "--reason", "left us", "--yes").stdout
+    )
     shown = cope_lc("adapters", "show", "alice")
     assert shown.code == 0
     assert "left us" in shown.stdout
     assert "no version is left" in shown.stdout
     cope_lc("adapters", "erase", "alice", "--yes")
-    assert [change["operation"] for change in cope_lc("adapters", "show", "alice", "--json").json["history"]] == [
-        "erase"
-    ]
+    assert [
+        change["operation"]
+        for change in cope_lc("adapters", "show", "alice", "--json").json["history"]
+    ] == ["erase"]
     assert cope_lc("adapters", "show", "bob").code == 2
 
 
 def test_an_activation_that_changes_nothing_says_so(cope_lc: Callable, store: AdapterStore) -> None:
     version = put(store)
-    assert cope_lc("adapters", "activate", "alice", version).stdout == f"alice: {version} was active already\n"
+    assert (
+        cope_lc("adapters", "activate", "alice", version).stdout
+        == f"alice: {version} was active already\n"
+    )
 
 
-def test_a_dry_run_writes_nothing(cope_lc: Callable, store: AdapterStore, store_folder: Path) -> None:
+def test_a_dry_run_writes_nothing(
+    cope_lc: Callable, store: AdapterStore, store_folder: Path
+) -> None:
     put(store)
     before = {path: path.stat().st_mtime_ns for path in store_folder.rglob("*")}
     assert cope_lc("adapters", "gc", "--dry-run").code == 0
     assert {path: path.stat().st_mtime_ns for path in store_folder.rglob("*")} == before
 
 
-def test_a_folder_without_archives_and_a_name_that_is_none_are_refused(cope_lc: Callable, tmp_path: Path) -> None:
+def test_a_folder_without_archives_and_a_name_that_is_none_are_refused(
+    cope_lc: Callable, tmp_path: Path
+) -> None:
     outcome = cope_lc("adapters", "import-all", tmp_path)
     assert outcome.code == 2
     assert "holds no .tar file" in outcome.error
@@ -318,7 +373,9 @@ def test_a_folder_without_archives_and_a_name_that_is_none_are_refused(cope_lc: 
     assert not (tmp_path / "keys").exists()
 
 
-def test_what_an_export_passes_over_is_said(cope_lc: Callable, store: AdapterStore, tmp_path: Path) -> None:
+def test_what_an_export_passes_over_is_said(
+    cope_lc: Callable, store: AdapterStore, tmp_path: Path
+) -> None:
     put(store)
     assert cope_lc("adapters", "export-all", tmp_path / "out", "--json").json["already_there"] == 0
     shown = cope_lc("adapters", "export-all", tmp_path / "out").stdout
@@ -340,12 +397,18 @@ def test_a_store_url_never_prints_its_secret(cope_lc: Callable, tmp_path: Path) 
         assert "s3://***@bucket/prefix" in outcome.error
 
 
-def test_a_store_in_object_storage_is_as_good_as_a_folder(cope_lc: Callable, tmp_path: Path) -> None:
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+def test_a_store_in_object_storage_is_as_good_as_a_folder(
+    cope_lc: Callable, tmp_path: Path
+) -> None:
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
     server.start()
     try:
         endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"), timeout=30).close()
+        urllib.request.urlopen(
+            urllib.request.Request(f"{endpoint}/bucket", method="PUT"), timeout=30
+        ).close()
         url = f"s3://key:s3cr3t@bucket/prefix?endpoint={endpoint}&region=us-east-1"
         version = put(AdapterStore(url))
         listed = cope_lc("adapters", "list", "--store", url, "--json")

@@ -23,7 +23,10 @@ HOSTILE = [
 def test_an_empty_store_says_how_to_add_someone(cope_lc: Callable, store_folder: Path) -> None:
     outcome = cope_lc("adapters", "list")
     assert outcome.code == 0
-    assert outcome.stdout == f"no users in {store_folder}; add one with: cope-lc personalize FILE --user ID\n"
+    assert (
+        outcome.stdout
+        == f"no users in {store_folder}; add one with: cope-lc personalize FILE --user ID\n"
+    )
     assert cope_lc("adapters", "list", "--json").json == {
         "store": store_folder.as_uri(),
         "users": [],
@@ -37,7 +40,9 @@ def test_users_are_listed_with_their_active_version(cope_lc: Callable, publish: 
     publish("bob")
     shown = cope_lc("adapters", "list")
     assert shown.code == 0
-    assert [line.split()[:3] for line in shown.stdout.splitlines()[1:2]] == [["alice", second.version, "2"]]
+    assert [line.split()[:3] for line in shown.stdout.splitlines()[1:2]] == [
+        ["alice", second.version, "2"]
+    ]
     users = cope_lc("adapters", "list", "--json").json["users"]
     assert [user["user_id"] for user in users] == ["alice", "bob"]
     assert users[0]["active"] == second.version
@@ -67,9 +72,15 @@ def test_hostile_user_ids_are_listed_shown_and_deleted_without_touching_the_term
 
 
 @pytest.mark.parametrize("command", ["show", "activate", "export", "delete"])
-def test_an_impossible_user_id_is_refused_in_one_line(cope_lc: Callable, publish: Callable, command: str) -> None:
+def test_an_impossible_user_id_is_refused_in_one_line(
+    cope_lc: Callable, publish: Callable, command: str
+) -> None:
     publish("alice")
-    rest = {"activate": ["20260131T235959Z-0123456789ab"], "export": ["folder"], "delete": ["--yes"]}.get(command, [])
+    rest = {
+        "activate": ["20260131T235959Z-0123456789ab"],
+        "export": ["folder"],
+        "delete": ["--yes"],
+    }.get(command, [])
     for user, why in [("", "is empty"), ("x" * 10_000, "is too long"), ("a\0b", "NUL")]:
         outcome = cope_lc("adapters", command, user, *rest)
         assert outcome.code == 2
@@ -105,24 +116,35 @@ def test_a_version_without_metrics_is_shown_too(cope_lc: Callable, publish: Call
     assert "– → –" in cope_lc("adapters", "show", "alice").stdout
 
 
-def test_activate_and_its_mistakes(cope_lc: Callable, store: AdapterStore, publish: Callable) -> None:
+def test_activate_and_its_mistakes(
+    cope_lc: Callable, store: AdapterStore, publish: Callable
+) -> None:
     first, second = publish(), publish(seed=2)
     outcome = cope_lc("adapters", "activate", "alice", first.version)
     assert outcome.code == 0
     assert outcome.stdout == f"alice: {first.version} is active (before: {second.version})\n"
     assert store.active("alice") == first.version
-    for words in (["alice", "20260131T235959Z-0123456789ab"], ["alice", "../x"], ["bob", first.version]):
+    for words in (
+        ["alice", "20260131T235959Z-0123456789ab"],
+        ["alice", "../x"],
+        ["bob", first.version],
+    ):
         wrong = cope_lc("adapters", "activate", *words)
         assert wrong.code == 2
         assert wrong.error.startswith("error: ")
 
 
-def test_export_writes_a_peft_folder_once(cope_lc: Callable, publish: Callable, tmp_path: Path) -> None:
+def test_export_writes_a_peft_folder_once(
+    cope_lc: Callable, publish: Callable, tmp_path: Path
+) -> None:
     first = publish()
     publish(seed=2)
     folder = tmp_path / "exported"
     assert cope_lc("adapters", "export", "alice", folder, "--version", first.version).code == 0
-    assert {path.name for path in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
     again = cope_lc("adapters", "export", "alice", folder, "--json")
     assert again.code == 1
     assert str(folder) in again.error
@@ -141,7 +163,9 @@ def test_a_damaged_adapter_is_refused_by_name(
     assert not (tmp_path / "exported").exists()
 
 
-def test_delete_asks_and_without_a_terminal_refuses(cope_lc: Callable, store: AdapterStore, publish: Callable) -> None:
+def test_delete_asks_and_without_a_terminal_refuses(
+    cope_lc: Callable, store: AdapterStore, publish: Callable
+) -> None:
     version = publish()
     outcome = cope_lc("adapters", "delete", "alice", version.version, stdin="y\n")
     assert outcome.code == 2

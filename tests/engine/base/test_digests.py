@@ -81,7 +81,9 @@ def test_a_file_that_was_written_just_now_is_not_remembered(
     assert not cache.exists()
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_remembered(cache: Path, files: list[Path]) -> None:
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(
+    cache: Path, files: list[Path]
+) -> None:
     compute = Computing(files)
 
     def slow() -> str:
@@ -110,7 +112,9 @@ def test_a_cache_that_cannot_be_written_costs_time_only(cache: Path, files: list
     assert compute.times == 2
 
 
-def test_small_files_are_never_remembered(cache: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_files_are_never_remembered(
+    cache: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(digests, "WORTH_BYTES", 1000)
     digests.remembered(files, Computing(files))
     assert not cache.exists()

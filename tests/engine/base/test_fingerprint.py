@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from langchain_cope.engine.base.base import load_base
+from langchain_cope.engine import load_base
 
 Tiny = Callable[..., Path]
 
@@ -40,7 +40,11 @@ def test_it_has_the_parts_that_a_refusal_names(tiny: Tiny) -> None:
         "model", "architecture", "weights", "tokenizer", "chat_template", "task_adapter", "quantization",
     }  # fmt: skip
     assert all(isinstance(value, str) for value in found.values())
-    assert (found["model"], found["task_adapter"], found["quantization"]) == (str(tiny("llama")), "none", "none")
+    assert (found["model"], found["task_adapter"], found["quantization"]) == (
+        str(tiny("llama")),
+        "none",
+        "none",
+    )
     for part in ("architecture", "weights", "tokenizer", "chat_template"):
         assert len(bytes.fromhex(found[part])) == 32
 
@@ -59,7 +63,9 @@ def test_a_re_save_in_several_shards_has_the_same(family: str, tiny: Tiny, tmp_p
 
 
 def test_the_dtype_of_computation_is_no_part(tiny: Tiny) -> None:
-    assert differing(fingerprint(tiny("llama")), fingerprint(tiny("llama"), dtype="bfloat16")) == set()
+    assert (
+        differing(fingerprint(tiny("llama")), fingerprint(tiny("llama"), dtype="bfloat16")) == set()
+    )
 
 
 def test_one_changed_weight_changes_the_weights_only(tiny: Tiny, folder: Path) -> None:
@@ -77,14 +83,21 @@ def test_two_tensors_exchanged_change_the_weights(tiny: Tiny, folder: Path) -> N
     assert differing(fingerprint(tiny("llama")), fingerprint(folder)) == {"weights"}
 
 
-def test_the_same_values_stored_in_another_dtype_are_other_weights(tiny: Tiny, folder: Path) -> None:
-    tensors = {name: tensor.to(torch.float64) for name, tensor in load_file(folder / "model.safetensors").items()}
+def test_the_same_values_stored_in_another_dtype_are_other_weights(
+    tiny: Tiny, folder: Path
+) -> None:
+    tensors = {
+        name: tensor.to(torch.float64)
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert differing(fingerprint(tiny("llama")), fingerprint(folder)) == {"weights"}
 
 
 @pytest.mark.parametrize(
-    "field", [{"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}], ids=str
+    "field",
+    [{"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}],
+    ids=str,
 )
 def test_an_architecture_field_changes_the_architecture_only(
     field: dict[str, object], tiny: Tiny, folder: Path
@@ -94,9 +107,13 @@ def test_an_architecture_field_changes_the_architecture_only(
 
 
 @pytest.mark.parametrize(
-    "field", [{"transformers_version": "4.0.0"}, {"use_cache": False}, {"dtype": "bfloat16"}], ids=str
+    "field",
+    [{"transformers_version": "4.0.0"}, {"use_cache": False}, {"dtype": "bfloat16"}],
+    ids=str,
 )
-def test_a_field_that_computes_nothing_changes_nothing(field: dict[str, object], tiny: Tiny, folder: Path) -> None:
+def test_a_field_that_computes_nothing_changes_nothing(
+    field: dict[str, object], tiny: Tiny, folder: Path
+) -> None:
     change_json(folder / "config.json", **field)
     assert differing(fingerprint(tiny("llama")), fingerprint(folder)) == set()
 
@@ -109,13 +126,24 @@ def test_another_chat_template_changes_the_template_only(tiny: Tiny, folder: Pat
 
 
 @pytest.mark.parametrize(
-    "change", ["a token renamed", "a merge dropped", "a special token added", "another end token", "a normalizer"]
+    "change",
+    [
+        "a token renamed",
+        "a merge dropped",
+        "a special token added",
+        "another end token",
+        "a normalizer",
+    ],
 )
-def test_another_tokenizer_changes_the_tokenizer_only(change: str, tiny: Tiny, folder: Path) -> None:
+def test_another_tokenizer_changes_the_tokenizer_only(
+    change: str, tiny: Tiny, folder: Path
+) -> None:
     path = folder / "tokenizer.json"
     rules = json.loads(path.read_text())
     if change == "a token renamed":
-        rules["model"]["vocab"] = {("zzz" if i == 200 else t): i for t, i in rules["model"]["vocab"].items()}
+        rules["model"]["vocab"] = {
+            ("zzz" if i == 200 else t): i for t, i in rules["model"]["vocab"].items()
+        }
         rules["model"]["merges"] = []
     elif change == "a merge dropped":
         rules["model"]["merges"].pop()
@@ -140,7 +168,10 @@ def test_using_the_tokenizer_changes_nothing(folder: Path) -> None:
 
 def test_a_task_adapter_changes_its_own_part_only(tiny: Tiny, adapter: Tiny) -> None:
     plain = fingerprint(tiny("llama"))
-    one, other = (fingerprint(tiny("llama"), task_adapter=adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
+    one, other = (
+        fingerprint(tiny("llama"), task_adapter=adapter(tiny("llama"), seed=seed))
+        for seed in (1, 2)
+    )
     assert differing(plain, one) == differing(one, other) == {"task_adapter"}
 
 

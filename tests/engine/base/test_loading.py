@@ -14,9 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import NO_SYSTEM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from langchain_cope.engine.base.base import Base, load_base
+from langchain_cope.engine import Base, Contrast, Engine, Request, Sampling, load_base
 from langchain_cope.engine.base.chat_template import PLAIN_TEMPLATE
-from langchain_cope.engine.engine import Engine, Request, Sampling
 from langchain_cope.errors import CopeError, InputError, ModelError, ModelNotFound
 
 Tiny = Callable[..., Path]
@@ -42,12 +41,16 @@ def test_the_starter_loads_offline_in_float32_on_a_cpu() -> None:
     assert load_base(device="cpu") is base, "it is the default"
 
 
-def test_the_same_arguments_give_the_same_object(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_arguments_give_the_same_object(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny("llama")
     base = load_base(folder, device="cpu")
     assert load_base(str(folder), device=torch.device("cpu")) is base
     monkeypatch.chdir(folder.parent)
-    assert load_base(f"./{folder.name}", device="cpu") is base, "a path is a path, however it is spelt"
+    assert load_base(f"./{folder.name}", device="cpu") is base, (
+        "a path is a path, however it is spelt"
+    )
     half = load_base(folder, device="cpu", dtype="bfloat16")
     assert half is not base
     assert load_base(folder, device="cpu", dtype=torch.bfloat16) is half
@@ -57,7 +60,10 @@ def test_the_same_arguments_give_the_same_object(tiny: Tiny, monkeypatch: pytest
 def test_many_threads_that_ask_at_once_get_one_base(tiny: Tiny) -> None:
     folder = tiny("llama", seed=77)
     found: list[Base] = []
-    threads = [threading.Thread(target=lambda: found.append(load_base(folder, device="cpu"))) for _ in range(6)]
+    threads = [
+        threading.Thread(target=lambda: found.append(load_base(folder, device="cpu")))
+        for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -67,10 +73,13 @@ def test_many_threads_that_ask_at_once_get_one_base(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["nobody/no-such-model", "no-such-model", "/no/such/folder", "./nowhere", "~/nowhere-either"]
+    "name",
+    ["nobody/no-such-model", "no-such-model", "/no/such/folder", "./nowhere", "~/nowhere-either"],
 )
 def test_an_unknown_model_is_named_with_what_to_give(name: str) -> None:
-    with pytest.raises(ModelNotFound, match=r"give 'starter', a Hugging Face id or a folder") as caught:
+    with pytest.raises(
+        ModelNotFound, match=r"give 'starter', a Hugging Face id or a folder"
+    ) as caught:
         load_base(name, device="cpu")
     assert repr(name) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -78,7 +87,9 @@ def test_an_unknown_model_is_named_with_what_to_give(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a\0b", "x" * 5000, "🙂/🙂", "../../x y"], ids=["empty", "NUL", "long", "emoji", "space"]
+    "name",
+    ["", "a\0b", "x" * 5000, "🙂/🙂", "../../x y"],
+    ids=["empty", "NUL", "long", "emoji", "space"],
 )
 def test_a_hostile_name_is_an_error_of_ours(name: str) -> None:
     with pytest.raises(CopeError):
@@ -115,7 +126,9 @@ def test_float16_on_a_cpu_is_refused_with_a_reason(dtype: object, tiny: Tiny) ->
 
 @pytest.mark.parametrize("dtype", ["float12", "int8", "Tensor", ""])
 def test_an_unknown_dtype_is_refused_by_name(dtype: str, tiny: Tiny) -> None:
-    with pytest.raises(InputError, match=f"dtype must be float32, bfloat16 or float16, not '{dtype}'"):
+    with pytest.raises(
+        InputError, match=f"dtype must be float32, bfloat16 or float16, not '{dtype}'"
+    ):
         load_base(tiny("llama"), device="cpu", dtype=dtype)
 
 
@@ -142,16 +155,24 @@ def test_a_base_without_a_chat_template_gets_the_plain_one_and_says_so(
 ) -> None:
     with caplog.at_level(logging.WARNING, "langchain_cope"):
         base = load_base(tiny("llama", template=None, seed=5), device="cpu")
-    assert [record for record in caplog.records if "has no chat template; the plain one is used" in record.message]
+    assert [
+        record
+        for record in caplog.records
+        if "has no chat template; the plain one is used" in record.message
+    ]
     assert base.tokenizer.chat_template == PLAIN_TEMPLATE
-    text = base.tokenizer.decode(base.prompt_ids([*TALK, {"role": "assistant", "content": "Hi"}, TALK[1]]))
+    text = base.tokenizer.decode(
+        base.prompt_ids([*TALK, {"role": "assistant", "content": "Hi"}, TALK[1]])
+    )
     assert (
         text
         == "System: Be brief.<|im_end|>\nUser: Hello<|im_end|>\nAssistant: Hi<|im_end|>\nUser: Hello<|im_end|>\nAssistant:"
     )
 
 
-def test_a_system_message_that_the_template_refuses_is_merged_into_the_first_user_turn(tiny: Tiny) -> None:
+def test_a_system_message_that_the_template_refuses_is_merged_into_the_first_user_turn(
+    tiny: Tiny,
+) -> None:
     base = load_base(tiny("gemma", template=NO_SYSTEM), device="cpu")
     text = base.tokenizer.decode(base.prompt_ids(TALK))
     assert text == "<|im_start|>user\nBe brief.\n\nHello<|im_end|>\n<|im_start|>model\n"
@@ -165,15 +186,20 @@ def test_a_template_that_takes_the_system_message_gets_it(tiny: Tiny) -> None:
     assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
 
 
-def test_a_conversation_that_the_template_refuses_for_another_reason_is_an_input_error(tiny: Tiny) -> None:
+def test_a_conversation_that_the_template_refuses_for_another_reason_is_an_input_error(
+    tiny: Tiny,
+) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     base = load_base(tiny("llama", template=template), device="cpu")
-    with pytest.raises(InputError, match="chat template refuses this conversation: roles must alternate"):
+    with pytest.raises(
+        InputError, match="chat template refuses this conversation: roles must alternate"
+    ):
         base.prompt_ids(TALK)
 
 
 @pytest.mark.parametrize(
-    ("model_limit", "tokenizer_limit", "context"), [(256, 100, 100), (64, 256, 64), (256, 10**30, 256)]
+    ("model_limit", "tokenizer_limit", "context"),
+    [(256, 100, 100), (64, 256, 64), (256, 10**30, 256)],
 )
 def test_the_context_is_the_smaller_limit_that_is_real(
     model_limit: int, tokenizer_limit: int, context: int, tiny: Tiny, tmp_path: Path
@@ -195,7 +221,9 @@ def test_the_context_of_gpt2_is_its_positions(tiny: Tiny) -> None:
 def test_a_merged_task_adapter_equals_pefts_own_merge(tiny: Tiny, adapter: Tiny) -> None:
     folder, task = tiny("llama"), adapter(tiny("llama"), seed=9)
     base = load_base(folder, device="cpu", task_adapter=task)
-    wanted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), task).merge_and_unload()
+    wanted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), task
+    ).merge_and_unload()
     assert same(state(base.model), state(wanted))
     assert load_base(folder, device="cpu", task_adapter=task) is base
     plain = load_base(folder, device="cpu")
@@ -205,20 +233,33 @@ def test_a_merged_task_adapter_equals_pefts_own_merge(tiny: Tiny, adapter: Tiny)
 
 
 def test_a_users_adapter_works_on_top_of_the_task_adapter(tiny: Tiny, adapter: Tiny) -> None:
-    folder, task, user = tiny("llama"), adapter(tiny("llama"), seed=9), adapter(tiny("llama"), seed=1)
+    folder, task, user = (
+        tiny("llama"),
+        adapter(tiny("llama"), seed=9),
+        adapter(tiny("llama"), seed=1),
+    )
     engine = Engine.of(load_base(folder, device="cpu", task_adapter=task))
     prompt, completion = [5, 6, 7], [8, 9, 10]
     found = engine.score([(prompt, completion)], engine.load_adapter(user))[0]
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), task).merge_and_unload()
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), task
+    ).merge_and_unload()
     personal = PeftModel.from_pretrained(merged, user)
     with torch.no_grad():
-        rows = personal(input_ids=torch.tensor([prompt + completion])).logits[0, 2:-1].double().log_softmax(-1)
+        rows = (
+            personal(input_ids=torch.tensor([prompt + completion]))
+            .logits[0, 2:-1]
+            .double()
+            .log_softmax(-1)
+        )
     wanted = rows.gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=0)
     engine.close()
 
 
-def test_a_task_adapter_that_does_not_fit_or_does_not_exist_is_an_error_of_ours(tiny: Tiny, adapter: Tiny) -> None:
+def test_a_task_adapter_that_does_not_fit_or_does_not_exist_is_an_error_of_ours(
+    tiny: Tiny, adapter: Tiny
+) -> None:
     other = adapter(tiny("llama", hidden_size=48), seed=1, targets=["q_proj"])
     with pytest.raises(ModelError, match="cannot be merged into this base"):
         load_base(tiny("llama"), device="cpu", task_adapter=other)
@@ -243,7 +284,9 @@ def test_a_skeleton_can_be_trained_through_and_leaves_the_base_bit_for_bit(tiny:
     base = load_base(tiny("llama"), device="cpu")
     before, modules = state(base.model), [name for name, _ in base.model.named_modules()]
     assert not any(p.is_inference() or p.requires_grad for p in base.model.parameters())
-    personal = get_peft_model(base.skeleton(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    personal = get_peft_model(
+        base.skeleton(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     trained = [p for p in personal.parameters() if p.requires_grad]
     starts = [p.detach().clone() for p in trained]
     optimizer = torch.optim.SGD(trained, lr=0.5)
@@ -252,7 +295,9 @@ def test_a_skeleton_can_be_trained_through_and_leaves_the_base_bit_for_bit(tiny:
         optimizer.zero_grad()
         personal(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    assert all(not torch.equal(p, start) for p, start in zip(trained, starts, strict=True)), "every LoRA matrix moved"
+    assert all(not torch.equal(p, start) for p, start in zip(trained, starts, strict=True)), (
+        "every LoRA matrix moved"
+    )
     assert same(state(base.model), before)
     assert [name for name, _ in base.model.named_modules()] == modules
     assert not any(p.requires_grad for p in base.model.parameters())
@@ -263,7 +308,7 @@ def test_answering_leaves_the_base_bit_for_bit(tiny: Tiny, adapter: Tiny) -> Non
     before, config = state(base.model), copy.deepcopy(base.model.config.to_dict())
     engine = Engine.of(base)
     kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
-    engine.generate([Request([5, 6, 7], kept, 0.5, 0.1, Sampling(max_tokens=5))])
+    engine.generate([Request([5, 6, 7], kept, Contrast(0.5), Sampling(max_tokens=5))])
     assert same(state(base.model), before)
     assert base.model.config.to_dict() == config
     assert not any(module._forward_hooks for module in base.model.modules())
@@ -278,12 +323,16 @@ HYBRIDS = {
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_an_architecture_with_another_kind_of_state_is_refused_by_name(family: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_an_architecture_with_another_kind_of_state_is_refused_by_name(
+    family: str, tiny: Tiny, tmp_path: Path
+) -> None:
     config = AutoConfig.for_model(family, num_hidden_layers=2, vocab_size=384, **HYBRIDS[family])
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path)
     base = load_base(tmp_path, device="cpu")
-    with pytest.raises(ModelError, match=rf"(?i){family}ForCausalLM keeps a state that is not plain attention"):
+    with pytest.raises(
+        ModelError, match=rf"(?i){family}ForCausalLM keeps a state that is not plain attention"
+    ):
         Engine.of(base)
 
 

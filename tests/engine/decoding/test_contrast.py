@@ -8,8 +8,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from langchain_cope.engine.decoding.contrast import check_alpha_tau, contrast
-from langchain_cope.engine.engine import Request
+from langchain_cope.engine import Contrast, Request
+from langchain_cope.engine.decoding.contrast import contrast
 
 ALPHAS, TAUS = (0.0, 0.1, 0.5, 1.0), (0.01, 0.1, 0.5, 0.99, 1.0)
 quickly = settings(deadline=None, max_examples=150)
@@ -102,17 +102,23 @@ def test_the_result_is_a_distribution_over_a_head_that_holds_the_likeliest_token
 
 @quickly
 @given(two_rows(), taus)
-def test_without_alpha_the_head_keeps_the_users_order(rows: tuple[torch.Tensor, torch.Tensor], tau: float) -> None:
+def test_without_alpha_the_head_keeps_the_users_order(
+    rows: tuple[torch.Tensor, torch.Tensor], tau: float
+) -> None:
     user, base = rows
     scores = contrast(user, base, 0.0, tau)
     head = scores > -math.inf
     differences = scores[head].unsqueeze(0) - scores[head].unsqueeze(1)
-    torch.testing.assert_close(differences, user[head].unsqueeze(0) - user[head].unsqueeze(1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        differences, user[head].unsqueeze(0) - user[head].unsqueeze(1), atol=1e-4, rtol=0
+    )
 
 
 @quickly
 @given(two_rows(), alphas)
-def test_tau_one_leaves_the_likeliest_tokens_only(rows: tuple[torch.Tensor, torch.Tensor], alpha: float) -> None:
+def test_tau_one_leaves_the_likeliest_tokens_only(
+    rows: tuple[torch.Tensor, torch.Tensor], alpha: float
+) -> None:
     user, base = rows
     log_probs = torch.log_softmax(user, -1)
     assert torch.equal(contrast(user, base, alpha, 1.0) > -math.inf, log_probs == log_probs.max())
@@ -121,13 +127,19 @@ def test_tau_one_leaves_the_likeliest_tokens_only(rows: tuple[torch.Tensor, torc
 @quickly
 @given(two_rows(), alphas, taus, logits, logits)
 def test_adding_a_constant_to_either_row_changes_nothing(
-    rows: tuple[torch.Tensor, torch.Tensor], alpha: float, tau: float, to_user: float, to_base: float
+    rows: tuple[torch.Tensor, torch.Tensor],
+    alpha: float,
+    tau: float,
+    to_user: float,
+    to_base: float,
 ) -> None:
     user, base = rows
     assume(tau == 1 or line_distance(user, tau) > 1e-4)
     assume(tau < 1 or (user == user.max()).sum() == 1)
     # In float64 before the sum is rounded to float32, ties would otherwise appear.
-    moved = contrast((user.double() + to_user).float(), (base.double() + to_base).float(), alpha, tau)
+    moved = contrast(
+        (user.double() + to_user).float(), (base.double() + to_base).float(), alpha, tau
+    )
     torch.testing.assert_close(moved, contrast(user, base, alpha, tau), atol=1e-4, rtol=0)
 
 
@@ -149,19 +161,21 @@ def test_what_a_grammar_masks_stays_masked(
 @pytest.mark.parametrize("alpha", [-0.1, math.nan, math.inf, -math.inf, "0.1", None])
 def test_an_alpha_out_of_range_is_refused_with_its_value(alpha: float) -> None:
     with pytest.raises(ValueError, match=rf"alpha must be a finite number ≥ 0, not {alpha!r}"):
-        check_alpha_tau(alpha, 0.1)
+        Contrast(alpha)
     with pytest.raises(ValueError, match="alpha"):
-        Request([1], alpha=alpha)
+        Request([1], contrast=Contrast(alpha, 0.1))
 
 
-@pytest.mark.parametrize("tau", [0, 0.0, -0.1, 1.0001, 2, math.nan, math.inf, -math.inf, "0.1", None])
+@pytest.mark.parametrize(
+    "tau", [0, 0.0, -0.1, 1.0001, 2, math.nan, math.inf, -math.inf, "0.1", None]
+)
 def test_a_tau_out_of_range_is_refused_with_its_value(tau: float) -> None:
     with pytest.raises(ValueError, match=rf"tau must lie in 0 < tau ≤ 1, not {tau!r}"):
-        check_alpha_tau(0.1, tau)
+        Contrast(0.1, tau)
     with pytest.raises(ValueError, match="tau"):
-        Request([1], tau=tau)
+        Request([1], contrast=Contrast(tau=tau))
 
 
 @pytest.mark.parametrize(("alpha", "tau"), [(0, 1), (0.0, 1e-6), (1, 1.0), (50.0, 0.5)])
 def test_the_ends_of_the_ranges_are_accepted(alpha: float, tau: float) -> None:
-    check_alpha_tau(alpha, tau)
+    Contrast(alpha, tau)

@@ -13,7 +13,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from langchain_cope.engine.decoding.sampling import Sampling, choose_tokens, warp
+from langchain_cope.engine import Sampling
+from langchain_cope.engine.decoding.sampling import choose_tokens, warp
 
 
 def random_scores(rows: int = 6, vocabulary: int = 200, seed: int = 0) -> torch.Tensor:
@@ -48,7 +49,9 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SETTINGS, ids=lambda s: f"T={s.temperature},k={s.top_k},p={s.top_p},min={s.min_p}")
+@pytest.mark.parametrize(
+    "sampling", SETTINGS, ids=lambda s: f"T={s.temperature},k={s.top_k},p={s.top_p},min={s.min_p}"
+)
 def test_warping_equals_transformers_warpers(sampling: Sampling) -> None:
     scores = random_scores()
     found, wanted = warp(scores, [sampling] * 6), by_transformers(scores, sampling)
@@ -66,12 +69,18 @@ def test_every_row_is_warped_by_its_own_settings() -> None:
 
 
 @pytest.mark.parametrize("penalty", [0.8, 1.2, 3.0])
-def test_the_repetition_penalty_equals_transformers_on_the_log_probabilities(penalty: float) -> None:
+def test_the_repetition_penalty_equals_transformers_on_the_log_probabilities(
+    penalty: float,
+) -> None:
     scores = random_scores(rows=3, seed=1)
     seen = [[1, 5, 9, 5], list(range(100)), [int(scores[2].argmax())]]
     settings = [Sampling(repetition_penalty=penalty)] * 3
     wanted = [
-        int(RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), scores[row : row + 1]).argmax())
+        int(
+            RepetitionPenaltyLogitsProcessor(penalty)(
+                torch.tensor([ids]), scores[row : row + 1]
+            ).argmax()
+        )
         for row, ids in enumerate(seen)
     ]
     before = scores.clone()
@@ -82,7 +91,9 @@ def test_the_repetition_penalty_equals_transformers_on_the_log_probabilities(pen
 def test_only_the_request_that_asks_for_it_is_penalised() -> None:
     scores = random_scores(rows=1, seed=2).repeat(2, 1)
     best = int(scores[0].argmax())
-    tokens = choose_tokens(scores, [Sampling(repetition_penalty=50.0), Sampling()], [[best], [best]], [0, 0]).tolist()
+    tokens = choose_tokens(
+        scores, [Sampling(repetition_penalty=50.0), Sampling()], [[best], [best]], [0, 0]
+    ).tolist()
     assert tokens[0] != best
     assert tokens[1] == best
 
@@ -91,7 +102,10 @@ def test_samples_follow_the_expected_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05, 0.0])
     scores = probabilities.log().unsqueeze(0)
     draws = 4000
-    tokens = [int(choose_tokens(scores, [Sampling(temperature=1.0, seed=s)], [[]], [s % 7])) for s in range(draws)]
+    tokens = [
+        int(choose_tokens(scores, [Sampling(temperature=1.0, seed=s)], [[]], [s % 7]))
+        for s in range(draws)
+    ]
     counts = torch.bincount(torch.tensor(tokens), minlength=6).double()
     expected = probabilities.double() * draws
     assert counts[5] == 0, "what has no probability is never drawn"
@@ -101,9 +115,16 @@ def test_samples_follow_the_expected_distribution() -> None:
 
 def test_the_steps_of_one_seed_draw_independently() -> None:
     scores = torch.zeros(1, 2)
-    draws = [int(choose_tokens(scores, [Sampling(temperature=1.0, seed=11)], [[]], [step])) for step in range(1000)]
-    pairs = torch.bincount(torch.tensor([2 * a + b for a, b in itertools.pairwise(draws)]), minlength=4)
-    assert ((pairs - 250).abs() < 60).all(), f"each pair of neighbours about 250 times, not {pairs.tolist()}"
+    draws = [
+        int(choose_tokens(scores, [Sampling(temperature=1.0, seed=11)], [[]], [step]))
+        for step in range(1000)
+    ]
+    pairs = torch.bincount(
+        torch.tensor([2 * a + b for a, b in itertools.pairwise(draws)]), minlength=4
+    )
+    assert ((pairs - 250).abs() < 60).all(), (
+        f"each pair of neighbours about 250 times, not {pairs.tolist()}"
+    )
 
 
 def test_a_seed_means_the_same_in_any_batch_and_place() -> None:
@@ -112,7 +133,11 @@ def test_a_seed_means_the_same_in_any_batch_and_place() -> None:
     steps = [3, 0, 7, 1, 2]
     together = choose_tokens(scores, settings, [[]] * 5, steps).tolist()
     alone = [
-        int(choose_tokens(scores[row : row + 1], settings[row : row + 1], [[]], steps[row : row + 1]))
+        int(
+            choose_tokens(
+                scores[row : row + 1], settings[row : row + 1], [[]], steps[row : row + 1]
+            )
+        )
         for row in range(5)
     ]
     assert together == alone
@@ -122,7 +147,9 @@ def test_a_seed_means_the_same_in_any_batch_and_place() -> None:
 
 def test_greedy_and_sampled_requests_share_a_step() -> None:
     scores = random_scores(rows=2, seed=5)
-    tokens = choose_tokens(scores, [Sampling(), Sampling(temperature=1.0, seed=3)], [[], []], [0, 0]).tolist()
+    tokens = choose_tokens(
+        scores, [Sampling(), Sampling(temperature=1.0, seed=3)], [[], []], [0, 0]
+    ).tolist()
     assert tokens[0] == int(scores[0].argmax())
 
 

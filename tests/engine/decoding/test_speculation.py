@@ -7,12 +7,14 @@ import pytest
 import torch
 from engine.reference import Reference, Tally
 
-from langchain_cope.engine.base.base import load_base
+from langchain_cope.engine import Contrast, Engine, EngineOptions, Request, Sampling, load_base
 from langchain_cope.engine.decoding.speculation import MAX_DRAFT, PromptLookup, Speculation
-from langchain_cope.engine.engine import Engine, EngineOptions, Request, Sampling
 
 Tiny = Callable[..., Path]
-REPEATING = {"initializer_range": 0.15, "tie_word_embeddings": True}  # random weights that say the same again and again
+REPEATING = {
+    "initializer_range": 0.15,
+    "tie_word_embeddings": True,
+}  # random weights that say the same again and again
 
 
 def tokens(length: int, seed: int) -> list[int]:
@@ -23,7 +25,9 @@ def tokens(length: int, seed: int) -> list[int]:
 def pair(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[tuple[str, Engine, Engine]]:
     """Family, an engine that drafts whenever it can, one that never does."""
     base = load_base(
-        tiny(request.param, **(REPEATING if request.param != "gpt2" else {})), device="cpu", dtype="float32"
+        tiny(request.param, **(REPEATING if request.param != "gpt2" else {})),
+        device="cpu",
+        dtype="float32",
     )
     drafting, plain = Engine(base), Engine(base, EngineOptions(speculation=False))
     drafting._batch._speculation = _Always()
@@ -49,7 +53,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("how", SETTINGS)
-def test_answers_are_the_same_token_by_token(how: str, pair: tuple[str, Engine, Engine], adapter: Tiny) -> None:
+def test_answers_are_the_same_token_by_token(
+    how: str, pair: tuple[str, Engine, Engine], adapter: Tiny
+) -> None:
     family, drafting, plain = pair
     base = Path(drafting.base.source)
     extra = {"fan_in_fan_out": True} if family == "gpt2" else {}
@@ -60,9 +66,9 @@ def test_answers_are_the_same_token_by_token(how: str, pair: tuple[str, Engine, 
         kept = engine.load_adapter(folder)
         sampling = Sampling(max_tokens=60, **SETTINGS[how])  # type: ignore[arg-type]
         requests = [
-            Request([*quoted, 7, *quoted[:4]], kept, 0.3, 0.1, sampling, logprobs=True),
-            Request([*quoted, *quoted, *quoted[:3]], kept, 0.0, 0.1, sampling),
-            Request(tokens(30, 6), None, 0.1, 0.1, sampling),
+            Request([*quoted, 7, *quoted[:4]], kept, Contrast(0.3), sampling, logprobs=True),
+            Request([*quoted, *quoted, *quoted[:3]], kept, Contrast(0.0), sampling),
+            Request(tokens(30, 6), None, Contrast(0.1), sampling),
         ]
         answers.append([*engine.generate(requests), *engine.generate(requests[:1])])
     for one, other in zip(*answers, strict=True):
@@ -88,22 +94,28 @@ def test_drafted_answers_equal_the_independent_reference(tiny: Tiny, adapter: Ti
     engine = Engine(load_base(base, device="cpu", dtype="float32"))
     engine._batch._speculation = _Always()
     tally, prompt = Tally(), [*tokens(10, 1), *tokens(10, 1)]
-    answer = engine.generate([Request(prompt, engine.load_adapter(folder), 0.5, 0.1, Sampling(max_tokens=80))])[0]
+    answer = engine.generate(
+        [Request(prompt, engine.load_adapter(folder), Contrast(0.5), Sampling(max_tokens=80))]
+    )[0]
     engine.close()
     tally.compare(Reference(base, folder), prompt, list(answer.token_ids), 0.5, 0.1, "drafted")
     assert tally.differences == []
     assert engine.statistics().accepted > 0
 
 
-def test_what_the_user_wrote_lately_is_looked_up_and_nobody_elses(tiny: Tiny, adapter: Tiny) -> None:
+def test_what_the_user_wrote_lately_is_looked_up_and_nobody_elses(
+    tiny: Tiny, adapter: Tiny
+) -> None:
     base = tiny("llama")
     engine = Engine(load_base(base, device="cpu", dtype="float32"))
     engine._batch._speculation = _Always()
     ann, bob = (engine.load_adapter(adapter(base, seed=seed)) for seed in (1, 1))
-    request = Request(tokens(9, 2), ann, 0.3, 0.1, Sampling(max_tokens=40))
+    request = Request(tokens(9, 2), ann, Contrast(0.3), Sampling(max_tokens=40))
     first = engine.generate([request])[0]
     before = engine.statistics()
-    assert engine.generate([Request(request.prompt, bob, 0.3, 0.1, request.sampling)])[0] == first
+    assert (
+        engine.generate([Request(request.prompt, bob, Contrast(0.3), request.sampling)])[0] == first
+    )
     others = engine.statistics()
     assert engine.generate([request])[0] == first
     own = engine.statistics()

@@ -32,15 +32,26 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerF
 @pytest.fixture(scope="module")
 def sentence_piece() -> PreTrainedTokenizerFast:
     """Llama 2's way: ▁ for spaces, bytes for what is not in the vocabulary, a leading space stripped."""
-    words = ["<unk>", "▁", "▁the", "▁dog", "s", "▁s", "t", "he", "▁a"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    words = ["<unk>", "▁", "▁the", "▁dog", "s", "▁s", "t", "he", "▁a"] + [
+        f"<0x{byte:02X}>" for byte in range(256)
+    ]
     tokenizer = Tokenizer(
-        models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+        models.BPE(
+            {word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True
+        )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
 
 
 def pushed(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
@@ -64,7 +75,9 @@ def test_an_emoji_split_over_tokens_comes_as_one_piece(byte_level: PreTrainedTok
     assert pushed(byte_level, ids) == [""] * (len(ids) - 1) + ["👍", ""]
 
 
-def test_an_emoji_cut_off_by_the_end_is_shown_as_unfinished(byte_level: PreTrainedTokenizerFast) -> None:
+def test_an_emoji_cut_off_by_the_end_is_shown_as_unfinished(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
     ids = byte_level.encode("a👍", add_special_tokens=False)[:-1]
     assert "".join(pushed(byte_level, ids)) == byte_level.decode(ids)
 
@@ -93,7 +106,9 @@ def test_any_characters_of_a_sentencepiece_decoder_join_too(
     sentence_piece: PreTrainedTokenizerFast, parts: list[list[int]]
 ) -> None:
     ids = list(itertools.chain.from_iterable(parts))
-    assert "".join(pushed(sentence_piece, ids)) == sentence_piece.decode(ids, skip_special_tokens=True)
+    assert "".join(pushed(sentence_piece, ids)) == sentence_piece.decode(
+        ids, skip_special_tokens=True
+    )
 
 
 letters = st.text("ab", max_size=30)
@@ -112,7 +127,9 @@ def shown(pieces: list[str], *stop: str) -> tuple[str, bool]:
 
 @quickly
 @given(pieces=st.lists(letters, max_size=8), stop=stops)
-def test_however_a_text_falls_into_pieces_it_ends_before_the_stop_string(pieces: list[str], stop: str) -> None:
+def test_however_a_text_falls_into_pieces_it_ends_before_the_stop_string(
+    pieces: list[str], stop: str
+) -> None:
     whole = "".join(pieces)
     assert shown(pieces, stop) == (whole.split(stop)[0], stop in whole)
 

@@ -11,8 +11,7 @@ import tiny as tiny_models
 import torch
 from engine.reference import Reference, Tally
 
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Engine, EngineOptions, Request, Sampling
+from langchain_cope.engine import Contrast, Engine, EngineOptions, Request, Sampling, load_base
 from langchain_cope.engine.forward.fused_weights import joined
 from langchain_cope.engine.forward.llama import LeanForward
 from langchain_cope.engine.forward.matmul_order import FasterOrder, weight_first
@@ -27,7 +26,12 @@ MORE: dict[str, dict[str, Any]] = {
     "phi3": _SMALL,
     "olmo2": _SMALL,
     "cohere": _SMALL,
-    "granite": {**_SMALL, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "granite": {
+        **_SMALL,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+    },
     "smollm3": _SMALL,
     "gemma3_text": {**_SMALL, "head_dim": 8, "sliding_window": 12},
     "gpt_oss": {**_SMALL, "head_dim": 8, "num_local_experts": 4, "sliding_window": 12},
@@ -40,8 +44,19 @@ MORE: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 48,
     },
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3},
-    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "initializer_range": 0.3},
+    "falcon": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.3,
+    },
+    "mpt": {
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_seq_len": 256,
+        "initializer_range": 0.3,
+    },
     "gptj": {**_GPT, "rotary_dim": 4},
     "opt": {
         "hidden_size": 32,
@@ -54,17 +69,27 @@ MORE: dict[str, dict[str, Any]] = {
     },
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "MambaForCausalLM .* not plain attention"),
+    "mamba": (
+        {"hidden_size": 32, "num_hidden_layers": 2},
+        "MambaForCausalLM .* not plain attention",
+    ),
     "jamba": (_SMALL, "JambaForCausalLM .* not plain attention"),
     "gpt_neo": (
-        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+        },
         "GPTNeoForCausalLM .*local attention of its own",
     ),
 }
 
 
 def prompt_of(length: int) -> list[int]:
-    return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    return torch.randint(
+        3, 380, (length,), generator=torch.Generator().manual_seed(length)
+    ).tolist()
 
 
 @pytest.fixture
@@ -82,11 +107,15 @@ def test_answers_among_others_equal_plain_forwards_without_a_cache(
     family: str, make: Callable[..., Path], adapter: Tiny, tmp_path: Path
 ) -> None:
     base = make(family, MORE[family])
-    targets: Any = ["q_proj", "v_proj"] if family in ("gpt_oss", "llama4_text", "mixtral") else "all-linear"
+    targets: Any = (
+        ["q_proj", "v_proj"] if family in ("gpt_oss", "llama4_text", "mixtral") else "all-linear"
+    )
     folder = tiny_models.make_adapter(tmp_path / "adapter", base, seed=1, targets=targets)
     engine = Engine(load_base(base, device="cpu", dtype="float32"))
     kept, reference, tally = engine.load_adapter(folder), Reference(base, folder), Tally()
-    requests = [Request(prompt_of(n), kept, 0.3, 0.1, Sampling(max_tokens=15)) for n in (4, 33, 17)]
+    requests = [
+        Request(prompt_of(n), kept, Contrast(0.3), Sampling(max_tokens=15)) for n in (4, 33, 17)
+    ]
     for request, answer in zip(requests, engine.generate(requests), strict=True):
         tally.compare(reference, list(request.prompt), list(answer.token_ids), 0.3, 0.1, family)
     engine.close()
@@ -96,7 +125,9 @@ def test_answers_among_others_equal_plain_forwards_without_a_cache(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", REFUSED)
-def test_what_is_not_plain_attention_is_refused_by_name(family: str, make: Callable[..., Path]) -> None:
+def test_what_is_not_plain_attention_is_refused_by_name(
+    family: str, make: Callable[..., Path]
+) -> None:
     fields, message = REFUSED[family]
     base = load_base(make(family, fields), device="cpu", dtype="float32")
     with pytest.raises(ModelError, match=message):
@@ -123,7 +154,9 @@ def test_a_model_that_only_looks_like_it_is_found_out_and_goes_its_own_way(
     engine.close()
 
 
-def test_projections_lie_side_by_side_in_one_storage_and_keep_their_values(tiny: Tiny, tmp_path: Path) -> None:
+def test_projections_lie_side_by_side_in_one_storage_and_keep_their_values(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(tiny("qwen2"), tmp_path / "base")
@@ -131,17 +164,25 @@ def test_projections_lie_side_by_side_in_one_storage_and_keep_their_values(tiny:
         load_base(tmp_path / "base", device="cpu", dtype="float32"),
         AutoModelForCausalLM.from_pretrained(tiny("qwen2")),
     )
-    for (name, mine), (_, original) in zip(base.model.named_parameters(), fresh.named_parameters(), strict=True):
+    for (name, mine), (_, original) in zip(
+        base.model.named_parameters(), fresh.named_parameters(), strict=True
+    ):
         assert torch.equal(mine, original), name
     attention = base.skeleton().model.layers[0].self_attn
     fused = joined([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
     assert fused is not None
-    assert torch.equal(fused, torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]))
+    assert torch.equal(
+        fused,
+        torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
+    )
     assert (
         fused.untyped_storage().data_ptr()
         == base.model.model.layers[0].self_attn.q_proj.weight.untyped_storage().data_ptr()
     )
-    stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.model.parameters()}
+    stored = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in base.model.parameters()
+    }
     assert sum(stored.values()) == sum(p.numel() * p.element_size() for p in fresh.parameters())
     assert joined([attention.q_proj.weight, attention.v_proj.weight]) is None
     assert joined([attention.q_proj.bias, None]) is None
@@ -150,16 +191,22 @@ def test_projections_lie_side_by_side_in_one_storage_and_keep_their_values(tiny:
 @pytest.mark.parametrize("bias", [None, torch.randn(7)])
 def test_both_orders_of_a_product_are_the_same(bias: torch.Tensor | None) -> None:
     states, weight = torch.randn(3, 5, 11), torch.randn(7, 11)
-    torch.testing.assert_close(weight_first(states, weight, bias), torch.nn.functional.linear(states, weight, bias))
+    torch.testing.assert_close(
+        weight_first(states, weight, bias), torch.nn.functional.linear(states, weight, bias)
+    )
     large = torch.randn(600, 512)
     for rows in (1, 2, 3, 100):
         some = torch.randn(rows, 512)
         for order in (FasterOrder(frozenset({2, 4})), FasterOrder(frozenset())):
-            torch.testing.assert_close(order(some, large, None), some @ large.t(), atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(
+                order(some, large, None), some @ large.t(), atol=1e-3, rtol=1e-4
+            )
 
 
 def test_the_order_is_measured_without_harm(tiny: Tiny) -> None:
-    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(3))).requires_grad_(False)
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(3))).requires_grad_(
+        False
+    )
     FasterOrder.measured(model)
     assert FasterOrder.measured(torch.nn.Linear(4, 4))._weight_first == frozenset()
 
@@ -188,12 +235,24 @@ def test_the_lean_forward_equals_the_models_own(tiny: Tiny, adapter: Tiny) -> No
     base = load_base(tiny("qwen3"), device="cpu", dtype="float32")
     lean, plain = (Engine(base, EngineOptions(speculation=False)) for _ in range(2))
     plain._batch.forward = PlainForward(base.skeleton(), FasterOrder(frozenset()))
-    plain._batch._answers, plain._batch._prompts = plain._batch._new_rows(), plain._batch._new_rows()
+    plain._batch._answers, plain._batch._prompts = (
+        plain._batch._new_rows(),
+        plain._batch._new_rows(),
+    )
     folder = adapter(tiny("qwen3"), seed=1)
     sampling = Sampling(max_tokens=20)
     answers = [
         engine.generate(
-            [Request(prompt_of(n), engine.load_adapter(folder), 0.3, 0.1, sampling, logprobs=True) for n in (3, 20)]
+            [
+                Request(
+                    prompt_of(n),
+                    engine.load_adapter(folder),
+                    Contrast(0.3),
+                    sampling,
+                    logprobs=True,
+                )
+                for n in (3, 20)
+            ]
         )
         for engine in (lean, plain)
     ]

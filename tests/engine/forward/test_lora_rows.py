@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import change_config, make_adapter
 from transformers import AutoModelForCausalLM
 
-from langchain_cope.engine.engine import Engine, Request, Sampling
+from langchain_cope.engine import Contrast, Engine, Request, Sampling
 from langchain_cope.errors import ModelError
 
 Tiny = Callable[..., Path]
@@ -21,7 +21,12 @@ Tiny = Callable[..., Path]
 KINDS: dict[str, dict[str, Any]] = {
     "q and v, rank 2, strong": {"targets": ["q_proj", "v_proj"], "rank": 2, "lora_alpha": 16},
     "all linear layers, rank 7": {"targets": "all-linear", "rank": 7, "lora_alpha": 5},
-    "rsLoRA": {"targets": ["k_proj", "o_proj", "up_proj"], "rank": 6, "lora_alpha": 9, "use_rslora": True},
+    "rsLoRA": {
+        "targets": ["k_proj", "o_proj", "up_proj"],
+        "rank": 6,
+        "lora_alpha": 9,
+        "use_rslora": True,
+    },
     "rank and alpha patterns": {
         "targets": ["q_proj", "v_proj", "down_proj"],
         "rank": 3,
@@ -42,50 +47,80 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def prompt_of(length: int) -> list[int]:
-    return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    return torch.randint(
+        3, 380, (length,), generator=torch.Generator().manual_seed(length)
+    ).tolist()
 
 
-def test_mixed_adapters_in_one_batch_equal_pefts_own_each(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
+def test_mixed_adapters_in_one_batch_equal_pefts_own_each(
+    tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
     base = tiny("llama")
-    folders = [adapter(base, seed=seed, **kind) for seed, kind in enumerate(KINDS.values(), start=20)]
+    folders = [
+        adapter(base, seed=seed, **kind) for seed, kind in enumerate(KINDS.values(), start=20)
+    ]
     sampling = Sampling(max_tokens=8)
     requests = [
-        Request(prompt_of(4 + 3 * index), engine.load_adapter(folder), 0.1, 0.1, sampling, logprobs=True)
+        Request(
+            prompt_of(4 + 3 * index),
+            engine.load_adapter(folder),
+            Contrast(0.1),
+            sampling,
+            logprobs=True,
+        )
         for index, folder in enumerate(folders)
     ]
-    for kind, folder, request, answer in zip(KINDS, folders, requests, engine.generate(requests), strict=True):
+    for kind, folder, request, answer in zip(
+        KINDS, folders, requests, engine.generate(requests), strict=True
+    ):
         reference = Reference(base, folder)
         user, alone = reference.log_probs([*request.prompt, *answer.token_ids])
         rows = range(len(request.prompt) - 1, len(request.prompt) - 1 + len(answer.token_ids))
         found = torch.tensor([[t.log_p_user, t.log_p_base] for t in answer.logprobs]).double()
-        wanted = torch.tensor([[user[r, t], alone[r, t]] for r, t in zip(rows, answer.token_ids, strict=True)])
-        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=0, msg=lambda text, kind=kind: f"{kind}: {text}")
+        wanted = torch.tensor(
+            [[user[r, t], alone[r, t]] for r, t in zip(rows, answer.token_ids, strict=True)]
+        )
+        torch.testing.assert_close(
+            found, wanted, atol=2e-4, rtol=0, msg=lambda text, kind=kind: f"{kind}: {text}"
+        )
         assert (wanted[:, 0] - wanted[:, 1]).abs().max() > 0.01, f"{kind}: the adapter must matter"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_fused_projections_and_conv1d_equal_peft(family: str, tiny: Tiny, adapter: Tiny, engine_for: Any) -> None:
+def test_fused_projections_and_conv1d_equal_peft(
+    family: str, tiny: Tiny, adapter: Tiny, engine_for: Any
+) -> None:
     base = tiny(family)
-    folder = adapter(base, seed=31, rank=5, **({"fan_in_fan_out": True} if family == "gpt2" else {}))
+    folder = adapter(
+        base, seed=31, rank=5, **({"fan_in_fan_out": True} if family == "gpt2" else {})
+    )
     prompt, completion = prompt_of(9), prompt_of(6)
     found = engine_for(base).score([(prompt, completion)], engine_for(base).load_adapter(folder))[0]
     user, _ = Reference(base, folder).log_probs(prompt + completion)
-    wanted = user[len(prompt) - 1 : -1].gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
+    wanted = (
+        user[len(prompt) - 1 : -1].gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
+    )
     torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=0)
 
 
-def test_one_users_adapter_leaves_the_others_answers_alone(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
+def test_one_users_adapter_leaves_the_others_answers_alone(
+    tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
     ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
     sampling = Sampling(max_tokens=12)
 
     def request(user: Any) -> Request:
-        return Request(prompt_of(10), user, 0.5, 0.1, sampling)
+        return Request(prompt_of(10), user, Contrast(0.5), sampling)
 
     alone = [engine.generate([request(user)])[0].token_ids for user in (ann, bob, None)]
     assert len(set(alone)) == 3
-    together = [answer.token_ids for answer in engine.generate([request(user) for user in (ann, bob, None)])]
+    together = [
+        answer.token_ids for answer in engine.generate([request(user) for user in (ann, bob, None)])
+    ]
     assert together == alone
-    assert engine.generate([request(None)])[0].token_ids == alone[2], "nothing of a user stays behind"
+    assert engine.generate([request(None)])[0].token_ids == alone[2], (
+        "nothing of a user stays behind"
+    )
 
 
 @pytest.fixture
@@ -139,23 +174,33 @@ def test_real_folders_of_peft_with_more_than_lora_are_refused(
         engine.load_adapter(made)
 
 
-def test_a_real_folder_of_another_kind_of_peft_is_refused(tiny: Tiny, engine: Engine, tmp_path: Path) -> None:
+def test_a_real_folder_of_another_kind_of_peft_is_refused(
+    tiny: Tiny, engine: Engine, tmp_path: Path
+) -> None:
     settings = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("llama")), settings).save_pretrained(tmp_path)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("llama")), settings).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ModelError, match="peft_type 'IA3'"):
         engine.load_adapter(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_embedding_lora_is_refused(tiny: Tiny, engine: Engine, tmp_path: Path) -> None:
-    made = make_adapter(tmp_path / "made", tiny("llama"), seed=1, targets=["embed_tokens", "q_proj"])
+    made = make_adapter(
+        tmp_path / "made", tiny("llama"), seed=1, targets=["embed_tokens", "q_proj"]
+    )
     with pytest.raises(ModelError, match="LoRA on embeddings"):
         engine.load_adapter(made)
 
 
-def test_an_adapter_of_a_wider_base_is_refused_with_both_shapes(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
+def test_an_adapter_of_a_wider_base_is_refused_with_both_shapes(
+    tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
     other = adapter(tiny("llama", hidden_size=48), seed=1, targets=["q_proj"])
-    with pytest.raises(ModelError, match=r"A \(4, 48\) and B \(48, 4\) for '.*q_proj'.* 32 inputs and 32 outputs"):
+    with pytest.raises(
+        ModelError, match=r"A \(4, 48\) and B \(48, 4\) for '.*q_proj'.* 32 inputs and 32 outputs"
+    ):
         engine.load_adapter(other)
 
 
@@ -163,7 +208,9 @@ def test_an_adapter_of_another_architecture_is_refused_with_the_modules_name(
     tiny: Tiny, adapter: Tiny, engine: Engine
 ) -> None:
     other = adapter(tiny("gpt2"), seed=1, targets=["c_attn"], fan_in_fan_out=True)
-    with pytest.raises(ModelError, match=r"'transformer\.h\.0\.attn\.c_attn', which this base does not have"):
+    with pytest.raises(
+        ModelError, match=r"'transformer\.h\.0\.attn\.c_attn', which this base does not have"
+    ):
         engine.load_adapter(other)
 
 
@@ -183,8 +230,12 @@ def test_matrices_on_what_is_no_linear_layer_are_refused(folder: Path, engine: E
 
 
 def test_unknown_tensors_are_refused_by_name(folder: Path, engine: Engine) -> None:
-    change_weights(folder, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2)}))
-    with pytest.raises(ModelError, match=r"tensor 'base_model\.model\.lm_head\.weight' is no LoRA matrix"):
+    change_weights(
+        folder, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2)})
+    )
+    with pytest.raises(
+        ModelError, match=r"tensor 'base_model\.model\.lm_head\.weight' is no LoRA matrix"
+    ):
         engine.load_adapter(folder)
 
 
@@ -216,9 +267,12 @@ def test_truncated_weights_are_refused(keep: float, folder: Path, engine: Engine
 
 
 @pytest.mark.parametrize(
-    ("text", "named"), [("{", "cannot be read"), ("\xff", "cannot be read"), ("[]", "one JSON object")]
+    ("text", "named"),
+    [("{", "cannot be read"), ("\xff", "cannot be read"), ("[]", "one JSON object")],
 )
-def test_a_config_that_is_no_json_object_is_refused(text: str, named: str, folder: Path, engine: Engine) -> None:
+def test_a_config_that_is_no_json_object_is_refused(
+    text: str, named: str, folder: Path, engine: Engine
+) -> None:
     (folder / "adapter_config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ModelError, match=named):
         engine.load_adapter(folder)
@@ -226,10 +280,17 @@ def test_a_config_that_is_no_json_object_is_refused(text: str, named: str, folde
 
 @pytest.mark.parametrize(
     "option",
-    [{"lora_alpha": "much"}, {"lora_alpha": None}, {"alpha_pattern": {"(": 3}}, {"alpha_pattern": [1]}],
+    [
+        {"lora_alpha": "much"},
+        {"lora_alpha": None},
+        {"alpha_pattern": {"(": 3}},
+        {"alpha_pattern": [1]},
+    ],
     ids=str,
 )
-def test_a_scaling_that_cannot_be_read_is_refused(option: dict[str, Any], folder: Path, engine: Engine) -> None:
+def test_a_scaling_that_cannot_be_read_is_refused(
+    option: dict[str, Any], folder: Path, engine: Engine
+) -> None:
     change_config(folder, **option)
     with pytest.raises(ModelError, match="lora_alpha or alpha_pattern cannot be read"):
         engine.load_adapter(folder)

@@ -10,10 +10,20 @@ import pytest
 import torch
 from engine.decoding.test_speculation import _Always
 
-from langchain_cope.engine.base.base import load_base
-from langchain_cope.engine.engine import Completion, Engine, EngineOptions, Request, Sampling
+from langchain_cope.engine import (
+    CALL_BEGIN,
+    CALL_END,
+    Completion,
+    Contrast,
+    Engine,
+    EngineOptions,
+    Grammar,
+    Request,
+    Sampling,
+    closed_schema,
+    load_base,
+)
 from langchain_cope.engine.grammar.constraint import compile_grammar
-from langchain_cope.engine.grammar.schema import CALL_BEGIN, CALL_END, Grammar, closed_schema
 from langchain_cope.errors import InputError
 
 Tiny = Callable[..., Path]
@@ -25,7 +35,12 @@ PERSON = {
         "name": {"type": "string", "maxLength": 20},
         "age": {"type": "integer", "minimum": 0, "maximum": 130},
         "email": {"anyOf": [{"type": "string", "format": "email"}, {"type": "null"}]},
-        "tags": {"type": "array", "items": {"enum": ["a", 'b"c', "ü"]}, "minItems": 1, "maxItems": 4},
+        "tags": {
+            "type": "array",
+            "items": {"enum": ["a", 'b"c', "ü"]},
+            "minItems": 1,
+            "maxItems": 4,
+        },
         "home": {"$ref": "#/$defs/Place"},
     },
     "required": ["name", "age", "home"],
@@ -67,7 +82,9 @@ def folder(tiny: Tiny) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[Engine]:
-    engine = Engine(load_base(folder, device="cpu", dtype="float32"), EngineOptions(speculation=False))
+    engine = Engine(
+        load_base(folder, device="cpu", dtype="float32"), EngineOptions(speculation=False)
+    )
     yield engine
     engine.close()
 
@@ -76,9 +93,13 @@ def prompt(seed: int, length: int = 12) -> list[int]:
     return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def held(seed: int, grammar: Grammar, adapter: Any = None, max_tokens: int = 400, **sampling: Any) -> Request:
+def held(
+    seed: int, grammar: Grammar, adapter: Any = None, max_tokens: int = 400, **sampling: Any
+) -> Request:
     settings = Sampling(max_tokens=max_tokens, seed=seed, **{"temperature": 1.0, **sampling})
-    return Request(prompt(seed), adapter, alpha=0.3, sampling=settings, grammar=grammar)
+    return Request(
+        prompt(seed), adapter, contrast=Contrast(0.3), sampling=settings, grammar=grammar
+    )
 
 
 def checked(answer: Completion, schema: dict[str, Any]) -> Any:
@@ -89,18 +110,36 @@ def checked(answer: Completion, schema: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_random_weights_answer_what_fits_the_schema(name: str, engine: Engine, folder: Path, adapter: Tiny) -> None:
+def test_random_weights_answer_what_fits_the_schema(
+    name: str, engine: Engine, folder: Path, adapter: Tiny
+) -> None:
     grammar = Grammar(answer=closed_schema(SCHEMAS[name]))
     kept = engine.load_adapter(adapter(folder, seed=1))
-    for answer in engine.generate([held(seed, grammar, kept if seed % 2 else None) for seed in range(12)]):
+    for answer in engine.generate(
+        [held(seed, grammar, kept if seed % 2 else None) for seed in range(12)]
+    ):
         checked(answer, SCHEMAS[name])
 
 
-FORMATS = ("date-time", "date", "time", "email", "uuid", "ipv4", "ipv6", "hostname", "uri", "duration")
+FORMATS = (
+    "date-time",
+    "date",
+    "time",
+    "email",
+    "uuid",
+    "ipv4",
+    "ipv6",
+    "hostname",
+    "uri",
+    "duration",
+)
 
 
 def test_formats_are_those_of_the_standard(engine: Engine) -> None:
-    schema = {"type": "object", "properties": {name: {"type": "string", "format": name} for name in FORMATS}}
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "string", "format": name} for name in FORMATS},
+    }
     schema["required"] = list(FORMATS)
     validator = jsonschema.Draft202012Validator
     for answer in engine.generate(
@@ -118,8 +157,14 @@ def test_an_answer_closes_before_its_budget_ends(budget: int, engine: Engine) ->
 
 
 def test_an_answer_is_not_hurried_while_there_is_room(engine: Engine) -> None:
-    endless = {"type": "array", "items": {"type": "array", "items": {"type": "string"}, "minItems": 2}, "minItems": 2}
-    answers = engine.generate([held(seed, Grammar(answer=closed_schema(endless)), max_tokens=300) for seed in range(8)])
+    endless = {
+        "type": "array",
+        "items": {"type": "array", "items": {"type": "string"}, "minItems": 2},
+        "minItems": 2,
+    }
+    answers = engine.generate(
+        [held(seed, Grammar(answer=closed_schema(endless)), max_tokens=300) for seed in range(8)]
+    )
     for answer in answers:
         checked(answer, endless)
     assert max(len(answer.token_ids) for answer in answers) > 260
@@ -141,7 +186,11 @@ def test_held_answers_are_the_same_alone_in_a_batch_and_with_drafts(
         grammars = [Grammar(answer=closed_schema(schema)) for schema in SCHEMAS.values()]
         grammars.append(Grammar(calls=(("look", closed_schema(PERSON)),), text=True))
         grammars += [
-            Grammar(answer=closed_schema({"type": "array", "items": {"enum": ["dog", "fox"]}, "minItems": 30}))
+            Grammar(
+                answer=closed_schema(
+                    {"type": "array", "items": {"enum": ["dog", "fox"]}, "minItems": 30}
+                )
+            )
         ] * 2
         requests.append(
             [
@@ -160,13 +209,19 @@ def test_held_answers_are_the_same_alone_in_a_batch_and_with_drafts(
 
 @pytest.mark.parametrize("marks", [(), MARKS], ids=["marks are text", "marks are special tokens"])
 def test_forced_calls_are_valid(marks: tuple[str, ...], tiny: Tiny) -> None:
-    engine = Engine(load_base(tiny("llama", context=2048, marks=marks), device="cpu", dtype="float32"))
+    engine = Engine(
+        load_base(tiny("llama", context=2048, marks=marks), device="cpu", dtype="float32")
+    )
     add = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     calls = (("add", closed_schema(add)), ("find_person", closed_schema(PERSON)))
     single, several = set(), set()
-    for answer in engine.generate([held(seed, Grammar(calls, several=False), max_tokens=200) for seed in range(8)]):
+    for answer in engine.generate(
+        [held(seed, Grammar(calls, several=False), max_tokens=200) for seed in range(8)]
+    ):
         single.add(len(calls_of(answer.text)))
-    for answer in engine.generate([held(seed, Grammar(calls), max_tokens=600) for seed in range(16)]):
+    for answer in engine.generate(
+        [held(seed, Grammar(calls), max_tokens=600) for seed in range(16)]
+    ):
         several.add(len(calls_of(answer.text)))
     engine.close()
     assert single == {1}
@@ -181,7 +236,9 @@ def calls_of(text: str) -> list[Any]:
         assert rest in ("", "\n")
         call = json.loads(body)
         assert list(call) == ["name", "arguments"]
-        jsonschema.validate(call["arguments"], PERSON if call["name"] == "find_person" else {"required": ["a"]})
+        jsonschema.validate(
+            call["arguments"], PERSON if call["name"] == "find_person" else {"required": ["a"]}
+        )
         found.append(call)
     return found
 
@@ -259,27 +316,46 @@ def test_in_free_text_a_call_that_is_begun_is_valid(tiny: Tiny) -> None:
         ({"type": "string", "pattern": "(?=a)b"}, "a"),
     ],
 )  # fmt: skip
-def test_a_keyword_that_cannot_be_held_is_refused_by_name(schema: dict[str, Any], named: str) -> None:
+def test_a_keyword_that_cannot_be_held_is_refused_by_name(
+    schema: dict[str, Any], named: str
+) -> None:
     with pytest.raises(InputError, match=named):
         closed_schema(schema)
 
 
 def test_objects_are_closed_where_that_shuts_nothing_out_and_numbers_have_ends() -> None:
     closed = json.loads(closed_schema(PERSON))
-    assert closed["additionalProperties"] is closed["$defs"]["Place"]["additionalProperties"] is False
+    assert (
+        closed["additionalProperties"] is closed["$defs"]["Place"]["additionalProperties"] is False
+    )
     assert closed["properties"]["age"] == PERSON["properties"]["age"]
     assert json.loads(closed_schema({"type": "integer"}))["maximum"] == 2**53 - 1
     assert "additionalProperties" not in json.loads(closed_schema({"type": "object"}))
-    both = {"allOf": [{"type": "object", "properties": {"a": {}}}, {"type": "object", "properties": {"b": {}}}]}
+    both = {
+        "allOf": [
+            {"type": "object", "properties": {"a": {}}},
+            {"type": "object", "properties": {"b": {}}},
+        ]
+    }
     assert "additionalProperties" not in closed_schema(both)
-    keyed = {"type": "object", "propertyNames": {"enum": ["a"]}, "additionalProperties": {"type": "null"}}
+    keyed = {
+        "type": "object",
+        "propertyNames": {"enum": ["a"]},
+        "additionalProperties": {"type": "null"},
+    }
     assert json.loads(closed_schema(keyed))["properties"] == {"a": {"type": "null"}}
     assert "format" not in json.loads(closed_schema({"type": "string", "format": "path"}))
     named = {
         "type": "object",
-        "properties": {"properties": {"type": "object", "properties": {}}, "enum": {"type": "string"}},
+        "properties": {
+            "properties": {"type": "object", "properties": {}},
+            "enum": {"type": "string"},
+        },
     }
-    assert json.loads(closed_schema(named))["properties"]["properties"]["additionalProperties"] is False
+    assert (
+        json.loads(closed_schema(named))["properties"]["properties"]["additionalProperties"]
+        is False
+    )
 
 
 def test_what_no_grammar_can_be_made_of_fails_where_it_is_asked(engine: Engine) -> None:
