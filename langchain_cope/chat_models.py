@@ -459,7 +459,6 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     ) -> _Call:
         """The engine, the request and the facts of one call."""
         from langchain_cope.engine import Request, Sampling
-        from langchain_cope.engine.grammar.constraint import vocabulary_of
 
         unknown = sorted(kwargs.keys() - {_PINNED, *_CALL_OPTIONS, *_CORE_OPTIONS})
         if unknown:
@@ -474,7 +473,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         engine = self._engine(pinned.get("model"))
         use = ToolUse.of(pinned)
         if (grammar := use.grammar()) is not None:
-            vocabulary_of(engine.base)  # now, off the event loop
+            _ = engine.base.vocabulary  # made now, off the event loop
         prompt, prefix = _prompt(engine.base, messages, use)
         if len(prompt) >= engine.base.context:
             raise ChatContextOverflow(len(prompt), engine.base.context)

@@ -12,9 +12,10 @@ from langchain_cope._front_door import lazy_names
 if TYPE_CHECKING:
     from langchain_cope.engine.adapter import CONFIG, WEIGHTS, Adapter
     from langchain_cope.engine.answer import Completion, Piece, Stream
-    from langchain_cope.engine.base.base import STARTER, Base, load_base
+    from langchain_cope.engine.base.base import Base
     from langchain_cope.engine.base.chat_template import Message
     from langchain_cope.engine.base.context import context_of
+    from langchain_cope.engine.base.loading import STARTER, load_base
     from langchain_cope.engine.base.reply_format import (
         ANSWER,
         CALLS,
@@ -103,7 +104,7 @@ __getattr__ = lazy_names(
         "Piece": "answer",
         "ReplyFormat": "base.reply_format",
         "Request": "request",
-        "STARTER": "base.base",
+        "STARTER": "base.loading",
         "Sampling": "decoding.sampling",
         "Statistics": "engine",
         "Stream": "answer",
@@ -116,7 +117,7 @@ __getattr__ = lazy_names(
         "closed_schema": "grammar.schema",
         "context_of": "base.context",
         "give_back": "device",
-        "load_base": "base.base",
+        "load_base": "base.loading",
         "only_answer": "base.reply_format",
         "overlap": "decoding.text",
     },

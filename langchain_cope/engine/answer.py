@@ -55,7 +55,7 @@ class Job(Running):
         self._sink = sink
         if request.grammar is not None:
             self.constraint = compile_grammar(
-                request.grammar, base, self.limit - len(request.prompt)
+                request.grammar, base.vocabulary, self.limit - len(request.prompt)
             )
         self._detokenizer = Detokenizer(base.tokenizer, base.hidden_ids)
         self._stops = StopStrings(request.sampling.stop)

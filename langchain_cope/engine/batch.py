@@ -141,13 +141,15 @@ class Batch:
             self._accept(running, draft, [next(chosen) for _ in range(len(draft) + 1)])
         self.num_steps += 1
         if self._speculation is not None:
-            self._speculation.observe(len(rows) * max(map(len, ids)), time.perf_counter() - started)
+            self._speculation.record_timing(
+                len(rows) * max(map(len, ids)), time.perf_counter() - started
+            )
 
     def drop(self, gone: Sequence[Running]) -> None:
         """Let these requests leave; what was computed for them is kept as a beginning for later ones."""
         for running in gone:
             if self._speculation is not None and running.lookup is not None:
-                self._speculation.learn(running.lookup)
+                self._speculation.update_hit_rate(running.lookup)
             for row in running.rows:
                 for rows in (self._answers, self._prompts):
                     if row not in rows:  # in neither, where there was no memory to take it in

@@ -9,17 +9,21 @@ from transformers import PreTrainedTokenizerBase
 from langchain_cope.errors import InputError
 
 Message = dict[str, Any]
-"""``{"role": "system" | "user" | "assistant", "content": text}``; templates with tools take ``tool_calls`` and role ``tool``."""
+"""`{"role": "system" | "user" | "assistant", "content": text}`.
+
+Templates with tools also take `tool_calls` and the role `tool`.
+"""
 
 PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
-    "{{ eos_token or '' }}\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{{ bos_token or '' }}{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] }}{{ eos_token or '' }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""For bases that come without a template: a line a turn, each ended by the end-of-sequence token."""
+"""For bases without a template: a line a turn, each ended by the end-of-sequence token."""
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give the tokenizer the plain template where it has none; True where that was so."""
+    """Give the tokenizer the plain template where it has none; return whether that was needed."""
     if tokenizer.chat_template:
         return False
     tokenizer.chat_template = PLAIN_TEMPLATE
@@ -33,14 +37,25 @@ def render(
     add_generation_prompt: bool,
     tools: Sequence[dict[str, Any]] = (),
 ) -> list[int]:
-    """Token ids of ``messages``. Tokenized once, by the template alone, so no BOS is doubled.
+    """Return the token ids of `messages`, tokenized once by the template, so no BOS is doubled.
 
-    A template that refuses them as they are is given fewer turns: system messages merged into the first user turn, then turns
-    of one role in a row merged into one. ``tools`` go to the template as they are. Raises ``InputError`` where nothing helps.
+    A template that refuses the messages is given fewer turns: first with the system messages merged
+    into the first user turn, then with turns of one role in a row merged into one.
+
+    Args:
+        tokenizer: has a chat template.
+        messages: the conversation.
+        add_generation_prompt: end with the beginning of the assistant's turn.
+        tools: given to the template as they are.
+
+    Raises:
+        InputError: the template refuses every form of the conversation.
     """
     forms = [list(messages)]
     for merge in (merge_system, merge_same_role):
-        forms += [form for form in [merge(forms[-1])] if form != forms[-1]]
+        merged = merge(forms[-1])
+        if merged != forms[-1]:
+            forms.append(merged)
     for form in forms:
         try:
             return _apply(tokenizer, form, add_generation_prompt, tools)
@@ -50,33 +65,33 @@ def render(
 
 
 def merge_system(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation without a system role: leading system messages become the head of the first user turn."""
+    """Return the conversation without a system role: the first user turn begins with its text."""
     turns = list(messages)
-    system: list[str] = []
+    texts: list[str] = []
     while turns and turns[0]["role"] == "system":
-        system.append(turns.pop(0)["content"])
-    if not system:
+        texts.append(turns.pop(0)["content"])
+    if not texts:
         return turns
     if turns and turns[0]["role"] == "user":
-        system.append(turns.pop(0)["content"])
-    return [{"role": "user", "content": "\n\n".join(system)}, *turns]
+        texts.append(turns.pop(0)["content"])
+    return [{"role": "user", "content": "\n\n".join(texts)}, *turns]
 
 
 def merge_same_role(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation with at most one user or assistant turn in a row."""
+    """Return the conversation with at most one user or assistant turn in a row."""
     turns: list[Message] = []
     for message in messages:
-        plain = message.keys() == {"role", "content"} and message["role"] in ("user", "assistant")
-        if (
-            plain
-            and turns
-            and turns[-1].keys() == {"role", "content"}
-            and turns[-1]["role"] == message["role"]
-        ):
-            turns[-1] = {**message, "content": f"{turns[-1]['content']}\n\n{message['content']}"}
+        last = turns[-1] if turns else {}
+        if _is_plain(message) and _is_plain(last) and last["role"] == message["role"]:
+            turns[-1] = {**message, "content": f"{last['content']}\n\n{message['content']}"}
         else:
             turns.append(message)
     return turns
+
+
+def _is_plain(message: Message) -> bool:
+    """Return whether the message is text of the user or the assistant and nothing else."""
+    return message.keys() == {"role", "content"} and message["role"] in ("user", "assistant")
 
 
 def _apply(

@@ -1,7 +1,8 @@
-"""How a base writes thoughts and tool calls, found in what comes with its tokenizer.
+"""How a base writes thoughts and tool calls, read from what comes with its tokenizer.
 
-In this order: the tokenizer's own ``response_template``; ``<think>`` and ``<tool_call>`` where the chat template holds them; for
-other templates with tools the one that TRL knows; and for all else those same marks, which most open models were trained on.
+In this order: the tokenizer's own `response_template`; `<think>` and `<tool_call>` where the chat
+template holds them; for other templates with tools the one that TRL knows; for everything else
+those same marks, which most open models were trained on.
 """
 
 import copy
@@ -19,65 +20,79 @@ _THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT: dict[str, Any] = {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text"}
 _CALLS: dict[str, Any] = {"open": CALL_BEGIN, "close": CALL_END, "repeats": True, "content": "text"}
 _ANSWER: dict[str, Any] = {"content": "text"}
-_ENDS = ("open", "open_pattern", "close", "close_pattern")
+_MARKS = ("open", "open_pattern", "close", "close_pattern")
 _OTHER_CALLS = ("<function=", "<arg_key>")  # XML in calls: marked in the same way, but no JSON
 
 
 @dataclass(frozen=True)
 class ReplyFormat:
-    """What transformers' ``ResponseParser`` needs to take a reply apart."""
+    """What transformers' `ResponseParser` needs to take a reply apart."""
 
     template: dict[str, Any]
-    """A response template of the fields `THOUGHT`, `CALLS` and `ANSWER`, calls as the text between their marks."""
+    """A response template of the fields `THOUGHT`, `CALLS` and `ANSWER`.
+
+    The parser gives a call as the text between its marks.
+    """
     native_tools: bool
-    """The chat template itself presents tools and calls, the latter as JSON between ``<tool_call>`` and ``</tool_call>``."""
+    """Whether the chat template itself presents tools and calls.
+
+    It then writes calls as JSON between `<tool_call>` and `</tool_call>`.
+    """
 
     def uses(self, mark: str) -> bool:
-        """Whether ``mark`` is part of what opens or closes a field."""
-        ends = [field.get(key, "") for field in self.template["fields"].values() for key in _ENDS]
-        texts = [text for end in ends for text in ([end] if isinstance(end, str) else end)]
-        return any(mark in text or re.escape(mark) in text for text in texts)
+        """Return whether `mark` is part of what opens or closes a field."""
+        for field in self.template["fields"].values():
+            for key in _MARKS:
+                texts = field.get(key, "")
+                for text in [texts] if isinstance(texts, str) else texts:
+                    if mark in text or re.escape(mark) in text:
+                        return True
+        return False
 
 
 def reply_format_of(tokenizer: PreTrainedTokenizerBase) -> ReplyFormat:
-    """The format of the model that ``tokenizer`` belongs to."""
-    known = getattr(tokenizer, "response_template", None) or _known_to_trl(tokenizer)
-    if known is None:
+    """Return the reply format of the model that `tokenizer` belongs to."""
+    template = getattr(tokenizer, "response_template", None) or _known_to_trl(tokenizer)
+    if template is None:
         common = {THOUGHT: _THOUGHT, CALLS: _CALLS, ANSWER: _ANSWER}
         return ReplyFormat({"start_anchor": "\0", "fields": common}, _presents_calls(tokenizer))
-    given = known["fields"]
-    thought = next((given[name] for name in _THOUGHT_NAMES if name in given), _THOUGHT)
-    fields: dict[str, dict[str, Any]] = {
-        THOUGHT: thought,
+    theirs = template["fields"]
+    thoughts = [theirs[name] for name in _THOUGHT_NAMES if name in theirs]
+    fields = {
+        THOUGHT: _as_text(thoughts[0] if thoughts else _THOUGHT),
         CALLS: _CALLS,
-        ANSWER: given.get("content", _ANSWER),
+        ANSWER: _as_text(theirs.get("content", _ANSWER)),
     }
-    calls = given.get("tool_calls", {})
+    anchor_names = ("start_anchor", "start_anchor_pattern")
+    anchors = {name: template[name] for name in anchor_names if name in template}
+    calls = theirs.get("tool_calls", {})
     native = calls.get("open") == CALL_BEGIN and calls.get("content") == "json"
-    for name in (THOUGHT, ANSWER):  # where they begin and end, and no parsing that could fail
-        field = fields[name]
-        fields[name] = {**{key: field[key] for key in _ENDS if key in field}, "content": "text"}
-    anchors = {key: known[key] for key in ("start_anchor", "start_anchor_pattern") if key in known}
     return ReplyFormat({**anchors, "fields": fields}, native)
 
 
 def only_answer() -> dict[str, Any]:
-    """A template for replies that are nothing but an answer, whatever marks they hold."""
+    """Return a template for replies that are nothing but an answer, whatever marks they hold."""
     return {"start_anchor": "\0", "fields": {ANSWER: _ANSWER}}
+
+
+def _as_text(field: dict[str, Any]) -> dict[str, Any]:
+    """Return where the field begins and ends, and none of its parsing, which could fail."""
+    marks = {key: field[key] for key in _MARKS if key in field}
+    return {**marks, "content": "text"}
 
 
 def _known_to_trl(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     text = tokenizer.chat_template
     if not isinstance(text, str) or "tools" not in text or CALL_BEGIN in text or "<think>" in text:
-        return None  # nothing to learn, which spares the seconds that TRL takes to import
+        return None  # nothing to learn, which saves the seconds that TRL takes to import
     from trl.chat_template_utils import add_response_schema
 
     try:
-        changed: Any = add_response_schema(copy.copy(tokenizer))
+        extended: Any = add_response_schema(copy.copy(tokenizer))
     except ValueError:  # a template that it does not know
         return None
-    found: dict[str, Any] | None = getattr(changed, "response_template", None)
-    return found
+    template: dict[str, Any] | None = getattr(extended, "response_template", None)
+    return template
 
 
 def _presents_calls(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,17 +1,18 @@
-"""Where in a piece of JSON one is, character by character; nothing is checked."""
+"""Where in a piece of JSON a text ends, character by character; nothing is checked."""
 
 
 class JsonScan:
-    """Strings and brackets that are open after what was pushed."""
+    """Strings and brackets that are open after the text so far."""
 
     def __init__(self) -> None:
         self.in_string = False
+        """Whether the text ends within a string."""
         self.open: list[str] = []
         """The brackets that would close what is open, the outermost first."""
         self._escaped = False
 
     def push(self, text: str) -> None:
-        """Go on with ``text``."""
+        """Go on with `text`."""
         for character in text:
             if self.in_string:
                 self._read_string(character)
@@ -23,11 +24,13 @@ class JsonScan:
                 self.open.pop()
 
     def wrong_end(self) -> str:
-        """An end that no reader can take for one, not even one that completes what was cut."""
-        return ('"' if self.in_string else "") + ("}" if self.open[-1:] == ["]"] else "]")
+        """Return an end that makes the text invalid, even for readers that complete JSON."""
+        quote = '"' if self.in_string else ""
+        wrong_bracket = "}" if self.open[-1:] == ["]"] else "]"
+        return quote + wrong_bracket
 
     def copy(self) -> "JsonScan":
-        """Another one at the same place."""
+        """Return an independent scan at the same position."""
         other = JsonScan()
         other.in_string, other.open, other._escaped = self.in_string, list(self.open), self._escaped
         return other

@@ -1,0 +1,304 @@
+"""How a base model is loaded: once a process for the same arguments, then shared.
+
+`load_base` checks device and dtype, reads the files (or the hub), merges a task adapter and lays
+projections side by side. It returns the same `Base` to every caller that asks for the same model.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from langchain_cope.engine.adapter import CONFIG, WEIGHTS
+from langchain_cope.engine.base.base import Base
+from langchain_cope.engine.base.chat_template import ensure_chat_template
+from langchain_cope.engine.base.context import context_of
+from langchain_cope.engine.forward.fused_weights import lay_side_by_side
+from langchain_cope.errors import InputError, ModelError, ModelNotFound
+
+STARTER = Path(__file__).parents[2] / "starter"
+"""Folder of the bundled base model."""
+LARGE_CHECKPOINT = 1 << 30
+"""Bytes of a checkpoint above which a CPU computes in bfloat16 where it can."""
+_NO_LIMIT = 10**6  # context of a base whose configuration names none
+_log = logging.getLogger(__name__)
+_loaded: dict[tuple[Any, ...], Base] = {}
+_locks: dict[tuple[Any, ...], threading.Lock] = {}
+_registry = threading.Lock()
+
+
+def load_base(
+    model: str | Path = "starter",
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    task_adapter: str | Path | None = None,
+    quantization_config: Any = None,
+) -> Base:
+    """Return the base model of that name, loaded at the first call and shared by later ones.
+
+    Args:
+        model: `starter` (bundled), a Hugging Face id of a causal language model, or a local path.
+        revision: of a Hugging Face id.
+        device: `cpu`, `cuda`, `cuda:1` or `mps`; None takes the best there is. A base lies on one
+            device.
+        dtype: None takes float32 on a CPU (bfloat16 where the CPU has it and the checkpoint exceeds
+            1 GB), elsewhere the checkpoint's.
+        task_adapter: a shared peft LoRA, a folder or a Hugging Face id (the paper's TAM), merged
+            into the weights here, once.
+        quantization_config: passed to `from_pretrained` as it is.
+
+    Raises:
+        ModelNotFound: there is no model of that name or at that path.
+        InputError: this machine cannot compute on that device or in that dtype.
+        ModelError: the files are there but cannot be used.
+    """
+    chosen_device = _choose_device(device)
+    named_dtype = _named_dtype(dtype, chosen_device)
+    folder = STARTER if str(model) == "starter" else Path(model).expanduser()
+    arguments = _Arguments(
+        name=str(model),
+        source=str(folder.resolve() if _exists(folder) else model),
+        revision=revision,
+        device=chosen_device,
+        dtype=named_dtype,
+        task_adapter=None if task_adapter is None else str(task_adapter),
+        quantization_config=quantization_config,
+    )
+    key = arguments.key
+    with _registry:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:
+        if key not in _loaded:
+            _loaded[key] = _load(arguments)
+        return _loaded[key]
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """The arguments of `load_base`, checked."""
+
+    name: str
+    """The name as it was given."""
+    source: str
+    """An absolute folder, or the Hugging Face id."""
+    revision: str | None
+    device: str
+    dtype: torch.dtype | None
+    task_adapter: str | None
+    quantization_config: Any
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for two calls that ask for the same model."""
+        return (
+            self.source,
+            self.revision,
+            self.device,
+            self.dtype,
+            self.task_adapter,
+            repr(self.quantization_config),
+        )
+
+
+def _load(arguments: _Arguments) -> Base:
+    name, source, revision = arguments.name, arguments.source, arguments.revision
+    # In inference mode the tensors could never be trained through.
+    with _quiet_transformers(), torch.inference_mode(False):
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            quantization = arguments.quantization_config
+            quantization = quantization or getattr(config, "quantization_config", None)
+            model = _read_weights(arguments, config, quantized=quantization is not None)
+        except Exception as error:  # damaged files raise any of a dozen kinds
+            raise _explain(name, source, error) from error
+        adapter_folder = None
+        if arguments.task_adapter is not None:
+            adapter_folder = _adapter_folder(arguments.task_adapter)
+            model = _merge(model, adapter_folder, quantization)
+    model.eval().requires_grad_(False)
+    if quantization is None:
+        lay_side_by_side(model)
+    # A prompt that is too long is refused by us, with the numbers; the tokenizer need not warn too.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if ensure_chat_template(tokenizer):
+        _log.warning(
+            "%s has no chat template; the plain one is used (System/User/Assistant lines, see the "
+            "README). For another, set `chat_template` in its tokenizer_config.json.",
+            name,
+        )
+    limit = context_of(config.get_text_config().to_dict(), tokenizer.model_max_length)
+    return Base(
+        name=name,
+        source=source,
+        revision=revision,
+        tokenizer=tokenizer,
+        model=model,
+        context=limit or _NO_LIMIT,
+        task_adapter=adapter_folder,
+        quantization=_quantization_text(quantization),
+    )
+
+
+def _read_weights(arguments: _Arguments, config: Any, *, quantized: bool) -> Any:
+    # Quantized weights cannot be moved once they are loaded: they are loaded where they belong.
+    device_map = {"": arguments.device} if quantized else None
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        arguments.source,
+        revision=arguments.revision,
+        dtype=_choose_dtype(arguments, config),
+        quantization_config=arguments.quantization_config,
+        device_map=device_map,
+    )
+    return model if quantized else model.to(arguments.device)
+
+
+def _quantization_text(quantization: Any) -> str | None:
+    if quantization is None:
+        return None
+    if hasattr(quantization, "to_dict"):
+        return str(quantization.to_dict())
+    return str(quantization)
+
+
+def _choose_device(device: str | torch.device | None) -> str:
+    if device is None:
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"device must be cpu, cuda, cuda:N or mps (one device a base), not {str(device)!r}"
+        ) from error
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(chosen.type, True):
+        raise InputError(
+            f"device {str(device)!r} was asked for, but torch {torch.__version__} finds none here: "
+            "use device='cpu'"
+        )
+    return str(chosen)
+
+
+def _named_dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise InputError(f"dtype must be float32, bfloat16 or float16, not {str(dtype)!r}")
+    if named == torch.float16 and device == "cpu":
+        raise InputError(
+            "float16 on a CPU is an order of magnitude slower than float32: "
+            "use dtype='float32' or 'bfloat16'"
+        )
+    return named
+
+
+def _choose_dtype(arguments: _Arguments, config: Any) -> torch.dtype | str:
+    if arguments.dtype is not None:
+        return arguments.dtype
+    if arguments.device != "cpu":
+        return "auto"
+    large = _checkpoint_bytes(arguments.source, config) > LARGE_CHECKPOINT
+    return torch.bfloat16 if large and _cpu_has_bfloat16() else torch.float32
+
+
+def _checkpoint_bytes(source: str, config: Any) -> int:
+    """Return the size of the weights: of local files, else estimated from the configuration."""
+    if Path(source).is_dir():
+        return sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
+    text = config.get_text_config()
+    hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
+    return int(2 * (12 * layers * hidden * hidden + getattr(text, "vocab_size", 0) * hidden))
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "bf16" in flags  # avx512_bf16 and amx_bf16 of x86, bf16 of Arm
+
+
+def _adapter_folder(task_adapter: str) -> Path:
+    """Return the folder of a task adapter: a local one, else its snapshot in the hub's cache."""
+    folder = Path(task_adapter).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(task_adapter, allow_patterns=[CONFIG, WEIGHTS]))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelNotFound(
+                f"no task adapter {task_adapter!r}, neither a folder nor on the hub ({reason})"
+            ) from error
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:  # peft would fall back to pickled weights
+        raise ModelNotFound(
+            f"no task adapter in {folder}: {' and '.join(missing)} missing; "
+            "a peft LoRA folder is needed"
+        )
+    return folder
+
+
+def _merge(model: Any, task_adapter: Path, quantization: Any) -> Any:
+    if quantization is not None:
+        raise InputError(
+            "a task adapter cannot be merged into quantized weights: merge it first, then quantize"
+        )
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, task_adapter).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"the task adapter {str(task_adapter)!r} cannot be merged into this base: {error}"
+        ) from error
+
+
+def _explain(name: str, source: str, error: Exception) -> Exception:
+    """Return the error of ours that says why `source` could not be loaded."""
+    text = str(error).strip()
+    reason = text.splitlines()[0] if text else type(error).__name__
+    exists = _exists(Path(source))
+    has_config = _exists(Path(source) / "config.json")
+    if has_config or not (exists or isinstance(error, OSError)):
+        return ModelError(f"the base model {name!r} cannot be loaded: {reason}")
+    if exists or source.startswith((".", "/", "~")):
+        where = f"no model at the path {name!r}"
+    else:
+        where = f"no base model {name!r} here or on the hub"
+    return ModelNotFound(
+        f"{where} ({reason}); "
+        "give 'starter', a Hugging Face id or a folder with config.json and weights"
+    )
+
+
+def _exists(path: Path) -> bool:
+    """Return whether the path exists; False too for a name that no file system takes."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide the loader's progress bars: progress is ours to show."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
