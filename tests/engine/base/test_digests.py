@@ -1,5 +1,6 @@
-"""Remembered digests: as good as computed ones, whatever happens to the files."""
+"""Cached digests: as good as computed ones, whatever happens to the files."""
 
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -19,10 +20,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    made = [tmp_path / "one", tmp_path / "other"]
-    for path in made:
+    paths = [tmp_path / "one", tmp_path / "other"]
+    for path in paths:
         path.write_bytes(b"12345678")
-    return made
+    return paths
 
 
 class Computing:
@@ -32,30 +33,30 @@ class Computing:
         self.files, self.times = files, 0
 
     def __call__(self) -> str:
-        import hashlib
-
         self.times += 1
-        return hashlib.sha256(b"".join(path.read_bytes() for path in self.files)).hexdigest()
+        content = b"".join(path.read_bytes() for path in self.files)
+        return hashlib.sha256(content).hexdigest()
 
 
-def test_what_is_as_it_was_is_not_read_again(cache: Path, files: list[Path]) -> None:
+def test_unchanged_files_are_not_read_again(cache: Path, files: list[Path]) -> None:
     compute = Computing(files)
-    assert digests.remembered(files, compute) == digests.remembered(files, compute)
+    assert digests.cached_digest(files, compute) == digests.cached_digest(files, compute)
     assert compute.times == 1
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    "change", ["content", "content with its old time", "another file in its place", "another path"]
-)
+CHANGES = ["content", "content with its old time", "another file in its place", "another path"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_any_change_is_noticed(cache: Path, files: list[Path], change: str, tmp_path: Path) -> None:
     compute = Computing(files)
-    before = digests.remembered(files, compute)
+    before = digests.cached_digest(files, compute)
     stat = files[0].stat()
     time.sleep(0.02)  # the tick of the file system's clock
     if change == "another path":
         files[0] = files[0].rename(tmp_path / "moved")
-        assert digests.remembered(files, compute) == before
+        assert digests.cached_digest(files, compute) == before
         assert compute.times == 2
         return
     if change == "another file in its place":
@@ -66,55 +67,55 @@ def test_any_change_is_noticed(cache: Path, files: list[Path], change: str, tmp_
             file.write(b"abcdefgh")
     if change != "content":
         os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert digests.remembered(files, compute) != before
+    assert digests.cached_digest(files, compute) != before
     assert compute.times == 2
 
 
-def test_a_file_that_was_written_just_now_is_not_remembered(
+def test_a_digest_of_a_file_written_just_now_is_not_cached(
     cache: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digests, "_SETTLED_SECONDS", 60.0)
     compute = Computing(files)
-    digests.remembered(files, compute)
-    digests.remembered(files, compute)
+    digests.cached_digest(files, compute)
+    digests.cached_digest(files, compute)
     assert compute.times == 2
     assert not cache.exists()
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_remembered(
+def test_a_digest_of_a_file_that_changes_meanwhile_is_not_cached(
     cache: Path, files: list[Path]
 ) -> None:
     compute = Computing(files)
 
     def slow() -> str:
-        found = compute()
+        digest = compute()
         files[0].write_bytes(b"changed in the middle")
-        return found
+        return digest
 
-    digests.remembered(files, slow)
+    digests.cached_digest(files, slow)
     assert not cache.exists()
 
 
 @pytest.mark.parametrize("content", ["", "short", "é" * 64, "0" * 63 + "\n" + "1" * 9])
-def test_a_memory_that_is_none_is_made_anew(cache: Path, files: list[Path], content: str) -> None:
+def test_a_damaged_cache_entry_is_made_anew(cache: Path, files: list[Path], content: str) -> None:
     compute = Computing(files)
-    digest = digests.remembered(files, compute)
+    digest = digests.cached_digest(files, compute)
     next(cache.iterdir()).write_text(content, encoding="utf-8")
-    assert digests.remembered(files, compute) == digest
-    assert digests.remembered(files, compute) == digest
+    assert digests.cached_digest(files, compute) == digest
+    assert digests.cached_digest(files, compute) == digest
     assert compute.times == 2
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(cache: Path, files: list[Path]) -> None:
     cache.parent.write_text("a file in its place")
     compute = Computing(files)
-    assert digests.remembered(files, compute) == digests.remembered(files, compute)
+    assert digests.cached_digest(files, compute) == digests.cached_digest(files, compute)
     assert compute.times == 2
 
 
-def test_small_files_are_never_remembered(
+def test_digests_of_small_files_are_never_cached(
     cache: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digests, "WORTH_BYTES", 1000)
-    digests.remembered(files, Computing(files))
+    digests.cached_digest(files, Computing(files))
     assert not cache.exists()

@@ -1,4 +1,4 @@
-"""One base in memory: found, loaded once, refused with a reason, shared without being touched."""
+"""One base in memory: loaded once, refused with a reason, shared without being changed."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import NO_SYSTEM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from langchain_cope.engine import Base, Contrast, Engine, Request, Sampling, load_base
 from langchain_cope.engine.base.chat_template import PLAIN_TEMPLATE
@@ -48,9 +49,7 @@ def test_the_same_arguments_give_the_same_object(
     base = load_base(folder, device="cpu")
     assert load_base(str(folder), device=torch.device("cpu")) is base
     monkeypatch.chdir(folder.parent)
-    assert load_base(f"./{folder.name}", device="cpu") is base, (
-        "a path is a path, however it is spelt"
-    )
+    assert load_base(f"./{folder.name}", device="cpu") is base, "however a path is spelt"
     half = load_base(folder, device="cpu", dtype="bfloat16")
     assert half is not base
     assert load_base(folder, device="cpu", dtype=torch.bfloat16) is half
@@ -59,17 +58,18 @@ def test_the_same_arguments_give_the_same_object(
 
 def test_many_threads_that_ask_at_once_get_one_base(tiny: Tiny) -> None:
     folder = tiny("llama", seed=77)
-    found: list[Base] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(load_base(folder, device="cpu")))
-        for _ in range(6)
-    ]
+    bases: list[Base] = []
+
+    def load() -> None:
+        bases.append(load_base(folder, device="cpu"))
+
+    threads = [threading.Thread(target=load) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 6
-    assert len({id(base) for base in found}) == 1
+    assert len(bases) == 6
+    assert len({id(base) for base in bases}) == 1
 
 
 @pytest.mark.parametrize(
@@ -77,20 +77,18 @@ def test_many_threads_that_ask_at_once_get_one_base(tiny: Tiny) -> None:
     ["nobody/no-such-model", "no-such-model", "/no/such/folder", "./nowhere", "~/nowhere-either"],
 )
 def test_an_unknown_model_is_named_with_what_to_give(name: str) -> None:
-    with pytest.raises(
-        ModelNotFound, match=r"give 'starter', a Hugging Face id or a folder"
-    ) as caught:
+    message = "give 'starter', a Hugging Face id or a folder"
+    with pytest.raises(ModelNotFound, match=message) as caught:
         load_base(name, device="cpu")
     assert repr(name) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["", "a\0b", "x" * 5000, "🙂/🙂", "../../x y"],
-    ids=["empty", "NUL", "long", "emoji", "space"],
-)
+HOSTILE = {"empty": "", "NUL": "a\0b", "long": "x" * 5000, "emoji": "🙂/🙂", "space": "../../x y"}
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_name_is_an_error_of_ours(name: str) -> None:
     with pytest.raises(CopeError):
         load_base(name, device="cpu")
@@ -126,9 +124,8 @@ def test_float16_on_a_cpu_is_refused_with_a_reason(dtype: object, tiny: Tiny) ->
 
 @pytest.mark.parametrize("dtype", ["float12", "int8", "Tensor", ""])
 def test_an_unknown_dtype_is_refused_by_name(dtype: str, tiny: Tiny) -> None:
-    with pytest.raises(
-        InputError, match=f"dtype must be float32, bfloat16 or float16, not '{dtype}'"
-    ):
+    message = f"dtype must be float32, bfloat16 or float16, not '{dtype}'"
+    with pytest.raises(InputError, match=message):
         load_base(tiny("llama"), device="cpu", dtype=dtype)
 
 
@@ -150,29 +147,21 @@ def test_a_float16_checkpoint_is_computed_in_float32_on_a_cpu(tiny: Tiny, tmp_pa
     assert load_base(tmp_path, device="cpu").dtype == torch.float32
 
 
-def test_a_base_without_a_chat_template_gets_the_plain_one_and_says_so(
+def test_a_base_without_a_chat_template_gets_the_plain_one(
     tiny: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "langchain_cope"):
         base = load_base(tiny("llama", template=None, seed=5), device="cpu")
-    assert [
-        record
-        for record in caplog.records
-        if "has no chat template; the plain one is used" in record.message
-    ]
+    assert "has no chat template; the plain one is used" in caplog.text
     assert base.tokenizer.chat_template == PLAIN_TEMPLATE
-    text = base.tokenizer.decode(
-        base.prompt_ids([*TALK, {"role": "assistant", "content": "Hi"}, TALK[1]])
-    )
-    assert (
-        text
-        == "System: Be brief.<|im_end|>\nUser: Hello<|im_end|>\nAssistant: Hi<|im_end|>\nUser: Hello<|im_end|>\nAssistant:"
+    ids = base.prompt_ids([*TALK, {"role": "assistant", "content": "Hi"}, TALK[1]])
+    assert base.tokenizer.decode(ids) == (
+        "System: Be brief.<|im_end|>\nUser: Hello<|im_end|>\n"
+        "Assistant: Hi<|im_end|>\nUser: Hello<|im_end|>\nAssistant:"
     )
 
 
-def test_a_system_message_that_the_template_refuses_is_merged_into_the_first_user_turn(
-    tiny: Tiny,
-) -> None:
+def test_a_refused_system_message_is_merged_into_the_first_user_turn(tiny: Tiny) -> None:
     base = load_base(tiny("gemma", template=NO_SYSTEM), device="cpu")
     text = base.tokenizer.decode(base.prompt_ids(TALK))
     assert text == "<|im_start|>user\nBe brief.\n\nHello<|im_end|>\n<|im_start|>model\n"
@@ -186,14 +175,11 @@ def test_a_template_that_takes_the_system_message_gets_it(tiny: Tiny) -> None:
     assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
 
 
-def test_a_conversation_that_the_template_refuses_for_another_reason_is_an_input_error(
-    tiny: Tiny,
-) -> None:
+def test_a_conversation_refused_for_another_reason_is_an_input_error(tiny: Tiny) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     base = load_base(tiny("llama", template=template), device="cpu")
-    with pytest.raises(
-        InputError, match="chat template refuses this conversation: roles must alternate"
-    ):
+    message = "chat template refuses this conversation: roles must alternate"
+    with pytest.raises(InputError, match=message):
         base.prompt_ids(TALK)
 
 
@@ -221,10 +207,9 @@ def test_the_context_of_gpt2_is_its_positions(tiny: Tiny) -> None:
 def test_a_merged_task_adapter_equals_pefts_own_merge(tiny: Tiny, adapter: Tiny) -> None:
     folder, task = tiny("llama"), adapter(tiny("llama"), seed=9)
     base = load_base(folder, device="cpu", task_adapter=task)
-    wanted = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder), task
-    ).merge_and_unload()
-    assert same(state(base.model), state(wanted))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = PeftModel.from_pretrained(model, task).merge_and_unload()
+    assert same(state(base.model), state(expected))
     assert load_base(folder, device="cpu", task_adapter=task) is base
     plain = load_base(folder, device="cpu")
     assert plain is not base
@@ -233,33 +218,23 @@ def test_a_merged_task_adapter_equals_pefts_own_merge(tiny: Tiny, adapter: Tiny)
 
 
 def test_a_users_adapter_works_on_top_of_the_task_adapter(tiny: Tiny, adapter: Tiny) -> None:
-    folder, task, user = (
-        tiny("llama"),
-        adapter(tiny("llama"), seed=9),
-        adapter(tiny("llama"), seed=1),
-    )
+    folder = tiny("llama")
+    task, user = (adapter(folder, seed=seed) for seed in (9, 1))
     engine = Engine.of(load_base(folder, device="cpu", task_adapter=task))
     prompt, completion = [5, 6, 7], [8, 9, 10]
-    found = engine.score([(prompt, completion)], engine.load_adapter(user))[0]
-    merged = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder), task
-    ).merge_and_unload()
+    scores = engine.score([(prompt, completion)], engine.load_adapter(user))[0]
+    engine.close()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    merged = PeftModel.from_pretrained(model, task).merge_and_unload()
     personal = PeftModel.from_pretrained(merged, user)
     with torch.no_grad():
-        rows = (
-            personal(input_ids=torch.tensor([prompt + completion]))
-            .logits[0, 2:-1]
-            .double()
-            .log_softmax(-1)
-        )
-    wanted = rows.gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=0)
-    engine.close()
+        logits = personal(input_ids=torch.tensor([prompt + completion])).logits[0, 2:-1]
+    log_probs = logits.double().log_softmax(-1)
+    expected = log_probs.gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(scores.double(), expected, atol=1e-4, rtol=0)
 
 
-def test_a_task_adapter_that_does_not_fit_or_does_not_exist_is_an_error_of_ours(
-    tiny: Tiny, adapter: Tiny
-) -> None:
+def test_a_task_adapter_that_does_not_fit_is_an_error_of_ours(tiny: Tiny, adapter: Tiny) -> None:
     other = adapter(tiny("llama", hidden_size=48), seed=1, targets=["q_proj"])
     with pytest.raises(ModelError, match="cannot be merged into this base"):
         load_base(tiny("llama"), device="cpu", task_adapter=other)
@@ -280,13 +255,12 @@ def test_a_skeleton_shares_every_parameters_storage(family: str, tiny: Tiny) -> 
     assert skeleton.config is not base.model.config
 
 
-def test_a_skeleton_can_be_trained_through_and_leaves_the_base_bit_for_bit(tiny: Tiny) -> None:
+def test_training_a_skeleton_leaves_the_base_bit_for_bit(tiny: Tiny) -> None:
     base = load_base(tiny("llama"), device="cpu")
     before, modules = state(base.model), [name for name, _ in base.model.named_modules()]
     assert not any(p.is_inference() or p.requires_grad for p in base.model.parameters())
-    personal = get_peft_model(
-        base.skeleton(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    personal = get_peft_model(base.skeleton(), config)
     trained = [p for p in personal.parameters() if p.requires_grad]
     starts = [p.detach().clone() for p in trained]
     optimizer = torch.optim.SGD(trained, lr=0.5)
@@ -295,9 +269,8 @@ def test_a_skeleton_can_be_trained_through_and_leaves_the_base_bit_for_bit(tiny:
         optimizer.zero_grad()
         personal(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    assert all(not torch.equal(p, start) for p, start in zip(trained, starts, strict=True)), (
-        "every LoRA matrix moved"
-    )
+    moved = [not torch.equal(p, start) for p, start in zip(trained, starts, strict=True)]
+    assert all(moved), "every LoRA matrix moved"
     assert same(state(base.model), before)
     assert [name for name, _ in base.model.named_modules()] == modules
     assert not any(p.requires_grad for p in base.model.parameters())
@@ -307,19 +280,24 @@ def test_answering_leaves_the_base_bit_for_bit(tiny: Tiny, adapter: Tiny) -> Non
     base = load_base(tiny("llama"), device="cpu")
     before, config = state(base.model), copy.deepcopy(base.model.config.to_dict())
     engine = Engine.of(base)
-    kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
-    engine.generate([Request([5, 6, 7], kept, Contrast(0.5), Sampling(max_tokens=5))])
+    user = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    engine.generate([Request([5, 6, 7], user, Contrast(0.5), Sampling(max_tokens=5))])
     assert same(state(base.model), before)
     assert base.model.config.to_dict() == config
     assert not any(module._forward_hooks for module in base.model.modules())
 
 
-HYBRIDS = {
+HYBRIDS: dict[str, dict[str, object]] = {
     "mamba": {"hidden_size": 32, "state_size": 4},
-    "lfm2": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "layer_types": ["conv", "full_attention"]},
+    "lfm2": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention"],
+    },
     "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "context_length": 64},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
@@ -330,17 +308,14 @@ def test_an_architecture_with_another_kind_of_state_is_refused_by_name(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path)
     base = load_base(tmp_path, device="cpu")
-    with pytest.raises(
-        ModelError, match=rf"(?i){family}ForCausalLM keeps a state that is not plain attention"
-    ):
+    message = rf"(?i){family}ForCausalLM keeps a state that is not plain attention"
+    with pytest.raises(ModelError, match=message):
         Engine.of(base)
 
 
 def test_loading_shows_no_progress_bars_and_leaves_the_setting_alone(
     tiny: Tiny, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers.utils import logging as transformers_logging
-
     assert transformers_logging.is_progress_bar_enabled()
     load_base(tiny("llama", seed=78), device="cpu")
     capfd.readouterr()

@@ -1,4 +1,4 @@
-"""The contrastive rule against float64 arithmetic, and what must hold for any two rows of logits."""
+"""The contrastive rule against float64 arithmetic, and what holds for any two rows of logits."""
 
 import math
 
@@ -58,7 +58,7 @@ def test_it_equals_float64_arithmetic(alpha: float, tau: float) -> None:
 
 
 def test_numbers_worked_out_on_paper() -> None:
-    """π_user = (½, ¼, ¼·0.9, rest), τ = ½ keeps the first two; α = 1 divides by π_base = (0.8, 0.1, …)."""
+    """Of π_user = (½, ¼, ¼·0.9, rest), τ = ½ keeps two; α = 1 divides by π_base = (0.8, 0.1, …)."""
     user = torch.tensor([0.5, 0.25, 0.225, 0.025]).log()
     base = torch.tensor([0.8, 0.1, 0.05, 0.05]).log()
     found = contrast(user, base, alpha=1.0, tau=0.5).exp()
@@ -86,7 +86,7 @@ def test_half_precision_logits_are_computed_with_in_float32(dtype: torch.dtype) 
 
 @quickly
 @given(two_rows(), alphas, taus)
-def test_the_result_is_a_distribution_over_a_head_that_holds_the_likeliest_token(
+def test_the_result_is_a_distribution_whose_head_holds_the_likeliest_token(
     rows: tuple[torch.Tensor, torch.Tensor], alpha: float, tau: float
 ) -> None:
     user, base = rows

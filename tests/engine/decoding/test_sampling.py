@@ -1,4 +1,4 @@
-"""From scores to tokens: transformers' own processors are the measure, and seeds mean the same in any batch."""
+"""From scores to tokens: as transformers' own processors do, and seeds are good in any batch."""
 
 import itertools
 import math
@@ -49,63 +49,60 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "sampling", SETTINGS, ids=lambda s: f"T={s.temperature},k={s.top_k},p={s.top_p},min={s.min_p}"
-)
+def in_short(sampling: Sampling) -> str:
+    s = sampling
+    return f"T={s.temperature},k={s.top_k},p={s.top_p},min={s.min_p}"
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=in_short)
 def test_warping_equals_transformers_warpers(sampling: Sampling) -> None:
     scores = random_scores()
-    found, wanted = warp(scores, [sampling] * 6), by_transformers(scores, sampling)
-    assert torch.equal(found == -math.inf, wanted == -math.inf)
-    kept = wanted > -math.inf
-    torch.testing.assert_close(found[kept], wanted[kept])
+    warped, expected = warp(scores, [sampling] * 6), by_transformers(scores, sampling)
+    assert torch.equal(warped == -math.inf, expected == -math.inf)
+    finite = expected > -math.inf
+    torch.testing.assert_close(warped[finite], expected[finite])
 
 
 def test_every_row_is_warped_by_its_own_settings() -> None:
     scores = random_scores(rows=len(SETTINGS))
     together = warp(scores, SETTINGS)
     for row, sampling in enumerate(SETTINGS):
-        wanted = by_transformers(scores[row : row + 1], sampling)[0]
-        assert torch.equal(together[row] == -math.inf, wanted == -math.inf), sampling
+        expected = by_transformers(scores[row : row + 1], sampling)[0]
+        assert torch.equal(together[row] == -math.inf, expected == -math.inf), sampling
 
 
 @pytest.mark.parametrize("penalty", [0.8, 1.2, 3.0])
-def test_the_repetition_penalty_equals_transformers_on_the_log_probabilities(
-    penalty: float,
-) -> None:
+def test_the_repetition_penalty_equals_transformers_own(penalty: float) -> None:
     scores = random_scores(rows=3, seed=1)
     seen = [[1, 5, 9, 5], list(range(100)), [int(scores[2].argmax())]]
     settings = [Sampling(repetition_penalty=penalty)] * 3
-    wanted = [
-        int(
-            RepetitionPenaltyLogitsProcessor(penalty)(
-                torch.tensor([ids]), scores[row : row + 1]
-            ).argmax()
-        )
-        for row, ids in enumerate(seen)
-    ]
+    processor = RepetitionPenaltyLogitsProcessor(penalty)
+    expected = []
+    for row, ids in enumerate(seen):
+        penalized = processor(torch.tensor([ids]), scores[row : row + 1])
+        expected.append(int(penalized.argmax()))
     before = scores.clone()
-    assert choose_tokens(scores, settings, seen, [0, 0, 0]).tolist() == wanted
+    assert choose_tokens(scores, settings, seen, [0, 0, 0]).tolist() == expected
     assert torch.equal(scores, before), "the caller's scores stay as they are"
 
 
 def test_only_the_request_that_asks_for_it_is_penalised() -> None:
     scores = random_scores(rows=1, seed=2).repeat(2, 1)
     best = int(scores[0].argmax())
-    tokens = choose_tokens(
-        scores, [Sampling(repetition_penalty=50.0), Sampling()], [[best], [best]], [0, 0]
-    ).tolist()
-    assert tokens[0] != best
-    assert tokens[1] == best
+    settings = [Sampling(repetition_penalty=50.0), Sampling()]
+    penalised, plain = choose_tokens(scores, settings, [[best], [best]], [0, 0]).tolist()
+    assert penalised != best
+    assert plain == best
 
 
 def test_samples_follow_the_expected_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05, 0.0])
     scores = probabilities.log().unsqueeze(0)
     draws = 4000
-    tokens = [
-        int(choose_tokens(scores, [Sampling(temperature=1.0, seed=s)], [[]], [s % 7]))
-        for s in range(draws)
-    ]
+    tokens = []
+    for seed in range(draws):
+        sampling = Sampling(temperature=1.0, seed=seed)
+        tokens.append(int(choose_tokens(scores, [sampling], [[]], [seed % 7])))
     counts = torch.bincount(torch.tensor(tokens), minlength=6).double()
     expected = probabilities.double() * draws
     assert counts[5] == 0, "what has no probability is never drawn"
@@ -115,31 +112,23 @@ def test_samples_follow_the_expected_distribution() -> None:
 
 def test_the_steps_of_one_seed_draw_independently() -> None:
     scores = torch.zeros(1, 2)
-    draws = [
-        int(choose_tokens(scores, [Sampling(temperature=1.0, seed=11)], [[]], [step]))
-        for step in range(1000)
-    ]
-    pairs = torch.bincount(
-        torch.tensor([2 * a + b for a, b in itertools.pairwise(draws)]), minlength=4
-    )
-    assert ((pairs - 250).abs() < 60).all(), (
-        f"each pair of neighbours about 250 times, not {pairs.tolist()}"
-    )
+    sampling = Sampling(temperature=1.0, seed=11)
+    draws = [int(choose_tokens(scores, [sampling], [[]], [step])) for step in range(1000)]
+    pairs = torch.tensor([2 * a + b for a, b in itertools.pairwise(draws)])
+    counts = torch.bincount(pairs, minlength=4)
+    message = f"each pair of neighbours about 250 times, not {counts.tolist()}"
+    assert ((counts - 250).abs() < 60).all(), message
 
 
-def test_a_seed_means_the_same_in_any_batch_and_place() -> None:
+def test_a_seed_means_the_same_in_any_batch_and_row() -> None:
     scores = random_scores(rows=5, seed=4)
     settings = [Sampling(temperature=1.5, seed=row) for row in range(5)]
     steps = [3, 0, 7, 1, 2]
     together = choose_tokens(scores, settings, [[]] * 5, steps).tolist()
-    alone = [
-        int(
-            choose_tokens(
-                scores[row : row + 1], settings[row : row + 1], [[]], steps[row : row + 1]
-            )
-        )
-        for row in range(5)
-    ]
+    alone = []
+    for row in range(5):
+        own = slice(row, row + 1)
+        alone.append(int(choose_tokens(scores[own], settings[own], [[]], steps[own])))
     assert together == alone
     backwards = choose_tokens(scores.flip(0), settings[::-1], [[]] * 5, steps[::-1]).tolist()
     assert backwards == together[::-1]
@@ -147,10 +136,9 @@ def test_a_seed_means_the_same_in_any_batch_and_place() -> None:
 
 def test_greedy_and_sampled_requests_share_a_step() -> None:
     scores = random_scores(rows=2, seed=5)
-    tokens = choose_tokens(
-        scores, [Sampling(), Sampling(temperature=1.0, seed=3)], [[], []], [0, 0]
-    ).tolist()
-    assert tokens[0] == int(scores[0].argmax())
+    settings = [Sampling(), Sampling(temperature=1.0, seed=3)]
+    greedy, _ = choose_tokens(scores, settings, [[], []], [0, 0]).tolist()
+    assert greedy == int(scores[0].argmax())
 
 
 @pytest.mark.parametrize(

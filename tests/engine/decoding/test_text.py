@@ -1,4 +1,4 @@
-"""Text out of tokens, piece by piece: whatever the tokenizer and however the tokens fall, nothing is lost or shown too early."""
+"""Text out of tokens, piece by piece: nothing is lost, and nothing is shown too early."""
 
 import itertools
 
@@ -31,24 +31,19 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerF
 
 @pytest.fixture(scope="module")
 def sentence_piece() -> PreTrainedTokenizerFast:
-    """Llama 2's way: ▁ for spaces, bytes for what is not in the vocabulary, a leading space stripped."""
-    words = ["<unk>", "▁", "▁the", "▁dog", "s", "▁s", "t", "he", "▁a"] + [
-        f"<0x{byte:02X}>" for byte in range(256)
-    ]
-    tokenizer = Tokenizer(
-        models.BPE(
-            {word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True
-        )
-    )
+    """Llama 2's way: ▁ for spaces, bytes for unknown characters, a leading space stripped."""
+    words = ["<unk>", "▁", "▁the", "▁dog", "s", "▁s", "t", "he", "▁a"]
+    words += [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
+    tokenizer.decoder = decoders.Sequence(steps)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", clean_up_tokenization_spaces=False
     )
@@ -60,7 +55,7 @@ def pushed(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_of_a_text_join_to_it_and_never_show_half_a_character(
+def test_pieces_join_to_the_text_and_never_show_half_a_character(
     text: str, byte_level: PreTrainedTokenizerFast
 ) -> None:
     pieces = pushed(byte_level, byte_level.encode(text, add_special_tokens=False))
@@ -95,7 +90,8 @@ def test_any_tokens_at_all_join_to_what_the_tokenizer_decodes(
     assert "".join(pushed(byte_level, ids)) == byte_level.decode(ids, skip_special_tokens=True)
 
 
-# Words, and characters spelt in bytes. (Of broken bytes this decoder garbles the whole run, whatever was whole in it.)
+# Words, and characters spelt in bytes. (Of broken bytes this decoder garbles the whole run,
+# complete characters in it as well.)
 spelt = st.characters(exclude_categories=["Cs"]).map(lambda c: [9 + byte for byte in c.encode()])
 words = st.integers(1, 8).map(lambda word: [word])
 
@@ -106,9 +102,8 @@ def test_any_characters_of_a_sentencepiece_decoder_join_too(
     sentence_piece: PreTrainedTokenizerFast, parts: list[list[int]]
 ) -> None:
     ids = list(itertools.chain.from_iterable(parts))
-    assert "".join(pushed(sentence_piece, ids)) == sentence_piece.decode(
-        ids, skip_special_tokens=True
-    )
+    whole = sentence_piece.decode(ids, skip_special_tokens=True)
+    assert "".join(pushed(sentence_piece, ids)) == whole
 
 
 letters = st.text("ab", max_size=30)
@@ -145,9 +140,8 @@ def test_of_several_stop_strings_none_is_ever_shown(pieces: list[str], several: 
     assert stopped or text == whole
 
 
-def test_text_is_shown_as_soon_as_it_can_no_longer_become_a_stop_string() -> None:
+def test_text_that_can_no_longer_become_a_stop_string_is_shown() -> None:
     strings = StopStrings(["\nUser:"])
-    assert [strings.push(piece) for piece in ["Hello", "\n", "Us", "e it", "\nUser", ":", "more"]][:6] == [
-        "Hello", "", "", "\nUse it", "", "",
-    ]  # fmt: skip
+    pieces = ["Hello", "\n", "Us", "e it", "\nUser", ":"]
+    assert [strings.push(piece) for piece in pieces] == ["Hello", "", "", "\nUse it", "", ""]
     assert strings.stopped
