@@ -1,8 +1,9 @@
-"""Structured output on random weights: random JSON schemas, every answer checked, and what the grammar costs a token.
+"""Structured output on random weights: random JSON schemas, every answer checked, cost of a mask.
 
-Schemas are drawn by Hypothesis from the features that people use: enums, nested objects, optional properties, arrays with bounds,
-string lengths, number ranges, formats, references to one another and alternatives. Of those that `closed_schema` accepts, each is
-answered by a random tiny Llama, sampled at temperature 1.5, with ``--tokens`` as the budget. An answer is valid, cut (an explicit
+Schemas are drawn by Hypothesis from the features that people use: enums, nested objects, optional
+properties, arrays with bounds, string lengths, number ranges, formats, references to one another
+and alternatives. Of those that `closed_schema` accepts, each is answered by a random tiny Llama,
+sampled at temperature 1.5, with `--tokens` as the budget. An answer is valid, cut (an explicit
 length error), or wrong. The last line is one JSON object.
 """
 
@@ -44,76 +45,71 @@ NAMES = st.from_regex(r"[a-zA-Zäöü_][a-zA-Z0-9_ \"-]{0,9}", fullmatch=True)
 TOGETHER = 16
 
 
-def ranged(
-    low: str, high: str, bounds: st.SearchStrategy[tuple[Any, Any]]
-) -> st.SearchStrategy[dict[str, Any]]:
-    """Either bound, both or none."""
-    return st.builds(
-        lambda pair, keep: {
-            k: v for k, v in zip((low, high), sorted(pair), strict=True) if k in keep
-        },
-        bounds,
-        st.sets(st.sampled_from((low, high))),
-    )
+Schemas = st.SearchStrategy[dict[str, Any]]
 
 
-def leaves() -> st.SearchStrategy[dict[str, Any]]:
-    """Schemas without parts."""
+def ranged(low: str, high: str, bounds: st.SearchStrategy[tuple[Any, Any]]) -> Schemas:
+    """Return either bound, both or none."""
+
+    def limits(pair: tuple[Any, Any], present: set[str]) -> dict[str, Any]:
+        both = zip((low, high), sorted(pair), strict=True)
+        return {name: value for name, value in both if name in present}
+
+    return st.builds(limits, bounds, st.sets(st.sampled_from((low, high))))
+
+
+def leaves() -> Schemas:
+    """Return schemas without parts."""
     sizes = st.tuples(st.integers(0, 30), st.integers(0, 30))
     whole = st.tuples(st.integers(-1000, 1000), st.integers(-1000, 1000))
     values = st.one_of(st.text(max_size=8), st.integers(-99, 99), st.none(), st.booleans())
     floats = st.floats(-1e6, 1e6, allow_subnormal=False).map(lambda value: round(value, 3))
+    enums = st.lists(values, min_size=1, max_size=5, unique_by=repr)
+    numbers = ranged("minimum", "maximum", st.tuples(floats, floats))
     return st.one_of(
         ranged("minLength", "maxLength", sizes).map(lambda r: {"type": "string", **r}),
         ranged("minimum", "maximum", whole).map(lambda r: {"type": "integer", **r}),
-        ranged("minimum", "maximum", st.tuples(floats, floats)).map(lambda r: {"type": "number", **r}),
+        numbers.map(lambda r: {"type": "number", **r}),
         st.sampled_from(FORMATS).map(lambda name: {"type": "string", "format": name}),
-        st.lists(values, min_size=1, max_size=5, unique_by=repr).map(lambda several: {"enum": several}),
+        enums.map(lambda several: {"enum": several}),
         st.just({"type": "boolean"}),
         st.just({"type": "null"}),
-    )  # fmt: skip
+    )
 
 
-def objects(parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    """Objects of such properties, each required or not."""
-    return st.dictionaries(NAMES, st.tuples(parts, st.booleans()), max_size=6).map(
-        lambda drawn: {
+def objects(parts: Schemas) -> Schemas:
+    """Return objects of such properties, each required or not."""
+
+    def as_object(drawn: dict[str, tuple[Any, bool]]) -> dict[str, Any]:
+        return {
             "type": "object",
             "properties": {name: part for name, (part, _) in drawn.items()},
             "required": [name for name, (_, required) in drawn.items() if required],
         }
-    )
+
+    return st.dictionaries(NAMES, st.tuples(parts, st.booleans()), max_size=6).map(as_object)
 
 
-def wider(parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    """Schemas of parts."""
-    lists = st.tuples(
-        parts, ranged("minItems", "maxItems", st.tuples(st.integers(0, 5), st.integers(0, 5)))
-    ).map(lambda pair: {"type": "array", "items": pair[0], **pair[1]})
+def wider(parts: Schemas) -> Schemas:
+    """Return schemas of parts."""
+    sizes = ranged("minItems", "maxItems", st.tuples(st.integers(0, 5), st.integers(0, 5)))
+    lists = st.tuples(parts, sizes).map(lambda pair: {"type": "array", "items": pair[0], **pair[1]})
     alternatives = st.lists(parts, min_size=2, max_size=3).map(lambda several: {"anyOf": several})
     optional = parts.map(lambda part: {"anyOf": [part, {"type": "null"}]})
     return st.one_of(objects(parts), lists, alternatives, optional)
 
 
-def schemas() -> st.SearchStrategy[dict[str, Any]]:
-    """Objects, now and then with a tree of themselves inside."""
-    whole = objects(st.recursive(leaves(), wider, max_leaves=8))
-    tree = whole.map(
-        lambda s: {
-            "type": "object",
-            "properties": {
-                "value": s,
-                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
-            },
-            "required": ["value"],
-        }
-    )
-    return st.one_of(
-        whole,
-        whole,
-        whole,
-        tree.map(lambda node: {"$ref": "#/$defs/node", "$defs": {"node": node}}),
-    )
+def schemas() -> Schemas:
+    """Return objects, now and then with a tree of themselves inside."""
+
+    def tree(value: dict[str, Any]) -> dict[str, Any]:
+        children = {"type": "array", "items": {"$ref": "#/$defs/node"}}
+        properties = {"value": value, "children": children}
+        node = {"type": "object", "properties": properties, "required": ["value"]}
+        return {"$ref": "#/$defs/node", "$defs": {"node": node}}
+
+    flat = objects(st.recursive(leaves(), wider, max_leaves=8))
+    return st.one_of(flat, flat, flat, flat.map(tree))
 
 
 def main() -> None:
@@ -126,51 +122,45 @@ def main() -> None:
     drawn = _draw(options.schemas, options.seed)
     accepted, refused = _accepted(drawn)
     masks = _timed_masks()
+    outcomes: Counter[str] = Counter()
+    lengths: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine.of(
-            load_base(make_model(Path(folder), context=4096), device="cpu", dtype="float32")
-        )
-        found: Counter[str] = Counter()
-        lengths: list[int] = []
+        base = load_base(make_model(Path(folder), context=4096), device="cpu", dtype="float32")
+        engine = Engine.of(base)
         for start in range(0, len(accepted), TOGETHER):
-            _check(engine, accepted[start : start + TOGETHER], options.tokens, found, lengths)
-            print(
-                f"\r{min(start + TOGETHER, len(accepted))} of {len(accepted)}  {dict(found)}",
-                end="",
-                file=sys.stderr,
-            )
+            group = accepted[start : start + TOGETHER]
+            _check(engine, group, options.tokens, outcomes, lengths)
+            progress = f"{start + len(group)} of {len(accepted)}  {dict(outcomes)}"
+            print(f"\r{progress}", end="", file=sys.stderr)
         engine.close()
     print(file=sys.stderr)
-    answered = sum(found.values())
+    answered = sum(outcomes.values())
     figures = {
         "schemas": len(drawn),
         "accepted": len(accepted),
-        "valid": found["valid"],
-        "cut": found["cut"],
-        "wrong": found["wrong"],
+        "valid": outcomes["valid"],
+        "cut": outcomes["cut"],
+        "wrong": outcomes["wrong"],
         "tokens_median": statistics.median(lengths),
         "tokens_most": max(lengths),
         "mask_microseconds_median": round(1e6 * statistics.median(masks), 1),
         "mask_microseconds_p99": round(1e6 * sorted(masks)[int(0.99 * len(masks))], 1),
     }
+    ratios = {
+        "accepted": round(len(accepted) / len(drawn), 4),
+        "valid": round(outcomes["valid"] / answered, 4),
+        "cut": round(outcomes["cut"] / answered, 4),
+    }
     for name, value in figures.items():
         print(f"{name:<28}{value:>10}")
     for reason, count in refused.most_common(8):
         print(f"refused {count:>4}: {reason}")
-    ratios = {
-        "accepted": round(len(accepted) / len(drawn), 4),
-        "valid": round(found["valid"] / answered, 4),
-        "cut": round(found["cut"] / answered, 4),
-    }
-    print(
-        json.dumps(
-            {"benchmark": "schemas", "options": vars(options), "figures": figures, "ratios": ratios}
-        )
-    )
+    report = {"benchmark": "schemas", "options": vars(options), "figures": figures}
+    print(json.dumps({**report, "ratios": ratios}))
 
 
 def _draw(count: int, number: int) -> list[dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    drawn: dict[str, dict[str, Any]] = {}
 
     @seed(number)
     @settings(
@@ -182,10 +172,10 @@ def _draw(count: int, number: int) -> list[dict[str, Any]]:
     )
     @given(schemas())
     def draw(schema: dict[str, Any]) -> None:
-        found.setdefault(json.dumps(schema), schema)
+        drawn.setdefault(json.dumps(schema), schema)
 
     draw()
-    return list(found.values())[-count:]  # the first ones are the simplest
+    return list(drawn.values())[-count:]  # the first ones are the simplest
 
 
 def _accepted(drawn: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Counter[str]]:
@@ -200,15 +190,15 @@ def _accepted(drawn: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Counte
 
 
 def _timed_masks() -> list[float]:
-    """Seconds of every mask that is made from now on."""
+    """Return the seconds of every mask that is made from now on."""
     seconds: list[float] = []
-    mask = Constraint.mask
+    make_mask = Constraint.mask
 
     def timed(self: Constraint, drafted: Any = ()) -> Any:
         started = time.perf_counter()
-        found = mask(self, drafted)
+        mask = make_mask(self, drafted)
         seconds.append(time.perf_counter() - started)
-        return found
+        return mask
 
     Constraint.mask = timed  # type: ignore[method-assign]
     return seconds
@@ -218,35 +208,30 @@ def _check(
     engine: Engine,
     group: list[dict[str, Any]],
     budget: int,
-    found: Counter[str],
+    outcomes: Counter[str],
     lengths: list[int],
 ) -> None:
+    """Answer every schema of the group; count the outcomes and note the lengths."""
     prompt = engine.base.prompt_ids([{"role": "user", "content": "Answer."}])
-    requests = [
-        Request(
-            prompt,
-            sampling=Sampling(max_tokens=budget, temperature=1.5, seed=index),
-            grammar=Grammar(answer=closed_schema(schema)),
-        )
-        for index, schema in enumerate(group)
-    ]
+    requests = []
+    for index, schema in enumerate(group):
+        sampling = Sampling(max_tokens=budget, temperature=1.5, seed=index)
+        grammar = Grammar(answer=closed_schema(schema))
+        requests.append(Request(prompt, sampling=sampling, grammar=grammar))
+    validator = jsonschema.Draft202012Validator
     for schema, answer in zip(group, engine.generate(requests), strict=True):
         lengths.append(len(answer.token_ids))
         if answer.finish_reason == "length":
-            found["cut"] += 1
+            outcomes["cut"] += 1
             continue
+        checker = validator(schema, format_checker=validator.FORMAT_CHECKER)
         try:
-            validator = jsonschema.Draft202012Validator
-            validator(schema, format_checker=validator.FORMAT_CHECKER).validate(
-                json.loads(answer.text)
-            )
-            found["valid"] += 1
+            checker.validate(json.loads(answer.text))
+            outcomes["valid"] += 1
         except (ValueError, jsonschema.ValidationError) as error:
-            found["wrong"] += 1
-            print(
-                f"\nwrong: {json.dumps(schema)[:300]}\n{answer.text[:300]}\n{str(error).splitlines()[0]}",
-                file=sys.stderr,
-            )
+            outcomes["wrong"] += 1
+            lines = (json.dumps(schema)[:300], answer.text[:300], str(error).splitlines()[0])
+            print("\nwrong: " + "\n".join(lines), file=sys.stderr)
 
 
 if __name__ == "__main__":

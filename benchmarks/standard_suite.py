@@ -1,9 +1,10 @@
-"""LangChain's own integration tests for chat models, on ChatHuggingFace and on ChatCoPe: the same tests, the same weights.
+"""LangChain's own integration tests for chat models, on ChatHuggingFace and on ChatCoPe.
 
-The weights are those of a tiny random Llama unless ``--model`` names another base, so tests that need a model which understands
-what it reads fail on both. Each test runs under a time limit, because some never end. Features (tools, structured output, JSON
-mode) are claimed for both; images, audio and PDFs for neither, and their tests skip. ChatHuggingFace comes with
-``pip install langchain-huggingface``. The last line is one JSON object.
+Both run the same tests on the same weights. These are a tiny random Llama's unless `--model` names
+another base, so tests that need a model which understands what it reads fail on both. Each test
+runs under a time limit, because some never end. Features (tools, structured output, JSON mode) are
+claimed for both; images, audio and PDFs for neither, and their tests skip. ChatHuggingFace comes
+with `pip install langchain-huggingface`. The last line is one JSON object.
 """
 
 import argparse
@@ -60,10 +61,23 @@ class TestChatHuggingFace(Suite):
     def chat_model_params(self):
         from langchain_huggingface import HuggingFacePipeline
         pipeline = HuggingFacePipeline.from_model_id(
-            model_id=FOLDER, task="text-generation", pipeline_kwargs={"max_new_tokens": 512, "do_sample": False}
+            model_id=FOLDER,
+            task="text-generation",
+            pipeline_kwargs={"max_new_tokens": 512, "do_sample": False},
         )
         return {"llm": pipeline}
 """
+
+TINY_MODEL = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+from tiny import make_model
+
+make_model(Path(sys.argv[2]), context=8192)
+"""
+NAMES = ("ChatHuggingFace", "ChatCoPe")
 
 
 def main() -> None:
@@ -77,61 +91,43 @@ def main() -> None:
         model = options.model or _tiny(Path(folder) / "base")
         suite = Path(folder) / "test_suite.py"
         suite.write_text(SUITE, encoding="utf-8")
-        found = {
-            name: _run(suite, name, model, options.seconds)
-            for name in ("ChatHuggingFace", "ChatCoPe")
-        }
-    tests = sorted({test for results in found.values() for test in results})
-    print(f"\n{'test':<52}" + "".join(f"{name:>18}" for name in found))
-    for test in tests:
-        print(
-            f"{test:<52}"
-            + "".join(f"{results.get(test, 'not run'):>18}" for results in found.values())
-        )
-    counts = {name: dict(Counter(results.values())) for name, results in found.items()}
-    print(f"\n{'':<18}{'passed':>8}{'failed':>8}{'skipped':>8}")
-    for name, count in counts.items():
-        print(
-            f"{name:<18}"
-            + "".join(f"{count.get(kind, 0):>8}" for kind in ("passed", "failed", "skipped"))
-        )
-    passed = [counts[name].get("passed", 0) for name in ("ChatCoPe", "ChatHuggingFace")]
-    ratios = {"passed_vs_chat_hugging_face": round(passed[0] / max(passed[1], 1), 2)}
-    print(
-        json.dumps(
-            {
-                "benchmark": "standard_suite",
-                "model": options.model or "tiny random Llama",
-                "counts": counts,
-                "ratios": ratios,
-            }
-        )
-    )
+        results = {name: _run(suite, name, model, options.seconds) for name in NAMES}
+    counts = {name: dict(Counter(outcomes.values())) for name, outcomes in results.items()}
+    _print_tables(results, counts)
+    ours, theirs = (counts[name].get("passed", 0) for name in ("ChatCoPe", "ChatHuggingFace"))
+    report = {
+        "benchmark": "standard_suite",
+        "model": options.model or "tiny random Llama",
+        "counts": counts,
+        "ratios": {"passed_vs_chat_hugging_face": round(ours / max(theirs, 1), 2)},
+    }
+    print(json.dumps(report))
+
+
+def _print_tables(results: dict[str, dict[str, str]], counts: dict[str, dict[str, int]]) -> None:
+    print(f"\n{'test':<52}" + "".join(f"{name:>18}" for name in NAMES))
+    tests = {test for outcomes in results.values() for test in outcomes}
+    for test in sorted(tests):
+        cells = [f"{results[name].get(test, 'not run'):>18}" for name in NAMES]
+        print(f"{test:<52}" + "".join(cells))
+    kinds = ("passed", "failed", "skipped")
+    print(f"\n{'':<18}" + "".join(f"{kind:>8}" for kind in kinds))
+    for name in NAMES:
+        print(f"{name:<18}" + "".join(f"{counts[name].get(kind, 0):>8}" for kind in kinds))
 
 
 def _tiny(folder: Path) -> str:
-    script = "import sys; sys.path.insert(0, sys.argv[1]); from tiny import make_model; from pathlib import Path; make_model(Path(sys.argv[2]), context=8192)"  # noqa: E501
-    subprocess.run([sys.executable, "-c", script, str(ROOT / "tests"), str(folder)], check=True)
+    arguments = [str(ROOT / "tests"), str(folder)]
+    subprocess.run([sys.executable, "-c", TINY_MODEL, *arguments], check=True)
     return str(folder)
 
 
 def _run(suite: Path, name: str, model: str, seconds: int) -> dict[str, str]:
-    """passed, failed or skipped of every test."""
+    """Return whether each test passed, failed or was skipped."""
     report = suite.with_name(f"{name}.xml")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(suite),
-        "-q",
-        "-k",
-        f"Test{name}",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-    ]
-    command += ["-o", f"timeout={seconds}", "-o", "asyncio_mode=auto", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", str(suite), "-q", "-k", f"Test{name}"]
+    command += ["-p", "no:cacheprovider", "-W", "ignore", "-o", f"timeout={seconds}"]
+    command += ["-o", "asyncio_mode=auto", f"--junitxml={report}"]
     environment = {
         **os.environ,
         "COPE_SUITE_MODEL": model,
@@ -141,14 +137,16 @@ def _run(suite: Path, name: str, model: str, seconds: int) -> dict[str, str]:
     subprocess.run(
         command, env=environment, cwd=suite.parent, stdout=subprocess.DEVNULL, check=False
     )
-    results = {}
+    outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        failed = kinds & {"failure", "error"}
-        results[case.get("name", "")] = (
-            "failed" if failed else "skipped" if "skipped" in kinds else "passed"
-        )
-    return results
+        outcomes[case.get("name", "")] = _outcome({child.tag for child in case})
+    return outcomes
+
+
+def _outcome(tags: set[str]) -> str:
+    if tags & {"failure", "error"}:
+        return "failed"
+    return "skipped" if "skipped" in tags else "passed"
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def _closed_text(schema_text: str) -> str:
     refused, messages = parser.validate_grammar_with_warnings(parser.grammar_from_json_schema(text))
     if refused:
         raise InputError(
-            "the schema asks for something that answers cannot be held to: "
+            "the schema asks for something that answers cannot be constrained to: "
             f"{first_line(messages[0])}. Leave it out of the schema and check it in the answer"
         )
     return text
