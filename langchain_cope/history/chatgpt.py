@@ -46,7 +46,7 @@ def _branch(row: Row) -> list[Row]:
     while name is not None:
         if not isinstance(name, str) or name not in mapping:
             raise HistoryError(
-                f"{row.where}: {named_by} is {shown(name)}, which is none of the "
+                f"{row.where}: {named_by} is {shown(name)}, which is not one of the "
                 f"{len(mapping.value)} nodes in mapping; expected the name of one"
             )
         if name in branch:

@@ -33,13 +33,14 @@ _MARK = {"made_by": "langchain-cope history"}
 _PAGE = 1000
 _Record = tuple[str, str, dict[str, Any]]
 
-# Metadata of a record. The order in which items were added: nanoseconds since 1970, plus the index
-# of the item in its call.
+# Metadata of a record:
+# the order in which items were added, as nanoseconds since 1970 plus the item's index in its call
 _ADDED = "added"
+# whether the prompt is a JSON list of messages
 _MESSAGES = "prompt_is_messages"
-# A JSON list of texts.
+# a JSON list of texts
 _REJECTED = "cope_rejected"
-# The document is an answer that the user did not like, not one of the user's.
+# set where the document is an answer that the user did not like
 _DISLIKED = "cope_disliked"
 
 

@@ -60,13 +60,13 @@ class Format:
     user_keys: tuple[str, ...] = USER_KEYS
     """Where a row in a file may name its user."""
     target: Target | None = None
-    """Whose turns are learnt unless the caller says so; None for a format without conversations."""
+    """The side that is learnt by default; None for a format without conversations."""
     is_log: bool = False
     """Whether a row without a turn of the target is left out; made for training, it is an error."""
 
     def matches(self, row: Row) -> bool:
         """Tell whether a row has this format."""
-        return all(key in row for key in self.keys) and self.condition(row)
+        return row.value.keys() >= set(self.keys) and self.condition(row)
 
 
 def _conversation(key: str) -> Callable[[Row], list[Row]]:
@@ -144,7 +144,7 @@ class Converted:
     formats: dict[str, int] = field(default_factory=dict)
     """Number of rows of each format."""
     target: Target | None = None
-    """Whose turns of conversations are learnt; None without conversations."""
+    """The side of the conversations that is learnt; None without conversations."""
     notes: list[str] = field(default_factory=list)
 
 

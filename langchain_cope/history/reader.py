@@ -56,13 +56,13 @@ class Disliked(NamedTuple):
 class RowReader:
     """Reads the rows of one user, and remembers what it had to decide, for `notes`.
 
-    `target` is the side of a conversation whose turns are the completions. With `"user"` the roles
-    of the prompt are swapped: the model takes the user's part, so the user's own earlier turns
-    become "assistant" and the assistant's become "user", and the prompt alternates and ends in a
-    "user" turn as chat templates want it. A prompt that would be empty or begin with an "assistant"
-    turn gets `instruction` as first user turn. In a prompt/completion row the completion is what
-    the user wrote, whatever the target. A row or turn of `weight` 0 is not learnt; the turn stays
-    in the prompts of those that are.
+    The turns of `target` in a conversation are the completions. With `"user"` the roles of the
+    prompt are swapped: the model takes the user's part, so the user's own earlier turns become
+    "assistant" and the assistant's become "user", and the prompt alternates and ends in a "user"
+    turn as chat templates want it. A prompt that would be empty or begin with an "assistant" turn
+    gets `instruction` as first user turn. In a prompt/completion row the completion is what the
+    user wrote, whatever the target. A row or turn of `weight` 0 is not learnt; the turn stays in
+    the prompts of those that are.
     """
 
     target: Target = "assistant"
@@ -110,13 +110,6 @@ class RowReader:
             )
         notes += [f"{what}: {number}" for number, what in counts if number]
         return notes
-
-    def instructed(self, default: str = TEXT_INSTRUCTION) -> str:
-        """Return the fixed instruction, the same for all items of this user."""
-        if self.used_instruction is None:
-            self.used_instruction = self.instruction or default
-        self.num_instructed += 1
-        return self.used_instruction
 
     def _read(self, row: Row, num_before: int) -> list[Item]:
         if not _is_learnt(row):
@@ -166,10 +159,10 @@ class RowReader:
     def _prompt_of(self, row: Row) -> str | list[Message]:
         prompt = row.field("prompt")
         if prompt.value is None:
-            return self.instructed()
+            return self._instructed()
         if isinstance(prompt.value, str):
             text = prompt.text()
-            return text if text.strip() else self.instructed()
+            return text if text.strip() else self._instructed()
         systems: list[str] = []
         dialogue: list[_Turn] = []
         for turn in self._turns(prompt):
@@ -228,10 +221,17 @@ class RowReader:
             system.append({"role": "system", "content": "\n\n".join(systems)})
         if dialogue and dialogue[0]["role"] == "user":
             return system + dialogue
-        instruction = self.instructed(default)
+        instruction = self._instructed(default)
         if not system and not dialogue:
             return instruction
         return [*system, {"role": "user", "content": instruction}, *dialogue]
+
+    def _instructed(self, default: str = TEXT_INSTRUCTION) -> str:
+        """Return the fixed instruction, the same for all items of this user."""
+        if self.used_instruction is None:
+            self.used_instruction = self.instruction or default
+        self.num_instructed += 1
+        return self.used_instruction
 
     def _item(self, row: Row, prompt: str | list[Message], completion: str) -> Item:
         conversation = self.conversations.get(row.where)

@@ -41,7 +41,7 @@ class RecordedChatHistory(BaseChatMessageHistory):
         history: Gets what is learnt.
         user_id: The user in `history`.
         session_id: The name of the conversation in `history`.
-        target: The side whose turns are learnt, the user's or the assistant's.
+        target: The side that is learnt, the user's or the assistant's.
     """
 
     def __init__(

@@ -223,7 +223,7 @@ def test_an_unknown_row_is_refused_with_the_fields_of_every_format() -> None:
         assert all(key in str(caught.value) for key in kind.keys), kind.name
 
 
-# Whose turns
+# Targets
 
 
 @pytest.mark.parametrize(
@@ -588,12 +588,12 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (SELF, r"mapping goes round in a circle at 'n0'"),
     (
         _without(SOUND, "mapping", "n0"),
-        r"the parent of 'n1' is 'n0', which is none of the 2 nodes in mapping",
+        r"the parent of 'n1' is 'n0', which is not one of the 2 nodes in mapping",
     ),
     (_without(SOUND, "current_node"), r"a mapping without current_node; expected the name of"),
-    ({**SOUND, "current_node": "n9"}, r"current_node is 'n9', which is none of the 3 nodes"),
-    ({**SOUND, "current_node": 5}, r"current_node is 5, which is none of"),
-    ({**SOUND, "current_node": DEEP}, r"current_node is \[\[.*, which is none of"),
+    ({**SOUND, "current_node": "n9"}, r"current_node is 'n9', which is not one of the 3 nodes"),
+    ({**SOUND, "current_node": 5}, r"current_node is 5, which is not one of"),
+    ({**SOUND, "current_node": DEEP}, r"current_node is \[\[.*, which is not one of"),
     ({**SOUND, "mapping": []}, r"mapping: expected an object with named fields, found list"),
     (
         {**SOUND, "mapping": {"n1": 5}},

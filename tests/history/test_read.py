@@ -352,7 +352,7 @@ def test_a_common_greeting_does_not_join_conversations() -> None:
     assert len({item.conversation for item in items}) == 3
 
 
-# Whose file it is
+# Users of a file
 
 
 def test_one_of_several_users_is_picked_by_name(tmp_path: Path) -> None:
