@@ -1,7 +1,8 @@
-"""What users wrote, read from files, rows, Chroma and an app's own chats, as one list of items a user.
+"""What users wrote, from files, rows, Chroma and an app's own chats, as one list of items a user.
 
-Read `items.py` first (what an item is), then `formats.py` (the table of formats) and `read.py` (files and rows).
-Knows no torch and no training. Names are loaded when first used.
+Read `items.py` first (what an item is), then `read.py` (files and rows in memory), `formats.py`
+(the table of formats) and `reader.py` (how rows become items). Knows no torch and no training.
+Names are loaded when first used.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from langchain_cope._front_door import lazy_names
 if TYPE_CHECKING:
     from langchain_cope.history.chroma import ChromaHistory
     from langchain_cope.history.items import Item, Message, Target, UserHistory
-    from langchain_cope.history.read import as_history, as_items, read_history, read_users
+    from langchain_cope.history.read import as_history, read_history, read_users
     from langchain_cope.history.recorded import RecordedChatHistory
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "Target",
     "UserHistory",
     "as_history",
-    "as_items",
     "read_history",
     "read_users",
 ]
@@ -37,7 +37,6 @@ __getattr__ = lazy_names(
         "Target": "items",
         "UserHistory": "items",
         "as_history": "read",
-        "as_items": "read",
         "read_history": "read",
         "read_users": "read",
     },

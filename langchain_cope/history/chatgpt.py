@@ -1,84 +1,89 @@
-"""A conversation of ChatGPT's data export (``conversations.json``) as a row of messages.
+"""A conversation of ChatGPT's data export (`conversations.json`) as a row of messages.
 
-The export keeps a conversation as a graph, with a branch for each edited question and each new try at an answer.
-``current_node`` is the end of the branch that the user saw last; from there ``parent`` leads to the root.
+The export keeps a conversation as a graph, with a branch for each edited question and each new try
+at an answer. `current_node` is the end of the branch that the user saw last; from there `parent`
+leads to the root.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history.items import shown
-from langchain_cope.history.reader import Located, checked_row
+from langchain_cope.history.rows import Located, Row, shown
 
-_SPOKEN = (
-    "text",
-    "multimodal_text",
-)  # the others are thoughts, code for tools, what tools returned, settings
+# Other types of content are thoughts, code for tools, what tools returned, and settings.
+_SPOKEN = ("text", "multimodal_text")
+_HIDDEN = "is_visually_hidden_from_conversation"
 
 
-def chatgpt_rows(row: Mapping[str, Any], where: str) -> list[Located]:
-    """Return the conversation as (where, row): what user and assistant said to each other on the current branch.
+def chatgpt_rows(row: Row) -> list[Row]:
+    """Return the conversation: what user and assistant said on the current branch.
 
-    Raises HistoryError for a graph that does not lead from ``current_node`` to a root, and a node that is no message.
+    Raises HistoryError for a graph that does not lead from `current_node` to a root, and for a node
+    that is not a message.
     """
-    said = [_message(node, here) for here, node in _branch(row, where)]
-    made: dict[str, Any] = {"messages": [message for message in said if message]}
+    messages = []
+    for node in _branch(row):
+        message = _message(node)
+        if message is not None:
+            messages.append(message)
+    conversation: dict[str, Any] = {"messages": messages, "created_at": row.get("create_time")}
     name = row.get("conversation_id", row.get("id"))
-    made |= {"conversation": name} if name else {}
-    made["created_at"] = row.get("create_time")
-    return [(where, made)]
+    if name:
+        conversation["conversation"] = name
+    return [row.with_fields(conversation)]
 
 
-def _branch(row: Mapping[str, Any], where: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The nodes from the root to ``current_node``, each with its place."""
-    mapping = checked_row(row["mapping"], f"{where}: mapping")
+def _branch(row: Row) -> list[Row]:
+    """Return the nodes from the root to `current_node`."""
+    mapping = row.field("mapping").row()
     named_by, name = "current_node", row.get("current_node")
     if name is None:
         raise HistoryError(
-            f"{where}: a mapping without current_node; expected the name of the conversation's last node"
+            f"{row.where}: a mapping without current_node; "
+            "expected the name of the conversation's last node"
         )
-    found: dict[str, Mapping[str, Any]] = {}
+    branch: dict[str, Row] = {}
     while name is not None:
         if not isinstance(name, str) or name not in mapping:
             raise HistoryError(
-                f"{where}: {named_by} is {shown(name)}, which is none of the {len(mapping)} nodes in mapping; "
-                "expected the name of one"
+                f"{row.where}: {named_by} is {shown(name)}, which is not one of the "
+                f"{len(mapping.value)} nodes in mapping; expected the name of one"
             )
-        if name in found:
+        if name in branch:
             raise HistoryError(
-                f"{where}: mapping goes round in a circle at {shown(name)}; expected parents that lead to a root"
+                f"{row.where}: mapping goes round in a circle at {shown(name)}; "
+                "expected parents that lead to a root"
             )
-        found[name] = checked_row(mapping[name], f"{where}: mapping[{shown(name)}]")
-        named_by, name = f"the parent of {shown(name)}", found[name].get("parent")
-    return [(f"{where}: mapping[{shown(name)}]", node) for name, node in reversed(found.items())]
+        branch[name] = Located(f"{mapping.where}[{shown(name)}]", mapping[name]).row()
+        named_by, name = f"the parent of {shown(name)}", branch[name].get("parent")
+    return list(reversed(branch.values()))
 
 
-def _message(node: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """What a node says, None where it is nothing that user and assistant said to each other."""
+def _message(node: Row) -> dict[str, Any] | None:
+    """Return what user or assistant said to the other in a node, None where neither spoke."""
     if node.get("message") is None:
         return None
-    message = checked_row(node["message"], f"{where}: message")
-    author = checked_row(message.get("author"), f"{where}: author")
-    content = checked_row(message.get("content"), f"{where}: content")
-    hidden = checked_row(message.get("metadata") or {}, f"{where}: metadata").get(
-        "is_visually_hidden_from_conversation"
-    )
-    is_spoken = (
-        content.get("content_type") in _SPOKEN
-        and message.get("recipient") in ("all", None)
-        and not hidden
-    )
-    if author.get("role") not in ("user", "assistant") or not is_spoken:
+    message = node.field("message").row()
+    role = message.field("author").row().get("role")
+    content = message.field("content").row()
+    is_spoken = _is_spoken(message, content)
+    if role not in ("user", "assistant") or not is_spoken:
         return None
     parts = content.get("parts")
     if not isinstance(parts, list):
         raise HistoryError(
-            f"{where}: the content's parts are {shown(parts)}; expected a list of texts"
+            f"{node.where}: the content's parts are {shown(parts)}; expected a list of texts"
         )
     texts = [part for part in parts if part]
-    return (
-        {"role": author["role"], "content": texts, "weight": message.get("weight")}
-        if texts
-        else None
-    )
+    if not texts:
+        return None
+    return {"role": role, "content": texts, "weight": message.get("weight")}
+
+
+def _is_spoken(message: Row, content: Row) -> bool:
+    """Tell whether a message is shown to the user as a part of the conversation."""
+    is_hidden = False
+    if message.get("metadata"):
+        is_hidden = bool(message.field("metadata").row().get(_HIDDEN))
+    is_for_all = message.get("recipient") in ("all", None)
+    return content.get("content_type") in _SPOKEN and is_for_all and not is_hidden

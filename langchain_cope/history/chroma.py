@@ -1,8 +1,8 @@
 """A user's history in Chroma: embedded, in memory, or a server.
 
-A history is fetched by user (``get(where=…)``), never by similarity. Our own collections therefore hold one constant
-vector for all items, and no embedding function ever runs: Chroma's default one downloads a model at first use.
-``chromadb`` is imported when a history is first used.
+A history is fetched by user (`get(where=…)`), never by similarity. Our own collections therefore
+hold one constant vector for all items, and no embedding function ever runs: Chroma's default one
+downloads a model at first use. `chromadb` is imported when a history is first used.
 """
 
 import hashlib
@@ -17,37 +17,51 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history.formats import convert, in_memory
-from langchain_cope.history.items import Item, Target, UserHistory, checked_name, in_order, settle
-from langchain_cope.history.reader import Disliked, RowReader
+from langchain_cope.history.formats import convert
+from langchain_cope.history.items import Item, Target, UserHistory, in_order, settle
+from langchain_cope.history.read import in_memory
+from langchain_cope.history.reader import RowReader
+from langchain_cope.history.rows import Row, checked_id
 
 Embed = Callable[[list[str]], Sequence[Sequence[float]]]
-"""Vectors for texts: an embedding function of Chroma's, or ``embed_documents`` of LangChain's Embeddings."""
+"""Vectors for texts: an embedding function of Chroma's, or `embed_documents` of LangChain's."""
 
-_connecting = Lock()  # chromadb shares what a folder's clients have in common, and one that is half made breaks the others
+# Clients of one folder share state in chromadb, and a half-made client breaks the others.
+_connecting = Lock()
+
 _MARK = {"made_by": "langchain-cope history"}
 _PAGE = 1000
 _Record = tuple[str, str, dict[str, Any]]
-_ADDED = "added"  # nanoseconds since 1970, plus the place in the call: the order in which items were added
+
+# Metadata of a record:
+# the order in which items were added, as nanoseconds since 1970 plus the item's index in its call
+_ADDED = "added"
+# whether the prompt is a JSON list of messages
 _MESSAGES = "prompt_is_messages"
-_REJECTED = "cope_rejected"  # a JSON list of texts
-_DISLIKED = (
-    "cope_disliked"  # the document is an answer that the user did not like, not one of the user's
-)
+# a JSON list of texts
+_REJECTED = "cope_rejected"
+# set where the document is an answer that the user did not like
+_DISLIKED = "cope_disliked"
 
 
 class ChromaHistory:
     """The items of many users in one Chroma collection.
 
-    ``source`` is a folder (made where it is missing), ``"http://host:port"`` of a Chroma server, a chromadb client, or
-    None: in memory, shared by the process. A folder that this process has open already, under LangChain's ``Chroma``
-    say, is given as that client.
+    A collection that others made is read too: a document is the completion, and `user_key`,
+    `prompt_key` and `created_at_key` name its metadata. Such a collection is written only with an
+    `embedding_function`. Every method raises HistoryError where Chroma cannot be reached or
+    refuses.
 
-    A collection that others made is read too: a document is the completion, and ``user_key``, ``prompt_key`` and
-    ``created_at_key`` name its metadata; ``instruction`` stands in where a document has no prompt. Such a collection is
-    written only with an ``embedding_function``, which must be the one it was made with.
-
-    Every method raises HistoryError where Chroma cannot be reached or refuses.
+    Args:
+        source: A folder (made where it is missing), `"http://host:port"` of a Chroma server, a
+            chromadb client, or None: in memory, shared by the process. Give a folder that this
+            process has open already, under LangChain's `Chroma` say, as that client.
+        collection: The collection's name.
+        embedding_function: The one with which a collection of others was made.
+        user_key: The metadata that names the user.
+        prompt_key: The metadata that holds the prompt.
+        created_at_key: The metadata that holds the time.
+        instruction: Stands in where a document has no prompt.
     """
 
     def __init__(
@@ -71,19 +85,31 @@ class ChromaHistory:
         self._client: Any = None
 
     def __repr__(self) -> str:
-        return f"ChromaHistory({self._place()}, collection={self.collection!r})"
+        return f"ChromaHistory({self._location()}, collection={self.collection!r})"
 
     def add(self, user_id: str, items: Any, *, target: Target | None = None) -> None:
-        """Add Items, rows of any format that ``as_history`` reads, or a conversation as LangChain's messages.
+        """Add items to the user's history.
 
-        A chat history of LangChain's (what has ``messages``) is such a conversation. ``target`` says whose turns are
-        learnt, as for ``as_history``. What the user has already, prompt and completion alike, stays as it is. A
-        disliked answer is kept until there is a liked one to the same prompt; the later word on an answer counts.
+        An item that the user has already, prompt and completion alike, stays as it is. A disliked
+        answer is kept until there is a liked one to the same prompt; the later word on an answer
+        counts.
+
+        Args:
+            user_id: Any text but an empty one.
+            items: Items, rows of any format that `as_history` reads, or a conversation as
+                LangChain's messages or as an object that has `messages`, such as a chat history.
+            target: The side of conversations that is learnt, as for `as_history`.
+
+        Raises:
+            HistoryError: A row is wrong, or others made the collection and there is no embedding
+                function. Nothing is added then.
         """
-        owner = checked_name(user_id, "the user id", "user_id")
-        found = convert(in_memory(items, owner), target)
-        reader = RowReader(found.target or "assistant", self.instruction)
-        records, withdrawn = self._records(owner, reader.read_all(found.rows), reader.disliked)
+        user_id = checked_id("user", user_id)
+        converted = convert(in_memory(items, user_id), target)
+        reader = RowReader(converted.target or "assistant", self.instruction)
+        liked = reader.read_all(converted.rows)
+        disliked = [Item(prompt=one.prompt, completion=one.answer) for one in reader.disliked]
+        records, withdrawn = self._records(user_id, liked, disliked)
         with self._chroma() as client:
             collection = client.get_or_create_collection(
                 self.collection,
@@ -91,36 +117,29 @@ class ChromaHistory:
                 metadata=None if self.embedding_function else _MARK,
             )
             self._refuse_foreign(collection, "written")
-            batch = min(_PAGE, client.get_max_batch_size())
-            for start in range(0, len(records), batch):
-                ids, documents, metadatas = zip(*records[start : start + batch], strict=True)
-                vectors = (
-                    [[0.0]] * len(ids) if _is_ours(collection) else self._embed(list(documents))
-                )
-                collection.delete(ids=list(dict.fromkeys(withdrawn[start : start + batch])))
-                collection.add(
-                    ids=list(ids),
-                    documents=list(documents),
-                    metadatas=list(metadatas),
-                    embeddings=vectors,
-                )
+            batch_size = min(_PAGE, client.get_max_batch_size())
+            for start in range(0, len(records), batch_size):
+                batch = slice(start, start + batch_size)
+                self._write(collection, records[batch], withdrawn[batch])
 
     def fetch(self, user_id: str) -> list[Item]:
-        """Return the user's items, oldest first: by ``created_at`` where all have one, else as they were added.
+        """Return the user's items, oldest first.
 
-        Empty for an unknown user, and for a collection that does not exist yet; ``history`` says which.
+        The order is that of `created_at` where all have one, else that in which they were added.
+        Empty for an unknown user, and for a collection that does not exist yet; `history` says
+        which.
         """
         return in_order(RowReader(instruction=self.instruction).read_all(self._rows(user_id)))
 
     def history(self, user_id: str) -> UserHistory:
-        """Return the user's items as a history, without duplicates and with notes on what was decided."""
+        """Return the user's items as a history, without duplicates, with notes on decisions."""
         reader = RowReader(instruction=self.instruction)
         items = reader.read_all(self._rows(user_id))
         notes = reader.notes() if items else [self._why_empty(user_id)]
         return settle(user_id, items, instruction=reader.used_instruction, notes=notes)
 
     def count(self, user_id: str) -> int:
-        """Return how many items the user has, disliked answers that wait for a liked one included.
+        """Return the number of the user's items, with disliked answers that wait for a liked one.
 
         0 for an unknown user or a collection that does not exist yet.
         """
@@ -129,7 +148,8 @@ class ChromaHistory:
     def delete_user(self, user_id: str) -> int:
         """Delete all items of the user and return how many there were.
 
-        Nobody can fetch them any more, but Chroma's own files may hold their bytes until it purges its log.
+        They can no longer be fetched, but Chroma's own files may hold their bytes until it purges
+        its log.
         """
         num_items = self.count(user_id)
         if num_items:
@@ -140,66 +160,78 @@ class ChromaHistory:
         return num_items
 
     def _records(
-        self, user_id: str, items: Sequence[Item], disliked: Sequence[Disliked]
+        self, user_id: str, liked: Sequence[Item], disliked: Sequence[Item]
     ) -> tuple[list[_Record], list[str]]:
-        """(id, document, metadata) of each item, and the ids of what the new ones take back.
-
-        The id is that of the user, prompt and completion, of what was rejected, and of whether the user liked it.
-        """
+        """Return the (id, document, metadata) of each item, and the ids of what each takes back."""
         added = time_ns()
         records: dict[str, _Record] = {}
         withdrawn: dict[str, str] = {}
-        kept = [(item, False) for item in items]
-        kept += [(Item(prompt=one.prompt, completion=one.answer), True) for one in disliked]
-        for index, (item, is_disliked) in enumerate(kept):
-            is_text = isinstance(item.prompt, str)
-            metadata: dict[str, Any] = {
-                self.user_key: user_id,
-                self.prompt_key: item.prompt if is_text else json.dumps(item.prompt),
-                _MESSAGES: not is_text,
-                _ADDED: added + index,
-            }
-            if item.created_at is not None:
-                metadata[self.created_at_key] = item.created_at.isoformat()
-            if item.conversation is not None:
-                metadata["conversation"] = item.conversation
-            if item.rejected:
-                metadata[_REJECTED] = json.dumps(item.rejected)
-            if is_disliked:
-                metadata[_DISLIKED] = True
-            identity = _identity(user_id, item, is_disliked)
-            records.setdefault(identity, (identity, item.completion, metadata))
-            withdrawn.setdefault(
-                identity,
-                _identity(user_id, item.model_copy(update={"rejected": ()}), not is_disliked),
-            )
+        verdicts = [(item, False) for item in liked] + [(item, True) for item in disliked]
+        for index, (item, is_disliked) in enumerate(verdicts):
+            record_id = _record_id(user_id, item, is_disliked)
+            if record_id in records:
+                continue
+            metadata = self._metadata(user_id, item, is_disliked)
+            metadata[_ADDED] = added + index
+            records[record_id] = (record_id, item.completion, metadata)
+            answer = item.model_copy(update={"rejected": ()})
+            withdrawn[record_id] = _record_id(user_id, answer, not is_disliked)
         return list(records.values()), list(withdrawn.values())
 
-    def _rows(self, user_id: str) -> list[tuple[str, dict[str, Any]]]:
-        """The user's records as located rows, in the order in which they were added."""
-        found = []
-        for page in self._pages(user_id, include=["documents", "metadatas"]):
-            for identity, document, metadata in zip(
-                page["ids"], page["documents"], page["metadatas"], strict=True
-            ):
-                if document and not document.isspace():  # others may keep records of vectors alone
-                    row = self._row(document, metadata)
-                    found.append(
-                        (metadata.get(_ADDED, 0), (f"Chroma {self.collection} {identity}", row))
-                    )
-        return [located for _, located in sorted(found, key=lambda pair: pair[0])]
-
-    def _row(self, document: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        prompt = metadata.get(self.prompt_key)
-        row = {
-            "prompt": json.loads(prompt)
-            if prompt is not None and metadata.get(_MESSAGES)
-            else prompt
+    def _metadata(self, user_id: str, item: Item, is_disliked: bool) -> dict[str, Any]:
+        is_text = isinstance(item.prompt, str)
+        metadata: dict[str, Any] = {
+            self.user_key: user_id,
+            self.prompt_key: item.prompt if is_text else json.dumps(item.prompt),
+            _MESSAGES: not is_text,
         }
+        if item.created_at is not None:
+            metadata[self.created_at_key] = item.created_at.isoformat()
+        if item.conversation is not None:
+            metadata["conversation"] = item.conversation
+        if item.rejected:
+            metadata[_REJECTED] = json.dumps(item.rejected)
+        if is_disliked:
+            metadata[_DISLIKED] = True
+        return metadata
+
+    def _write(self, collection: Any, records: Sequence[_Record], withdrawn: Sequence[str]) -> None:
+        ids = [record_id for record_id, _, _ in records]
+        documents = [document for _, document, _ in records]
+        if _is_ours(collection):
+            vectors: Sequence[Sequence[float]] = [[0.0]] * len(records)
+        else:
+            assert self.embedding_function is not None
+            vectors = list(self.embedding_function(documents))
+        collection.delete(ids=list(dict.fromkeys(withdrawn)))
+        collection.add(
+            ids=ids,
+            documents=documents,
+            metadatas=[metadata for _, _, metadata in records],
+            embeddings=vectors,
+        )
+
+    def _rows(self, user_id: str) -> list[Row]:
+        """Return the user's records as rows, in the order in which they were added."""
+        rows: list[tuple[int, Row]] = []
+        for page in self._pages(user_id, include=["documents", "metadatas"]):
+            records = zip(page["ids"], page["documents"], page["metadatas"], strict=True)
+            for record_id, document, metadata in records:
+                if document and not document.isspace():  # others may keep records of vectors alone
+                    where = f"Chroma {self.collection} {record_id}"
+                    row = Row(where, self._fields(document, metadata))
+                    rows.append((metadata.get(_ADDED, 0), row))
+        return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+    def _fields(self, document: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a record as the fields that `reader` reads."""
+        prompt = metadata.get(self.prompt_key)
+        if prompt is not None and metadata.get(_MESSAGES):
+            prompt = json.loads(prompt)
         if metadata.get(_DISLIKED):
-            return {**row, "rejected": [document]}
+            return {"prompt": prompt, "rejected": [document]}
         return {
-            **row,
+            "prompt": prompt,
             "completion": document,
             "created_at": metadata.get(self.created_at_key),
             "conversation": metadata.get("conversation"),
@@ -207,20 +239,22 @@ class ChromaHistory:
         }
 
     def _pages(self, user_id: str, include: list[str]) -> Iterator[Mapping[str, Any]]:
+        """Yield the user's records a page at a time, none without a collection."""
         where = self._where(user_id)
         with self._chroma() as client:
             collection = self._existing(client)
             if collection is None:
                 return
             offset = 0
-            while (
-                page := collection.get(where=where, limit=_PAGE, offset=offset, include=include)
-            )["ids"]:
+            while True:
+                page = collection.get(where=where, limit=_PAGE, offset=offset, include=include)
+                if not page["ids"]:
+                    return
                 yield page
                 offset += len(page["ids"])
 
     def _existing(self, client: Any) -> Any:
-        """Return the collection, None where there is none (yet) of its name."""
+        """Return the collection, None while it does not exist."""
         from chromadb.errors import NotFoundError
 
         try:
@@ -232,36 +266,39 @@ class ChromaHistory:
         with self._chroma() as client:
             if self._existing(client) is not None:
                 return f"no items of the user {user_id!r:.80} in {self!r}"
-            present = (
-                ", ".join(collection.name for collection in client.list_collections()) or "none"
-            )
-            return f"no collection {self.collection!r} in Chroma at {self._place()}; there are: {present}"
+            names = [collection.name for collection in client.list_collections()]
+        return (
+            f"no collection {self.collection!r} in Chroma at {self._location()}; "
+            f"there are: {', '.join(names) or 'none'}"
+        )
 
     def _where(self, user_id: str) -> dict[str, Any]:
         # With "$eq" spelled out, no user id can be read as an operator.
-        return {self.user_key: {"$eq": checked_name(user_id, "the user id", "user_id")}}
-
-    def _embed(self, documents: list[str]) -> list[Sequence[float]]:
-        assert self.embedding_function is not None
-        return list(self.embedding_function(documents))
+        return {self.user_key: {"$eq": checked_id("user", user_id)}}
 
     def _refuse_foreign(self, collection: Any, how: str) -> None:
         if self.embedding_function is None and not _is_ours(collection):
             raise HistoryError(
-                f"the collection {self.collection!r} in Chroma at {self._place()} was made by others and is not {how} "
-                "without the embedding_function it was made with; give that, or another collection"
+                f"the collection {self.collection!r} in Chroma at {self._location()} was made by "
+                f"others and is not {how} without the embedding_function it was made with; "
+                "give that, or another collection"
             )
 
-    def _place(self) -> str:
+    def _location(self) -> str:
+        """Return where the Chroma is, without the secrets that a URL may hold."""
         if self.source is None:
             return "memory"
         if not isinstance(self.source, str | PathLike):
             return type(self.source).__name__
-        url = _server(self.source)  # printed without what may be secret in it
+        url = _server(self.source)
         return f"{url.scheme}://{url.hostname}:{_port(url)}" if url else str(self.source)
 
     @contextmanager
     def _chroma(self) -> Iterator[Any]:
+        """Yield the client, connected at first use; raise every error of Chroma's as HistoryError.
+
+        chromadb raises its own errors, ValueError, httpx's and the operating system's.
+        """
         try:
             with _connecting:
                 if self._client is None:
@@ -269,14 +306,17 @@ class ChromaHistory:
             yield self._client
         except HistoryError:
             raise
-        except Exception as error:  # chromadb raises its own errors, ValueError, httpx's and the operating system's
-            raise HistoryError(f"Chroma at {self._place()}: {error}") from error
+        except Exception as error:
+            raise HistoryError(f"Chroma at {self._location()}: {error}") from error
 
 
-def _identity(user_id: str, item: Item, is_disliked: bool) -> str:
+def _record_id(user_id: str, item: Item, is_disliked: bool) -> str:
+    """Return a digest of user, prompt and completion, of what was rejected, and of the verdict."""
     parts: list[Any] = [user_id, item.key]
-    parts += [item.rejected] if item.rejected else []
-    parts += [_DISLIKED] if is_disliked else []
+    if item.rejected:
+        parts.append(item.rejected)
+    if is_disliked:
+        parts.append(_DISLIKED)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -285,7 +325,7 @@ def _is_ours(collection: Any) -> bool:
 
 
 def _connect(source: Any) -> Any:
-    """Return a chromadb client for a folder, a server's URL or memory; a client is returned as it is."""
+    """Return a chromadb client for a folder, a server's URL or memory; a client as it is."""
     if source is not None and not isinstance(source, str | PathLike):
         return source
     import chromadb
@@ -295,18 +335,23 @@ def _connect(source: Any) -> Any:
     if source is None:
         return chromadb.EphemeralClient(settings=settings)
     url = _server(source)
-    if url is not None:
-        is_tls = url.scheme == "https"
-        return chromadb.HttpClient(
-            host=url.hostname or "localhost", port=_port(url), ssl=is_tls, settings=settings
-        )
-    return chromadb.PersistentClient(path=str(Path(source).expanduser()), settings=settings)
+    if url is None:
+        return chromadb.PersistentClient(path=str(Path(source).expanduser()), settings=settings)
+    return chromadb.HttpClient(
+        host=url.hostname or "localhost",
+        port=_port(url),
+        ssl=url.scheme == "https",
+        settings=settings,
+    )
 
 
 def _server(source: str | PathLike[str]) -> SplitResult | None:
+    """Return the URL of a server, None for a folder."""
     url = urlsplit(str(source))
     return url if url.scheme in ("http", "https") else None
 
 
 def _port(url: SplitResult) -> int:
-    return url.port or (443 if url.scheme == "https" else 8000)
+    if url.port:
+        return url.port
+    return 443 if url.scheme == "https" else 8000

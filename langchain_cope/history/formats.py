@@ -1,19 +1,26 @@
-"""Which format a row has, told by its shape, and the row in the forms that ``history_formats`` reads.
+"""Which format a row has, told by its fields, and the row in the forms that `reader` reads.
 
-``FORMATS`` is the table: what a row of each format holds, what it is called, and whose turns it is usually learnt for.
-A row is of the first format whose keys it has; a row of none is refused with what it holds and what was expected.
+`FORMATS` is the table: a new format is one entry in it and the function that converts its rows. A
+row is of the first format that it matches; a row of none is refused with what it holds and what
+was expected.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
 from langchain_cope.errors import HistoryError
 from langchain_cope.history.chatgpt import chatgpt_rows
-from langchain_cope.history.items import Item, Target, shown
-from langchain_cope.history.lamp import lamp_history
-from langchain_cope.history.messages import is_langchain, is_message, plain_messages
+from langchain_cope.history.items import Target
+from langchain_cope.history.lamp import LAMP_USER_KEYS, lamp_queries, lamp_rows
+from langchain_cope.history.messages import (
+    content_text,
+    is_conversation,
+    is_langchain,
+    is_message,
+    is_role,
+    plain_messages,
+)
 from langchain_cope.history.pairs import (
     alpaca_rows,
     feedback_rows,
@@ -23,182 +30,245 @@ from langchain_cope.history.pairs import (
     text_rows,
     traced_rows,
 )
-from langchain_cope.history.reader import (
-    Located,
-    checked_row,
-    content_text,
-    is_role,
-    named,
-    owner_of,
-)
-
-Row = Mapping[str, Any]
+from langchain_cope.history.rows import USER_KEYS, Located, Row, shown
 
 
-class Format(NamedTuple):
-    """``target``: whose turns are learnt where nobody says; None where that is no question.
+def _any_row(row: Row) -> bool:
+    return True
 
-    A row of a log (``is_log``) without a turn of that side is left out; in a file made for training it is an error.
-    """
+
+def _no_queries(row: Row) -> list[Row]:
+    return []
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way in which people write down a history, a row at a time."""
 
     name: str
     keys: tuple[str, ...]
-    rows: Callable[[Row, str], list[Located]]
+    """The fields that every row of the format has."""
+    rows: Callable[[Row], list[Row]]
+    """Returns a row in the forms that `reader` reads; nothing where nothing in it can be learnt."""
+    _: KW_ONLY
+    optional_keys: tuple[str, ...] = ()
+    """Fields that most rows have as well, named where an error lists what was expected."""
+    condition: Callable[[Row], bool] = _any_row
+    """What a row of the format fulfils besides having the fields."""
+    queries: Callable[[Row], list[Row]] = _no_queries
+    """Returns the newer items in a row, which are never trained on."""
+    user_keys: tuple[str, ...] = USER_KEYS
+    """Where a row in a file may name its user."""
     target: Target | None = None
+    """The side that is learnt by default; None for a format without conversations."""
     is_log: bool = False
+    """Whether a row without a turn of the target is left out; made for training, it is an error."""
+
+    def matches(self, row: Row) -> bool:
+        """Tell whether a row has this format."""
+        return row.value.keys() >= set(self.keys) and self.condition(row)
 
 
-def _chat(key: str) -> Callable[[Row, str], list[Located]]:
-    return lambda row, where: [(where, {**row, "messages": plain_messages(row[key])})]
+def _conversation(key: str) -> Callable[[Row], list[Row]]:
+    """Return the row function of a format that has a conversation in the field `key`."""
+
+    def rows(row: Row) -> list[Row]:
+        return [row.with_fields({**row.value, "messages": plain_messages(row[key])})]
+
+    return rows
 
 
-_LANGCHAIN = Format("LangChain messages", ("messages",), _chat("messages"), "user", is_log=True)
+# The simplest come last: a row of a format further up may have their fields too.
 FORMATS = (
-    Format("ChatGPT export", ("mapping",), chatgpt_rows, "user", is_log=True),
-    Format("LaMP profile", ("profile",), lamp_history),
+    Format("ChatGPT export", ("mapping",), chatgpt_rows, target="user", is_log=True),
+    Format(
+        "LaMP profile",
+        ("profile",),
+        lamp_rows,
+        optional_keys=("user_id",),
+        queries=lamp_queries,
+        user_keys=LAMP_USER_KEYS,
+    ),
     Format("Alpaca", ("instruction", "output"), alpaca_rows),
     Format(
         "OpenAI preference pairs",
         ("input", "preferred_output", "non_preferred_output"),
         openai_pair_rows,
     ),
-    Format("chosen and rejected", ("chosen", "rejected"), preference_rows),
-    Format("feedback", ("prompt", "answer", "score"), feedback_rows),
+    Format(
+        "chosen and rejected",
+        ("chosen", "rejected"),
+        preference_rows,
+        optional_keys=("prompt",),
+    ),
     Format("feedback", ("prompt", "answer", "correction"), feedback_rows),
-    Format("feedback on traced runs", ("inputs", "outputs", "score"), traced_rows),
+    Format("feedback", ("prompt", "answer", "score"), feedback_rows),
     Format("feedback on traced runs", ("inputs", "outputs", "correction"), traced_rows),
-    Format("ShareGPT", ("conversations",), _chat("conversations"), "assistant"),
-    _LANGCHAIN,
-    Format("OpenAI messages", ("messages",), _chat("messages"), "assistant"),
-    Format("prompt and completion", ("completion",), pair_rows),
+    Format("feedback on traced runs", ("inputs", "outputs", "score"), traced_rows),
+    Format("ShareGPT", ("conversations",), _conversation("conversations"), target="assistant"),
+    Format(
+        "LangChain messages",
+        ("messages",),
+        _conversation("messages"),
+        condition=lambda row: is_langchain(row["messages"]),
+        target="user",
+        is_log=True,
+    ),
+    Format("OpenAI messages", ("messages",), _conversation("messages"), target="assistant"),
+    Format("prompt and completion", ("completion",), pair_rows, optional_keys=("prompt",)),
     Format("plain text", ("text",), text_rows),
 )
-_EXPECTED = (
-    "expected the keys prompt and completion, or messages, or prompt, chosen and rejected, or input, preferred_output "
-    "and non_preferred_output, or conversations, or instruction and output, or mapping, or prompt, answer and score, "
-    "or text, or user_id with history or profile"
-)
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """Return the keys as "a", "a and b" or "a, b and c"."""
+    *others, last = keys
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _expected() -> str:
+    """Return the fields of every format, the simplest first, and those of a user a line."""
+    alternatives = [_listed([*kind.optional_keys, *kind.keys]) for kind in reversed(FORMATS)]
+    alternatives.append("user_id and history")
+    return ", or ".join(dict.fromkeys(alternatives))
+
+
+_EXPECTED = _expected()
 
 
 @dataclass
 class Converted:
-    """Rows in the forms that ``history_formats`` reads, and how they came to be."""
+    """Rows in the forms that `reader` reads, and how they came to be."""
 
-    rows: list[Located] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     formats: dict[str, int] = field(default_factory=dict)
-    """Rows of each format."""
+    """Number of rows of each format."""
     target: Target | None = None
-    """Whose turns of conversations are learnt; None where there are none."""
+    """The side of the conversations that is learnt; None without conversations."""
     notes: list[str] = field(default_factory=list)
 
 
-def convert(rows: Sequence[Located], target: Target | None = None) -> Converted:
-    """Recognise ``rows`` and put them into the forms that ``history_formats`` reads.
+def format_of(row: Row) -> Format:
+    """Return the format of a row.
 
-    ``target`` None is each format's usual one. Raises HistoryError for a row of no known format, and where formats of
-    both targets meet and nobody says which.
+    Raises HistoryError, with what was found and what was expected, for a row of no known format.
+    """
+    kind = _match(row)
+    if kind is not None:
+        return kind
+    hint = ""
+    if is_message(row.value):
+        hint = "; a message alone is not a row, put a conversation's into {'messages': […]}"
+    raise HistoryError(
+        f"{row.where}: no text to learn from: expected the keys {_EXPECTED}; "
+        f"found {row.field_names()}{hint}"
+    )
+
+
+def user_of(line: Row) -> str | None:
+    """Return the user that a line of a file names, None where it names no user."""
+    kind = _match(line)
+    return line.user(kind.user_keys if kind else USER_KEYS)
+
+
+def unpack(line: Row) -> tuple[list[Row], list[Row]]:
+    """Return the rows of a line and its queries, all of the formats in the table.
+
+    A line with `history` holds the rows of a user; any other line is one row itself.
+    """
+    if "history" in line and "instruction" not in line:  # with both, it is a row of Alpaca's
+        history = _nested(line.field("history"))
+        return history, _nested(line.field("queries")) if line.get("queries") else []
+    return [line], format_of(line).queries(line)
+
+
+def convert(rows: Sequence[Row], target: Target | None = None) -> Converted:
+    """Recognise `rows` and put them into the forms that `reader` reads.
+
+    `target` None is each format's usual one. Raises HistoryError for a row of no known format, and
+    where formats of both targets meet and no target is given.
     """
     if target not in ("assistant", "user", None):
         raise HistoryError(f"target is {shown(target)}; expected 'assistant' or 'user'")
-    found = [(where, row, format_of(row, where)) for where, row in rows]
-    made = Converted(target=target or _usual(found))
-    if all(kind.target is None for _, _, kind in found):
-        made.target = None
-    elif target is None:
-        kinds = ", ".join(dict.fromkeys(kind.name for _, _, kind in found if kind.target))
-        other = "user" if made.target == "assistant" else "assistant"
-        made.notes.append(
-            f"the {made.target}'s turns are learnt, as is usual for {kinds}; the {other}'s are with --target {other}"
-        )
-    empty: Counter[str] = Counter()
-    for where, row, kind in found:
-        try:
-            given = kind.rows(row, where)
-        except RecursionError:  # from comparing two sides of a pair, say
-            raise HistoryError(f"{where}: nested too deeply") from None
-        if kind.is_log:
-            given = [(here, one) for here, one in given if not _is_silent(one, made.target, here)]
-        made.rows += given
-        empty[kind.name] += not given
-    made.formats = dict(Counter(kind.name for _, _, kind in found))
-    for name, number in empty.items():
-        if number:
-            made.notes.append(
-                f"rows left out, as nothing in them can be learnt: {number} of {made.formats[name]} ({name})"
+    recognised = [(row, format_of(row)) for row in rows]
+    converted = Converted(formats=dict(Counter(kind.name for _, kind in recognised)))
+    if any(kind.target for _, kind in recognised):
+        converted.target = target or _usual_target(recognised)
+        if target is None:
+            converted.notes.append(_target_note(converted.target, recognised))
+    num_empty: Counter[str] = Counter()
+    for row, kind in recognised:
+        plain_rows = _plain_rows(row, kind, converted.target)
+        converted.rows += plain_rows
+        if not plain_rows:
+            num_empty[kind.name] += 1
+    for name, number in converted.formats.items():
+        if num_empty[name]:
+            converted.notes.append(
+                f"rows left out, as nothing in them can be learnt: "
+                f"{num_empty[name]} of {number} ({name})"
             )
-    return made
+    return converted
 
 
-def format_of(row: Any, where: str) -> Format:
-    """Return the format of a row; raises HistoryError that says what was found and what was expected."""
-    row = checked_row(row, where)
-    for kind in FORMATS:
-        if all(key in row for key in kind.keys) and (
-            kind is not _LANGCHAIN or is_langchain(row["messages"])
-        ):
-            return kind
-    alone = (
-        "; a message alone is no row, put a conversation's into {'messages': […]}"
-        if is_message(row)
-        else ""
-    )
-    raise HistoryError(f"{where}: no text to learn from: {_EXPECTED}; found {named(row)}{alone}")
+def _match(row: Row) -> Format | None:
+    return next((kind for kind in FORMATS if kind.matches(row)), None)
 
 
-def in_memory(rows: Any, user_id: str | None = None) -> list[Located]:
-    """Locate rows that are already in memory as "history[3]"; raise HistoryError where two users meet.
+def _nested(rows: Located) -> list[Row]:
+    """Return the rows in a field of a line; a conversation is one row."""
+    entries = rows.entries()
+    if is_conversation(rows.value):
+        return [Row(rows.where, {"messages": rows.value})]
+    return [entry.row() for entry in entries]
 
-    LangChain's messages, and an object that holds some as ``messages``, are one conversation.
+
+def _plain_rows(row: Row, kind: Format, target: Target | None) -> list[Row]:
+    """Return a row in the forms that `reader` reads."""
+    try:
+        rows = kind.rows(row)
+    except RecursionError:  # from comparing two sides of a pair, say
+        raise HistoryError(f"{row.where}: nested too deeply") from None
+    if kind.is_log:
+        rows = [plain for plain in rows if not _is_silent(plain, target)]
+    return rows
+
+
+def _is_silent(row: Row, target: Target | None) -> bool:
+    """Tell whether the target has no turn with text in a conversation.
+
+    A conversation of anything but messages is not silent: the reader is to refuse it.
     """
-    rows = getattr(rows, "messages", rows)
-    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
-        raise HistoryError(f"history must be a list of rows, not {type(rows).__name__}")
-    rows = list(rows)
-    if is_conversation(rows):
-        return [("history", {"messages": rows})]
-    located = []
-    for index, row in enumerate(rows):
-        where = f"history[{index}]"
-        plain = row.model_dump() if isinstance(row, Item) else checked_row(row, where)
-        owner = owner_of(plain, where)
-        user_id = user_id or owner
-        if owner not in (None, user_id):
-            raise HistoryError(
-                f"{where}: belongs to the user {owner!r:.80}, not to {user_id!r:.80}"
-            )
-        located.append((where, plain))
-    return located
+    messages = row.field("messages").entries()
+    for message in messages:
+        if not isinstance(message.value, Mapping) or not is_role(message.value.get("role")):
+            return False
+    for message in messages:
+        if message.value["role"] == target:
+            text, _ = content_text(message.row().field("content"))
+            if text.strip():
+                return False
+    return True
 
 
-def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages, as LangChain's ``messages_to_dict`` returns one."""
-    return isinstance(value, list) and bool(value) and is_message(value[0])
-
-
-def _usual(found: Sequence[tuple[str, Any, Format]]) -> Target | None:
-    first: dict[Target, tuple[str, Format]] = {}
-    for where, _, kind in found:
-        if kind.target:
-            first.setdefault(kind.target, (where, kind))
-    if len(first) == 2:
-        seen = [
-            f"{where} ({kind.name}: usually the {side}'s)" for side, (where, kind) in first.items()
-        ]
+def _usual_target(recognised: Sequence[tuple[Row, Format]]) -> Target:
+    """Return the usual target of the formats, which must all have the same or none."""
+    first: dict[Target, str] = {}
+    for row, kind in recognised:
+        if kind.target and kind.target not in first:
+            first[kind.target] = f"{row.where} ({kind.name}: usually the {kind.target}'s)"
+    if len(first) > 1:
         raise HistoryError(
-            f"{' and '.join(seen)}: say whose turns are to be learnt (--target user or assistant)"
+            f"{' and '.join(first.values())}: say which side's turns are to be learnt "
+            "(--target user or assistant)"
         )
-    return next(iter(first), None)
+    return next(iter(first))
 
 
-def _is_silent(row: Row, target: Target | None, where: str) -> bool:
-    """Whether the side that is to be learnt says nothing; what is no message at all is left to the reader to refuse."""
-    messages = row["messages"]
-    if not all(
-        isinstance(message, Mapping) and is_role(message.get("role")) for message in messages
-    ):
-        return False
-    return not any(
-        message["role"] == target
-        and content_text(message.get("content"), f"{where}: messages[{index}]")[0].strip()
-        for index, message in enumerate(messages)
+def _target_note(target: Target, recognised: Sequence[tuple[Row, Format]]) -> str:
+    names = dict.fromkeys(kind.name for _, kind in recognised if kind.target)
+    other = "user" if target == "assistant" else "assistant"
+    return (
+        f"the {target}'s turns are learnt, as is usual for {', '.join(names)}; "
+        f"the {other}'s are with --target {other}"
     )

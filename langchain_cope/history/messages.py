@@ -1,20 +1,32 @@
-"""The ways in which people write down a message, as ``{"role", "content", "weight"}``.
+"""The ways in which people write down a message, each read as `{"role", "content", "weight"}`.
 
     {"role": "user", "content": …, "weight": 1}             OpenAI
     {"from": "human", "value": …}                           ShareGPT
     {"type": "human", "data": {"content": …}}               LangChain's messages_to_dict
-    {"type": "human", "content": …}                         LangChain's message.model_dump(), and the message itself
+    {"type": "human", "content": …}                         LangChain's message.model_dump()
     {"lc": 1, "type": "constructor", "kwargs": {…}}         LangChain's dumpd, which LangSmith shows
 
-What is none of these is returned as it is: the reader of the messages says where it stands and what is wrong with it.
+LangChain's message objects are read too. Anything else is returned as it is: the reader of the
+messages says where it stands and what is wrong with it.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel
 
 from langchain_cope.history.items import Item
+from langchain_cope.history.rows import Located
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+"""The roles that a message may have, and what each is read as."""
 
 _LANGCHAIN_ROLES = {
     "human": "user",
@@ -31,74 +43,114 @@ _SHAREGPT_ROLES = {
     "bard": "assistant",
     "observation": "tool",
 }
+# A tuple, not a set: a type in a file may be a value that cannot be hashed.
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def plain_messages(messages: Any) -> Any:
-    """Return a list of messages with each as ``{"role", "content"}``; anything else as it is."""
-    return (
-        [plain_message(message) for message in messages]
-        if isinstance(messages, list | tuple)
-        else messages
-    )
+    """Return a list of messages with each as `{"role", "content"}`; anything else as it is."""
+    if not isinstance(messages, list | tuple):
+        return messages
+    return [plain_message(message) for message in messages]
 
 
 def plain_message(message: Any) -> Any:
-    """Return a message as ``{"role", "content"}`` and its ``weight``, where it has one."""
+    """Return a message as `{"role", "content"}`, with its `weight` where it has one."""
     if isinstance(message, BaseModel):
         message = message.model_dump()
     if not isinstance(message, Mapping) or "role" in message:
         return message
     if "from" in message:
-        speaker, content = message["from"], message.get("value")
-        if speaker == "function_call":  # what the assistant asked of a tool
-            return {"role": "assistant", "content": None}
-        return {"role": _known(speaker, _SHAREGPT_ROLES), "content": content, **_weight(message)}
-    if _type(message) is None:
-        return message
-    inner = message.get("data", message.get("kwargs", message))
-    if not isinstance(inner, Mapping):
-        return message
-    role = _known(_type(message), _LANGCHAIN_ROLES)
-    return {"role": inner.get("role") if role == "chat" else role, "content": inner.get("content")}
+        return _from_sharegpt(message)
+    if _langchain_type(message) is not None:
+        return _from_langchain(message)
+    return message
 
 
 def is_message(value: Any) -> bool:
-    """Whether a value looks like one message, in any of the ways above."""
+    """Tell whether a value looks like one message, in any of the ways above."""
     if isinstance(value, BaseModel):
         return not isinstance(value, Item) and hasattr(value, "content")
     if not isinstance(value, Mapping):
         return False
-    return (
-        ("role" in value and "content" in value)
-        or ("from" in value and "value" in value)
-        or is_langchain([value])
-    )
+    is_openai = "role" in value and "content" in value
+    is_sharegpt = "from" in value and "value" in value
+    return is_openai or is_sharegpt or is_langchain([value])
+
+
+def is_conversation(value: Any) -> bool:
+    """Tell whether a value is a list of messages, as LangChain's `messages_to_dict` returns one."""
+    return isinstance(value, list) and bool(value) and is_message(value[0])
 
 
 def is_langchain(messages: Any) -> bool:
-    """Whether messages are LangChain's: objects, or written by ``messages_to_dict`` or ``model_dump``."""
+    """Tell whether messages are LangChain's: its objects, or any of the three ways to dump them."""
     if not isinstance(messages, list | tuple) or not messages:
         return False
     first = messages[0]
     if isinstance(first, BaseModel):
         return True
-    return isinstance(first, Mapping) and "role" not in first and _type(first) is not None
+    return isinstance(first, Mapping) and "role" not in first and _langchain_type(first) is not None
 
 
-def _type(message: Mapping[str, Any]) -> str | None:
-    """LangChain's name for who speaks; None where the mapping is none of its messages."""
-    inner = message.get("data", message.get("kwargs", message))
-    kind = message.get("type")
-    if kind == "constructor" and isinstance(inner, Mapping):
-        kind = inner.get("type")
-    if not isinstance(kind, str) or not isinstance(inner, Mapping) or "content" not in inner:
+def is_role(role: Any) -> TypeGuard[str]:
+    """Tell whether a message may have that role."""
+    return isinstance(role, str) and role in ROLES
+
+
+def content_text(content: Located) -> tuple[str, int]:
+    """Return the text of a message's content, and how many of its parts are not text.
+
+    Such parts are images, thoughts and calls. A turn that only calls tools has the content None.
+    """
+    if content.value is None:
+        return "", 0
+    if not isinstance(content.value, list):
+        return content.text(), 0
+    texts = []
+    for part in content.entries():
+        if isinstance(part.value, str):
+            texts.append(part.text())
+        elif part.row().get("type") in _TEXT_PARTS:
+            texts.append(part.row().field("text").text())
+    return "\n".join(texts), len(content.value) - len(texts)
+
+
+def _from_sharegpt(message: Mapping[str, Any]) -> dict[str, Any]:
+    if message["from"] == "function_call":  # what the assistant asked of a tool
+        return {"role": "assistant", "content": None}
+    plain = {
+        "role": _role(message["from"], _SHAREGPT_ROLES),
+        "content": message.get("value"),
+    }
+    if "weight" in message:
+        plain["weight"] = message["weight"]
+    return plain
+
+
+def _from_langchain(message: Mapping[str, Any]) -> dict[str, Any]:
+    inner = _inner(message)
+    role = _role(_langchain_type(message), _LANGCHAIN_ROLES)
+    if role == "chat":
+        role = inner.get("role")
+    return {"role": role, "content": inner.get("content")}
+
+
+def _langchain_type(message: Mapping[str, Any]) -> str | None:
+    """Return LangChain's name of the speaker, None where the mapping is not one of its messages."""
+    inner = _inner(message)
+    if not isinstance(inner, Mapping) or "content" not in inner:
         return None
-    return kind.removesuffix("MessageChunk").lower()
+    kind = message.get("type")
+    if kind == "constructor":
+        kind = inner.get("type")
+    return kind.removesuffix("MessageChunk").lower() if isinstance(kind, str) else None
 
 
-def _known(name: Any, roles: Mapping[str, str]) -> Any:
-    return roles.get(name, name) if isinstance(name, str) else name
+def _inner(message: Mapping[str, Any]) -> Any:
+    return message.get("data", message.get("kwargs", message))
 
 
-def _weight(message: Mapping[str, Any]) -> dict[str, Any]:
-    return {"weight": message["weight"]} if "weight" in message else {}
+def _role(speaker: Any, roles: Mapping[str, str]) -> Any:
+    """Return the speaker's role; a speaker without one as it is, for the reader to refuse."""
+    return roles.get(speaker, speaker) if isinstance(speaker, str) else speaker

@@ -1,59 +1,38 @@
-"""How rows become items, once ``history_shapes`` has put every format into one of three forms.
+"""How rows become items, once `formats` has put every format into one of three forms.
 
     {"messages": [{"role", "content", "weight"}, …]}    a conversation; one item a target turn
-    {"prompt", "completion", "rejected": [text, …]}     one item; without rejected answers, or with some
-    {"prompt", "rejected": [text, …]}                   answers that were disliked, and none that was liked
+    {"prompt", "completion", "rejected": [text, …]}     one item; `rejected` may be absent
+    {"prompt", "rejected": [text, …]}                   disliked answers, without a liked one
 
-A prompt is a text or messages. Knows no files: ``where`` ("user.jsonl:3") is only what an error names.
+A prompt is a text or messages. Knows no files and no formats.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history.items import (
-    Item,
-    Message,
-    Target,
-    checked_name,
-    checked_text,
-    parse_time,
-    shown,
-)
+from langchain_cope.history.items import Item, Message, Target
+from langchain_cope.history.messages import ROLES, content_text, is_role
+from langchain_cope.history.rows import Located, Row, shown
 
 MESSAGE_INSTRUCTION = "Write the next message in your own words."
 TEXT_INSTRUCTION = "Write a text in your own style."
 
 TURNS_KEPT = 199
-"""The newest turns of a conversation in a prompt; odd, so that with a user's turn at its end it begins with one. Of system messages
-as many, the oldest."""
-TIME_KEYS = ("created_at", "date", "timestamp")
-"""Where a row may carry its time."""
-Located = tuple[str, Any]
-"""Where a row stands ("user.jsonl:3"), and the row."""
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
-_SWAPPED = {"user": "assistant", "assistant": "user"}
-_TEXT_PARTS = (
-    "text",
-    "input_text",
-    "output_text",
-)  # no set: what stands in a file may not be hashable
+"""The newest turns of a conversation in a prompt, and the oldest of its system messages.
+
+The number is odd, so that a prompt that ends in a user's turn begins with one.
+"""
+_OTHER_SIDE = {"user": "assistant", "assistant": "user"}
 
 
 class _Turn(NamedTuple):
     role: str
     texts: list[str]
-    learnt: bool = True
+    is_learnt: bool = True
 
     @property
     def text(self) -> str:
@@ -65,24 +44,25 @@ class _Turn(NamedTuple):
 
 
 class Disliked(NamedTuple):
-    """An answer that the user did not like, and nothing that the user liked better."""
+    """An answer that the user did not like, without one that the user liked better."""
 
     prompt: str | list[Message]
     answer: str
     num_before: int
-    """How many items had been read: what those say was said earlier."""
+    """Number of items read before it: an answer among them was liked earlier."""
 
 
 @dataclass
 class RowReader:
-    """Reads the rows of one user, and remembers what it had to decide, for ``notes``.
+    """Reads the rows of one user, and remembers what it had to decide, for `notes`.
 
-    ``target`` says whose turns of a conversation are the completions. With ``"user"`` the roles of the prompt are
-    swapped: the model takes the user's part, so the user's own earlier turns become "assistant" and the assistant's
-    become "user", and the prompt alternates and ends in a "user" turn as chat templates want it. A prompt that would be
-    empty or begin with an "assistant" turn gets ``instruction`` as first user turn. In a prompt/completion row the
-    completion is what the user wrote, whatever the target. A row or turn of ``weight`` 0 is not learnt; the turn stays
-    in the prompts of those that are.
+    The turns of `target` in a conversation are the completions. With `"user"` the roles of the
+    prompt are swapped: the model takes the user's part, so the user's own earlier turns become
+    "assistant" and the assistant's become "user", and the prompt alternates and ends in a "user"
+    turn as chat templates want it. A prompt that would be empty or begin with an "assistant" turn
+    gets `instruction` as first user turn. In a prompt/completion row the completion is what the
+    user wrote, whatever the target. A row or turn of `weight` 0 is not learnt; the turn stays in
+    the prompts of those that are.
     """
 
     target: Target = "assistant"
@@ -94,130 +74,115 @@ class RowReader:
     num_weightless: int = 0
     num_shortened: int = 0
     disliked: list[Disliked] = field(default_factory=list)
-    """After ``read_all``: the disliked answers for which no item has the same prompt."""
+    """After `read_all`: the disliked answers for which no item has the same prompt."""
     conversations: dict[str, str] = field(default_factory=dict)
+    """After `read_all`: the name of the conversation in each row of messages, by location."""
 
-    def read_all(self, rows: Sequence[Located]) -> list[Item]:
+    def read_all(self, rows: Sequence[Row]) -> list[Item]:
         """Return the items of all rows, in order; items of one conversation share its name.
 
-        Raises HistoryError that names ``where`` and what is wrong.
+        Raises HistoryError, with the location and what is wrong, for a row that cannot be read.
         """
         self.conversations = _name_conversations(rows)
         self.disliked = []
         items: list[Item] = []
-        for where, row in rows:
-            items += self._read(checked_row(row, where), where, len(items))
-        return self._paired(items)
+        for row in rows:
+            items += self._read(row, len(items))
+        return self._match_disliked(items)
 
     def notes(self) -> list[str]:
-        """Sentences on what was decided while reading."""
-        said = []
+        """Return sentences on what was decided while reading."""
+        counts = [
+            (self.num_joined, "turns joined to the one before, so that roles alternate"),
+            (self.num_other_parts, "parts of messages left out because they are not text"),
+            (
+                self.num_shortened,
+                f"prompts that hold only the newest {TURNS_KEPT} turns before the completion",
+            ),
+            (self.num_weightless, "turns of weight 0, which are context and not learnt"),
+            (len(self.disliked), "disliked answers left out, as no liked one has the same prompt"),
+        ]
+        notes = []
         if self.num_instructed:
-            said.append(
-                f"items that had no prompt: {self.num_instructed}; theirs is {self.used_instruction!r}"
+            notes.append(
+                f"items that had no prompt: {self.num_instructed}; "
+                f"theirs is {self.used_instruction!r}"
             )
-        if self.num_joined:
-            said.append(
-                f"turns joined to the one before, so that roles alternate: {self.num_joined}"
-            )
-        if self.num_other_parts:
-            said.append(
-                f"parts of messages left out because they are no text: {self.num_other_parts}"
-            )
-        if self.num_shortened:
-            said.append(
-                f"prompts that hold only the newest {TURNS_KEPT} turns before the completion: {self.num_shortened}"
-            )
-        if self.num_weightless:
-            said.append(
-                f"turns of weight 0, which are context and not learnt: {self.num_weightless}"
-            )
-        if self.disliked:
-            said.append(
-                f"disliked answers left out, as no liked one has the same prompt: {len(self.disliked)}"
-            )
-        return said
+        notes += [f"{what}: {number}" for number, what in counts if number]
+        return notes
 
-    def _read(self, row: Mapping[str, Any], where: str, num_before: int) -> list[Item]:
-        if not _is_learnt(row.get("weight"), where):
+    def _read(self, row: Row, num_before: int) -> list[Item]:
+        if not _is_learnt(row):
             self.num_weightless += 1
             return []
         if "messages" in row:
-            return self._conversation(row, where)
+            return self._conversation(row)
         if "completion" in row:
-            return [self._pair(row, where)]
-        prompt = self._prompt_of(row, where)
-        self.disliked += [
-            Disliked(prompt, answer, num_before) for answer in self._rejected(row, where)
-        ]
+            return [self._pair(row)]
+        prompt = self._prompt_of(row)
+        for answer in _rejected(row):
+            self.disliked.append(Disliked(prompt, answer, num_before))
         return []
 
-    def _paired(self, items: list[Item]) -> list[Item]:
-        """Give each disliked answer to the newest item of the same prompt; one that was liked before, it takes back."""
+    def _match_disliked(self, items: list[Item]) -> list[Item]:
+        """Give each disliked answer to the newest item of the same prompt.
+
+        An item that the user liked first and disliked later is left out.
+        """
         if not self.disliked:
             return items
-        known = {(_prompt_key(d.prompt), d.answer): d.num_before for d in self.disliked}
-        kept = [
-            item
-            for place, item in enumerate(items)
-            if place >= known.get((_prompt_key(item.prompt), item.completion), 0)
-        ]
-        newest = {_prompt_key(item.prompt): place for place, item in enumerate(kept)}
-        liked = {(_prompt_key(item.prompt), item.completion) for item in kept}
+        num_before = {(_prompt_key(d.prompt), d.answer): d.num_before for d in self.disliked}
+        liked: list[Item] = []
+        for index, item in enumerate(items):
+            if index >= num_before.get((_prompt_key(item.prompt), item.completion), 0):
+                liked.append(item)
+        newest = {_prompt_key(item.prompt): index for index, item in enumerate(liked)}
+        liked_answers = {(_prompt_key(item.prompt), item.completion) for item in liked}
         unmatched = []
         for disliked in self.disliked:
             key = _prompt_key(disliked.prompt)
-            if (place := newest.get(key)) is None:
+            if key not in newest:
                 unmatched.append(disliked)
-            elif (key, disliked.answer) not in liked:  # else it was liked later on
-                kept[place] = kept[place].with_rejected([disliked.answer])
+            elif (key, disliked.answer) not in liked_answers:  # else it was liked later on
+                index = newest[key]
+                liked[index] = liked[index].with_rejected([disliked.answer])
         self.disliked = unmatched
-        return kept
+        return liked
 
-    def instructed(self, default: str = TEXT_INSTRUCTION) -> str:
-        """Return the fixed instruction, which is one and the same for all items of this user."""
-        self.used_instruction = self.used_instruction or self.instruction or default
-        self.num_instructed += 1
-        return self.used_instruction
-
-    def _pair(self, row: Mapping[str, Any], where: str) -> Item:
-        completion = checked_text(row["completion"], "completion", where)
+    def _pair(self, row: Row) -> Item:
+        completion = row.field("completion").text()
         if not completion.strip():
-            raise HistoryError(f"{where}: completion is blank: there is nothing to learn from")
-        item = self._item(row, self._prompt_of(row, where), completion, where)
-        return item.with_rejected(self._rejected(row, where)) if row.get("rejected") else item
+            raise HistoryError(f"{row.where}: completion is blank: there is nothing to learn from")
+        item = self._item(row, self._prompt_of(row), completion)
+        return item.with_rejected(_rejected(row)) if row.get("rejected") else item
 
-    def _prompt_of(self, row: Mapping[str, Any], where: str) -> str | list[Message]:
-        prompt = row.get("prompt")
-        if isinstance(prompt, str) or prompt is None:
-            text = checked_text(prompt or "", "prompt", where)
-            return text if text.strip() else self.instructed()
+    def _prompt_of(self, row: Row) -> str | list[Message]:
+        prompt = row.field("prompt")
+        if prompt.value is None:
+            return self._instructed()
+        if isinstance(prompt.value, str):
+            text = prompt.text()
+            return text if text.strip() else self._instructed()
         systems: list[str] = []
         dialogue: list[_Turn] = []
-        for turn in self._turns(prompt, where, "prompt"):
+        for turn in self._turns(prompt):
             if turn.role == "system":
                 systems.append(turn.text)
             else:
                 self._append(dialogue, turn)
         if dialogue and dialogue[-1].role == "assistant":
             raise HistoryError(
-                f"{where}: prompt ends in an assistant turn, so the completion answers nobody"
+                f"{prompt.where} ends in an assistant turn; "
+                "expected a user turn at its end, which the completion answers"
             )
         return self._prompt(systems, [turn.message for turn in dialogue], TEXT_INSTRUCTION)
 
-    def _rejected(self, row: Mapping[str, Any], where: str) -> list[str]:
-        answers = row.get("rejected")
-        if not isinstance(answers, list | tuple):
-            raise HistoryError(
-                f"{where}: rejected must be a list of texts, not {type(answers).__name__}"
-            )
-        return [checked_text(answer, "rejected", where) for answer in answers]
-
-    def _conversation(self, row: Mapping[str, Any], where: str) -> list[Item]:
+    def _conversation(self, row: Row) -> list[Item]:
+        """Return an item for each turn of the target."""
         systems: list[str] = []
         dialogue: list[_Turn] = []
-        num_systems: list[int] = []  # how many system messages came before each turn
-        for turn in self._turns(row["messages"], where, "messages"):
+        num_systems: list[int] = []  # the number of system messages before each turn
+        for turn in self._turns(row.field("messages")):
             if turn.role == "system":
                 systems.append(turn.text)
             elif self._append(dialogue, turn):
@@ -225,115 +190,121 @@ class RowReader:
         if all(turn.role != self.target for turn in dialogue):
             roles = ", ".join(dict.fromkeys(turn.role for turn in dialogue)) or "none"
             raise HistoryError(
-                f"{where}: no {self.target} turn with text in messages; roles with text: {roles}"
+                f"{row.where}: no {self.target} turn with text in messages; "
+                f"roles with text: {roles}"
             )
-        plain = [
-            swapped(turn.message) if self.target == "user" else turn.message for turn in dialogue
-        ]
+        messages = [turn.message for turn in dialogue]
+        if self.target == "user":
+            messages = [_swapped(message) for message in messages]
         items = []
         for index, turn in enumerate(dialogue):
-            if turn.role == self.target and turn.learnt:
-                # Else a conversation of n turns would hold n² / 2 of them, and no model could read them.
-                before = plain[max(0, index - TURNS_KEPT) : index]
-                before_all = systems[: min(num_systems[index], TURNS_KEPT)]
-                self.num_shortened += index > TURNS_KEPT
-                prompt = self._prompt(before_all, before, MESSAGE_INSTRUCTION)
-                items.append(self._item(row, prompt, turn.text, where))
-        self.num_weightless += sum(
-            turn.role == self.target and not turn.learnt for turn in dialogue
-        )
+            if turn.role != self.target:
+                continue
+            if not turn.is_learnt:
+                self.num_weightless += 1
+                continue
+            # With all turns before it in each prompt, n turns would make prompts of n² / 2 turns.
+            before = messages[max(0, index - TURNS_KEPT) : index]
+            if index > TURNS_KEPT:
+                self.num_shortened += 1
+            first_systems = systems[: min(num_systems[index], TURNS_KEPT)]
+            prompt = self._prompt(first_systems, before, MESSAGE_INSTRUCTION)
+            items.append(self._item(row, prompt, turn.text))
         return items
 
     def _prompt(
         self, systems: Sequence[str], dialogue: list[Message], default: str
     ) -> str | list[Message]:
-        head = [{"role": "system", "content": "\n\n".join(systems)}] if systems else []
+        """Return the prompt of one item: the instruction alone where nothing else was said."""
+        system: list[Message] = []
+        if systems:
+            system.append({"role": "system", "content": "\n\n".join(systems)})
         if dialogue and dialogue[0]["role"] == "user":
-            return head + dialogue
-        instruction = self.instructed(default)
-        first = {"role": "user", "content": instruction}
-        return [*head, first, *dialogue] if head or dialogue else instruction
+            return system + dialogue
+        instruction = self._instructed(default)
+        if not system and not dialogue:
+            return instruction
+        return [*system, {"role": "user", "content": instruction}, *dialogue]
 
-    def _item(
-        self, row: Mapping[str, Any], prompt: str | list[Message], completion: str, where: str
-    ) -> Item:
-        time = next((row[key] for key in TIME_KEYS if row.get(key) is not None), None)
-        named = row.get("conversation")
-        conversation = (
-            self.conversations.get(where)
-            if named is None
-            else checked_name(named, "conversation", where)
-        )
+    def _instructed(self, default: str = TEXT_INSTRUCTION) -> str:
+        """Return the fixed instruction, the same for all items of this user."""
+        if self.used_instruction is None:
+            self.used_instruction = self.instruction or default
+        self.num_instructed += 1
+        return self.used_instruction
+
+    def _item(self, row: Row, prompt: str | list[Message], completion: str) -> Item:
+        conversation = self.conversations.get(row.where)
+        if row.get("conversation") is not None:
+            conversation = row.field("conversation").name()
         return Item(
             prompt=prompt,
             completion=completion,
-            created_at=parse_time(time, where),
+            created_at=row.time(),
             conversation=conversation,
         )
 
     def _append(self, dialogue: list[_Turn], turn: _Turn) -> bool:
-        """Add a turn, or join it to the last one of the same role; True if there is one turn more."""
-        if dialogue and dialogue[-1].role == turn.role:
-            last = dialogue[-1]
-            last.texts.extend(turn.texts)
-            # What is not to be learnt must not be learnt as part of something else.
-            dialogue[-1] = last._replace(learnt=last.learnt and turn.learnt)
-            self.num_joined += 1
-            return False
-        dialogue.append(turn)
-        return True
+        """Add a turn and return True, or join it to the last one of the same role."""
+        if not dialogue or dialogue[-1].role != turn.role:
+            dialogue.append(turn)
+            return True
+        last = dialogue[-1]
+        last.texts.extend(turn.texts)
+        # What is not to be learnt must not be learnt as part of something else.
+        dialogue[-1] = last._replace(is_learnt=last.is_learnt and turn.is_learnt)
+        self.num_joined += 1
+        return False
 
-    def _turns(self, messages: Any, where: str, what: str) -> list[_Turn]:
-        """Check and flatten messages; what a tool answered is a user turn, or left out where the user is the target."""
-        if not isinstance(messages, list):
-            raise HistoryError(f"{where}: {what} must be a list, not {type(messages).__name__}")
+    def _turns(self, messages: Located) -> list[_Turn]:
+        """Return the turns with text among the messages.
+
+        What a tool answered is a user turn, or left out where the user is the target.
+        """
         turns = []
-        for index, message in enumerate(messages):
-            here = f"{where}: {what}[{index}]"
-            role = checked_row(message, here).get("role")
+        for entry in messages.entries():
+            message = entry.row()
+            role = message.get("role")
             if not is_role(role):
                 raise HistoryError(
-                    f"{here} has the role {shown(role)}; known roles: {', '.join(_ROLES)}"
+                    f"{message.where} has the role {shown(role)}; known roles: {', '.join(ROLES)}"
                 )
-            role = _ROLES[role]
-            text, num_other_parts = content_text(message.get("content"), here)
+            role = ROLES[role]
+            text, num_other_parts = content_text(message.field("content"))
             self.num_other_parts += num_other_parts
-            learnt = _is_learnt(message.get("weight"), here)
+            is_learnt = _is_learnt(message)
             if role == "tool":
-                role = "user" if self.target == "assistant" else ""
-            if role and text.strip():
-                turns.append(_Turn(role, [text], learnt))
+                if self.target == "user":
+                    continue
+                role = "user"
+            if text.strip():
+                turns.append(_Turn(role, [text], is_learnt))
         return turns
 
 
-def content_text(content: Any, where: str) -> tuple[str, int]:
-    """Return the text of a message's content, and how many of its parts are none (images, thoughts, calls)."""
-    if content is None:  # a turn that only calls tools
-        return "", 0
-    if not isinstance(content, list):
-        return checked_text(content, "content", where), 0
-    texts = []
-    for part in content:
-        if isinstance(part, str):
-            texts.append(checked_text(part, "content", where))
-        elif checked_row(part, where).get("type") in _TEXT_PARTS:
-            texts.append(checked_text(part.get("text"), "content", where))
-    return "\n".join(texts), len(content) - len(texts)
+def _rejected(row: Row) -> list[str]:
+    """Return the rejected answers of a row."""
+    answers = row.get("rejected")
+    if not isinstance(answers, list | tuple):
+        raise HistoryError(
+            f"{row.where}: rejected must be a list of texts, not {type(answers).__name__}"
+        )
+    return [answer.text() for answer in Located(f"{row.where}: rejected", list(answers)).entries()]
 
 
-def is_role(role: Any) -> TypeGuard[str]:
-    """Whether a message may have that role."""
-    return isinstance(role, str) and role in _ROLES
+def _is_learnt(row: Row) -> bool:
+    """Tell whether a row or message is learnt, by its weight.
 
-
-def _is_learnt(weight: Any, where: str) -> bool:
-    """OpenAI's two weights: 1, also where there is none, is learnt, 0 is not."""
-    if weight is None or (isinstance(weight, int | float) and weight == 1):
+    OpenAI has two weights: 1, also where there is none, is learnt, 0 is not.
+    """
+    weight = row.get("weight")
+    if weight is None:
         return True
-    if isinstance(weight, int | float) and weight == 0:
-        return False
+    if isinstance(weight, int | float) and weight in (0, 1):
+        return weight == 1
     raise HistoryError(
-        f"{where}: the weight is {shown(weight)}; expected 1 (learnt) or 0 (context that is not learnt)"
+        f"{row.where}: the weight is {shown(weight)}; "
+        "expected 1 (learnt) or 0 (context that is not learnt)"
     )
 
 
@@ -341,67 +312,47 @@ def _prompt_key(prompt: str | list[Message]) -> str:
     return Item(prompt=prompt, completion="").key
 
 
-def swapped(turn: Message) -> Message:
-    """Return the turn as seen from the other side."""
-    return {"role": _SWAPPED[turn["role"]], "content": turn["content"]}
+def _swapped(message: Message) -> Message:
+    """Return a message as the other side's."""
+    return {"role": _OTHER_SIDE[message["role"]], "content": message["content"]}
 
 
-def checked_row(row: Any, where: str) -> Mapping[str, Any]:
-    """Return ``row`` if it is a mapping, else raise HistoryError."""
-    if not isinstance(row, Mapping):
-        raise HistoryError(
-            f"{where}: expected an object with named fields, found {type(row).__name__}"
-        )
-    return row
+def _name_conversations(rows: Sequence[Row]) -> dict[str, str]:
+    """Give each row of messages, by its location, the name of its conversation.
 
-
-def named(row: Mapping[str, Any]) -> str:
-    """The keys of a row for a message, at most ten."""
-    keys = [f"{key!r:.40}" for key in list(row)[:10]]
-    return ", ".join(keys) + (", …" if len(row) > 10 else "") if keys else "none"
-
-
-def owner_of(
-    row: Mapping[str, Any], where: str, keys: Sequence[str] = ("user_id", "user")
-) -> str | None:
-    """Return the user that a row names, None where it names none."""
-    value = next((row[key] for key in keys if row.get(key) is not None), None)
-    return None if value is None else checked_name(value, "the user id", where)
-
-
-def _name_conversations(rows: Sequence[Located]) -> dict[str, str]:
-    """Give each ``messages`` row (by its ``where``) the name of its conversation.
-
-    Logs often repeat a conversation from its beginning in each row. A row that begins with all messages of another
-    row therefore shares that row's name, provided that more than a greeting is common to both.
+    Logs often repeat a conversation from its beginning in each row. A row that begins with all
+    messages of another row therefore shares that row's name, provided that more than a greeting is
+    common to both.
     """
     digests: dict[str, list[str]] = {}
-    for where, row in rows:
-        if isinstance(row, Mapping) and isinstance(row.get("messages"), list):
+    for row in rows:
+        if isinstance(row.get("messages"), list):
             try:
-                digests[where] = _prefix_digests(row["messages"])
+                digests[row.where] = _prefix_digests(row["messages"])
             except RecursionError:
-                raise HistoryError(f"{where}: a message nested too deeply") from None
+                raise HistoryError(f"{row.where}: a message nested too deeply") from None
     whole = {prefixes[-1] for prefixes in digests.values()}
     return {
-        where: next(digest for digest in found if digest in whole)
-        for where, found in digests.items()
+        where: next(digest for digest in prefixes if digest in whole)
+        for where, prefixes in digests.items()
     }
 
 
 def _prefix_digests(messages: Sequence[Any]) -> list[str]:
-    """One digest for each beginning of the conversation that holds a user's turn and something after it."""
+    """Return a digest for each beginning of a conversation with a user's turn and more after it.
+
+    Without such a beginning the only digest is that of all messages.
+    """
     running = hashlib.sha256()
-    found = []
-    asked = False
+    digests = []
+    has_user_turn = False
     for message in messages:
-        role, content = (
-            (message.get("role"), message.get("content"))
-            if isinstance(message, Mapping)
-            else ("", "")
-        )
+        role: Any = ""
+        content: Any = ""
+        if isinstance(message, Mapping):
+            role, content = message.get("role"), message.get("content")
         running.update(json.dumps([role, content], default=str).encode() + b"\n")
-        if asked:
-            found.append(running.hexdigest()[:16])
-        asked = asked or role == "user"
-    return found or [running.hexdigest()[:16]]
+        if has_user_turn:
+            digests.append(running.hexdigest()[:16])
+        has_user_turn = has_user_turn or role == "user"
+    return digests or [running.hexdigest()[:16]]

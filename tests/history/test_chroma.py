@@ -1,5 +1,6 @@
-"""ChromaHistory on a real embedded Chroma and a real Chroma server; nothing here may reach beyond this machine."""
+"""ChromaHistory on a real embedded Chroma and a real server, without reaching another machine."""
 
+import json
 import os
 import socket
 import subprocess
@@ -19,23 +20,23 @@ from chromadb.config import Settings
 from langchain_core.messages import AIMessage, HumanMessage
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history import Item, as_items
+from langchain_cope.history import Item, as_history
 from langchain_cope.history.chroma import ChromaHistory
 from langchain_cope.history.reader import TEXT_INSTRUCTION
 
 HOSTILE = ["$ne", '{"$ne": ""}', "🙂", "user-1", "user-10", "../x", "a\0b", " ", "x" * 10_000]
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(autouse=True)
 def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any embedding by Chroma's default model, and any connection to another machine, fails the test."""
+    """Fail the test on an embedding by Chroma's default model or a connection elsewhere."""
     connect = socket.socket.connect
 
     def connect_here(self: socket.socket, address: Any) -> None:
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost"), (
-            address
-        )
+        is_local = self.family == socket.AF_UNIX or address[0] in LOOPBACK
+        assert is_local, address
         connect(self, address)
 
     def embed(self: object, input: object) -> None:
@@ -52,17 +53,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("server")
-    command = [
-        Path(sys.executable).with_name("chroma"),
-        "run",
-        "--path",
-        folder,
-        "--host",
-        "127.0.0.1",
-    ]
+    chroma = Path(sys.executable).with_name("chroma")
+    address = ["--host", "127.0.0.1", "--port", str(port)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--port", str(port)],
+            [chroma, "run", "--path", folder, *address],
             stdout=log,
             stderr=log,
             env={**os.environ, "ANONYMIZED_TELEMETRY": "False"},
@@ -130,14 +125,14 @@ def test_dated_items_come_back_oldest_first(history: ChromaHistory) -> None:
         "ann",
         [item(year, created_at=datetime(year, 1, 1, tzinfo=UTC)) for year in (2022, 2020, 2021)],
     )
-    assert [found.prompt for found in history.fetch("ann")] == [
+    assert [item.prompt for item in history.fetch("ann")] == [
         "question 2020",
         "question 2021",
         "question 2022",
     ]
 
 
-def test_an_item_that_is_added_again_is_kept_once_and_in_its_place(history: ChromaHistory) -> None:
+def test_an_item_added_again_is_kept_once_and_where_it_was(history: ChromaHistory) -> None:
     history.add("ann", [item(1), item(2), item(1)])
     history.add("ann", [item(3), item(1)])
     assert history.fetch("ann") == [item(1), item(2), item(3)]
@@ -190,7 +185,7 @@ def test_rows_are_added_like_items_and_a_bad_one_adds_nothing(tmp_path: Path) ->
         {"messages": [*CHAT, {"role": "assistant", "content": "hi"}]},
     ]
     history.add("ann", rows)
-    assert history.fetch("ann") == as_items(rows)
+    assert history.fetch("ann") == as_history(rows).items
     for bad in (
         {"prompt": "p", "completion": " "},
         {"prompt": "p", "completion": "c", "user_id": "bob"},
@@ -223,6 +218,40 @@ def test_our_collections_hold_one_constant_vector_and_no_embedding_function(tmp_
     assert collection.configuration["embedding_function"] is None
 
 
+def test_records_have_the_ids_and_metadata_of_earlier_releases(tmp_path: Path) -> None:
+    day = datetime(2024, 1, 1, tzinfo=UTC)
+    history = ChromaHistory(tmp_path)
+    history.add("alice", [Item(prompt="q1", completion="a1", created_at=day, conversation="c1")])
+    history.add("alice", [{"prompt": CHAT, "chosen": "better", "rejected": "worse"}])
+    history.add("alice", [{"prompt": "q", "answer": "bad", "score": 0}])
+    collection = embedded(tmp_path).get_collection("cope-history", embedding_function=None)
+    assert collection.metadata == {"made_by": "langchain-cope history"}
+    records = collection.get(include=["documents", "metadatas"])
+    for metadata in records["metadatas"]:
+        assert metadata.pop("added") > 1.7e18
+    assert dict(zip(records["ids"], records["metadatas"], strict=True)) == {
+        "7c4ed45c0a87cb7a1f3d354f4681596ae7d73bc99b06d0f4827c22c51009a5e1": {
+            "user_id": "alice",
+            "prompt": "q1",
+            "prompt_is_messages": False,
+            "created_at": "2024-01-01T00:00:00+00:00",
+            "conversation": "c1",
+        },
+        "da8e79740235ca51a53e8b8a6a8d12a703c05ba8e44e0804611fbe4cb870530b": {
+            "user_id": "alice",
+            "prompt": json.dumps(CHAT),
+            "prompt_is_messages": True,
+            "cope_rejected": '["worse"]',
+        },
+        "02e9be88ea6f28f016fc0af5c885452523a74cc12f309e5478e9fb24747d9b18": {
+            "user_id": "alice",
+            "prompt": "q",
+            "prompt_is_messages": False,
+            "cope_disliked": True,
+        },
+    }
+
+
 def test_history_tells_what_was_decided(tmp_path: Path) -> None:
     history = ChromaHistory(tmp_path)
     history.add("ann", [item(1), item(2)])
@@ -233,7 +262,7 @@ def test_history_tells_what_was_decided(tmp_path: Path) -> None:
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> ChromaHistory:
-    """A collection as others make them: real vectors, their own metadata, Chroma's default embedding function."""
+    """A collection as others make them: real vectors and metadata of their own."""
     collection = embedded(tmp_path).create_collection("documents", metadata={"made_by": "others"})
     metadatas: list[dict[str, Any]] = [
         {"owner": "ann", "question": "what?", "when": 1717142400, "source": "web"},
@@ -251,7 +280,7 @@ def foreign(tmp_path: Path) -> ChromaHistory:
 
 def test_a_collection_made_by_others_is_read_by_its_own_keys(foreign: ChromaHistory) -> None:
     read = foreign.history("ann")
-    assert [(found.prompt, found.completion) for found in read.items] == [
+    assert [(item.prompt, item.completion) for item in read.items] == [
         (TEXT_INSTRUCTION, "oldest"),
         ("what?", "newest"),
     ]
@@ -278,14 +307,14 @@ def test_a_collection_made_by_others_is_written_with_an_embedding_function(
     foreign.add("ann", [item(1, created_at=datetime(2025, 1, 1, tzinfo=UTC))])
     assert foreign.fetch("ann")[-1].completion == "answer 1"
     stored = embedded(tmp_path).get_collection("documents", embedding_function=None)
-    found = stored.get(where={"question": "question 1"}, include=["embeddings", "metadatas"])
-    assert found["embeddings"].tolist() == vectors(["answer 1"])
-    assert found["metadatas"][0]["when"] == "2025-01-01T00:00:00+00:00"
+    records = stored.get(where={"question": "question 1"}, include=["embeddings", "metadatas"])
+    assert records["embeddings"].tolist() == vectors(["answer 1"])
+    assert records["metadatas"][0]["when"] == "2025-01-01T00:00:00+00:00"
     assert foreign.delete_user("ann") == 4
     assert foreign.count("bob") == 1
 
 
-def test_a_time_that_others_wrote_and_nobody_can_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_time_that_others_wrote_is_named(tmp_path: Path) -> None:
     collection = embedded(tmp_path).create_collection("documents")
     metadata = {"user_id": "ann", "created_at": "last week"}
     collection.add(ids=["x1"], documents=["text"], metadatas=[metadata], embeddings=[[1.0]])
@@ -293,7 +322,7 @@ def test_a_time_that_others_wrote_and_nobody_can_read_is_named(tmp_path: Path) -
         ChromaHistory(tmp_path, "documents").fetch("ann")
 
 
-def test_a_collection_that_does_not_exist_is_empty_and_named_with_those_that_do(
+def test_a_missing_collection_is_empty_and_the_existing_ones_are_named(
     foreign: ChromaHistory, tmp_path: Path
 ) -> None:
     history = ChromaHistory(tmp_path, "documnets")
@@ -305,7 +334,7 @@ def test_a_collection_that_does_not_exist_is_empty_and_named_with_those_that_do(
     )
 
 
-def test_a_server_that_does_not_answer_is_named_without_the_secrets_in_its_url() -> None:
+def test_a_silent_server_is_named_without_the_secrets_in_its_url() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         url = f"http://ann:secret@127.0.0.1:{closed.getsockname()[1]}"
@@ -317,7 +346,7 @@ def test_a_server_that_does_not_answer_is_named_without_the_secrets_in_its_url()
     assert "secret" not in f"{caught.value} {history!r}"
 
 
-def test_a_path_that_is_no_folder_and_a_bad_collection_name_are_refused(tmp_path: Path) -> None:
+def test_a_path_to_a_file_and_a_bad_collection_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(HistoryError, match=r"Chroma at .*file: "):
         ChromaHistory(tmp_path / "file").count("ann")
@@ -326,11 +355,14 @@ def test_a_path_that_is_no_folder_and_a_bad_collection_name_are_refused(tmp_path
 
 
 def test_the_module_is_imported_without_chromadb() -> None:
-    code = "import sys, langchain_cope.history; sys.exit(any(m in sys.modules for m in ('chromadb', 'torch')))"
+    code = (
+        "import sys, langchain_cope.history.chroma; "
+        "sys.exit(any(name in sys.modules for name in ('chromadb', 'torch')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_many_threads_that_use_a_history_for_the_first_time_at_once_lose_nothing(
+def test_many_threads_that_connect_at_once_lose_nothing(
     history: ChromaHistory,
 ) -> None:
     with ThreadPoolExecutor(16) as threads:
@@ -338,8 +370,8 @@ def test_many_threads_that_use_a_history_for_the_first_time_at_once_lose_nothing
             threads.map(lambda number: history.add(f"user {number % 4}", [item(number)]), range(32))
         )
     for user in range(4):
-        found = {found.prompt for found in history.fetch(f"user {user}")}
-        assert found == {f"question {number}" for number in range(user, 32, 4)}
+        prompts = {item.prompt for item in history.fetch(f"user {user}")}
+        assert prompts == {f"question {number}" for number in range(user, 32, 4)}
 
 
 def test_pairs_come_back_with_what_was_rejected(history: ChromaHistory) -> None:
@@ -354,7 +386,7 @@ def test_pairs_come_back_with_what_was_rejected(history: ChromaHistory) -> None:
     assert read.num_pairs == 2
 
 
-def test_what_is_rejected_later_is_added_to_an_item_that_is_there(history: ChromaHistory) -> None:
+def test_a_later_rejected_answer_is_added_to_the_item(history: ChromaHistory) -> None:
     history.add("ann", [{"prompt": "q", "completion": "a"}])
     history.add("ann", [{"prompt": "q", "answer": "b", "correction": "a"}])
     assert history.history("ann").items == [Item(prompt="q", completion="a", rejected=("b",))]
@@ -378,7 +410,7 @@ def test_the_last_word_on_an_answer_counts_however_often_it_changes(history: Chr
         assert history.count("ann") == 1
 
 
-def test_disliked_answers_that_nothing_was_liked_instead_of_are_said(
+def test_disliked_answers_without_a_liked_one_are_noted(
     history: ChromaHistory,
 ) -> None:
     history.add(
@@ -395,8 +427,8 @@ def test_langchain_messages_are_added_as_the_users_turns_or_the_assistants(
 ) -> None:
     messages = [HumanMessage("hello"), AIMessage("hi"), HumanMessage("bye"), AIMessage("see you")]
     history.add("ann", messages)
-    assert [found.completion for found in history.fetch("ann")] == ["hello", "bye"]
+    assert [item.completion for item in history.fetch("ann")] == ["hello", "bye"]
     history.add("bob", [{"messages": messages}], target="assistant")
-    assert [found.completion for found in history.fetch("bob")] == ["hi", "see you"]
+    assert [item.completion for item in history.fetch("bob")] == ["hi", "see you"]
     with pytest.raises(HistoryError, match="target is 'me'"):
         history.add("ann", messages, target="me")  # type: ignore[arg-type]

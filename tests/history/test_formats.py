@@ -1,4 +1,4 @@
-"""Every format that people have is recognised by its shape, named, and read as what its makers meant."""
+"""Every format is recognised by its fields, named, and read as what its makers meant."""
 
 import json
 from collections.abc import Iterator
@@ -26,8 +26,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_core.tracers import BaseTracer, Run
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history import Item, UserHistory, as_history, as_items, read_history
-from langchain_cope.history import read as history
+from langchain_cope.history import Item, UserHistory, as_history, formats, read, read_history
 from langchain_cope.history.reader import MESSAGE_INSTRUCTION, TEXT_INSTRUCTION
 
 
@@ -37,6 +36,10 @@ def user(content: Any, **more: Any) -> dict[str, Any]:
 
 def assistant(content: Any, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
+
+
+def completions(history: UserHistory) -> list[str]:
+    return [item.completion for item in history.items]
 
 
 def contents(history: UserHistory) -> list[tuple[Any, str, tuple[str, ...]]]:
@@ -181,31 +184,46 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("name", "row", "expected"), FORMATS, ids=range(len(FORMATS)))
-def test_a_row_of_every_format_is_named_and_read_from_a_line_a_list_and_memory(
+def test_every_format_is_read_from_a_line_a_list_and_memory(
     tmp_path: Path, name: str, row: dict[str, Any], expected: list[Any]
 ) -> None:
     line, listed = tmp_path / "user.jsonl", tmp_path / "user.json"
     line.write_text(json.dumps(row))
     listed.write_text(json.dumps([row], indent=1))
-    for read in (
+    for history in (
         read_history(line, user_id="ann"),
         read_history(listed, user_id="ann"),
         as_history([row]),
     ):
-        assert contents(read) == expected
-        assert read.formats == {name: 1}
-        assert as_items(read.items) == read.items
+        assert contents(history) == expected
+        assert history.formats == {name: 1}
+        assert as_history(history.items).items == history.items
 
 
 def test_several_formats_in_one_file_are_counted() -> None:
     rows = [row for _, row, _ in FORMATS if "user_id" not in row]
-    read = as_history(rows, target="user")
-    assert sum(read.formats.values()) == len(rows)
-    assert read.formats["chosen and rejected"] == 4
-    assert (read.num_pairs, read.target) == (2, "user"), "pairs that say the same are one"
+    history = as_history(rows, target="user")
+    assert sum(history.formats.values()) == len(rows)
+    assert history.formats["chosen and rejected"] == 4
+    assert (history.num_pairs, history.target) == (2, "user"), "pairs that say the same are one"
 
 
-# Whose turns
+def test_an_unknown_row_is_refused_with_the_fields_of_every_format() -> None:
+    with pytest.raises(HistoryError) as caught:
+        as_history([{"question": "q"}])
+    assert str(caught.value) == (
+        "history[0]: no text to learn from: expected the keys text, or prompt and completion, "
+        "or messages, or conversations, or inputs, outputs and score, "
+        "or inputs, outputs and correction, or prompt, answer and score, "
+        "or prompt, answer and correction, or prompt, chosen and rejected, "
+        "or input, preferred_output and non_preferred_output, or instruction and output, "
+        "or user_id and profile, or mapping, or user_id and history; found 'question'"
+    )
+    for kind in formats.FORMATS:
+        assert all(key in str(caught.value) for key in kind.keys), kind.name
+
+
+# Targets
 
 
 @pytest.mark.parametrize(
@@ -220,7 +238,7 @@ def test_several_formats_in_one_file_are_counted() -> None:
         (chatgpt(("user", "q"), ("assistant", "a")), "user"),
     ],
 )
-def test_the_usual_target_of_a_format_is_taken_and_said_and_the_other_can_be_asked_for(
+def test_the_usual_target_is_noted_and_the_other_can_be_asked_for(
     row: dict[str, Any], target: str
 ) -> None:
     usual = as_history([row])
@@ -236,7 +254,7 @@ def test_the_usual_target_of_a_format_is_taken_and_said_and_the_other_can_be_ask
     )
 
 
-def test_formats_of_both_targets_need_a_word_on_whose_turns_are_meant() -> None:
+def test_formats_of_both_targets_need_a_target() -> None:
     rows = [
         {"messages": [user("q"), assistant("a")]},
         chatgpt(("user", "hello"), ("assistant", "hi")),
@@ -246,13 +264,13 @@ def test_formats_of_both_targets_need_a_word_on_whose_turns_are_meant() -> None:
         match=r"history\[0\] \(OpenAI messages: usually the assistant's\) and history\[1\]",
     ):
         as_history(rows)
-    assert [item.completion for item in as_items(rows, "user")] == ["q", "hello"]
-    assert [item.completion for item in as_items(rows, "assistant")] == ["a", "hi"]
+    assert completions(as_history(rows, target="user")) == ["q", "hello"]
+    assert completions(as_history(rows, target="assistant")) == ["a", "hi"]
 
 
 def test_prompts_with_completions_have_no_target() -> None:
-    read = as_history([{"prompt": "q", "completion": "a"}], target="user")
-    assert (read.target, contents(read)) == (None, [("q", "a", ())])
+    history = as_history([{"prompt": "q", "completion": "a"}], target="user")
+    assert (history.target, contents(history)) == (None, [("q", "a", ())])
 
 
 # Weights
@@ -267,24 +285,24 @@ def test_turns_of_weight_zero_are_context_and_not_learnt() -> None:
         user("e"),
         assistant("f"),
     ]
-    read = as_history([{"messages": messages}])
+    history = as_history([{"messages": messages}])
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    assert contents(read) == [(plain[:3], "d", ()), (plain[:5], "f", ())]
-    assert "turns of weight 0, which are context and not learnt: 1" in read.notes
+    assert contents(history) == [(plain[:3], "d", ()), (plain[:5], "f", ())]
+    assert "turns of weight 0, which are context and not learnt: 1" in history.notes
 
 
 def test_a_turn_joined_from_two_is_learnt_only_where_both_are() -> None:
     row = {
         "messages": [user("a"), assistant("b", weight=0), assistant("c"), user("d"), assistant("e")]
     }
-    assert [item.completion for item in as_items([row])] == ["e"]
+    assert completions(as_history([row])) == ["e"]
 
 
 def test_a_row_of_weight_zero_is_not_learnt() -> None:
     rows = [{"prompt": "p", "completion": "c", "weight": weight} for weight in (0, 1, None, 0.0)]
-    assert [item.completion for item in as_items(rows)] == ["c"]
-    read = as_history([{"messages": [user("a"), assistant("b", weight=0)]}])
-    assert (read.items, read.target) == ([], "assistant")
+    assert completions(as_history(rows)) == ["c"]
+    history = as_history([{"messages": [user("a"), assistant("b", weight=0)]}])
+    assert (history.items, history.target) == ([], "assistant")
 
 
 @pytest.mark.parametrize("weight", [0.5, 2, -1, "1", float("nan"), [1]])
@@ -292,20 +310,20 @@ def test_any_other_weight_is_refused(weight: object) -> None:
     with pytest.raises(
         HistoryError, match=r"messages\[1\]: the weight is .*; expected 1 \(learnt\) or 0"
     ):
-        as_items([{"messages": [user("a"), assistant("b", weight=weight)]}])
+        as_history([{"messages": [user("a"), assistant("b", weight=weight)]}])
     with pytest.raises(HistoryError, match=r"history\[0\]: the weight is"):
-        as_items([{"prompt": "p", "completion": "c", "weight": weight}])
+        as_history([{"prompt": "p", "completion": "c", "weight": weight}])
 
 
 # Pairs
 
 
-def test_pairs_of_one_chosen_answer_become_one_item_with_all_that_was_rejected() -> None:
+def test_pairs_with_the_same_chosen_answer_become_one_item() -> None:
     rows = [{"prompt": "q", "chosen": "a", "rejected": text} for text in ("x", "y", "x")]
-    read = as_history([*rows, {"prompt": "q", "completion": "a"}])
-    assert contents(read) == [("q", "a", ("x", "y"))]
-    assert read.num_pairs == 2
-    assert read.notes[-1] == "2 exact duplicates removed, 1 items left"
+    history = as_history([*rows, {"prompt": "q", "completion": "a"}])
+    assert contents(history) == [("q", "a", ("x", "y"))]
+    assert history.num_pairs == 2
+    assert history.notes[-1] == "2 exact duplicates removed, 1 item left"
 
 
 def test_the_prompt_of_a_pair_is_what_its_sides_begin_with() -> None:
@@ -322,7 +340,7 @@ def test_the_prompt_of_a_pair_is_what_its_sides_begin_with() -> None:
     ]
 
 
-def test_a_disliked_answer_is_rejected_for_what_was_liked_to_the_same_prompt() -> None:
+def test_a_disliked_answer_is_rejected_for_the_liked_one() -> None:
     rows = [
         {"prompt": "q", "answer": "bad", "score": 0},
         {"prompt": "q", "answer": "worse", "score": False},
@@ -330,10 +348,10 @@ def test_a_disliked_answer_is_rejected_for_what_was_liked_to_the_same_prompt() -
         {"prompt": "q", "answer": "good", "score": True},
         {"prompt": "q", "answer": "no comment", "score": None},
     ]
-    read = as_history(rows)
-    assert contents(read) == [("q", "good", ("bad", "worse"))]
-    assert "disliked answers left out, as no liked one has the same prompt: 1" in read.notes
-    assert "rows left out, as nothing in them can be learnt: 1 of 5 (feedback)" in read.notes
+    history = as_history(rows)
+    assert contents(history) == [("q", "good", ("bad", "worse"))]
+    assert "disliked answers left out, as no liked one has the same prompt: 1" in history.notes
+    assert "rows left out, as nothing in them can be learnt: 1 of 5 (feedback)" in history.notes
 
 
 @pytest.mark.parametrize(
@@ -341,7 +359,7 @@ def test_a_disliked_answer_is_rejected_for_what_was_liked_to_the_same_prompt() -
 )
 def test_the_later_word_on_an_answer_counts(scores: tuple[int, ...], expected: list[str]) -> None:
     rows = [{"prompt": "q", "answer": "a", "score": score} for score in scores]
-    assert [(item.completion, item.rejected) for item in as_items(rows)] == [
+    assert [(item.completion, item.rejected) for item in as_history(rows).items] == [
         (text, ()) for text in expected
     ]
 
@@ -365,7 +383,7 @@ def test_an_edited_answer_is_chosen_and_the_original_rejected(
         "score": 0,
         "correction": correction,
     }
-    (item,) = as_items([row])
+    (item,) = as_history([row]).items
     assert (item.messages, (item.completion, item.rejected)) == ([user("q")], expected)
 
 
@@ -393,19 +411,19 @@ def test_feedback_on_runs_as_langchain_traces_them() -> None:
         {"inputs": run.inputs, "outputs": run.outputs, "score": 0, "correction": "edited"}
         for run in traces.runs
     ]
-    read = as_history(rows)
-    assert contents(read) == [
+    history = as_history(rows)
+    assert contents(history) == [
         ([{"role": "system", "content": "s"}, user("q")], "edited", ("first",)),
         ("it", "edited", ("second",)),
         ([user("agent?")], "edited", ("third",)),
     ]
-    assert read.formats == {"feedback on traced runs": 3}
+    assert history.formats == {"feedback on traced runs": 3}
 
 
 # LangChain
 
 
-def test_langchain_messages_of_every_kind_are_read_as_objects_and_as_one_list(
+def test_langchain_messages_are_read_as_objects_and_as_one_list(
     tmp_path: Path,
 ) -> None:
     messages = [
@@ -438,18 +456,21 @@ def test_langchain_messages_of_every_kind_are_read_as_objects_and_as_one_list(
     assert (contents(both), both.formats) == ([*expected, *LOG], {"LangChain messages": 2})
 
 
-def test_a_log_without_a_turn_of_the_target_is_left_out_and_counted() -> None:
+def test_a_log_without_a_target_turn_is_left_out_and_counted() -> None:
     rows = [
         {"messages": messages_to_dict([AIMessage("welcome")])},
         {"messages": messages_to_dict(SAID)},
     ]
     rows += [chatgpt(("system", "")), chatgpt(("user", " ")), chatgpt(("user", "hello"), id="c2")]
-    read = as_history(rows)
-    assert {item.completion for item in read.items} == {"hello", "bye"}
+    history = as_history(rows)
+    assert {item.completion for item in history.items} == {"hello", "bye"}
     assert (
-        "rows left out, as nothing in them can be learnt: 1 of 2 (LangChain messages)" in read.notes
+        "rows left out, as nothing in them can be learnt: 1 of 2 (LangChain messages)"
+        in history.notes
     )
-    assert "rows left out, as nothing in them can be learnt: 2 of 3 (ChatGPT export)" in read.notes
+    assert (
+        "rows left out, as nothing in them can be learnt: 2 of 3 (ChatGPT export)" in history.notes
+    )
 
 
 def test_a_message_that_stands_alone_is_refused_with_a_hint(tmp_path: Path) -> None:
@@ -457,7 +478,7 @@ def test_a_message_that_stands_alone_is_refused_with_a_hint(tmp_path: Path) -> N
     path.write_text(json.dumps(user("hello")))
     with pytest.raises(
         HistoryError,
-        match=r"log\.jsonl:1: no text .* found 'role', 'content'; a message alone is no row",
+        match=r"log\.jsonl:1: no text .* found 'role', 'content'; a message alone is not a row",
     ):
         read_history(path, user_id="ann")
 
@@ -476,16 +497,16 @@ def test_an_export_is_read_along_the_branch_that_the_user_saw_last() -> None:
         "parent": "edited",
     }
     row["current_node"] = "answer"
-    assert [item.completion for item in as_items([row])] == ["edited"]
-    assert [item.completion for item in as_items([row], "assistant")] == ["yes"]
-    (item,) = as_items([row])
+    assert completions(as_history([row])) == ["edited"]
+    assert completions(as_history([row], target="assistant")) == ["yes"]
+    (item,) = as_history([row]).items
     assert (item.conversation, item.created_at) == (
         "c1",
         datetime(2024, 5, 31, 8, 0, 0, 250_000, tzinfo=UTC),
     )
 
 
-def test_of_an_export_only_what_both_said_to_each_other_is_read() -> None:
+def test_only_what_user_and_assistant_said_is_read_from_an_export() -> None:
     parts = {
         "content_type": "multimodal_text",
         "parts": [{"content_type": "image_asset_pointer"}, "what is this?"],
@@ -501,8 +522,8 @@ def test_of_an_export_only_what_both_said_to_each_other_is_read() -> None:
         ("user", "thanks"),
     )
     row["mapping"]["n6"]["message"]["metadata"]["is_visually_hidden_from_conversation"] = True
-    assert [item.completion for item in as_items([row])] == ["what is this?", "thanks"]
-    (answer,) = as_items([row], "assistant")
+    assert completions(as_history([row])) == ["what is this?", "thanks"]
+    (answer,) = as_history([row], target="assistant").items
     assert (answer.prompt, answer.completion) == ([user("what is this?")], "A cat.")
 
 
@@ -510,33 +531,34 @@ def test_a_long_conversation_is_followed_to_its_root() -> None:
     row = chatgpt(
         *[("user", f"u{n}") if n % 2 == 0 else ("assistant", f"a{n}") for n in range(3_000)]
     )
-    assert len(as_items([row])) == 1_500
+    assert len(as_history([row]).items) == 1_500
 
 
 @pytest.mark.parametrize("target", ["user", "assistant"])
 def test_a_prompt_holds_the_newest_turns_of_a_very_long_conversation(target: str) -> None:
     messages = [user(f"u{n}") if n % 2 == 0 else assistant(f"a{n}") for n in range(3_000)]
-    read = as_history([{"messages": messages}], target=target)  # type: ignore[arg-type]
-    assert len(read.items) == 1_500
-    assert max(len(item.messages) for item in read.items) == 199
-    last = read.items[-1].messages
+    history = as_history([{"messages": messages}], target=target)  # type: ignore[arg-type]
+    assert len(history.items) == 1_500
+    assert max(len(item.messages) for item in history.items) == 199
+    last = history.items[-1].messages
     assert (len(last), last[0]["role"], last[-1]["role"]) == (199, "user", "user")
     assert last[-1]["content"] == ("a2997" if target == "user" else "u2998")
     assert any(
-        note.startswith("prompts that hold only the newest 199 turns") for note in read.notes
+        note.startswith("prompts that hold only the newest 199 turns") for note in history.notes
     )
 
 
-def test_tens_of_thousands_of_turns_of_one_side_or_of_the_system_are_read() -> None:
+def test_tens_of_thousands_of_turns_of_one_role_are_read() -> None:
     one_side = [user("x" * 100) for _ in range(30_000)]
-    (item,) = as_items([{"messages": [*one_side, assistant("a")]}])
+    (item,) = as_history([{"messages": [*one_side, assistant("a")]}]).items
     assert len(item.messages[0]["content"]) == 102 * 30_000 - 2
     systems = [
         message
         for n in range(3_000)
         for message in ({"role": "system", "content": "s"}, user("q"), assistant(f"{n}"))
     ]
-    assert as_items([{"messages": systems}])[-1].messages[0]["content"] == "\n\n".join("s" * 199)
+    last = as_history([{"messages": systems}]).items[-1]
+    assert last.messages[0]["content"] == "\n\n".join("s" * 199)
 
 
 def _text(text: str) -> dict[str, Any]:
@@ -562,78 +584,153 @@ for _ in range(200):
     DEEP = [DEEP]
 
 BAD_ROWS: list[tuple[Any, str]] = [
-    (CIRCLE, r":2: mapping goes round in a circle at 'n1'; expected parents that lead to a root"),
-    (SELF, r":2: mapping goes round in a circle at 'n0'"),
-    (_without(SOUND, "mapping", "n0"), r":2: the parent of 'n1' is 'n0', which is none of the 2 nodes in mapping"),
-    (_without(SOUND, "current_node"), r":2: a mapping without current_node; expected the name of"),
-    ({**SOUND, "current_node": "n9"}, r":2: current_node is 'n9', which is none of the 3 nodes"),
-    ({**SOUND, "current_node": 5}, r":2: current_node is 5, which is none of"),
-    ({**SOUND, "current_node": DEEP}, r":2: current_node is \[\[.*, which is none of"),
-    ({**SOUND, "mapping": []}, r":2: mapping: expected an object with named fields, found list"),
-    ({**SOUND, "mapping": {"n1": 5}}, r":2: mapping\['n1'\]: expected an object with named fields, found int"),
-    (_without(SOUND, "mapping", "n0", "message", "author"), r":2: mapping\['n0'\]: author: expected an object"),
-    (_without(SOUND, "mapping", "n0", "message", "content"), r":2: mapping\['n0'\]: content: expected an object"),
-    (_without(SOUND, "mapping", "n0", "message", "content", "parts"), r":2: mapping\['n0'\]: the content's parts are None"),
-    ({**SOUND, "create_time": "then"}, r":2: the time is 'then'"),
-    ({"input": "q", "preferred_output": [], "non_preferred_output": []}, r":2: input: expected an object"),
-    ({"input": {}, "preferred_output": [], "non_preferred_output": []}, r":2: input must hold messages; found none"),
+    (CIRCLE, r"mapping goes round in a circle at 'n1'; expected parents that lead to a root"),
+    (SELF, r"mapping goes round in a circle at 'n0'"),
     (
-        {"input": {"messages": [user("q")]}, "preferred_output": [], "non_preferred_output": [assistant("a")]},
-        r":2: preferred_output is blank",
+        _without(SOUND, "mapping", "n0"),
+        r"the parent of 'n1' is 'n0', which is not one of the 2 nodes in mapping",
+    ),
+    (_without(SOUND, "current_node"), r"a mapping without current_node; expected the name of"),
+    ({**SOUND, "current_node": "n9"}, r"current_node is 'n9', which is not one of the 3 nodes"),
+    ({**SOUND, "current_node": 5}, r"current_node is 5, which is not one of"),
+    ({**SOUND, "current_node": DEEP}, r"current_node is \[\[.*, which is not one of"),
+    ({**SOUND, "mapping": []}, r"mapping: expected an object with named fields, found list"),
+    (
+        {**SOUND, "mapping": {"n1": 5}},
+        r"mapping\['n1'\]: expected an object with named fields, found int",
     ),
     (
-        {"input": {"messages": [user("q")]}, "preferred_output": [user("b")], "non_preferred_output": [assistant("a")]},
-        r":2: preferred_output\[0\] has the role 'user'; expected one answer, of the assistant",
+        _without(SOUND, "mapping", "n0", "message", "author"),
+        r"mapping\['n0'\]: message: author: expected an object",
     ),
-    ({"input": {"messages": [user("q")]}, "preferred_output": [assistant("b")]}, r":2: no text to learn from"),
-    ({"prompt": "q", "chosen": "a", "rejected": "a"}, r":2: chosen and rejected are the same"),
-    ({"prompt": "q", "chosen": " ", "rejected": "a"}, r":2: chosen is blank"),
-    ({"prompt": "q", "chosen": "a", "rejected": None}, r":2: rejected must be text, not NoneType"),
-    ({"chosen": "a", "rejected": "b"}, r":2: chosen and rejected without prompt"),
-    ({"prompt": [user("q"), assistant("r")], "chosen": "a", "rejected": "b"}, r":2: prompt ends in an assistant turn"),
     (
-        {"chosen": [user("q"), assistant("a"), user("so")], "rejected": [user("q"), assistant("b")]},
-        r":2: chosen\[1\] has the role 'user'; expected one answer",
+        _without(SOUND, "mapping", "n0", "message", "content"),
+        r"mapping\['n0'\]: message: content: expected an object",
     ),
-    ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]}, r":2: chosen and rejected are the same"),
-    ({"prompt": "q", "completion": "a", "rejected": [5]}, r":2: rejected must be text, not int"),
-    ({"prompt": "q", "completion": "a", "rejected": {"a": 1}}, r":2: rejected must be a list of texts, not dict"),
-    ({"conversations": "q"}, r":2: messages must be a list, not str"),
-    ({"conversations": [{"from": "alien", "value": "q"}]}, r":2: messages\[0\] has the role 'alien'; known roles"),
-    ({"conversations": [{"from": "human"}, {"from": "gpt"}]}, r":2: no assistant turn with text in messages"),
-    ({"messages": [{"type": "alien", "content": "q"}]}, r":2: messages\[0\] has the role 'alien'"),
-    ({"messages": [{"type": "human", "data": {"content": DEEP}}]}, r":2: messages\[0\]: expected an object"),
-    ({"messages": [user("q"), assistant("a", weight=DEEP)]}, r":2: messages\[1\]: the weight is \[\[.*\.\.\."),
-    ({"messages": [{"role": DEEP, "content": "q"}]}, r":2: messages\[0\] has the role \[\[.*\.\.\."),
-    ({"instruction": "q", "output": ""}, r":2: output is blank"),
-    ({"instruction": 5, "output": "a"}, r":2: instruction must be text, not int"),
-    ({"instruction": "q", "output": "a", "history": [["q"]]}, r":2: history\[0\] is \['q'\]; expected \[instruction, output\]"),
-    ({"prompt": "q", "answer": "a", "score": 0.4}, r":2: the score is 0\.4; expected 1 or true \(liked\)"),
-    ({"prompt": "q", "answer": "a", "score": 3}, r":2: the score is 3; expected"),
-    ({"prompt": "q", "answer": "a", "score": "up"}, r":2: the score is 'up'; expected"),
-    ({"prompt": "q", "answer": "", "score": 1}, r":2: answer is blank"),
-    ({"prompt": "", "answer": "a", "score": 1}, r":2: feedback without prompt"),
-    ({"prompt": "q", "answer": "a", "correction": {"x": "1", "y": "2"}}, r":2: correction must be a text or hold one; found 'x'"),
-    ({"inputs": {"a": 1, "b": 2}, "outputs": {"o": "x"}, "score": 1}, r":2: inputs must hold messages, or one text"),
-    ({"inputs": {"a": "q"}, "outputs": [], "score": 1}, r":2: outputs: expected an object with named fields, found list"),
-    ({"inputs": {"a": "q"}, "outputs": {"generations": []}, "score": 1}, r":2: outputs: generations: expected an object"),
-    ({"text": 5}, r":2: text must be text, not int"),
-    ([1, 2], r":2: expected an object with named fields, found list"),
-]  # fmt: skip
+    (
+        _without(SOUND, "mapping", "n0", "message", "content", "parts"),
+        r"mapping\['n0'\]: the content's parts are None",
+    ),
+    ({**SOUND, "create_time": "then"}, r"the time is 'then'"),
+    (
+        {"input": "q", "preferred_output": [], "non_preferred_output": []},
+        r"input: expected an object",
+    ),
+    (
+        {"input": {}, "preferred_output": [], "non_preferred_output": []},
+        r"input must hold messages; found none",
+    ),
+    (
+        {
+            "input": {"messages": [user("q")]},
+            "preferred_output": [],
+            "non_preferred_output": [assistant("a")],
+        },
+        r"preferred_output is blank",
+    ),
+    (
+        {
+            "input": {"messages": [user("q")]},
+            "preferred_output": [user("b")],
+            "non_preferred_output": [assistant("a")],
+        },
+        r"preferred_output\[0\] has the role 'user'; expected one answer, of the assistant",
+    ),
+    (
+        {"input": {"messages": [user("q")]}, "preferred_output": [assistant("b")]},
+        r"no text to learn from",
+    ),
+    ({"prompt": "q", "chosen": "a", "rejected": "a"}, r"chosen and rejected are the same"),
+    ({"prompt": "q", "chosen": " ", "rejected": "a"}, r"chosen is blank"),
+    ({"prompt": "q", "chosen": "a", "rejected": None}, r"rejected must be text, not NoneType"),
+    ({"chosen": "a", "rejected": "b"}, r"chosen and rejected without prompt"),
+    (
+        {"prompt": [user("q"), assistant("r")], "chosen": "a", "rejected": "b"},
+        r"prompt ends in an assistant turn",
+    ),
+    (
+        {
+            "chosen": [user("q"), assistant("a"), user("so")],
+            "rejected": [user("q"), assistant("b")],
+        },
+        r"chosen\[1\] has the role 'user'; expected one answer",
+    ),
+    (
+        {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]},
+        r"chosen and rejected are the same",
+    ),
+    ({"prompt": "q", "completion": "a", "rejected": [5]}, r"rejected\[0\] must be text, not int"),
+    (
+        {"prompt": "q", "completion": "a", "rejected": {"a": 1}},
+        r"rejected must be a list of texts, not dict",
+    ),
+    ({"conversations": "q"}, r"messages must be a list, not str"),
+    (
+        {"conversations": [{"from": "alien", "value": "q"}]},
+        r"messages\[0\] has the role 'alien'; known roles",
+    ),
+    (
+        {"conversations": [{"from": "human"}, {"from": "gpt"}]},
+        r"no assistant turn with text in messages",
+    ),
+    ({"messages": [{"type": "alien", "content": "q"}]}, r"messages\[0\] has the role 'alien'"),
+    (
+        {"messages": [{"type": "human", "data": {"content": DEEP}}]},
+        r"messages\[0\]: content\[0\]: expected an object",
+    ),
+    (
+        {"messages": [user("q"), assistant("a", weight=DEEP)]},
+        r"messages\[1\]: the weight is \[\[.*\.\.\.",
+    ),
+    ({"messages": [{"role": DEEP, "content": "q"}]}, r"messages\[0\] has the role \[\[.*\.\.\."),
+    ({"instruction": "q", "output": ""}, r"output is blank"),
+    ({"instruction": 5, "output": "a"}, r"instruction must be text, not int"),
+    (
+        {"instruction": "q", "output": "a", "history": [["q"]]},
+        r"history\[0\] is \['q'\]; expected \[instruction, output\]",
+    ),
+    (
+        {"prompt": "q", "answer": "a", "score": 0.4},
+        r"the score is 0\.4; expected 1 or true \(liked\)",
+    ),
+    ({"prompt": "q", "answer": "a", "score": 3}, r"the score is 3; expected"),
+    ({"prompt": "q", "answer": "a", "score": "up"}, r"the score is 'up'; expected"),
+    ({"prompt": "q", "answer": "", "score": 1}, r"answer is blank"),
+    ({"prompt": "", "answer": "a", "score": 1}, r"feedback without prompt"),
+    (
+        {"prompt": "q", "answer": "a", "correction": {"x": "1", "y": "2"}},
+        r"correction must be a text or hold one; found 'x'",
+    ),
+    (
+        {"inputs": {"a": 1, "b": 2}, "outputs": {"o": "x"}, "score": 1},
+        r"inputs must hold messages, or one text",
+    ),
+    (
+        {"inputs": {"a": "q"}, "outputs": [], "score": 1},
+        r"outputs: expected an object with named fields, found list",
+    ),
+    (
+        {"inputs": {"a": "q"}, "outputs": {"generations": []}, "score": 1},
+        r"outputs: generations: expected an object",
+    ),
+    ({"text": 5}, r"text must be text, not int"),
+    ([1, 2], r"expected an object with named fields, found list"),
+]
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_a_bad_row_is_named_with_what_was_found(tmp_path: Path, row: object, message: str) -> None:
     path = tmp_path / "user.jsonl"
     path.write_text(json.dumps({"prompt": "p", "completion": "c"}) + "\n" + json.dumps(row))
-    with pytest.raises(HistoryError, match=message):
+    with pytest.raises(HistoryError, match=rf"user\.jsonl:2: {message}"):
         read_history(path, user_id="ann")
 
 
 KEYS = st.sampled_from([
-    "prompt", "completion", "chosen", "rejected", "messages", "conversations", "mapping", "current_node", "parent", "profile",
-    "instruction", "input", "output", "preferred_output", "non_preferred_output", "answer", "score", "correction", "text",
-    "role", "content", "from", "value", "type", "data", "weight", "message", "author", "parts", "history", "queries", "user_id",
+    "prompt", "completion", "chosen", "rejected", "messages", "conversations", "mapping", "profile",
+    "current_node", "parent", "instruction", "input", "output", "preferred_output", "answer",
+    "non_preferred_output", "score", "correction", "text", "role", "content", "from", "value",
+    "type", "data", "weight", "message", "author", "parts", "history", "queries", "user_id",
     "created_at", "conversation", "a",
 ])  # fmt: skip
 VALUES = st.recursive(
@@ -649,22 +746,21 @@ VALUES = st.recursive(
 
 @settings(deadline=None)
 @given(row=st.dictionaries(KEYS, VALUES, max_size=6))
-def test_whatever_a_row_holds_it_is_read_or_refused(row: dict[str, Any]) -> None:
+def test_any_row_is_read_or_refused(row: dict[str, Any]) -> None:
     with suppress(HistoryError):
-        assert all(item.completion.strip() and item.messages for item in as_items([row]))
+        assert all(item.completion.strip() and item.messages for item in as_history([row]).items)
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    inner = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for key, below in inner:
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path to every value in a row."""
+    children: Any = ()
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    for key, child in children:
         yield (*path, key)
-        yield from _places(below, (*path, key))
+        yield from _paths(child, (*path, key))
 
 
 @settings(max_examples=400, deadline=None)
@@ -673,21 +769,24 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
     sound=st.sampled_from([row for _, row, _ in FORMATS]),
     target=st.sampled_from([None, "user"]),
 )
-def test_a_sound_row_with_anything_in_any_place_is_read_or_refused(
+def test_a_sound_row_with_any_value_anywhere_is_read_or_refused(
     data: Any, sound: Any, target: Any
 ) -> None:
     row = json.loads(json.dumps(sound))
-    *path, last = data.draw(st.sampled_from(list(_places(row))))
+    *path, last = data.draw(st.sampled_from(list(_paths(row))))
     inner = row
     for key in path:
         inner = inner[key]
     inner[last] = data.draw(VALUES)
     with suppress(HistoryError):
-        assert all(item.completion.strip() and item.messages for item in as_items([row], target))
+        assert all(
+            item.completion.strip() and item.messages
+            for item in as_history([row], target=target).items
+        )
 
 
 @pytest.mark.parametrize("depth", [200, 900, 960, 985])
-def test_what_is_nested_at_the_limit_is_refused_with_its_line(tmp_path: Path, depth: int) -> None:
+def test_a_row_nested_at_the_limit_is_refused_with_its_line(tmp_path: Path, depth: int) -> None:
     deep = "[" * depth + "]" * depth
     message = f'[{{"role": "assistant", "content": {deep}}}]'
     path = tmp_path / "user.jsonl"
@@ -725,7 +824,7 @@ def test_what_is_nested_at_the_limit_is_refused_with_its_line(tmp_path: Path, de
         (b'{"text": "a"}\n\n{"text": "\xe4"}', r"user\.jsonl:3: not UTF-8 but another encoding"),
     ],
 )
-def test_a_file_that_is_no_text_is_named_for_what_it_is(
+def test_a_file_that_is_not_text_is_named_for_what_it_is(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     path = tmp_path / "user.jsonl"
@@ -737,14 +836,14 @@ def test_a_file_that_is_no_text_is_named_for_what_it_is(
 def test_a_huge_line_and_a_huge_file_are_refused_with_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history, "MAX_LINE", 1_000)
+    monkeypatch.setattr(read, "MAX_LINE", 1_000)
     path = tmp_path / "user.jsonl"
     path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "b" * 1_000}))
     with pytest.raises(
         HistoryError, match=r"user\.jsonl:2: a line of 1,012 characters; expected at most 1,000"
     ):
         read_history(path, user_id="ann")
-    monkeypatch.setattr(history, "MAX_FILE", 1 << 20)
+    monkeypatch.setattr(read, "MAX_FILE", 1 << 20)
     path.write_text("x" * (1 << 20) + "y")
     with pytest.raises(
         HistoryError, match=r"user\.jsonl: larger than the 1 MiB that are read at once"
@@ -755,7 +854,7 @@ def test_a_huge_line_and_a_huge_file_are_refused_with_the_limit(
 @pytest.mark.parametrize(
     "nested", ['{"messages": ' + "[" * 100_000, "[" * 5_000 + "]" * 5_000, '{"a":' * 50_000]
 )
-def test_what_is_nested_too_deeply_is_refused(tmp_path: Path, nested: str) -> None:
+def test_a_file_nested_too_deeply_is_refused(tmp_path: Path, nested: str) -> None:
     for name in ("user.jsonl", "user.json"):
         path = tmp_path / name
         path.write_text(nested)

@@ -1,4 +1,4 @@
-"""From the files that people have, and from feedback in Chroma, to a published adapter that DPO trained on their pairs."""
+"""From people's files and from feedback in Chroma to a published adapter that DPO trained."""
 
 import json
 from collections.abc import Callable

@@ -12,10 +12,10 @@ from langchain_core.runnables.history import RunnableWithMessageHistory
 
 from langchain_cope import ChromaHistory, RecordedChatHistory
 from langchain_cope.errors import HistoryError
-from langchain_cope.history import as_items
+from langchain_cope.history import as_history
 from langchain_cope.history.reader import MESSAGE_INSTRUCTION
 
-# LangChain prefers its checkpointers nowadays; apps that have chat histories keep them all the same.
+# LangChain prefers its checkpointers by now; apps that have chat histories keep them.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The class `InMemoryChatMessageHistory`"),
     pytest.mark.filterwarnings("ignore:RunnableWithMessageHistory is deprecated"),
@@ -42,18 +42,18 @@ def written(history: ChromaHistory, user_id: str = "ann") -> list[str]:
     return [item.completion for item in history.fetch(user_id)]
 
 
-def test_it_is_a_chat_history_and_what_the_user_wrote_is_in_chroma(history: ChromaHistory) -> None:
+def test_a_chat_history_also_writes_to_chroma(history: ChromaHistory) -> None:
     chat = recorded(history)
     assert isinstance(chat, BaseChatMessageHistory)
     chat.add_messages(TURNS[:2])
     chat.add_messages(TURNS[2:])
     assert chat.messages == TURNS
-    found = history.fetch("ann")
-    assert [(item.messages, item.completion) for item in found] == [
-        (item.messages, item.completion) for item in as_items(TURNS)
+    items = history.fetch("ann")
+    assert [(item.messages, item.completion) for item in items] == [
+        (item.messages, item.completion) for item in as_history(TURNS).items
     ]
-    assert {item.conversation for item in found} == {"1"}
-    assert all(item.created_at for item in found)
+    assert {item.conversation for item in items} == {"1"}
+    assert all(item.created_at for item in items)
     assert history.history("ann").notes == []
 
 
@@ -91,7 +91,7 @@ def test_tool_calls_images_and_blank_turns_do_no_harm(history: ChromaHistory) ->
     assert written(history) == ["weather?"]
 
 
-def test_a_chat_that_was_kept_before_is_recorded_at_once_and_only_once(
+def test_an_earlier_chat_is_recorded_at_once_and_only_once(
     history: ChromaHistory,
 ) -> None:
     kept = InMemoryChatMessageHistory(messages=list(TURNS))

@@ -20,7 +20,7 @@ from langchain_cope import ChatCoPe, ChromaHistory, PersonalizeResult, Personali
 from langchain_cope.engine import Engine, load_base
 from langchain_cope.errors import HistoryError, InputError, ModelError
 from langchain_cope.evaluation.comparison import as_examples
-from langchain_cope.history import as_items
+from langchain_cope.history import as_history
 from langchain_cope.personalization.turns import turn_on
 from langchain_cope.training.pipeline import train_user
 from langchain_cope.training.progress import never
@@ -312,7 +312,7 @@ def test_a_store_that_cannot_be_written_is_refused_before_training(
 def test_training_on_a_quantized_base_is_refused(base: Path, tmp_path: Path) -> None:
     quantized = replace(load_base(base), quantization="int8")
     with pytest.raises(ModelError, match="is quantized"):
-        train_user(Engine(quantized), as_examples(as_items(ROWS)), QUICK, tmp_path)
+        train_user(Engine(quantized), as_examples(as_history(ROWS).items), QUICK, tmp_path)
 
 
 def test_a_failure_in_a_stage_is_traced_and_publishes_nothing(
