@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from cope_lc.adapters.stored import store_at
 from cope_lc.options import (
     AdapterVersion,
     Alpha,
@@ -69,21 +70,19 @@ def chat(
 def _greeting(options: ChatOptions) -> str:
     """Load what is needed: a wrong user or model is told now and not at the first message."""
     from adapter_store import AdapterNotFoundError
-    from langchain_cope.stores import open_store
 
     base = options.load_base()
     if options.user is None:
         return f"{base.name} alone, in no user's manner. {_HELP}"
     name = name_of(options.user)
     try:
-        version = open_store(options.store).resolve(
-            options.user, options.version, base=base.fingerprint()
-        )
+        store = store_at(options.store)
+        version = store.resolve(options.user, options.version, base=base.fingerprint()).version
     except AdapterNotFoundError:
         if options.version is not None:
             raise
         return f"{name} has no adapter yet: {base.name} alone answers. {_HELP}"
-    return f"{name} on {base.name}, version {version.version}. {_HELP}"
+    return f"{name} on {base.name}, version {version}. {_HELP}"
 
 
 class Conversation:
