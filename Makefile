@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs-cli clean
 
 demo: $(VENV)/.installed
 	@rm -rf .demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The page of the command line, written from the commands themselves.
+docs-cli: $(VENV)/.installed
+	$(BIN)/python docs/generate_cli.py
 
 clean:
 	rm -rf $(VENV) .demo dist build

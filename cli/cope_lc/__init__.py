@@ -1,4 +1,5 @@
 """The command `cope-lc`. `main.py` is the entry; each command has a module of its own.
 
-Nothing heavy is imported before a command runs: every module here imports torch, LangChain, pydantic and rich inside its functions.
+A module here imports torch, LangChain, pydantic, rich, `langchain_cope` and `adapter_store` inside
+its functions only, so that nothing heavy is loaded before a command runs.
 """

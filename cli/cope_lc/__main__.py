@@ -1,4 +1,4 @@
-"""``python -m cope_lc``: the command line."""
+"""`python -m cope_lc`: the command line."""
 
 from cope_lc.main import app
 

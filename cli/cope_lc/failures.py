@@ -2,24 +2,38 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
 
+from cope_lc.quiet_libraries import quiet_libraries
+from cope_lc.text import one_line
+
 FAILED, WRONG_INPUT = 1, 2
 _INTERRUPTED = 130  # what Typer returns after Ctrl-C
 
+# What Typer raises for a wrong call. Typer exports no name for it, and the module that defines it
+# differs between releases (click, or Typer's copy of it); in each it is the base of BadParameter.
+UsageError = typer.BadParameter.__bases__[0]
+
 
 def exit_with(call: Callable[[], Any], *, debug: bool) -> NoReturn:
-    """Run ``call`` and end the process with the contract's exit code; ``debug`` shows the traceback of what failed."""
-    from cope_lc.quiet_libraries import quiet_libraries
+    """Run `call` and end the process with its exit code.
 
+    Args:
+        call: Runs the command; returns the exit code, or something else for 0.
+        debug: Print the traceback of an error before its line.
+
+    Raises:
+        SystemExit: Always; 0 done, 1 it failed, 2 the input or the call was wrong.
+    """
     try:
         with quiet_libraries(debug=debug):
             code = call()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader went away: there is nobody to tell
+    except BrokenPipeError:  # the reader went away: a message would reach no one
         _drop_output()
         raise SystemExit(FAILED) from None
     except (KeyboardInterrupt, typer.Abort):
@@ -29,10 +43,8 @@ def exit_with(call: Callable[[], Any], *, debug: bool) -> NoReturn:
             print(error, file=sys.stderr)
             raise SystemExit(WRONG_INPUT) from None
         if debug:
-            import traceback
-
             traceback.print_exception(error)
-        code, line = explain(error)
+        code, line = code_and_line(error)
         _say(line)
     if code == _INTERRUPTED:
         _say("stopped")
@@ -40,8 +52,8 @@ def exit_with(call: Callable[[], Any], *, debug: bool) -> NoReturn:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def explain(error: Exception) -> tuple[int, str]:
-    """The exit code of an error, and its line."""
+def code_and_line(error: Exception) -> tuple[int, str]:
+    """Return the exit code of an error, and the line that tells people of it."""
     from adapter_store.errors import (
         AdapterNotFoundError,
         AdapterStoreError,
@@ -52,19 +64,19 @@ def explain(error: Exception) -> tuple[int, str]:
 
     if isinstance(error, Cancelled):
         return FAILED, str(error)
-    if isinstance(
-        error, typer.BadParameter.__mro__[1]
-    ):  # Typer's usage error, which it exports under no name
+    if isinstance(error, UsageError):
         return WRONG_INPUT, f"error: {_usage(error)}"
     if isinstance(error, InputError | InvalidAdapterError | AdapterNotFoundError):
         return WRONG_INPUT, f"error: {error}"
     if isinstance(error, KeyMismatchError):
-        return (
-            FAILED,
-            f"error: {error}. Here keys are COPE_STORE_KEY_FILE or COPE_STORE_KEYS, the pepper COPE_STORE_PEPPER",
+        settings = (
+            "on the command line keys are COPE_STORE_KEY_FILE or COPE_STORE_KEYS, "
+            "the pepper is COPE_STORE_PEPPER"
         )
+        return FAILED, f"error: {error}; {settings}"
     if isinstance(error, CopeError | AdapterStoreError):
         return FAILED, f"error: {error}"
+    # pydantic's, told by its name: only a command that loaded pydantic can raise it.
     if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):
         return WRONG_INPUT, f"error: {_invalid(error.errors())}"
     if isinstance(error, OSError) and error.strerror:
@@ -75,19 +87,17 @@ def explain(error: Exception) -> tuple[int, str]:
 
 
 def _usage(error: Any) -> str:
-    context = error.ctx
-    help_of = f"; see {context.command_path} --help" if context else ""
-    return f"{error.format_message().rstrip('.')}{help_of}"
+    message = error.format_message().rstrip(".")
+    return f"{message}; see {error.ctx.command_path} --help" if error.ctx else message
 
 
 def _invalid(problems: list[Any]) -> str:
-    """What pydantic found wrong, field by field, without its links."""
-    return "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in problems)
+    """Return what pydantic says of each field, without its links."""
+    lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems]
+    return "; ".join(lines)
 
 
 def _say(line: str) -> None:
-    from cope_lc.text import one_line
-
     try:
         print(one_line(line), file=sys.stderr, flush=True)
     except BrokenPipeError:
@@ -95,7 +105,7 @@ def _say(line: str) -> None:
 
 
 def _drop_output() -> None:
-    """Let the interpreter's last flush go nowhere, where it would complain about the closed pipe once more."""
+    """Send the interpreter's last flush nowhere: it would complain about the closed pipe again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is not None:

@@ -1,12 +1,16 @@
-"""``cope-lc generate``: one answer, and with ``--explain`` how each of its tokens came about."""
+"""`cope-lc generate`: one answer, and with `--explain` how each of its tokens came about."""
 
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cope_lc.options import (
+    AdapterVersion,
     Alpha,
+    AsUser,
+    ChatOptions,
     Device,
     Dtype,
     Json,
@@ -17,14 +21,18 @@ from cope_lc.options import (
     Tau,
     Temperature,
 )
+from cope_lc.output import Output
+from cope_lc.quiet_libraries import prints_to_stderr
+from cope_lc.screen import cell, console, number, say, table
+from cope_lc.text import clean, name_of
 
 if TYPE_CHECKING:
     from langchain_core.messages import AIMessageChunk
+    from rich.table import Table
     from rich.text import Text
 
-EXAMPLE = 'Example: cope-lc generate "Write a headline for: …" --user alice'
-# The difference of two log-probabilities, in nats, from which a token is coloured.
-_CLEAR, _STRONG = 0.3, 1.0
+# Differences of two log-probabilities, in nats, from which a token is coloured, and is bold.
+_COLOURED, _BOLD = 0.3, 1.0
 
 
 def generate(
@@ -32,18 +40,10 @@ def generate(
         str,
         typer.Argument(metavar="PROMPT", help="What to answer; - reads it from standard input."),
     ],
-    user: Annotated[
-        str | None,
-        typer.Option("--user", metavar="ID", help="In whose manner. Default: the base alone."),
-    ] = None,
+    user: AsUser = None,
     model: Model = "starter",
     store: Store = None,
-    version: Annotated[
-        str | None,
-        typer.Option(
-            "--version", metavar="VERSION", help="Adapter version. Default: the active one."
-        ),
-    ] = None,
+    version: AdapterVersion = None,
     alpha: Alpha = None,
     tau: Tau = None,
     temperature: Temperature = 0.0,
@@ -53,48 +53,44 @@ def generate(
     dtype: Dtype = None,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Show for each token what user and base thought of it."),
+        typer.Option("--explain", help="Show how likely user and base found each token."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Answer one prompt in a user's manner; a user without an adapter is answered by the base."""
-    from cope_lc.text import name_of
+    """Answer one prompt in a user's manner.
 
+    The base answers where the user has no adapter.
+    """
     if explain and user is None:
         raise typer.BadParameter(
             "it compares a user with the base: add --user ID", param_hint="--explain"
         )
-    question = _prompt(prompt)
-    settings = {
-        "model": model,
-        "store": store,
-        "adapter_version": version,
-        "device": device,
-        "dtype": dtype,
-    }
-    sampling = {
-        "alpha": alpha,
-        "tau": tau,
-        "temperature": temperature,
-        "max_tokens": max_tokens,
-        "seed": seed,
-    }
-    answer = _answer(
-        question, user, {**settings, **sampling}, explain=explain, silent=as_json or explain
+    text = _prompt_text(prompt)
+    options = ChatOptions(
+        user=user,
+        model=model,
+        store=store,
+        version=version,
+        alpha=alpha,
+        tau=tau,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        device=device,
+        dtype=dtype,
     )
-    if as_json:
-        _print_json(answer)
-    elif explain:
-        _show_explained(answer)
-    if user is not None and answer.response_metadata["adapter_version"] is None:
-        print(f"note: {name_of(user)} has no adapter yet: the base answered", file=sys.stderr)
-    if answer.response_metadata["finish_reason"] == "length":
-        print(f"note: the answer was cut at {_num_tokens(answer)} tokens", file=sys.stderr)
+    is_streamed = not (as_json or explain)
+    answer = _answer(text, options, explain=explain, is_streamed=is_streamed)
+    if not is_streamed:
+        Output(as_json).show(_facts(answer), lambda: _show_explained(answer))
+    for note in _notes(answer, user):
+        print(f"note: {note}", file=sys.stderr)
 
 
-def _prompt(given: str) -> str:
-    text = given
-    if given == "-":
+def _prompt_text(prompt: str) -> str:
+    """Return the prompt, read from standard input where it is "-"; refuse one without text."""
+    text = prompt
+    if prompt == "-":
         try:
             text = sys.stdin.read()
         except UnicodeDecodeError as error:
@@ -109,92 +105,88 @@ def _prompt(given: str) -> str:
 
 
 def _answer(
-    prompt: str, user: str | None, settings: dict[str, Any], *, explain: bool, silent: bool
+    prompt: str, options: ChatOptions, *, explain: bool, is_streamed: bool
 ) -> "AIMessageChunk":
-    """The whole answer, printed as it comes unless ``silent``."""
-    from cope_lc.quiet_libraries import prints_to_stderr
-    from cope_lc.text import clean
-    from langchain_cope import ChatCoPe
-
+    """Return the whole answer, after printing it as it came if `is_streamed`."""
     out = sys.stdout
     whole: Any = None
+    call_options: dict[str, Any] = {"logprobs": True} if explain else {}
     with prints_to_stderr():
-        options: dict[str, Any] = {"logprobs": True} if explain else {}
-        for chunk in ChatCoPe(user_id=user, **settings).stream(prompt, **options):
+        for chunk in options.chat_model().stream(prompt, **call_options):
             whole = chunk if whole is None else whole + chunk
-            if not silent:
+            if is_streamed:
                 print(clean(str(chunk.content), keep="\n\t"), end="", file=out, flush=True)
-    if not silent:
+    if is_streamed:
         print(file=out, flush=True)
     return whole  # type: ignore[no-any-return]
 
 
-def _num_tokens(answer: "AIMessageChunk") -> int:
-    return answer.usage_metadata["output_tokens"] if answer.usage_metadata else 0
+def _facts(answer: "AIMessageChunk") -> dict[str, Any]:
+    usage = dict(answer.usage_metadata or {})
+    return {"text": answer.text, **answer.response_metadata, "usage": usage}
 
 
-def _print_json(answer: "AIMessageChunk") -> None:
-    from cope_lc.text import print_json
-
-    print_json(
-        {
-            "text": answer.text,
-            **answer.response_metadata,
-            "usage": dict(answer.usage_metadata or {}),
-        }
-    )
+def _notes(answer: "AIMessageChunk", user: str | None) -> Iterator[str]:
+    metadata = answer.response_metadata
+    if user is not None and metadata["adapter_version"] is None:
+        yield f"{name_of(user)} has no adapter yet: the base answered"
+    if metadata["finish_reason"] == "length":
+        num_tokens = answer.usage_metadata["output_tokens"] if answer.usage_metadata else 0
+        yield f"the answer was cut at {num_tokens} tokens"
 
 
 def _show_explained(answer: "AIMessageChunk") -> None:
-    """The answer with its tokens coloured, then a row a token."""
-    from cope_lc.screen import cell, console, number, say, table
-
-    facts = answer.response_metadata
+    """Print the answer with its tokens coloured, then a line for each token."""
+    metadata = answer.response_metadata
+    tokens = metadata["logprobs"]
     out = console()
-    figures = ("log p user", "log p base", "difference", "reward")
-    rows = table("token", *figures, right=figures)
-    for token in facts["logprobs"]:
-        gain = _gain(token)
-        values = (token["log_p_user"], token["log_p_base"], gain, token["reward"])
-        rows.add_row(
-            cell(_visible(token["token"]), _style(gain)), *(number(value, 2) for value in values)
-        )
-    out.print(_coloured(answer.text, facts["logprobs"]))
+    out.print(_coloured(answer.text, tokens))
     say(out, "\ngreen: likelier for the user than for the base; red: less likely\n", "dim")
-    out.print(rows)
-    changed = (
-        f"{facts['contrast_changed']:.0%} of the tokens are not the adapter's own first choice"
-    )
-    strengths = f"α {facts['alpha']:g}, τ {facts['tau']:g}, version {facts['adapter_version']}"
-    say(out, f"\nreward = log p user − α · log p base, in nats; {changed}; {strengths}", "dim")
+    out.print(_token_table(tokens))
+    changed = f"{metadata['contrast_changed']:.0%} of the tokens are not the adapter's first choice"
+    contrast = f"α {metadata['alpha']:g}, τ {metadata['tau']:g}"
+    legend = "reward = log p user − α · log p base, in nats"
+    version = f"version {metadata['adapter_version']}"
+    say(out, f"\n{legend}; {changed}; {contrast}, {version}", "dim")
+
+
+def _token_table(tokens: list[dict[str, Any]]) -> "Table":
+    columns = ("log p user", "log p base", "difference", "reward")
+    rows = table("token", *columns, right=columns)
+    for token in tokens:
+        difference = _difference(token)
+        values = (token["log_p_user"], token["log_p_base"], difference, token["reward"])
+        figures = [number(value, 2) for value in values]
+        rows.add_row(cell(_visible(token["token"]), _style(difference)), *figures)
+    return rows
 
 
 def _coloured(text: str, tokens: list[dict[str, Any]]) -> "Text":
-    """The answer; its tokens coloured where they spell it one after the other, as not every tokenizer's do."""
+    """Return the answer, its tokens coloured where they spell it one after the other."""
     from rich.text import Text
 
-    from cope_lc.screen import cell
-
     if not "".join(token["token"] for token in tokens).startswith(text):
-        return cell(text)
-    made, left = Text(), text
+        return cell(text)  # not every tokenizer's tokens spell the text
+    line, rest = Text(), text
     for token in tokens:  # the last one may be the end of the turn, which is no text
-        piece, left = left[: len(token["token"])], left[len(token["token"]) :]
-        made.append_text(cell(piece, _style(_gain(token))))
-    return made
+        length = len(token["token"])
+        piece, rest = rest[:length], rest[length:]
+        line.append_text(cell(piece, _style(_difference(token))))
+    return line
 
 
-def _gain(token: dict[str, Any]) -> float:
+def _difference(token: dict[str, Any]) -> float:
+    """Return log p user − log p base, in nats."""
     return float(token["log_p_user"] - token["log_p_base"])
 
 
-def _style(gain: float) -> str:
-    if abs(gain) < _CLEAR:
+def _style(difference: float) -> str:
+    if abs(difference) < _COLOURED:
         return ""
-    colour = "green" if gain > 0 else "red"
-    return f"bold {colour}" if abs(gain) >= _STRONG else colour
+    colour = "green" if difference > 0 else "red"
+    return f"bold {colour}" if abs(difference) >= _BOLD else colour
 
 
 def _visible(token: str) -> str:
-    """A token with its blanks and line breaks to be seen."""
+    """Return a token with visible signs for its blanks, line breaks and tabs."""
     return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")

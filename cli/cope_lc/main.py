@@ -1,16 +1,22 @@
-"""The app: what commands there are, and the one place where errors become exit codes.
+"""The app: the table of commands, and where an error becomes an exit code.
 
 0  done                 1  it failed                 2  the input or the call was wrong
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from cope_lc import chat, doctor, evaluate, generate, personalize
-from cope_lc.adapters import versions as adapters
+from cope_lc import failures
+from cope_lc.adapters import care, transfer, versions
+from cope_lc.chat import chat
+from cope_lc.doctor import doctor
+from cope_lc.evaluate import evaluate
+from cope_lc.generate import generate
+from cope_lc.personalize import personalize
 
 HELP = """Answer every user in that user's own manner, on one local base model.
 
@@ -22,25 +28,66 @@ cope-lc COMMAND --help                    options and an example
 
 Exit codes: 0 done, 1 it failed, 2 the input or the call was wrong.
 """
+ADAPTERS_HELP = "List, show, activate, export, import, delete, erase and check adapters in a store."
+
+# Name, function, and the arguments of an example.
+Command = tuple[str, Callable[..., None], str]
+COMMANDS: tuple[Command, ...] = (
+    ("personalize", personalize, "user.jsonl --user alice"),
+    ("chat", chat, "--user alice"),
+    ("generate", generate, '"Write a headline for: …" --user alice'),
+    ("evaluate", evaluate, "users.jsonl --limit 6"),
+    ("doctor", doctor, ""),
+)
+ADAPTERS: tuple[Command, ...] = (
+    ("list", versions.list_users, "--store ~/adapters"),
+    ("show", versions.show, "alice"),
+    ("activate", versions.activate, "alice 20260131T235959Z-0123456789ab"),
+    ("rollback", versions.rollback, 'alice --reason "worse answers"'),
+    ("delete", versions.delete, "alice 20260131T235959Z-0123456789ab"),
+    ("erase", versions.erase, "alice --yes"),
+    ("export", transfer.export, "alice ./alice-adapter"),
+    ("export-all", transfer.export_all, "./users"),
+    ("import", transfer.import_one, "alice.tar"),
+    ("import-all", transfer.import_all, "./users --store s3://bucket/adapters"),
+    ("verify", care.verify, ""),
+    ("gc", care.gc, "--dry-run"),
+    ("new-key", care.new_key, "~/.cope-keys; export COPE_STORE_KEY_FILE=~/.cope-keys"),
+    ("rotate-keys", care.rotate_keys, ""),
+)
 
 
 class Commands(TyperGroup):
-    """The root group: it runs a command and ends the process with the contract's exit code."""
+    """The root group: it runs a command and ends the process with the command's exit code."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
-        """Run a command; raises SystemExit with 0, 1 or 2. ``--debug`` may stand anywhere before ``--``."""
-        import sys
+        """Run a command; raises SystemExit with 0, 1 or 2."""
+        words, debug = _without_debug(list(sys.argv[1:] if args is None else args))
+        extra["standalone_mode"] = False  # errors come back to us
+        run = super().main
+        failures.exit_with(lambda: run(words, *rest, **extra), debug=debug)
 
-        from cope_lc import failures
 
-        words = list(sys.argv[1:] if args is None else args)
-        options = words[: words.index("--")] if "--" in words else words
-        extra["standalone_mode"] = False
-        kept = [
-            word for index, word in enumerate(words) if word != "--debug" or index >= len(options)
-        ]
-        main = super().main
-        failures.exit_with(lambda: main(kept, *rest, **extra), debug="--debug" in options)
+def _without_debug(words: list[str]) -> tuple[list[str], bool]:
+    """Take `--debug` out of a command line: it may stand anywhere before `--`."""
+    end = words.index("--") if "--" in words else len(words)
+    options, arguments = words[:end], words[end:]
+    others = [word for word in options if word != "--debug"]
+    return others + arguments, "--debug" in options
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version  # slow to import
+
+        typer.echo(f"cope-lc {version('langchain-cope')}")
+        raise typer.Exit
+
+
+def _add(group: typer.Typer, prefix: str, commands: Sequence[Command]) -> None:
+    for name, function, arguments in commands:
+        example = f"Example: {prefix} {name} {arguments}".rstrip()
+        group.command(name, epilog=example)(function)
 
 
 app = typer.Typer(
@@ -52,20 +99,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command(epilog=personalize.EXAMPLE)(personalize.personalize)
-app.command(epilog=chat.EXAMPLE)(chat.chat)
-app.command(epilog=generate.EXAMPLE)(generate.generate)
-app.command(epilog=evaluate.EXAMPLE)(evaluate.evaluate)
-app.add_typer(adapters.app, name="adapters")
-app.command(epilog=doctor.EXAMPLE)(doctor.doctor)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"cope-lc {version('langchain-cope')}")
-        raise typer.Exit
+adapters = typer.Typer(
+    help=ADAPTERS_HELP,
+    epilog="Example: cope-lc adapters show alice",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+_add(app, "cope-lc", COMMANDS)
+_add(adapters, "cope-lc adapters", ADAPTERS)
+app.add_typer(adapters, name="adapters")
 
 
 @app.callback(help=HELP)

@@ -1,30 +1,43 @@
 """Options that several commands share, and their checks."""
 
 import math
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+if TYPE_CHECKING:
+    from langchain_cope import ChatCoPe
+    from langchain_cope.engine import Base
+
 
 class Side(StrEnum):
-    """Whose turns of a conversation are what the user wrote."""
+    """The side of a conversation that the user wrote."""
 
     assistant = "assistant"
     user = "user"
 
 
 def _check_alpha(value: float | None) -> float | None:
-    if value is not None and not (math.isfinite(value) and value >= 0):
-        raise typer.BadParameter(
-            f"{value} is out of range: give a number of at least 0 (0: the adapter alone)"
-        )
-    return value
+    from langchain_cope.engine import check_alpha
+
+    return _checked(value, check_alpha)
 
 
 def _check_tau(value: float | None) -> float | None:
-    if value is not None and not 0 < value <= 1:
-        raise typer.BadParameter(f"{value} is out of range: give a number above 0 and at most 1")
+    from langchain_cope.engine import check_tau
+
+    return _checked(value, check_tau)
+
+
+def _checked(value: float | None, check: Callable[[object], None]) -> float | None:
+    """Return a value that is None or passes the engine's check; refuse another as a wrong call."""
+    if value is not None:
+        try:
+            check(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
     return value
 
 
@@ -37,38 +50,23 @@ def _check_temperature(value: float) -> float:
 
 
 def _check_store(value: str | None) -> str | None:
-    if value == "":  # as of a variable that is not set: it shall not mean the default store
+    if value == "":  # such as an unset variable: it must not mean the default store
         raise typer.BadParameter("it is empty: name a folder or a URL, or leave it out")
     return value
 
 
-Target = Annotated[
-    Side | None,
-    typer.Option(
-        "--target",
-        help="Whose turns of conversations are learnt. Default: the user's in logs (ChatGPT's export, LangChain), the "
-        "assistant's in files made for training.",
-    ),
-]
+# ── what a command works with ──
+
 Model = Annotated[
     str,
     typer.Option(
         "--model", metavar="M", help="Base model: starter, a Hugging Face id or a local path."
     ),
 ]
-Store = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        metavar="URL",
-        callback=_check_store,
-        help="Adapter store: a folder, or a file://, s3://, gs:// or az:// URL. Default: COPE_STORE, else the user data folder.",
-    ),
-]
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="D", help="cpu, cuda, cuda:1 or mps. Default: the best there is."
+        "--device", metavar="D", help="cpu, cuda, cuda:1 or mps. Default: the best available."
     ),
 ]
 Dtype = Annotated[
@@ -79,18 +77,54 @@ Dtype = Annotated[
         help="float32, bfloat16 or float16. Default: what suits device and model.",
     ),
 ]
-User = Annotated[str, typer.Argument(metavar="USER", help="User id.")]
-Version = Annotated[
-    str, typer.Argument(metavar="VERSION", help="Version id, as `adapters show` lists it.")
+Store = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        callback=_check_store,
+        help="Adapter store: a folder, or a file://, s3://, gs:// or az:// URL. "
+        "Default: COPE_STORE, else the user data folder.",
+    ),
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for the history.")]
-Limit = Annotated[
-    int, typer.Option("--limit", metavar="N", min=1, help="Users of a page, at most.")
+Target = Annotated[
+    Side | None,
+    typer.Option(
+        "--target",
+        help="Which side of conversations is learnt. Default: the user's in logs "
+        "(ChatGPT's export, LangChain), the assistant's in files made for training.",
+    ),
 ]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object, and nothing else, on standard output."),
+]
+
+# ── commands on a store ──
+
+UserId = Annotated[str, typer.Argument(metavar="USER", help="User id.")]
+VersionId = Annotated[
+    str, typer.Argument(metavar="VERSION", help="Version id, as `adapters show` lists it.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+Reason = Annotated[
+    str, typer.Option("--reason", metavar="TEXT", help="Why; noted in the user's history.")
+]
+Limit = Annotated[
+    int, typer.Option("--limit", metavar="N", min=1, help="At most this many users a page.")
+]
+
+# ── commands that answer ──
+
+AsUser = Annotated[
+    str | None,
+    typer.Option(
+        "--user", metavar="ID", help="Answer in this user's manner. Default: the base alone."
+    ),
+]
+AdapterVersion = Annotated[
+    str | None,
+    typer.Option("--version", metavar="VERSION", help="Adapter version. Default: the active one."),
 ]
 Alpha = Annotated[
     float | None,
@@ -98,7 +132,8 @@ Alpha = Annotated[
         "--alpha",
         metavar="A",
         callback=_check_alpha,
-        help="Weight of the base that is contrasted away. Default: what the adapter recommends, else 0.1.",
+        help="Weight of the base that is contrasted away; 0: the adapter alone. "
+        "Default: what the adapter recommends, else 0.1.",
     ),
 ]
 Tau = Annotated[
@@ -107,7 +142,8 @@ Tau = Annotated[
         "--tau",
         metavar="T",
         callback=_check_tau,
-        help="Tokens below this share of the likeliest one's probability are out. Default: as for --alpha.",
+        help="Drop tokens below this share of the likeliest one's probability. "
+        "Default: as for --alpha.",
     ),
 ]
 Temperature = Annotated[
@@ -120,8 +156,49 @@ Temperature = Annotated[
     ),
 ]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens of an answer, at most.")
+    int,
+    typer.Option("--max-tokens", metavar="N", min=1, help="At most this many tokens an answer."),
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", min=0, help="For repeatable samples.")
+    int | None, typer.Option("--seed", metavar="N", min=0, help="Makes samples repeatable.")
 ]
+
+
+class ChatOptions(NamedTuple):
+    """The options of `chat` and `generate` as one value: who answers, and how tokens are chosen."""
+
+    user: str | None
+    model: str
+    store: str | None
+    version: str | None
+    alpha: float | None
+    tau: float | None
+    temperature: float
+    max_tokens: int
+    seed: int | None
+    device: str | None
+    dtype: str | None
+
+    def chat_model(self) -> "ChatCoPe":
+        """Return the chat model that answers so; it loads the base at its first answer."""
+        from langchain_cope import ChatCoPe
+
+        return ChatCoPe(
+            user_id=self.user,
+            model=self.model,
+            store=self.store,
+            adapter_version=self.version,
+            alpha=self.alpha,
+            tau=self.tau,
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def load_base(self) -> "Base":
+        """Load the base, or return the one that is loaded already."""
+        from langchain_cope.engine import load_base
+
+        return load_base(self.model, device=self.device, dtype=self.dtype)

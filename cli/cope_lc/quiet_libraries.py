@@ -1,6 +1,7 @@
-"""Third-party libraries kept quiet: standard output belongs to the answer, standard error to us.
+"""Third-party libraries kept quiet: standard output is the answer's, standard error is ours.
 
-Libraries print, warn, log and draw progress bars wherever they like. Their settings are made here, before they are imported.
+Libraries print, warn, log and draw progress bars wherever they like. Their settings are made here,
+before they are imported.
 """
 
 import contextlib
@@ -11,6 +12,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from cope_lc.text import one_line
+
 _SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -19,7 +22,8 @@ _SETTINGS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "ANONYMIZED_TELEMETRY": "False",  # Chroma's
     "TOKENIZERS_PARALLELISM": "false",
-    # Torch threads that wait for one another give the core away soon, for a busy machine, but not between two operations.
+    # Torch's threads wait for one another this many turns of a loop before they give the core away:
+    # little enough for a busy machine, long enough between two operations.
     "GOMP_SPINCOUNT": "10000",
 }
 _OURS = ("langchain_cope", "adapter_store")
@@ -27,19 +31,17 @@ _OURS = ("langchain_cope", "adapter_store")
 
 @contextlib.contextmanager
 def quiet_libraries(*, debug: bool) -> Iterator[None]:
-    """Show our own log lines and, unless ``debug``, nobody else's."""
+    """Show our own log lines and, unless `debug`, no warnings of libraries."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # an answer in letters that the terminal lacks is no failure
+            # An answer in letters that the terminal lacks is no failure.
+            stream.reconfigure(errors="backslashreplace")
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneSafeLine())
-    silence = (
-        logging.NullHandler()
-    )  # with a handler at the root, Python prints no stray warnings of its own accord
+    # With a handler at the root, Python does not print stray warnings itself.
+    silence = logging.NullHandler()
     root = logging.getLogger()
     ours = [logging.getLogger(name) for name in _OURS]
     with warnings.catch_warnings():
@@ -58,13 +60,11 @@ def quiet_libraries(*, debug: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def prints_to_stderr() -> Iterator[None]:
-    """Send whatever is printed inside to standard error."""
+    """Send everything printed inside the block to standard error."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 class _OneSafeLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        from cope_lc.text import one_line
-
         return one_line(f"{record.levelname.lower()}: {record.getMessage()}")

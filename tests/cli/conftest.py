@@ -90,11 +90,9 @@ def publish(
     def published(
         user: str = "alice", seed: int = 1, family: str = "llama", **facts: Any
     ) -> AdapterVersion:
-        base = load_base(tiny(family))
+        base = load_base(tiny(family)).fingerprint()
         facts = {"metrics": METRICS, "alpha": 0.1, "tau": 0.1, **facts}
-        return store.publish(
-            user, adapter(tiny(family), seed=seed), base=base.fingerprint(), **facts
-        )
+        return store.publish(user, adapter(tiny(family), seed=seed), base=base, **facts)
 
     return published
 
@@ -109,10 +107,9 @@ def history(tmp_path: Path) -> Callable[..., Path]:
                 {"prompt": f"Say number {number}.", "completion": f"It is {number}, friend."}
                 for number in range(rows)
             ]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         path = tmp_path / name
-        path.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-        )
+        path.write_text("".join(lines), encoding="utf-8")
         return path
 
     return write
@@ -120,7 +117,7 @@ def history(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def read_only() -> Callable[..., contextlib.AbstractContextManager[Path]]:
-    """Gives a folder with a copy of a file that cannot be written to, and runs the block as a user whom that binds."""
+    """Gives a folder, with a copy of a file, that the block, run as a plain user, cannot write."""
 
     @contextlib.contextmanager
     def as_nobody(file: Path | None = None) -> Iterator[Path]:
@@ -128,7 +125,7 @@ def read_only() -> Callable[..., contextlib.AbstractContextManager[Path]]:
             if file is not None:
                 shutil.copy(file, name)
             Path(name).chmod(0o555)
-            is_root = os.geteuid() == 0  # whom permissions do not bind
+            is_root = os.geteuid() == 0  # permissions do not bind root
             if is_root:
                 os.seteuid(65534)
             try:

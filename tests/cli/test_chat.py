@@ -24,11 +24,10 @@ def test_a_piped_conversation_is_answered_line_by_line(
     outcome = chat("Hello there.\n\nHow are you?\n", "--user", "alice")
     assert outcome.code == 0, outcome
     assert f"alice on {tiny()}, version {version.version}." in outcome.stderr
-    alone = cope_lc(
-        "generate", "Hello there.", "--user", "alice", "--model", tiny(), "--max-tokens", 6
-    ).stdout
-    assert outcome.stdout.startswith(alone)
-    assert outcome.stdout != alone
+    same = ("--user", "alice", "--model", tiny(), "--max-tokens", 6)
+    first = cope_lc("generate", "Hello there.", *same).stdout
+    assert outcome.stdout.startswith(first)
+    assert outcome.stdout != first
 
 
 def test_what_was_said_before_counts_until_reset(chat: Callable) -> None:
@@ -39,15 +38,12 @@ def test_what_was_said_before_counts_until_reset(chat: Callable) -> None:
     assert chat("Hello there.\nHello there.\n").stdout != first * 2
 
 
-def test_a_conversation_that_outgrows_the_context_goes_on_without_its_oldest_turns(
+def test_a_conversation_longer_than_the_context_forgets_its_oldest_turns(
     chat: Callable,
 ) -> None:
-    outcome = chat(
-        "A rather long line of some words, to be said. " * 2
-        + "\n"
-        + "The second. " * 20
-        + "\nThird.\n" * 6
-    )
+    first = "A rather long line of some words, to be said. " * 2
+    second = "The second. " * 20
+    outcome = chat(f"{first}\n{second}" + "\nThird.\n" * 6)
     assert outcome.code == 0, outcome
     assert "its oldest turns are forgotten" in outcome.stderr
     too_long = chat("word " * 300 + "\nHello.\n")

@@ -7,7 +7,7 @@ import pytest
 AsNobody = Callable[..., contextlib.AbstractContextManager[Path]]
 
 
-def test_a_sound_installation_is_found_sound(cope_lc: Callable, store_folder: Path) -> None:
+def test_a_sound_installation_passes(cope_lc: Callable, store_folder: Path) -> None:
     outcome = cope_lc("doctor")
     assert outcome.code == 0, outcome
     assert "all that is needed works" in outcome.stdout
@@ -16,16 +16,8 @@ def test_a_sound_installation_is_found_sound(cope_lc: Callable, store_folder: Pa
     facts = cope_lc("doctor", "--json").json
     found = {finding["what"]: finding for finding in facts["findings"]}
     assert facts["ok"] is True
-    assert {
-        "python",
-        "langchain-cope",
-        "torch",
-        "trl",
-        "cpu",
-        "starter",
-        "store",
-        "disk",
-    } <= found.keys()
+    assert {"python", "langchain-cope", "torch", "trl"} <= found.keys()
+    assert {"cpu", "starter", "store", "disk"} <= found.keys()
     assert str(store_folder) in found["store"]["found"]
     assert "COPE_STORE" in found["store"]["found"]
 
@@ -43,7 +35,7 @@ def test_a_store_that_cannot_be_written_is_a_finding(
         outcome = cope_lc("doctor", "--store", folder)
     assert outcome.code == 1
     assert "Permission denied" in outcome.stdout
-    assert "1 thing to mend" in outcome.stdout
+    assert "1 thing to fix, see ✗" in outcome.stdout
 
 
 def test_a_cache_that_cannot_be_written_is_a_finding(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from adapter_store import AdapterStore
+from langchain_cope.engine import Contrast
 
 
 @pytest.fixture
@@ -36,10 +37,9 @@ def test_json_holds_the_answer_and_how_it_came_about(generate: Callable, publish
     assert facts["usage"]["output_tokens"] == 8
     for token in facts["logprobs"]:
         assert token["reward"] == pytest.approx(token["log_p_user"] - 0.3 * token["log_p_base"])
-    chosen = generate(
-        "Say something.", "--user", "alice", "--json", "--alpha", 0, "--tau", 0.5
-    ).json
-    assert (chosen["alpha"], chosen["tau"]) == (0, 0.5)
+    chosen = ("--user", "alice", "--alpha", 0, "--tau", 0.5)
+    facts = generate("Say something.", *chosen, "--json").json
+    assert (facts["alpha"], facts["tau"]) == (0, 0.5)
 
 
 def test_a_named_version_answers_rather_than_the_active_one(
@@ -97,6 +97,16 @@ def test_an_option_out_of_range_is_refused_by_name(cope_lc: Callable, words: lis
         assert words[0] in outcome.error
 
 
+@pytest.mark.parametrize(("name", "value"), [("alpha", -0.1), ("tau", 1.01)])
+def test_the_contrast_is_checked_by_the_engine_s_own_rule(
+    cope_lc: Callable, name: str, value: float
+) -> None:
+    with pytest.raises(ValueError, match=name) as refused:
+        Contrast(**{name: value})
+    outcome = cope_lc("generate", "Hi", f"--{name}", value)
+    assert f"Invalid value for '--{name}': {refused.value}" in outcome.error
+
+
 def test_no_prompt_is_a_wrong_call(generate: Callable) -> None:
     for prompt, stdin in [("", ""), ("  ", ""), ("-", ""), ("-", b"\xff\xfe"), ("\udcff", "")]:
         outcome = generate(prompt, stdin=stdin)
@@ -110,7 +120,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(generate: 
     assert "the model's context holds 256" in outcome.error
 
 
-def test_a_user_without_an_adapter_is_answered_by_the_base_and_told_so(generate: Callable) -> None:
+def test_a_user_without_an_adapter_is_told_that_the_base_answers(generate: Callable) -> None:
     alone = generate("Hi", "--max-tokens", 8)
     outcome = generate("Hi", "--max-tokens", 8, "--user", "bob")
     assert (outcome.code, outcome.stdout) == (0, alone.stdout)
@@ -168,20 +178,8 @@ def test_escape_sequences_of_a_model_do_not_reach_the_terminal(
     cope_lc: Callable, publish: Callable, tiny: Callable[..., Path]
 ) -> None:
     publish("alice")
-    wild = [
-        "--user",
-        "alice",
-        "--model",
-        tiny(),
-        "--temperature",
-        100,
-        "--tau",
-        0.0001,
-        "--seed",
-        1,
-        "--max-tokens",
-        100,
-    ]
+    wild: list[object] = ["--user", "alice", "--model", tiny(), "--max-tokens", 100]
+    wild += ["--temperature", 100, "--tau", 0.0001, "--seed", 1]
     assert _controls(cope_lc("generate", "Hi", *wild, "--json").json["text"])
     for outcome in (
         cope_lc("generate", "Hi", *wild),

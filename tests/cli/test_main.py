@@ -7,19 +7,20 @@ from statistics import median
 
 import pytest
 
-COMMANDS = ["personalize", "chat", "generate", "evaluate", "doctor"]
-ADAPTERS = ["list", "show", "activate", "export", "delete"]
-HEAVY = {
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "datasets",
-    "langchain_core",
-    "langchain_cope",
-    "adapter_store",
-}
-HEAVY |= {"pydantic", "chromadb", "rich", "numpy"}
+COMMANDS = [["personalize"], ["chat"], ["generate"], ["evaluate"], ["doctor"]]
+ADAPTERS = ["list", "show", "activate", "rollback", "delete", "erase", "export", "export-all"]
+ADAPTERS += ["import", "import-all", "verify", "gc", "new-key", "rotate-keys"]
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "langchain_core", "langchain_cope"}
+HEAVY |= {"adapter_store", "pydantic", "chromadb", "rich", "numpy"}
+SHOW_MODULES = """
+import sys
+sys.argv = ["cope-lc", "--help"]
+from cope_lc.main import app
+try:
+    app()
+finally:
+    print(*sys.modules)
+"""
 BARE = """
 import typer
 app = typer.Typer()
@@ -31,31 +32,32 @@ app(["--help"])
 """
 
 
-def test_every_command_has_help_with_an_example_and_every_option_is_explained(
-    cope_lc: Callable,
-) -> None:
-    for words in [[name] for name in COMMANDS] + [["adapters", name] for name in ADAPTERS]:
+def test_every_command_has_an_example_and_explains_every_option(cope_lc: Callable) -> None:
+    for words in COMMANDS + [["adapters", name] for name in ADAPTERS]:
         shown = cope_lc(*words, "--help")
         assert shown.code == 0
         assert f"Example: cope-lc {' '.join(words)}" in shown.stdout
-        options = [line for line in shown.stdout.splitlines() if line.startswith("  --")]
+        options = shown.stdout.partition("\nOptions:\n")[2].splitlines()
+        options = [line for line in options if line.startswith("  --")]
         assert all(len(line.split("  ", 2)) == 3 or len(line) < 32 for line in options), options
 
 
 def test_help_names_every_command(cope_lc: Callable) -> None:
     shown = cope_lc("--help").stdout
-    assert all(f"  {name} " in shown for name in [*COMMANDS, "adapters"])
+    assert all(f"  {name} " in shown for [name] in [*COMMANDS, ["adapters"]])
     assert "serve" not in shown
+    shown = cope_lc("adapters", "--help").stdout
+    assert all(f"  {name} " in shown for name in ADAPTERS)
 
 
-def test_nothing_at_all_shows_the_help_and_is_a_wrong_call(cope_lc: Callable) -> None:
+def test_a_call_without_a_command_is_wrong_and_shows_the_help(cope_lc: Callable) -> None:
     shown = cope_lc()
     assert shown.code == 2
     assert "Usage: " in shown.stderr
     assert shown.stdout == ""
 
 
-def test_version_is_the_package_s(cope_lc: Callable) -> None:
+def test_version_is_that_of_the_package(cope_lc: Callable) -> None:
     from importlib.metadata import version
 
     assert cope_lc("--version").stdout == f"cope-lc {version('langchain-cope')}\n"
@@ -81,6 +83,17 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(
     assert outcome.stdout == ""
 
 
+def test_the_class_of_wrong_calls_is_typer_s_usage_error() -> None:
+    from cope_lc.failures import UsageError
+
+    assert UsageError.__name__ == "UsageError"
+
+
+def test_after_two_dashes_debug_is_text(cope_lc: Callable) -> None:
+    outcome = cope_lc("personalize", "--", "--debug")
+    assert outcome.error == "error: --debug: no such file"
+
+
 def test_debug_shows_the_traceback_wherever_it_stands(cope_lc: Callable) -> None:
     for words in (
         ["--debug", "personalize", "nowhere.jsonl"],
@@ -93,10 +106,8 @@ def test_debug_shows_the_traceback_wherever_it_stands(cope_lc: Callable) -> None
 
 
 def test_help_imports_nothing_heavy() -> None:
-    program = "import sys; sys.argv = ['cope-lc', '--help']\nfrom cope_lc.main import app\ntry: app()\nfinally: print(*sys.modules)"
-    shown = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", SHOW_MODULES]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
     modules = {name.partition(".")[0] for name in shown.stdout.splitlines()[-1].split()}
     assert "typer" in modules
     assert not modules & HEAVY
@@ -116,7 +127,7 @@ def _seconds(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def test_a_reader_that_goes_away_is_no_error_to_speak_of(
+def test_a_reader_that_goes_away_causes_no_message(
     process: Callable, history: Callable[..., Path]
 ) -> None:
     rows = [{"prompt": "x", "completion": f"{number} {'long ' * 30}"} for number in range(6)]

@@ -1,4 +1,7 @@
-"""``cope-lc adapters verify``, ``gc`` and the keys: what keeps a store sound."""
+"""What keeps a store sound: it is checked, leftovers are removed, master keys are renewed.
+
+The commands `verify`, `gc`, `new-key` and `rotate-keys` of `cope-lc adapters`.
+"""
 
 import itertools
 import re
@@ -6,114 +9,110 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cope_lc.adapters.stored import existing_store_at, location_of
 from cope_lc.options import Json, Store
+from cope_lc.output import Output
+from cope_lc.progress import counted
+from cope_lc.screen import console, say, say_skipped
+from cope_lc.text import clean, name_of, plural
 
-VERIFY_EXAMPLE = "Example: cope-lc adapters verify"
-GC_EXAMPLE = "Example: cope-lc adapters gc --dry-run"
-NEW_KEY_EXAMPLE = (
-    "Example: cope-lc adapters new-key ~/.cope-keys; export COPE_STORE_KEY_FILE=~/.cope-keys"
-)
-ROTATE_EXAMPLE = (
-    "Example: cope-lc adapters new-key ~/.cope-keys --name 2027; cope-lc adapters rotate-keys"
-)
+if TYPE_CHECKING:
+    from adapter_store import Collected, Verified
 
 
 def verify(
     user: Annotated[
         str | None, typer.Argument(metavar="USER", help="User id; left out: all users.")
     ] = None,
-    store: Store = None,
+    store_url: Store = None,
     as_json: Json = False,
 ) -> None:
     """Read everything and check that it is what was published.
 
-    Exit code 1 where something is damaged.
+    Exit code 1 if something is damaged.
     """
-    from cope_lc.adapters.stored import open_existing, place_of
-    from cope_lc.progress import counted
-    from cope_lc.screen import console, say
-    from cope_lc.text import name_of, print_json
-
-    opened = open_existing(store)
+    store = existing_store_at(store_url)
+    numbers = itertools.count(1)
     with counted("users checked") as count:
-        numbers = itertools.count(1)
-        found = opened.verify(user, on_user=lambda _: count(next(numbers)))
-    if user is not None and not found.entries:
-        opened.resolve(user)  # it says best what is not there
-    if as_json:
-        figures = {name: value for name, value in asdict(found).items() if name != "damaged"}
-        damaged = [
-            {"user_id": r.user_id, "user_key": r.user_key, "problems": list(r.problems)}
-            for r in found.damaged
-        ]
-        print_json({"store": opened.url, "ok": found.ok, **figures, "damaged": damaged})
-    else:
-        out = console()
-        for report in found.damaged:
-            for problem in report.problems:
-                say(
-                    out,
-                    f"{name_of(report.user_id) if report.user_id else report.user_key}: {problem}",
-                    "red",
-                    whole=True,
-                )
-        users = f"{found.users} user{'s' if found.users != 1 else ''}"
-        say(
-            out,
-            f"{users}, {found.versions} versions, {found.bytes / 1e6:.1f} MB in {place_of(opened)}",
-            whole=True,
-        )
-        said = (
-            "all is what was published" if found.ok else f"{len(found.damaged)} of them with damage"
-        )
-        say(
-            out,
-            said
-            + (f"; {found.orphans} unlisted versions are left for gc" if found.orphans else ""),
-        )
-    if not found.ok:
+        verified = store.verify(user, on_user=lambda _: count(next(numbers)))
+    if user is not None and not verified.entries:
+        store.resolve(user)  # raises the error that says what is missing
+    figures = asdict(verified)
+    del figures["damaged"]
+    damaged = [
+        {
+            "user_id": report.user_id,
+            "user_key": report.user_key,
+            "problems": list(report.problems),
+        }
+        for report in verified.damaged
+    ]
+    facts = {"store": store.url, "ok": verified.ok, **figures, "damaged": damaged}
+    Output(as_json).show(facts, lambda: _show_verified(verified, location_of(store)))
+    if not verified.ok:
         raise typer.Exit(1)
+
+
+def _show_verified(verified: "Verified", location: str) -> None:
+    out = console()
+    for report in verified.damaged:
+        name = name_of(report.user_id) if report.user_id else report.user_key
+        for problem in report.problems:
+            say(out, f"{name}: {problem}", "red", whole=True)
+    users = plural(verified.users, "user")
+    size = f"{verified.bytes / 1e6:.1f} MB"
+    say(out, f"{users}, {verified.versions} versions, {size} in {location}", whole=True)
+    result = "all is what was published"
+    if not verified.ok:
+        result = f"{len(verified.damaged)} of them with damage"
+    if verified.orphans:
+        result += f"; {verified.orphans} unlisted versions are left for gc"
+    say(out, result)
 
 
 def gc(
     grace_hours: Annotated[
         float,
         typer.Option(
-            "--grace-hours", metavar="H", min=0, help="What is younger may still be published."
+            "--grace-hours", metavar="H", min=0, help="Keep what is younger: it may be published."
         ),
     ] = 24,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    store: Store = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed.")
+    ] = False,
+    store_url: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Remove what nobody needs; safe beside writers.
+    """Remove what is no longer needed; safe while others write.
 
-    That is what killed publishers and interrupted erasures left, log entries older than a month beyond a user's newest
-    hundred, and copies of deleted versions in the cache. Nothing that is listed is touched.
+    This is: what killed publishers and interrupted erasures left, log entries older than a month
+    beyond a user's newest hundred, and copies of deleted versions in the cache. Listed versions
+    stay. Exit code 1 if some users cannot be read.
     """
-    from cope_lc.adapters.stored import open_existing
-    from cope_lc.progress import counted
-    from cope_lc.screen import say_passed_over
-    from cope_lc.text import print_json
-
-    opened = open_existing(store)
+    store = existing_store_at(store_url)
     with counted("users looked at") as count:
-        done = opened.gc(grace=timedelta(hours=grace_hours), dry_run=dry_run, on_user=count)
-    if as_json:
-        print_json({"store": opened.url, "dry_run": dry_run, **asdict(done)})
-    else:
-        say_passed_over(done.problems)
-        print(
-            f"{'would remove' if dry_run else 'removed'} {done.versions} unlisted versions "
-            f"({done.version_bytes / 1e6:.1f} MB), {done.entries} log entries, {done.keys} keys, "
-            f"{done.unfinished_files} unfinished files, {done.cached_versions} copies in the cache; {done.users} users"
-        )
-    if done.problems:
+        collected = store.gc(grace=timedelta(hours=grace_hours), dry_run=dry_run, on_user=count)
+    facts = {"store": store.url, "dry_run": dry_run, **asdict(collected)}
+    Output(as_json).show(facts, lambda: _show_collected(collected, dry_run))
+    if collected.problems:
         raise typer.Exit(1)
+
+
+def _show_collected(collected: "Collected", dry_run: bool) -> None:
+    say_skipped(collected.problems)
+    parts = (
+        f"{collected.versions} unlisted versions ({collected.version_bytes / 1e6:.1f} MB)",
+        f"{collected.entries} log entries",
+        f"{collected.keys} keys",
+        f"{collected.unfinished_files} unfinished files",
+        f"{collected.cached_versions} copies in the cache",
+    )
+    verb = "would remove" if dry_run else "removed"
+    print(f"{verb} {', '.join(parts)}; {plural(collected.users, 'user')}")
 
 
 def _check_name(value: str | None) -> str | None:
@@ -121,14 +120,18 @@ def _check_name(value: str | None) -> str | None:
 
     if value is not None and not is_key_name(value):
         raise typer.BadParameter(
-            f"{value!r} is no name: give 1 to 64 letters, digits, dots, dashes and underscores"
+            f"{value!r} is not a key name: give 1 to 64 letters, digits, dots, dashes and "
+            "underscores"
         )
     return value
 
 
 def new_key(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Made where it is not there; for you only.")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Key file; created if it does not exist, for you alone to read."
+        ),
     ],
     name: Annotated[
         str | None,
@@ -143,11 +146,10 @@ def new_key(
 ) -> None:
     """Make a master key for an encrypted store.
 
-    It stands in front of those that the file holds. A store that is made while COPE_STORE_KEY_FILE names the file is
-    encrypted.
+    It becomes the first key of the file and wraps what is new; older keys stay. A store that is
+    created while COPE_STORE_KEY_FILE names the file is encrypted.
     """
     from adapter_store import FileKeys
-    from cope_lc.text import clean, print_json
 
     path = file.expanduser()
     try:
@@ -158,37 +160,36 @@ def new_key(
             keys = FileKeys.create(path, name or "key-1")
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--name") from None
-    if as_json:
-        print_json({"file": str(path), "key": keys.key_id, "keys": keys.names})
-    else:
-        print(
-            f"{keys.key_id} wraps what is new; keep {clean(str(path))} safe: without it an encrypted store is lost"
-        )
-        if len(keys.names) > 1:
-            print("then, for each store that is encrypted with it: cope-lc adapters rotate-keys")
+    lines = [
+        f"{keys.key_id} wraps what is new; keep {clean(str(path))} safe: "
+        "without it an encrypted store is lost"
+    ]
+    if len(keys.names) > 1:
+        lines.append("then, for each store encrypted with it: cope-lc adapters rotate-keys")
+    facts = {"file": str(path), "key": keys.key_id, "keys": keys.names}
+    Output(as_json).show(facts, "\n".join(lines))
 
 
 def _next_name(names: Iterable[str]) -> str:
-    """The name after the highest: older keys may have been destroyed, or have other names."""
-    numbers = (
-        int(found[1]) for name in names if (found := re.fullmatch(r"key-([0-9]{1,9})", name))
-    )
-    return f"key-{max(numbers, default=0) + 1}"
+    """Return the name after the highest: older keys may be destroyed, or have other names."""
+    highest = 0
+    for name in names:
+        match = re.fullmatch(r"key-([0-9]{1,9})", name)
+        if match:
+            highest = max(highest, int(match[1]))
+    return f"key-{highest + 1}"
 
 
-def rotate_keys(store: Store = None, as_json: Json = False) -> None:
+def rotate_keys(store_url: Store = None, as_json: Json = False) -> None:
     """Wrap all keys with the newest master key.
 
-    Afterwards the older master keys can be destroyed: take their lines out of the key file.
+    The newest is the one that new-key made last. Afterwards the older master keys can be destroyed:
+    remove their lines from the key file.
     """
-    from cope_lc.adapters.stored import open_existing
-    from cope_lc.progress import counted
-    from cope_lc.text import print_json
-
-    opened = open_existing(store)
+    store = existing_store_at(store_url)
     with counted("users") as count:
-        rewrapped = opened.rotate_keys(on_user=count)
-    if as_json:
-        print_json({"store": opened.url, "rewrapped": rewrapped})
-    else:
-        print(f"{rewrapped} keys wrapped anew; none needs an older master key now")
+        num_rewrapped = store.rotate_keys(on_user=count)
+    facts = {"store": store.url, "rewrapped": num_rewrapped}
+    Output(as_json).show(
+        facts, f"{num_rewrapped} keys wrapped anew; none needs an older master key now"
+    )

@@ -1,307 +1,237 @@
-"""``cope-lc adapters``: what is in a store, and which version of a user's adapter is served."""
+"""Which users a store has, and which version of a user's adapter is served.
+
+The commands `list`, `show`, `activate`, `rollback`, `delete` and `erase` of `cope-lc adapters`.
+"""
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cope_lc.adapters import care as adapters_care
-from cope_lc.adapters import transfer as adapters_transfer
 from cope_lc.adapters.stored import (
+    existing_store_at,
     history_facts,
     local_time,
-    open_existing,
-    place_of,
+    location_of,
+    store_at,
+    user_facts,
     version_facts,
 )
-from cope_lc.options import Json, Limit, Reason, Store, User, Version, Yes
+from cope_lc.adapters.view import chart_of, history_table, version_table
+from cope_lc.options import Json, Limit, Reason, Store, UserId, VersionId, Yes
+from cope_lc.output import Output
+from cope_lc.screen import cell, console, say, say_skipped, table
+from cope_lc.text import clean, name_of, plural
 
 if TYPE_CHECKING:
-    from adapter_store import AdapterStore, AdapterVersion, UserHead
-
-app = typer.Typer(
-    help="List, show, activate, export, import, delete, erase and check adapters in a store.",
-    epilog="Example: cope-lc adapters show alice",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+    from adapter_store import AdapterStore, AdapterVersion, HistoryEntry, UserHead
 
 
-@app.command(name="list", epilog="Example: cope-lc adapters list --store ~/adapters")
 def list_users(
     limit: Limit = 1000,
     cursor: Annotated[
         str | None,
-        typer.Option("--cursor", metavar="C", help="Where the page before ended, as it says."),
+        typer.Option("--cursor", metavar="C", help="Go on after the page that printed it."),
     ] = None,
-    store: Store = None,
+    store_url: Store = None,
     as_json: Json = False,
 ) -> None:
     """List the users of a store, page by page.
 
-    Exit code 1 where some cannot be read; all others are listed.
+    Exit code 1 if some cannot be read; all others are listed.
     """
-    from cope_lc.text import print_json
-    from langchain_cope.stores import open_store
-
-    opened = open_store(store)
+    store = store_at(store_url)
     problems: list[str] = []
-    heads, following = opened.list_users(
+    users, next_cursor = store.list_users(
         cursor, limit=limit, on_problem=lambda error: problems.append(str(error))
     )
-    heads = sorted(heads, key=lambda head: head.user_id)
-    if as_json:
-        page = {"next": following} if following else {}
-        users = [_head_facts(head) for head in heads]
-        print_json({"store": opened.url, "users": users, "problems": problems, **page})
-    else:
-        _show_page(
-            opened, heads, following, problems, is_whole=cursor is None and following is None
-        )
+    users = sorted(users, key=lambda user: user.user_id)
+    facts = {"store": store.url, "users": [*map(user_facts, users)], "problems": problems}
+    if next_cursor is not None:
+        facts["next"] = next_cursor
+
+    def show_page() -> None:
+        say_skipped(problems)
+        is_whole = cursor is None and next_cursor is None
+        if is_whole and not users and not problems:
+            hint = "add one with: cope-lc personalize FILE --user ID"
+            say(console(), f"no users in {location_of(store)}; {hint}", whole=True)
+        else:
+            _show_users(users, location_of(store), is_whole)
+        if next_cursor is not None:
+            say(console(), f"more: the same command with --cursor {next_cursor}", whole=True)
+
+    Output(as_json).show(facts, show_page)
     if problems:
         raise typer.Exit(1)
 
 
-def _show_page(
-    store: "AdapterStore",
-    heads: list["UserHead"],
-    following: str | None,
-    problems: list[str],
-    is_whole: bool,
-) -> None:
-    from cope_lc.screen import cell, console, say, say_passed_over, table
-    from cope_lc.text import name_of
-
+def _show_users(users: list["UserHead"], location: str, is_whole: bool) -> None:
+    columns = ("user", "active version", "versions", "updated")
+    rows = table(*columns, right=("versions",), whole=("active version", "updated"))
+    for user in users:
+        num_versions = str(len(user.versions))
+        updated = local_time(user.updated_at)
+        rows.add_row(cell(name_of(user.user_id)), user.active or "none", num_versions, updated)
     out = console()
-    say_passed_over(problems)
-    if not heads and is_whole and not problems:
-        say(
-            out,
-            f"no users in {place_of(store)}; add one with: cope-lc personalize FILE --user ID",
-            whole=True,
-        )
-        return
-    rows = table(
-        "user",
-        "active version",
-        "versions",
-        "updated",
-        right=("versions",),
-        whole=("active version", "updated"),
-    )
-    for head in heads:
-        count = str(len(head.versions))
-        rows.add_row(
-            cell(name_of(head.user_id)), head.active or "none", count, local_time(head.updated_at)
-        )
     out.print(rows)
-    count = f"{len(heads)} user{'s' if len(heads) != 1 else ''}"
-    where = f"{'' if is_whole else 'of those '}in {place_of(store)}"
-    say(out, f"\n{count} {where}", "dim", whole=True)
-    if following is not None:
-        say(out, f"more: the same command with --cursor {following}", whole=True)
+    where = f"in {location}" if is_whole else f"of those in {location}"
+    say(out, f"\n{plural(len(users), 'user')} {where}", "dim", whole=True)
 
 
-@app.command(epilog="Example: cope-lc adapters show alice")
 def show(
-    user: User,
+    user: UserId,
     limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=1, help="Changes of the history, at most.")
+        int,
+        typer.Option("--limit", metavar="N", min=1, help="At most this many changes of history."),
     ] = 20,
-    store: Store = None,
+    store_url: Store = None,
     as_json: Json = False,
 ) -> None:
     """Show a user's versions, how good they are, and the history.
 
-    ● marks the active version; the history says which one was active since when, and why.
+    ● marks the active version. The history says which version was active since when, and why.
     """
-    from cope_lc.adapters.view import chart_of, history_table, version_table
-    from cope_lc.screen import console, say
-    from cope_lc.text import name_of, print_json
-    from langchain_cope.stores import open_store
-
-    opened = open_store(store)
-    versions, active, history = (
-        opened.versions(user),
-        opened.active(user),
-        opened.history(user, limit=limit),
-    )
+    store = store_at(store_url)
+    versions, active = store.versions(user), store.active(user)
+    history = store.history(user, limit=limit)
     if not history:
-        opened.resolve(user)  # it says best what is not there
-    if as_json:
-        facts = [
-            version_facts(version) | {"active": version.version == active} for version in versions
-        ]
-        changes = [history_facts(change) for change in history]
-        print_json(
-            {
-                "store": opened.url,
-                "user_id": user,
-                "active": active,
-                "versions": facts,
-                "history": changes,
-            }
-        )
-        return
+        store.resolve(user)  # raises the error that says what is missing
+    facts = {
+        "store": store.url,
+        "user_id": user,
+        "active": active,
+        "versions": [
+            {**version_facts(version), "active": version.version == active} for version in versions
+        ],
+        "history": [history_facts(change) for change in history],
+    }
+
+    def show_user() -> None:
+        say(console(), f"{name_of(user)} in {location_of(store)}\n", whole=True)
+        _show_versions(versions, active, history)
+        if not versions:
+            say(console(), "\nno version is left")
+        elif active is None:
+            command = f"cope-lc adapters activate {name_of(user)} VERSION"
+            say(console(), f"\nnone is active: {command}", whole=True)
+
+    Output(as_json).show(facts, show_user)
+
+
+def _show_versions(
+    versions: list["AdapterVersion"], active: str | None, history: list["HistoryEntry"]
+) -> None:
     out = console()
-    say(out, f"{name_of(user)} in {place_of(opened)}\n", whole=True)
     if versions:
         out.print(version_table(versions, active))
-    if (chart := chart_of(versions, active)) is not None:
+    chart = chart_of(versions, active)
+    if chart is not None:
         say(out, "held-out NLL against the base's, by version", "dim")
         out.print(chart)
     say(out, "\nhistory", "dim")
     out.print(history_table(history))
-    if not versions:
-        say(out, "\nno version is left")
-    elif active is None:
-        say(out, f"\nnone is active: cope-lc adapters activate {name_of(user)} VERSION", whole=True)
 
 
-@app.command(epilog="Example: cope-lc adapters activate alice 20260131T235959Z-0123456789ab")
 def activate(
-    user: User, version: Version, reason: Reason = "", store: Store = None, as_json: Json = False
+    user: UserId,
+    version: VersionId,
+    reason: Reason = "",
+    store_url: Store = None,
+    as_json: Json = False,
 ) -> None:
     """Serve another version of a user's adapter."""
-    from langchain_cope.stores import open_store
+    store = store_at(store_url)
+    before = store.active(user)
+    after = store.activate(user, version, reason=reason)
+    _show_active(user, before, after.version, Output(as_json))
 
-    opened = open_store(store)
-    before = opened.active(user)
-    _say_active(user, opened.activate(user, version, reason=reason), before, as_json)
 
+def rollback(
+    user: UserId, reason: Reason = "", store_url: Store = None, as_json: Json = False
+) -> None:
+    """Serve the previously active version again.
 
-@app.command(epilog='Example: cope-lc adapters rollback alice --reason "worse answers"')
-def rollback(user: User, reason: Reason = "", store: Store = None, as_json: Json = False) -> None:
-    """Serve the version before the present one again.
-
-    Once more, the one before that.
+    Each further rollback goes back one more.
     """
-    from langchain_cope.stores import open_store
+    store = store_at(store_url)
+    before = store.active(user)
+    after = store.rollback(user, reason=reason)
+    _show_active(user, before, after.version, Output(as_json))
 
-    opened = open_store(store)
-    before = opened.active(user)
-    _say_active(user, opened.rollback(user, reason=reason), before, as_json)
+
+def _show_active(user: str, before: str | None, after: str, output: Output) -> None:
+    change = f"is active (before: {before or 'none'})"
+    if before == after:
+        change = "was active already"
+    facts = {"user_id": user, "active": after, "before": before}
+    output.show(facts, f"{name_of(user)}: {after} {change}")
 
 
-@app.command(epilog="Example: cope-lc adapters delete alice 20260131T235959Z-0123456789ab")
 def delete(
-    user: User,
+    user: UserId,
     version: Annotated[
         str | None,
         typer.Argument(metavar="VERSION", help="Version id; left out: every version of the user."),
     ] = None,
     yes: Yes = False,
     reason: Reason = "",
-    store: Store = None,
+    store_url: Store = None,
     as_json: Json = False,
 ) -> None:
     """Delete a version, or all versions of a user.
 
-    Deleting the active one leaves the user with none active.
+    Deleting the active version leaves the user with none active.
     """
-    from cope_lc.text import name_of, print_json
-    from langchain_cope.stores import open_store
-
-    opened = open_store(store)
-    doomed = [opened.resolve(user, version)] if version is not None else _versions(opened, user)
-    active = opened.active(user)
-    what = (
-        f"version {version}"
-        if version is not None
-        else f"{len(doomed)} version{'s' if len(doomed) > 1 else ''}"
-    )
-    if version is not None and version == active:
+    store = store_at(store_url)
+    versions = _versions(store, user) if version is None else [store.resolve(user, version).version]
+    what = plural(len(versions), "version") if version is None else f"version {version}"
+    if version is not None and version == store.active(user):
         what += ", the active one,"
     if not yes:
-        _confirm(f"delete {what} of {name_of(user)} from {place_of(opened)}?", "deleting")
-    for found in doomed:
-        opened.delete_version(user, found.version, reason=reason)
-    if as_json:
-        left = opened.active(user)
-        print_json(
-            {"user_id": user, "deleted": [found.version for found in doomed], "active": left}
-        )
-    else:
-        served = "" if opened.active(user) else "; none is active now"
-        print(f"deleted {what} of {name_of(user)}{served}")
+        _confirm(f"delete {what} of {name_of(user)} from {location_of(store)}?", "deleting")
+    for doomed in versions:
+        store.delete_version(user, doomed, reason=reason)
+    active = store.active(user)
+    consequence = "" if active else "; none is active now"
+    facts = {"user_id": user, "deleted": versions, "active": active}
+    Output(as_json).show(facts, f"deleted {what} of {name_of(user)}{consequence}")
 
 
-@app.command(epilog="Example: cope-lc adapters erase alice --yes")
-def erase(user: User, yes: Yes = False, store: Store = None, as_json: Json = False) -> None:
-    """Erase a user for good.
-
-    Every version, the history and the keys go, damaged ones too; trainings under way are refused when they publish.
-    """
-    from adapter_store.errors import FormatVersionError, IntegrityError
-    from cope_lc.text import name_of, print_json
-
-    opened = open_existing(store)
-    count: int | None = None
-    versions = "what is there cannot be read"
-    with contextlib.suppress(IntegrityError, FormatVersionError):  # damage is no reason to keep it
-        count = len(opened.versions(user))
-        versions = f"{count} version{'s' if count != 1 else ''}"
-    if not yes:
-        _confirm(f"erase {name_of(user)} ({versions}) from {place_of(opened)} for good?", "erasing")
-    opened.erase_user(user)
-    if as_json:
-        print_json({"user_id": user, "erased": True, "versions": count})
-    else:
-        print(
-            f"erased {name_of(user)}"
-            + ("" if count != 0 else "; no adapter was there under this id")
-        )
-
-
-app.command(epilog=adapters_transfer.EXPORT_EXAMPLE)(adapters_transfer.export)
-app.command(name="export-all", epilog=adapters_transfer.EXPORT_ALL_EXAMPLE)(
-    adapters_transfer.export_all
-)
-app.command(name="import", epilog=adapters_transfer.IMPORT_EXAMPLE)(adapters_transfer.import_one)
-app.command(name="import-all", epilog=adapters_transfer.IMPORT_ALL_EXAMPLE)(
-    adapters_transfer.import_all
-)
-app.command(epilog=adapters_care.VERIFY_EXAMPLE)(adapters_care.verify)
-app.command(epilog=adapters_care.GC_EXAMPLE)(adapters_care.gc)
-app.command(name="new-key", epilog=adapters_care.NEW_KEY_EXAMPLE)(adapters_care.new_key)
-app.command(name="rotate-keys", epilog=adapters_care.ROTATE_EXAMPLE)(adapters_care.rotate_keys)
-
-
-def _head_facts(head: "UserHead") -> dict[str, Any]:
-    return {
-        "user_id": head.user_id,
-        "active": head.active,
-        "versions": [version.version for version in head.versions],
-        "updated_at": head.updated_at.isoformat(),
-    }
-
-
-def _versions(store: "AdapterStore", user: str) -> list["AdapterVersion"]:
-    versions = store.versions(user)
+def _versions(store: "AdapterStore", user: str) -> list[str]:
+    """Return the ids of a user's versions; raises AdapterNotFoundError where none is left."""
+    versions = [version.version for version in store.versions(user)]
     if not versions:
-        store.resolve(user)  # it says best what is not there
+        store.resolve(user)  # raises the error that says what is missing
     return versions
 
 
-def _say_active(user: str, active: "AdapterVersion", before: str | None, as_json: bool) -> None:
-    from cope_lc.text import name_of, print_json
+def erase(user: UserId, yes: Yes = False, store_url: Store = None, as_json: Json = False) -> None:
+    """Erase a user for good.
 
-    if as_json:
-        print_json({"user_id": user, "active": active.version, "before": before})
-    else:
-        said = (
-            "was active already"
-            if active.version == before
-            else f"is active (before: {before or 'none'})"
-        )
-        print(f"{name_of(user)}: {active.version} {said}")
+    All versions, the history and the keys are removed, also damaged ones. A training that is under
+    way is refused when it publishes.
+    """
+    from adapter_store.errors import FormatVersionError, IntegrityError
+
+    store = existing_store_at(store_url)
+    count: int | None = None
+    versions = "what is there cannot be read"
+    with contextlib.suppress(IntegrityError, FormatVersionError):  # damaged users are erased too
+        count = len(store.versions(user))
+        versions = plural(count, "version")
+    if not yes:
+        question = f"erase {name_of(user)} ({versions}) from {location_of(store)} for good?"
+        _confirm(question, "erasing")
+    store.erase_user(user)
+    note = "; no adapter was there under this id" if count == 0 else ""
+    facts = {"user_id": user, "erased": True, "versions": count}
+    Output(as_json).show(facts, f"erased {name_of(user)}{note}")
 
 
 def _confirm(question: str, doing: str) -> None:
-    """Ask on a terminal; without one there is nobody to ask."""
-    from cope_lc.text import clean
-
+    """Ask on the terminal; refuse where there is no terminal to ask on."""
     if not sys.stdin.isatty():
         raise typer.BadParameter(
             f"{doing} asks first, and there is no terminal to ask on: add --yes", param_hint="--yes"

@@ -1,4 +1,4 @@
-"""A user's versions and history as tables, and how well each version does as a small chart."""
+"""A user's versions and history as tables, and how good each version is as a small chart."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +15,19 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def version_table(versions: list["AdapterVersion"], active: str | None) -> "Table":
-    """The versions, the newest first, with what they were measured at."""
+    """Return a table of the versions, the newest first, with what they were measured at."""
     columns = ("", "version", "created", "NLL\nbase → dpo", "ROUGE-L\nbase → cope")
     rows = table(*columns, whole=("", "created"), right=columns[3:])
-    rows.columns[1].min_width = max(
-        len(version.version) for version in versions
-    )  # a model's path may fold, an id not
+    # A model's path may be folded, a version's id not.
+    rows.columns[1].min_width = max(len(version.version) for version in versions)
     for version in reversed(versions):
-        strengths = f"α {_plain(version.alpha)}  τ {_plain(version.tau)}"
-        model = cell(
-            f"{version.version}\n  base {version.base.get('model', '?')}, {num_bytes(version) / 1e6:.1f} MB\n"
-        )
+        size = f"{num_bytes(version) / 1e6:.1f} MB"
+        model = f"base {version.base.get('model', '?')}, {size}"
+        contrast = f"α {_plain(version.alpha)}  τ {_plain(version.tau)}"
         rows.add_row(
             cell("●" if version.version == active else "", "green"),
-            model,
-            cell(f"{local_time(version.created_at)}\n{strengths}"),
+            cell(f"{version.version}\n  {model}\n"),
+            cell(f"{local_time(version.created_at)}\n{contrast}"),
             _change(version.metrics, "nll", "dpo"),
             _change(version.metrics, "rougeL", "cope"),
         )
@@ -37,26 +35,34 @@ def version_table(versions: list["AdapterVersion"], active: str | None) -> "Tabl
 
 
 def history_table(history: list["HistoryEntry"]) -> "Table":
-    """The changes, the newest first: since when which version is served, what was done, how good it is, and why."""
+    """Return a table of the changes, the newest first: what was served since when, and why."""
     rows = table("since", "active", "NLL", "by", "why", whole=("since", "active"), right=("NLL",))
     for change in reversed(history):
-        done = change.operation
-        if change.version and change.version != change.active:
-            done += f" of {change.version}"
-        nll = _figure(change.metrics, "dpo", "nll") if change.version == change.active else None
+        is_of_active = change.version == change.active
+        operation = change.operation
+        if change.version and not is_of_active:
+            operation += f" of {change.version}"
+        nll = _figure(change.metrics, "dpo", "nll") if is_of_active else None
         rows.add_row(
             local_time(change.at),
             change.active or "none",
             number(nll),
-            cell(done),
+            cell(operation),
             cell(change.reason),
         )
     return rows
 
 
 def chart_of(versions: list["AdapterVersion"], active: str | None) -> "Table | None":
-    """A bar a version, the oldest first: by what share its held-out NLL is below the base's; None without figures."""
-    gains = [(version, gain) for version in versions if (gain := _gain(version)) is not None]
+    """Return a chart of how far each version's held-out NLL is below the base's.
+
+    A bar for each version, the oldest first; None where no version has figures.
+    """
+    gains = []
+    for version in versions:
+        gain = _gain(version)
+        if gain is not None:
+            gains.append((version, gain))
     if not gains:
         return None
     longest = max(abs(gain) for _, gain in gains) or 1.0
@@ -73,24 +79,27 @@ def chart_of(versions: list["AdapterVersion"], active: str | None) -> "Table | N
 
 
 def bar(share: float) -> str:
-    """A bar of `share` of the chart's width, to the eighth of a cell."""
+    """Return a bar of `share` of the chart's width, to the eighth of a cell."""
     eighths = round(share * _BAR_CELLS * 8)
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
 def _gain(version: "AdapterVersion") -> float | None:
-    base, own = (_figure(version.metrics, way, "nll") for way in ("base", "dpo"))
-    return 1 - own / base if base and own is not None else None
+    """Return the share by which a version's NLL is below the base's; None without figures."""
+    base = _figure(version.metrics, "base", "nll")
+    personal = _figure(version.metrics, "dpo", "nll")
+    return 1 - personal / base if base and personal is not None else None
 
 
-def _figure(metrics: dict[str, Any], way: str, name: str) -> float | None:
-    row = metrics.get(way)
-    value = row.get(name) if isinstance(row, dict) else None
+def _figure(metrics: dict[str, Any], way: str, measure: str) -> float | None:
+    figures = metrics.get(way)
+    value = figures.get(measure) if isinstance(figures, dict) else None
     return value if isinstance(value, int | float) else None
 
 
-def _change(metrics: dict[str, Any], name: str, way: str) -> str:
-    return " → ".join(number(_figure(metrics, key, name)) for key in ("base", way))
+def _change(metrics: dict[str, Any], measure: str, way: str) -> str:
+    base, personal = _figure(metrics, "base", measure), _figure(metrics, way, measure)
+    return f"{number(base)} → {number(personal)}"
 
 
 def _plain(value: float | None) -> str:

@@ -1,12 +1,9 @@
-import os
-import pty
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from adapter_store import AdapterStore
-from adapter_store.errors import AdapterNotFoundError
+from adapter_store import AdapterNotFoundError, AdapterStore
 
 HOSTILE = [
     "../x",
@@ -20,18 +17,13 @@ HOSTILE = [
 ]
 
 
-def test_an_empty_store_says_how_to_add_someone(cope_lc: Callable, store_folder: Path) -> None:
+def test_an_empty_store_says_how_to_add_a_user(cope_lc: Callable, store_folder: Path) -> None:
     outcome = cope_lc("adapters", "list")
     assert outcome.code == 0
-    assert (
-        outcome.stdout
-        == f"no users in {store_folder}; add one with: cope-lc personalize FILE --user ID\n"
-    )
-    assert cope_lc("adapters", "list", "--json").json == {
-        "store": store_folder.as_uri(),
-        "users": [],
-        "problems": [],
-    }
+    hint = "add one with: cope-lc personalize FILE --user ID"
+    assert outcome.stdout == f"no users in {store_folder}; {hint}\n"
+    facts = cope_lc("adapters", "list", "--json").json
+    assert facts == {"store": store_folder.as_uri(), "users": [], "problems": []}
     assert not store_folder.exists()
 
 
@@ -40,16 +32,30 @@ def test_users_are_listed_with_their_active_version(cope_lc: Callable, publish: 
     publish("bob")
     shown = cope_lc("adapters", "list")
     assert shown.code == 0
-    assert [line.split()[:3] for line in shown.stdout.splitlines()[1:2]] == [
-        ["alice", second.version, "2"]
-    ]
+    assert shown.stdout.splitlines()[1].split()[:3] == ["alice", second.version, "2"]
     users = cope_lc("adapters", "list", "--json").json["users"]
     assert [user["user_id"] for user in users] == ["alice", "bob"]
     assert users[0]["active"] == second.version
     assert users[0]["versions"] == [first.version, second.version]
 
 
-def test_hostile_user_ids_are_listed_shown_and_deleted_without_touching_the_terminal(
+def test_users_are_listed_page_by_page(
+    cope_lc: Callable, put: Callable, store: AdapterStore
+) -> None:
+    for number in range(5):
+        put(store, f"user-{number}")
+    first = cope_lc("adapters", "list", "--limit", 3, "--json").json
+    assert len(first["users"]) == 3
+    rest = cope_lc("adapters", "list", "--limit", 3, "--cursor", first["next"], "--json").json
+    assert "next" not in rest
+    assert len({user["user_id"] for user in first["users"] + rest["users"]}) == 5
+    shown = cope_lc("adapters", "list", "--limit", 3).stdout
+    assert f"more: the same command with --cursor {first['next']}" in shown
+    assert cope_lc("adapters", "list", "--cursor", "../x").code == 2
+    assert cope_lc("adapters", "list", "--limit", 0).code == 2
+
+
+def test_hostile_user_ids_never_reach_the_terminal_as_they_are(
     cope_lc: Callable, store: AdapterStore, publish: Callable
 ) -> None:
     for user in HOSTILE:
@@ -111,6 +117,33 @@ def test_show_tells_versions_metrics_and_which_is_active(
     assert facts["versions"][0]["digest"] == first.digest
 
 
+def test_show_draws_history_and_a_chart(
+    cope_lc: Callable, put: Callable, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = [put(store, seed=number, nll=nll) for number, nll in enumerate([4.7, 4.9, 4.5])]
+    reason = "worse [red]answers[/red]"
+    assert cope_lc("adapters", "rollback", "alice", "--reason", reason).code == 0
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = cope_lc("adapters", "show", "alice").stdout
+    chart = [line for line in shown.splitlines() if "█" in line]
+    assert [line.split()[0] for line in chart] == versions
+    assert [line.split()[-2] for line in chart] == ["-2.08", "+2.08", "-6.25"]
+    lengths = [line.count("█") for line in chart]
+    assert lengths[0] == lengths[1] == 10
+    assert lengths[2] == 30
+    newest = shown.split("\nhistory\n")[1].splitlines()[1]
+    assert versions[1] in newest
+    assert "rollback" in newest
+    assert reason in newest
+    assert "4.900" in newest
+    history = cope_lc("adapters", "show", "alice", "--json").json["history"]
+    assert [change["operation"] for change in history] == ["publish"] * 3 + ["rollback"]
+    assert history[-1]["reason"] == reason
+    assert history[-1]["active"] == versions[1]
+    assert history[-1]["metrics"]["dpo"]["nll"] == 4.9
+    assert len(cope_lc("adapters", "show", "alice", "--limit", 1, "--json").json["history"]) == 1
+
+
 def test_a_version_without_metrics_is_shown_too(cope_lc: Callable, publish: Callable) -> None:
     publish(metrics={}, alpha=None, tau=None)
     assert "– → –" in cope_lc("adapters", "show", "alice").stdout
@@ -134,33 +167,27 @@ def test_activate_and_its_mistakes(
         assert wrong.error.startswith("error: ")
 
 
-def test_export_writes_a_peft_folder_once(
-    cope_lc: Callable, publish: Callable, tmp_path: Path
+def test_an_activation_that_changes_nothing_says_so(
+    cope_lc: Callable, put: Callable, store: AdapterStore
 ) -> None:
-    first = publish()
-    publish(seed=2)
-    folder = tmp_path / "exported"
-    assert cope_lc("adapters", "export", "alice", folder, "--version", first.version).code == 0
-    assert {path.name for path in folder.iterdir()} == {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-    }
-    again = cope_lc("adapters", "export", "alice", folder, "--json")
-    assert again.code == 1
-    assert str(folder) in again.error
-    assert again.stdout == ""
+    version = put(store)
+    outcome = cope_lc("adapters", "activate", "alice", version)
+    assert outcome.stdout == f"alice: {version} was active already\n"
 
 
-def test_a_damaged_adapter_is_refused_by_name(
-    cope_lc: Callable, publish: Callable, store: AdapterStore, tmp_path: Path
+def test_rollback_goes_back_and_says_when_it_cannot(
+    cope_lc: Callable, put: Callable, store: AdapterStore
 ) -> None:
-    weights = store.fetch_dir(publish()) / "adapter_model.safetensors"
-    weights.chmod(0o600)
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    outcome = cope_lc("adapters", "export", "alice", tmp_path / "exported")
-    assert outcome.code == 1
-    assert "adapter_model.safetensors" in outcome.error
-    assert not (tmp_path / "exported").exists()
+    first, second = put(store), put(store, seed=2)
+    outcome = cope_lc("adapters", "rollback", "alice")
+    assert outcome.stdout == f"alice: {first} is active (before: {second})\n"
+    outcome = cope_lc("adapters", "rollback", "alice")
+    assert outcome.code == 2
+    assert "no earlier active version" in outcome.error
+    assert cope_lc("adapters", "rollback", "bob").code == 2
+    outcome = cope_lc("adapters", "activate", "alice", second, "--reason", "x" * 2000)
+    assert outcome.code == 2
+    assert "1000 characters" in outcome.error
 
 
 def test_delete_asks_and_without_a_terminal_refuses(
@@ -175,16 +202,11 @@ def test_delete_asks_and_without_a_terminal_refuses(
 
 @pytest.mark.parametrize(("answer", "code"), [("n\n", 1), ("\n", 1), ("y\n", 0)])
 def test_delete_on_a_terminal_does_what_is_answered(
-    process: Callable, store: AdapterStore, publish: Callable, answer: str, code: int
+    on_terminal: Callable, store: AdapterStore, publish: Callable, answer: str, code: int
 ) -> None:
     publish()
-    ours, theirs = pty.openpty()
-    run = process("adapters", "delete", "alice", stdin=theirs)
-    os.write(ours, answer.encode())
-    _, said = run.communicate(timeout=60)
-    os.close(ours)
-    os.close(theirs)
-    assert run.returncode == code
+    exit_code, said = on_terminal("adapters", "delete", "alice", answer=answer)
+    assert exit_code == code
     assert said.startswith("delete 1 version of alice from ")
     assert bool(store.versions("alice")) is (code != 0)
 
@@ -202,10 +224,61 @@ def test_delete_of_the_active_version_leaves_none_active(
         store.resolve("alice")
 
 
-def test_a_store_that_is_none_is_told_apart(cope_lc: Callable, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
-    for url, code in [(tmp_path / "file", 1), ("ftp://host/x", 1), (tmp_path / "a\nb", 0)]:
-        outcome = cope_lc("adapters", "list", "--store", url)
-        assert outcome.code == code, url
-        if code:
-            assert outcome.error.startswith("error: ")
+def test_erase_asks_and_leaves_nothing(
+    cope_lc: Callable, put: Callable, on_terminal: Callable, store: AdapterStore, store_folder: Path
+) -> None:
+    put(store)
+    refused = cope_lc("adapters", "erase", "alice", stdin="y\n")
+    assert refused.code == 2
+    assert "--yes" in refused.error
+    for answer, expected in (("n\n", 1), ("y\n", 0)):
+        code, said = on_terminal("adapters", "erase", "alice", answer=answer)
+        assert code == expected
+        assert said.startswith(f"erase alice (1 version) from {store_folder} for good?")
+    with pytest.raises(AdapterNotFoundError):
+        store.resolve("alice")
+    assert not list(store_folder.rglob("*.safetensors"))
+    again = cope_lc("adapters", "erase", "alice", "--yes", "--json").json
+    assert again == {"user_id": "alice", "erased": True, "versions": 0}
+    assert cope_lc("adapters", "list", "--json").json["users"] == []
+
+
+def test_a_damaged_user_is_erased_too(
+    cope_lc: Callable, put: Callable, on_terminal: Callable, store: AdapterStore, store_folder: Path
+) -> None:
+    put(store)
+    for damaged in ('{"format": 99}', "{"):
+        newest = max(store_folder.glob("users/*/*/*/log/*.json"))
+        newest.write_text(damaged)
+        assert cope_lc("adapters", "show", "alice").code == 1
+    _, said = on_terminal("adapters", "erase", "alice", answer="n\n")
+    assert said.startswith(
+        f"erase alice (what is there cannot be read) from {store_folder} for good?"
+    )
+    erased = cope_lc("adapters", "erase", "alice", "--yes", "--json").json
+    assert erased == {"user_id": "alice", "erased": True, "versions": None}
+    assert not list(store_folder.rglob("*.safetensors"))
+    assert AdapterStore(store_folder).verify().ok
+
+
+def test_erase_makes_no_store_where_none_exists(cope_lc: Callable, tmp_path: Path) -> None:
+    outcome = cope_lc("adapters", "erase", "alice", "--yes", "--store", tmp_path / "mistyped")
+    assert outcome.code == 2
+    assert "mistyped is not a store: nothing was done" in outcome.error
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_the_history_of_a_deleted_or_erased_user_is_shown(
+    cope_lc: Callable, put: Callable, store: AdapterStore
+) -> None:
+    put(store)
+    deleted = cope_lc("adapters", "delete", "alice", "--reason", "left us", "--yes")
+    assert "none is active now" in deleted.stdout
+    shown = cope_lc("adapters", "show", "alice")
+    assert shown.code == 0
+    assert "left us" in shown.stdout
+    assert "no version is left" in shown.stdout
+    cope_lc("adapters", "erase", "alice", "--yes")
+    history = cope_lc("adapters", "show", "alice", "--json").json["history"]
+    assert [change["operation"] for change in history] == ["erase"]
+    assert cope_lc("adapters", "show", "bob").code == 2
