@@ -198,8 +198,8 @@ class ChatCoPe(BaseSettings, BaseChatModel):
 
         Two users, two versions or two settings never share an entry.
         """
-        pinned = self._pin(kwargs)
-        user: PinnedUser = pinned[PINNED]
+        options = self._pin(kwargs)
+        user: PinnedUser = options[PINNED]
         base = user.engine.base
         key = {
             "model": base.fingerprint(),
@@ -210,7 +210,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             "tau": self.tau,
             "stop": self._stops(stop),
             **{name: getattr(self, name) for name in SAMPLING_OPTIONS},
-            **pinned,
+            **options,
             PINNED: user.key,
         }
         return json.dumps(key, sort_keys=True, default=str)
