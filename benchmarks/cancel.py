@@ -1,13 +1,13 @@
 """Cancel: trainings of a tiny base cancelled at random moments, and what is left of them.
 
-Each round starts ``PersonalizeUser.ainvoke`` and cancels its task after a time drawn evenly from the length of a whole run, so that
-every stage is hit. Measured is the time from ``cancel()`` until the task has ended; beside it stands the longest training
-step of a run that was not cancelled. After each round these are counted: threads that were not there
-before, temporary files, adapter files and versions in the store, rows and requests in the engine. The engine has one second to
-become idle; how long it took is reported.
+Each round starts `PersonalizeUser.ainvoke` and cancels its task after a time drawn evenly from the
+length of a whole run, so that every stage is hit. Measured is the time from `cancel()` until the
+task has ended; beside it is the longest training step of a run that was not cancelled. After each
+round these are counted: new threads, temporary files, adapter files and versions in the store, rows
+and requests in the engine. The engine has one second to become idle; how long it took is reported.
 
-Then one more run is not cancelled, and its adapter is held byte for byte against the first one's. The last line is one JSON object.
-The exit status is 1 where anything was left or differs.
+Then one more run is not cancelled, and its adapter is compared byte for byte with the first one's.
+The last line is one JSON object. The exit status is 1 where anything was left or differs.
 """
 
 import argparse
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from personal import FOUR_STEPS, ROWS
 from tiny import make_model
 
-IDLE_SECONDS = 1.0  # that the engine has to become idle in
+IDLE_SECONDS = 1.0  # in which the engine has to become idle
 
 
 class Steps(BaseCallbackHandler):
@@ -50,12 +50,12 @@ class Steps(BaseCallbackHandler):
         self._last: float | None = None
 
     def on_chain_start(self, serialized: Any, inputs: Any, *, name: Any = None, **_: Any) -> None:
-        """A stage begins."""
+        """Note that a stage begins."""
         self.stage = str(name)
         self._last = None  # what a stage sets up is no step
 
     def on_custom_event(self, name: str, data: Any, **_: Any) -> None:
-        """A step is done, or in the stages of the engine some items are."""
+        """Note that a training step, or in other stages some items, are done."""
         now = time.perf_counter()
         if self._last is not None and data["stage"] in ("sft", "dpo"):
             self.longest = max(self.longest, now - self._last)
@@ -73,18 +73,14 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         facts = asyncio.run(run(Path(folder), options.cancels, options.seed))
-    print(
-        json.dumps(
-            {"benchmark": "cancel", "cores": os.cpu_count(), "torch": torch.__version__, **facts}
-        )
-    )
+    machine = {"cores": os.cpu_count(), "torch": torch.__version__}
+    print(json.dumps({"benchmark": "cancel", **machine, **facts}))
     sys.exit(1 if facts["left"] or not facts["same_adapter_afterwards"] else 0)
 
 
 async def run(folder: Path, num_cancels: int, seed: int) -> dict[str, Any]:
-    base = load_base(
-        make_model(folder / "base", initializer_range=0.05), device="cpu", dtype="float32"
-    )
+    model = make_model(folder / "base", initializer_range=0.05)
+    base = load_base(model, device="cpu", dtype="float32")
     personalize = PersonalizeUser(model=base.name, device="cpu", dtype="float32", recipe=FOUR_STEPS)
     warm, first, store = (AdapterStore(folder / name) for name in ("warm", "first", "store"))
     temporary = folder / "temporary"
@@ -95,10 +91,8 @@ async def run(folder: Path, num_cancels: int, seed: int) -> dict[str, Any]:
     started = time.perf_counter()
     await train(personalize, first, steps)
     seconds, longest = time.perf_counter() - started, steps.longest
-    print(
-        f"a whole run takes {seconds:.2f} s, its longest training step {longest * 1000:.0f} ms",
-        flush=True,
-    )
+    longest_ms = f"{longest * 1000:.0f} ms"
+    print(f"a whole run takes {seconds:.2f} s, its longest training step {longest_ms}", flush=True)
 
     threads = set(threading.enumerate())
     draw = random.Random(seed)
@@ -128,7 +122,8 @@ async def run(folder: Path, num_cancels: int, seed: int) -> dict[str, Any]:
     await train(personalize, store)
     same = store.fetch(store.resolve("alice")) == first.fetch(first.resolve("alice"))
     print(
-        f"{num_cancels} cancelled, in {dict(stages)}; {num_too_late} were done first; left: {left or 'nothing'}"
+        f"{num_cancels} cancelled, in {dict(stages)}; {num_too_late} were done first; "
+        f"left: {left or 'nothing'}"
     )
     return {
         "cancelled": len(ends),
@@ -153,7 +148,7 @@ async def train(
 
 
 async def until_idle(engine: Engine) -> float:
-    """The time at which the engine was idle, or ``IDLE_SECONDS`` from now."""
+    """Return the time at which the engine was idle, at most `IDLE_SECONDS` from now."""
     deadline = time.perf_counter() + IDLE_SECONDS
     while time.perf_counter() < deadline:
         now = engine.statistics()
@@ -170,21 +165,15 @@ def left_behind(
     threads: set[threading.Thread],
     engine: Engine,
 ) -> list[str]:
+    """Return what there is that was not there before the training, in words."""
     now = engine.statistics()
-    return [
-        *[f"version {version.version}" for version in store.versions("alice")],
-        *[
-            f"file {path}"
-            for path in (
-                *folder.rglob("versions/*"),
-                *folder.glob("staging/*"),
-                *temporary.iterdir(),
-            )
-        ],
-        *[f"thread {thread.name}" for thread in set(threading.enumerate()) - threads],
-        *["row in the engine"] * now.rows,
-        *["request in the engine"] * now.waiting,
-    ]
+    files = [*folder.rglob("versions/*"), *folder.glob("staging/*"), *temporary.iterdir()]
+    left = [f"version {version.version}" for version in store.versions("alice")]
+    left += [f"file {path}" for path in files]
+    left += [f"thread {thread.name}" for thread in set(threading.enumerate()) - threads]
+    left += ["row in the engine"] * now.rows
+    left += ["request in the engine"] * now.waiting
+    return left
 
 
 if __name__ == "__main__":

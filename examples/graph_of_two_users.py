@@ -1,7 +1,7 @@
-"""LangGraph with two users: one graph, one model in memory, a thread of messages and a manner for each user.
+"""LangGraph with two users: one graph, one model, a thread of messages and a manner for each user.
 
-Needs pip install "langchain-cope[agents]". Run after `cope-lc personalize examples/data/user.jsonl`:
-python examples/graph_of_two_users.py
+Needs pip install "langchain-cope[agents]". Run after
+`cope-lc personalize examples/data/user.jsonl`: python examples/graph_of_two_users.py
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ chat = ChatCoPe(max_tokens=40)
 
 
 def answer(state: MessagesState, config: RunnableConfig) -> dict[str, Any]:
-    """The user is in the configuration and reaches the model with it."""
+    """Answer as the user in the configuration, which reaches the model with it."""
     return {"messages": [chat.invoke(state["messages"], config)]}
 
 
@@ -27,12 +27,12 @@ graph = (
     .compile(InMemorySaver())
 )
 
-article = "Generate a headline for the following article.\narticle: A baking show is among the titles trending this week."
-for user in ("robin", "somebody else"):
+article = "A baking show is among the titles trending this week."
+question = f"Generate a headline for the following article.\narticle: {article}"
+for user in ("robin", "another user"):
     config: RunnableConfig = {"configurable": {"user_id": user, "thread_id": f"talk of {user}"}}
+    request = {"messages": [("user", question)]}
     print(f"{user}: ", end="")
-    for message, _ in graph.stream(
-        {"messages": [("user", article)]}, config, stream_mode="messages"
-    ):
+    for message, _ in graph.stream(request, config, stream_mode="messages"):
         print(message.content, end="", flush=True)
     print()

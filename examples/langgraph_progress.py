@@ -1,7 +1,8 @@
-"""A graph that learns from a user's texts, shows how far it has come, and answers in the user's manner.
+"""A graph that learns from a user's texts, shows its progress, and answers in the user's manner.
 
-Run: pip install langgraph, then python examples/langgraph_progress.py (about a minute on two CPU cores)
-Ctrl-C stops it within a training step, and the next run goes on after the last finished stage.
+Run: pip install langgraph, then python examples/langgraph_progress.py
+(about a minute on two CPU cores). Ctrl-C stops it within a training step, and the next run goes on
+after the last finished stage.
 """
 
 import asyncio
@@ -46,20 +47,17 @@ graph.add_edge("reply", END)
 
 
 async def main() -> None:
-    written = json.loads(
-        (Path(__file__).parent / "data" / "user.jsonl").read_text(encoding="utf-8")
-    )
-    request = State(
-        user_id="robin", history=written["history"], question=written["queries"][0]["prompt"]
-    )
+    file = Path(__file__).parent / "data" / "user.jsonl"
+    texts = json.loads(file.read_text(encoding="utf-8"))
+    query = texts["queries"][0]
+    request = State(user_id="robin", history=texts["history"], question=query["prompt"])
     async for mode, chunk in graph.compile().astream(request, stream_mode=["custom", "values"]):
         if mode == "custom":
-            print(
-                f"\r{chunk['stage']}: {chunk['step']} of {chunk['total']}      ", end="", flush=True
-            )
-    print(
-        f"\n{chunk['reason']}\nin robin's manner: {chunk['answer']}\nrobin wrote: {written['queries'][0]['completion']}"
-    )
+            progress = f"{chunk['stage']}: {chunk['step']} of {chunk['total']}"
+            print(f"\r{progress}      ", end="", flush=True)
+    print(f"\n{chunk['reason']}")
+    print(f"in robin's manner: {chunk['answer']}")
+    print(f"robin wrote: {query['completion']}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One model, two users, one chain: the same question answered by the base and in each user's manner.
+"""One model, two users, one chain: the same question answered by the base and for each user.
 
 Run after `cope-lc personalize examples/data/user.jsonl`: python examples/two_users.py
 """
@@ -13,8 +13,7 @@ prompt = ChatPromptTemplate.from_template(
 )
 chain = prompt | ChatCoPe(max_tokens=40) | StrOutputParser()
 
-article = {
-    "article": "A thriller and a baking show are among the titles trending on the streaming service."
-}
-for user in (None, "robin", "somebody without an adapter"):
-    print(f"{user or 'the base'}: {chain.invoke(article, {'configurable': {'user_id': user}})}")
+article = "A thriller and a baking show are among the titles trending on the streaming service."
+for user in (None, "robin", "a user without an adapter"):
+    answer = chain.invoke({"article": article}, {"configurable": {"user_id": user}})
+    print(f"{user or 'the base'}: {answer}")

@@ -1,12 +1,14 @@
 """Every user answered in that user's own manner, on one local base model (CoPe).
 
-`ChatCoPe` chats, `PersonalizeUser` trains; histories come from files (`read_history`), rows (`as_history`), Chroma
-(`ChromaHistory`) and an app's chats (`RecordedChatHistory`). Everything else is imported from its own module. Names are loaded when
-first used, so that importing the package costs nothing.
+`ChatCoPe` chats, `PersonalizeUser` trains; histories come from files (`read_history`), rows
+(`as_history`), Chroma (`ChromaHistory`) and an app's chats (`RecordedChatHistory`). Everything else
+is imported from its own module. Names are loaded when first used, so that importing the package
+costs nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from langchain_cope._front_door import lazy_names
 
 if TYPE_CHECKING:
     from langchain_cope.chat_models import ChatCoPe
@@ -18,20 +20,6 @@ if TYPE_CHECKING:
     from langchain_cope.personalize import PersonalizeResult, PersonalizeUser
     from langchain_cope.training.recipe import Recipe
 
-_MODULES = {
-    "ChatCoPe": "chat_models",
-    "ChromaHistory": "history.chroma",
-    "CoPeUserMiddleware": "middleware",
-    "EngineOptions": "engine.options",
-    "Item": "history",
-    "PersonalizeResult": "personalize",
-    "PersonalizeUser": "personalize",
-    "Recipe": "training.recipe",
-    "RecordedChatHistory": "history.recorded",
-    "UserHistory": "history",
-    "as_history": "history",
-    "read_history": "history",
-}
 __all__ = [
     "ChatCoPe",
     "ChromaHistory",
@@ -47,13 +35,23 @@ __all__ = [
     "read_history",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(
-            f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}"
-        )
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ChatCoPe": "chat_models",
+        "ChromaHistory": "history.chroma",
+        "CoPeUserMiddleware": "middleware",
+        "EngineOptions": "engine.options",
+        "Item": "history",
+        "PersonalizeResult": "personalize",
+        "PersonalizeUser": "personalize",
+        "Recipe": "training.recipe",
+        "RecordedChatHistory": "history.recorded",
+        "UserHistory": "history",
+        "as_history": "history",
+        "read_history": "history",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -6,9 +6,13 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module `__getattr__` for `package`; `modules` maps each name to the module that holds it.
+    """Return a module's `__getattr__`, which imports the name asked for.
 
-    A module is named relative to `package`. Raises AttributeError, with the names on offer, for any other.
+    For a name that is not on offer it raises AttributeError with those that are.
+
+    Args:
+        package: the package that offers the names.
+        modules: each name and the module that holds it, relative to `package`.
     """
 
     def load(name: str) -> Any:

@@ -1,7 +1,7 @@
 """What can go wrong, as a caller would tell it apart.
 
     CopeError
-    ├── InputError            the call or its input was wrong: mend it and call again (also a ValueError)
+    ├── InputError            the call or its input was wrong: correct it (also a ValueError)
     │   ├── HistoryError      a history that cannot be read or is too short
     │   ├── ModelNotFound     no base model of that name or at that path
     │   └── ContextOverflow   a prompt longer than the model's context
@@ -9,7 +9,8 @@
     ├── EngineClosed          the engine was closed while, or before, the request ran
     └── Cancelled             stopped on request; nothing was published
 
-Each message holds what was asked, what was found and what to do next. Errors of the store are in ``adapter_store.errors``.
+Each message says what was given, what was expected and what to do. Errors of the store are in
+`adapter_store.errors`.
 """
 
 
@@ -18,35 +19,43 @@ class CopeError(Exception):
 
 
 class InputError(CopeError, ValueError):
-    """The call or its input was wrong."""
+    """A call or an input that was wrong."""
 
 
 class HistoryError(InputError):
     """A history that cannot be read or is too short."""
 
 
-class ModelNotFound(InputError):  # noqa: N818 - named for what happened, like FileNotFoundError's siblings
+# Named for what happened, without the suffix that rule N818 asks for.
+class ModelNotFound(InputError):  # noqa: N818
     """No base model of that name or at that path."""
 
 
 class ContextOverflow(InputError):  # noqa: N818
-    """A prompt of ``num_tokens`` tokens does not fit the model's ``context``."""
+    """A prompt that does not fit the model's context."""
 
     def __init__(self, num_tokens: int, context: int) -> None:
+        """Say it with both numbers.
+
+        Args:
+            num_tokens: tokens of the prompt.
+            context: tokens that prompt and answer may have together.
+        """
         self.num_tokens = num_tokens
         self.context = context
         super().__init__(
-            f"the prompt has {num_tokens} tokens, but the model's context holds {context} and at least one must be left "
-            "for the answer: shorten the prompt or choose a base model with a longer context"
+            f"the prompt has {num_tokens} tokens, but the model's context holds {context} and at "
+            "least one must be left for the answer: shorten the prompt or choose a base model with "
+            "a longer context"
         )
 
 
 class ModelError(CopeError):
-    """The base model or an adapter cannot be used as asked."""
+    """A base model or an adapter that cannot be used as asked."""
 
 
 class EngineClosed(CopeError):  # noqa: N818
-    """The engine was closed before the request ended."""
+    """An engine that was closed before the request ended."""
 
 
 class Cancelled(CopeError):  # noqa: N818

@@ -1,4 +1,4 @@
-"""The user of an agent's run, from its context to the model. Needs ``langchain`` (extra ``agents``)."""
+"""The user of an agent's run, from its context to the model; needs `langchain` (extra `agents`)."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -16,26 +16,26 @@ except ImportError as error:
 
 
 class CoPeUserMiddleware(AgentMiddleware[Any, Any]):
-    """Every model call of an agent answers as the user in its run's context.
+    """Middleware with which every model call of an agent answers as the user in its run's context.
 
-    Example:
-        .. code-block:: python
+    ```python
+    @dataclass
+    class Context:
+        user_id: str
 
-            @dataclass
-            class Context:
-                user_id: str
+    user = CoPeUserMiddleware()
+    agent = create_agent(ChatCoPe(), tools, middleware=[user], context_schema=Context)
+    agent.invoke({"messages": [("user", "…")]}, context=Context(user_id="alice"))
+    ```
 
-
-            agent = create_agent(ChatCoPe(), tools, middleware=[CoPeUserMiddleware()], context_schema=Context)
-            agent.invoke({"messages": [("user", "…")]}, context=Context(user_id="alice"))
-
-    The context is the app's own: unlike ``configurable`` no client sends it, and no trace copies it. Models of other providers, in
-    a fallback say, are told nothing of it. Raises ``InputError`` for a run without a user, so that nobody is answered in another's
-    manner by mistake; None as the user is the base alone.
+    The context is the app's own: unlike `configurable` no client sends it, and no trace copies it.
+    Models of other providers, in a fallback for example, are not told of it. A run without a user
+    raises `InputError`, so that none is answered in another user's manner by mistake; None as the
+    user is the base alone.
     """
 
     def __init__(self, field: str = "user_id") -> None:
-        """``field``: the context's field, or key, that names the user."""
+        """Take the name of the context's field, or key, that names the user."""
         super().__init__()
         self._field = field
 
@@ -54,7 +54,7 @@ class CoPeUserMiddleware(AgentMiddleware[Any, Any]):
         request: ModelRequest[Any],
         handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]],
     ) -> ModelResponse[Any]:
-        """`wrap_model_call` for an event loop."""
+        """Do as `wrap_model_call` for an event loop."""
         token = user_of_run.set(self._user(request))
         try:
             return await handler(request)
@@ -62,16 +62,19 @@ class CoPeUserMiddleware(AgentMiddleware[Any, Any]):
             user_of_run.reset(token)
 
     def _user(self, request: ModelRequest[Any]) -> tuple[str | None]:
-        context = getattr(request.runtime, "context", None)
-        known: Any = (
-            context
-            if isinstance(context, Mapping)
-            else vars(context)
-            if hasattr(context, "__dict__")
-            else {}
-        )
-        if self._field not in known:
+        fields = _fields(getattr(request.runtime, "context", None))
+        if self._field not in fields:
             raise InputError(
-                f"the run's context has no {self._field!r}: give create_agent a context_schema with it, and each run a context"
+                f"the run's context has no {self._field!r}: give create_agent a context_schema "
+                "with it, and each run a context"
             )
-        return (known[self._field],)
+        return (fields[self._field],)
+
+
+def _fields(context: object) -> Mapping[str, Any]:
+    """Return the fields of a context, which is a mapping, an object or None."""
+    if isinstance(context, Mapping):
+        return context
+    if hasattr(context, "__dict__"):
+        return vars(context)
+    return {}

@@ -1,4 +1,4 @@
-"""How the base is named: the fields that `ChatCoPe` and `PersonalizeUser` share, and the engine they lead to."""
+"""The fields by which `ChatCoPe` and `PersonalizeUser` name a base, and the engine they lead to."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,25 +11,37 @@ if TYPE_CHECKING:
 
 
 class BaseSettings(BaseModel):
-    """Which base model, and how it is loaded. Two settings that agree share one base in memory."""
+    """A base model and how it is loaded. Two settings that agree share one base in memory."""
 
     model: str = "starter"
-    """``starter`` (bundled), a Hugging Face id or a local path."""
+    """`starter` (bundled), a Hugging Face id or a local path."""
     revision: str | None = None
-    """Of a Hugging Face id."""
+    """Revision of a Hugging Face id."""
     task_adapter: str | None = None
-    """A shared peft LoRA, a folder or a Hugging Face id (the paper's task-adapted model), merged into the base at load."""
+    """A shared peft LoRA that is merged into the base at load (the paper's task-adapted model).
+
+    A folder or a Hugging Face id.
+    """
     device: str | None = None
-    """``cpu``, ``cuda``, ``cuda:1`` or ``mps``; None: the best there is."""
+    """`cpu`, `cuda`, `cuda:1` or `mps`; None: the best there is."""
     dtype: str | None = None
-    """``float32``, ``bfloat16``, ``float16``; None: float32 on a CPU (bfloat16 for large models), else the checkpoint's."""
+    """`float32`, `bfloat16` or `float16`.
+
+    None: float32 on a CPU (bfloat16 for large models), elsewhere the checkpoint's.
+    """
     quantization_config: Any = None
-    """Handed to ``from_pretrained`` as it is."""
+    """Passed to `from_pretrained` as it is."""
     engine_options: EngineOptions | None = Field(default=None, exclude=True)
-    """Bounds of the engine that all users of the base share; None: those it has, else the defaults."""
+    """Bounds of the engine that all users of the base share.
+
+    None: those of the engine that runs already, else the defaults.
+    """
 
     def _engine(self, model: str | None = None) -> "Engine":
-        """The engine of the base, or of another ``model`` loaded in the same way; loads it at the first call."""
+        """Return the engine of the base, or of another `model` loaded in the same way.
+
+        The first call loads the base.
+        """
         from langchain_cope.engine import Engine, load_base
 
         base = load_base(

@@ -8,7 +8,7 @@ HASH_DIGITS = 16  # 64 bits: among a billion users the chance that any two share
 
 
 class TracedError(Exception):
-    """What a trace shows of ``error``, whose message may name a user: its class."""
+    """What a trace shows of an error with a message that may name a user: its class."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -18,10 +18,11 @@ class TracedError(Exception):
 
 
 def traced_user(user_id: str | None, how: TraceUserId) -> str | None:
-    """``user_id`` as a trace shows it: plain, as the first 16 hex digits of its sha256, or None where it is omitted.
+    """Return `user_id` as a trace shows it: plain, hashed, or None where it is omitted.
 
-    The hash of an id is the same in every process. It hides the id from a reader of traces, not from one who tries all
-    ids there could be: names and e-mail addresses can be guessed.
+    The hash is the first 16 hex digits of the id's sha256, the same in every process. It hides the
+    id from a reader of traces, but not from one who tries all ids there could be: names and e-mail
+    addresses can be guessed.
     """
     if user_id is None or how == "omitted":
         return None
@@ -31,5 +32,5 @@ def traced_user(user_id: str | None, how: TraceUserId) -> str | None:
 
 
 def traced_error(error: BaseException, how: TraceUserId) -> BaseException:
-    """``error`` as a trace shows it: itself where users are plain, else its class alone."""
+    """Return `error` as a trace shows it: itself where users are plain, else its class alone."""
     return error if how == "plain" else TracedError(error)

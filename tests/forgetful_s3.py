@@ -1,4 +1,4 @@
-"""A small server that speaks enough of S3, and ignores the condition of a put, as some servers do."""
+"""A small server that speaks enough of S3, and ignores a put's condition, as some servers do."""
 
 import threading
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def forgetful_s3() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Gives the server's URL, and the objects that it holds by key."""
+    """Yield the server's URL, and the objects that it holds by key."""
     handler = type("Handler", (_Handler,), {"objects": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,4 +1,4 @@
-"""A tiny user, a quick recipe, and what a trace would hold: for all tests that personalize."""
+"""A tiny user, a quick recipe and what a trace would hold, for all tests that personalize."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,8 @@ QUICK = Recipe(
     max_new_tokens=8,
 )
 
-FOUR_STEPS = replace(QUICK, dpo=replace(QUICK.dpo, batch_size=2))  # of DPO, so that it has a middle
+# Four steps of DPO, so that it has a middle.
+FOUR_STEPS = replace(QUICK, dpo=replace(QUICK.dpo, batch_size=2))
 
 
 class Recorder(BaseCallbackHandler):
@@ -35,7 +36,7 @@ class Recorder(BaseCallbackHandler):
 
     @property
     def stages(self) -> list[str]:
-        """Names of the runs below the first, in order."""
+        """The names of the runs below the first, in order."""
         return [name for name, _, parent in self.started if parent is not None]
 
     def on_chain_start(

@@ -1,4 +1,4 @@
-"""A tiny base that was really trained to follow a script, and adapters that say it in a user's manner."""
+"""A tiny base that was really trained on a script, and adapters that say it in a user's manner."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _STEPS, _RATE = 250, 6e-3
 def train_base(
     folder: Path, conversations: Sequence[Conversation], tools: Sequence[dict[str, Any]]
 ) -> Path:
-    """A base in ``folder`` that answers each of ``conversations`` as it stands there."""
+    """Train a base in `folder` that answers each of `conversations` as it stands there."""
     texts = (json.dumps([tools, conversations]),) * 3
     size = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.05}
     make_model(folder, "llama", template=TOOLS, context=1024, texts=texts, **size)
@@ -30,7 +30,7 @@ def train_base(
 def train_adapter(
     folder: Path, base: Path, conversations: Sequence[Conversation], tools: Sequence[dict[str, Any]]
 ) -> Path:
-    """A peft folder with which ``base`` answers ``conversations`` in a user's manner."""
+    """Train a peft folder with which `base` answers `conversations` in a user's manner."""
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -46,7 +46,7 @@ def _fit(
     tools: Sequence[dict[str, Any]],
     parameters: list[Any],
 ) -> None:
-    """Cross-entropy over the assistant's turns, until they are known by heart."""
+    """Train on the assistant's turns until they are known by heart."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [_ids_and_labels(tokenizer, conversation, tools) for conversation in conversations]
     length = max(len(ids) for ids, _ in rows)
@@ -71,6 +71,7 @@ def _fit(
 def _ids_and_labels(
     tokenizer: Any, conversation: Conversation, tools: Sequence[dict[str, Any]]
 ) -> tuple[list[int], list[int]]:
+    """Return token ids and labels of a conversation; -100 is a label that is ignored."""
     ids: list[int] = []
     labels: list[int] = []
     for end in range(1, len(conversation) + 1):
@@ -78,16 +79,16 @@ def _ids_and_labels(
         before = _render(tokenizer, conversation[: end - 1], tools, is_answer) if end > 1 else []
         whole = _render(tokenizer, conversation[:end], tools, False)
         new = whole[len(ids) :]
-        head = len(before) - len(ids) if is_answer else len(new)
+        num_ignored = len(before) - len(ids) if is_answer else len(new)
         ids += new
-        labels += [-100] * head + new[head:]
+        labels += [-100] * num_ignored + new[num_ignored:]
     return ids, labels
 
 
 def _render(
     tokenizer: Any, messages: Conversation, tools: Sequence[dict[str, Any]], prompt: bool
 ) -> list[int]:
-    found: list[int] = tokenizer.apply_chat_template(
+    ids: list[int] = tokenizer.apply_chat_template(
         list(messages), tools=list(tools) or None, add_generation_prompt=prompt, return_dict=False
     )
-    return found
+    return ids

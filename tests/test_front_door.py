@@ -37,9 +37,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 def test_chat_and_training_classes_come_without_torch() -> None:
     heavy = {"torch", "transformers", "peft", "trl", "chromadb"}
-    assert not heavy & modules_after(
-        "from langchain_cope import ChatCoPe, PersonalizeUser, Recipe; ChatCoPe(); PersonalizeUser()"
-    )
+    imports = "from langchain_cope import ChatCoPe, PersonalizeUser, Recipe"
+    assert not heavy & modules_after(f"{imports}; ChatCoPe(); PersonalizeUser()")
 
 
 def test_the_store_imports_nothing_of_the_rest() -> None:

@@ -1,4 +1,4 @@
-"""Where the store meets models: a published version in plain peft, and an erased user in a running engine."""
+"""Store and models together: a version in plain peft, an erased user in a running engine."""
 
 import json
 from collections.abc import Callable
@@ -58,8 +58,11 @@ def test_a_published_version_works_in_plain_peft(
 
 
 def test_a_trained_version_is_what_vllm_reads(base: Path, tmp_path: Path) -> None:
-    """Its loader takes these two files; of a config, plain LoRA without trained biases or whole modules; and A and B
-    of every module, by names that begin and end so (its PEFTHelper and parse_fine_tuned_lora_name)."""
+    """Its loader takes these two files, a config of plain LoRA, and A and B of every module.
+
+    The config has no trained biases or whole modules, and names of weights begin and end as here
+    (vLLM's PEFTHelper and parse_fine_tuned_lora_name).
+    """
     store = AdapterStore(tmp_path / "store")
     PersonalizeUser(model=str(base), store=store, recipe=QUICK, gate="always").invoke(
         {"user_id": "alice", "history": ROWS}
@@ -88,7 +91,7 @@ def test_a_trained_version_is_what_vllm_reads(base: Path, tmp_path: Path) -> Non
         assert weights[f"base_model.model.{name}.lora_B.weight"].shape == (num_out, config["r"])
 
 
-def test_an_erased_user_is_not_served_from_a_slot_of_a_running_engine(
+def test_an_erased_user_is_not_served_from_an_engines_slot(
     base: Path, adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The adapter is still in its slot; the request after the erasure does not reach it."""
@@ -133,7 +136,7 @@ class EraseAt(BaseCallbackHandler):
 
 
 @pytest.mark.parametrize("active", [False, True], ids=["of a new user", "of a user with versions"])
-def test_a_training_under_way_publishes_nothing_of_a_user_who_is_erased_meanwhile(
+def test_a_training_publishes_nothing_of_a_user_erased_meanwhile(
     active: bool, base: Path, adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     store = AdapterStore(tmp_path / "store")
@@ -144,6 +147,5 @@ def test_a_training_under_way_publishes_nothing_of_a_user_who_is_erased_meanwhil
     with pytest.raises(UserErasedError):
         learner.invoke(request, {"callbacks": [EraseAt(store, "dpo")]})
     assert store.active("alice") is None
-    assert learner.invoke(
-        request
-    ).published  # what is given again after the erasure may be learnt from
+    # A history that is given again after the erasure may be learnt from.
+    assert learner.invoke(request).published

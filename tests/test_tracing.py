@@ -13,7 +13,7 @@ def test_a_user_is_plain_hashed_or_omitted() -> None:
     assert traced_user("alice", "omitted") is None
 
 
-def test_nobody_is_nobody() -> None:
+def test_no_user_is_shown_as_none() -> None:
     assert {traced_user(None, how) for how in ("plain", "hashed", "omitted")} == {None}
 
 

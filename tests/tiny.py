@@ -1,6 +1,7 @@
-"""Tiny real models and adapters, built here: real transformers architectures, a real tokenizer trained on a few sentences.
+"""Tiny real models and adapters, built here: real architectures, and a tokenizer really trained.
 
-Nothing is downloaded. Weights are random but wide enough apart that greedy answers differ between prompts, users and α.
+Nothing is downloaded. Weights are random but wide enough apart that greedy answers differ between
+prompts, users and α.
 """
 
 import json
@@ -24,20 +25,26 @@ CHATML = (
 )
 # Gemma's way: no system role, turns end with a newline after the end token.
 NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
-# Qwen3's way: a finished assistant turn starts with an empty think block that the generation prompt does not hold.
+# Qwen3's way: a finished assistant turn starts with an empty thought, a generation prompt does not.
 THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Qwen's way with tools: they stand in the system turn, calls and results between marks.
 TOOLS = (
-    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t | tojson }}{% endfor %}\nCall them with "
-    '<tool_call>\n{"name": ..., "arguments": ...}\n</tool_call><|im_end|>\n{% endif %}'
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for c in m.get('tool_calls', []) %}<tool_call>\n"
+    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t | tojson }}{% endfor %}\n"
+    'Call them with <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call><|im_end|>\n'
+    "{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m.get('tool_calls', []) %}<tool_call>\n"
     "{{ c['function'] | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -83,7 +90,10 @@ def make_tokenizer(
     marks: tuple[str, ...] = (),
     texts: tuple[str, ...] = (),
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that can spell any text, saved to ``folder``: 384 tokens, or more that are made for ``texts``."""
+    """Save a byte-level BPE that can spell any text to `folder` and return it.
+
+    It has 384 tokens, or up to 640 that are made for `texts` too; `marks` are special tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -119,14 +129,14 @@ def make_model(
     texts: tuple[str, ...] = (),
     **changes: Any,
 ) -> Path:
-    """A tiny base of ``family`` in ``folder``: config, random weights, tokenizer. ``marks`` become special tokens."""
+    """Save a tiny base of `family` to `folder` and return it: config, random weights, tokenizer.
+
+    `changes` are fields of the config; None leaves one out.
+    """
     tokenizer = make_tokenizer(folder, template=template, context=context, marks=marks, texts=texts)
     size = {} if context == 256 else {"max_position_embeddings": context}
-    fields = {
-        key: value
-        for key, value in {**FAMILIES[family], **size, **changes}.items()
-        if value is not None
-    }
+    settings = {**FAMILIES[family], **size, **changes}
+    fields = {name: value for name, value in settings.items() if value is not None}
     config = AutoConfig.for_model(
         family,
         vocab_size=len(tokenizer),
@@ -151,7 +161,7 @@ def make_adapter(
     scale: float = 0.15,
     **changes: Any,
 ) -> Path:
-    """A peft LoRA folder with random A and B for the model at ``base``, strong enough to change most answers."""
+    """Save a LoRA with random A and B to a peft folder, strong enough to change most answers."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(
@@ -171,6 +181,6 @@ def make_adapter(
 
 
 def change_config(folder: Path, **changes: Any) -> None:
-    """Rewrite fields of a peft folder's adapter_config.json."""
+    """Change fields of a peft folder's adapter_config.json."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

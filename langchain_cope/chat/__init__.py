@@ -1,1 +1,1 @@
-"""What `ChatCoPe` is made of: its user, messages, tools, structured output and replies."""
+"""The parts of `ChatCoPe`: its user, messages, tools, structured output, replies, and one call."""

@@ -12,12 +12,17 @@ _STARTER = Path(__file__).parents[1] / "starter"
 
 
 def profile_of(model: str, revision: str | None, max_tokens: int) -> ModelProfile | None:
-    """The profile of a local base, or of one in the Hugging Face cache; None where its files are not here."""
+    """Return the profile of a local or cached base; None where its files are not here.
+
+    Args:
+        model: `starter`, a Hugging Face id or a local path.
+        revision: of a Hugging Face id.
+        max_tokens: tokens of an answer, at most.
+    """
     config = _read(model, revision, "config.json")
     if config is None:
         return None
     tokenizer = _read(model, revision, "tokenizer_config.json") or {}
-    text: dict[str, Any] = config.get("text_config") or config
     profile = ModelProfile(
         name=model,
         open_weights=True,
@@ -33,22 +38,28 @@ def profile_of(model: str, revision: str | None, max_tokens: int) -> ModelProfil
         tool_call_streaming=True,
         structured_output=can_constrain(),
     )
-    if context := context_of(text, tokenizer.get("model_max_length")):
+    text_config: dict[str, Any] = config.get("text_config") or config
+    context = context_of(text_config, tokenizer.get("model_max_length"))
+    if context:
         profile["max_input_tokens"] = context - 1  # at least one is left for the answer
     return profile
 
 
 def _read(model: str, revision: str | None, name: str) -> dict[str, Any] | None:
+    """Return the JSON object in a file of the base; None if it cannot be read."""
     folder = _STARTER if model == "starter" else Path(model).expanduser()
-    path: Any = folder / name if folder.is_dir() else _cached(model, revision, name)
+    path = folder / name if folder.is_dir() else _cached(model, revision, name)
+    if path is None:
+        return None
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def _cached(model: str, revision: str | None, name: str) -> str | None:
+def _cached(model: str, revision: str | None, name: str) -> Path | None:
+    """Return the path of a file in the Hugging Face cache."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -56,4 +67,4 @@ def _cached(model: str, revision: str | None, name: str) -> str | None:
         path = try_to_load_from_cache(model, name, revision=revision)
     except HFValidationError:
         return None
-    return path if isinstance(path, str) else None
+    return Path(path) if isinstance(path, str) else None

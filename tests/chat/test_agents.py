@@ -1,4 +1,7 @@
-"""An agent with tools for two users at once: a base trained to call them, an adapter a user, LangChain's own agent loop."""
+"""An agent with tools for two users at once, in LangChain's own loop.
+
+The base is trained to call the tools, and each user has an adapter.
+"""
 
 import asyncio
 import threading
@@ -113,20 +116,20 @@ def test_an_agent_calls_its_tools_and_answers_in_the_users_manner(agent: Any, us
 
 
 def test_two_users_stream_from_one_process_at_once(agent: Any) -> None:
-    found: dict[str, list[Any]] = {"alice": [], "bob": []}
+    received: dict[str, list[Any]] = {"alice": [], "bob": []}
 
     def run(user: str) -> None:
         pieces = agent.stream(
             {"messages": [("user", "What is dusk?")]}, context=Context(user), stream_mode="messages"
         )
-        found[user] = [message for message, _ in pieces]
+        received[user] = [message for message, _ in pieces]
 
-    threads = [threading.Thread(target=run, args=(user,)) for user in found]
+    threads = [threading.Thread(target=run, args=(user,)) for user in received]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for user, messages in found.items():
+    for user, messages in received.items():
         chunks = [message for message in messages if isinstance(message, AIMessageChunk)]
         calls = [chunk for chunk in chunks if chunk.tool_call_chunks]
         assert len(calls) > 3
@@ -160,7 +163,7 @@ def test_an_error_of_a_tool_goes_back_into_the_prompt(chat: ChatCoPe) -> None:
     assert answer.content == "Hello, I do not know."
 
 
-def test_a_run_without_a_user_is_refused_rather_than_answered_as_somebody(chat: ChatCoPe) -> None:
+def test_a_run_without_a_user_is_refused_and_not_answered_as_another(chat: ChatCoPe) -> None:
     agent: Any = create_agent(chat, TOOLS, middleware=[CoPeUserMiddleware()])
     with pytest.raises(InputError, match="context"):
         agent.invoke({"messages": [("user", "What is dusk?")]})

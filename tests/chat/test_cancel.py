@@ -33,15 +33,9 @@ def chat(
 async def test_a_hundred_cancelled_calls_leave_nothing(how: str, chat: ChatCoPe) -> None:
     engine = Engine.of(load_base(chat.model))
     random_moments = random.Random(0)
+    text = {"a": {"type": "string"}}
     bound = chat.bind_tools(
-        [
-            {
-                "title": "f",
-                "description": "",
-                "type": "object",
-                "properties": {"a": {"type": "string"}},
-            }
-        ]
+        [{"title": "f", "description": "", "type": "object", "properties": text}]
     )
 
     async def ask(user: str) -> None:

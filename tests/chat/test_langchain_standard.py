@@ -1,7 +1,8 @@
 """LangChain's own suites for chat models.
 
-The integration suite runs on a tiny untrained base; what needs a model that understands is expected to fail there. With
-``COPE_TEST_MODEL`` naming a real instruct model, a path or a Hugging Face id, nothing is.
+The integration suite runs on a tiny untrained base; what needs a model that understands is expected
+to fail there. With `COPE_TEST_MODEL` naming a real instruct model, a path or a Hugging Face id,
+nothing is.
 """
 
 import os

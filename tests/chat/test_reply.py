@@ -1,4 +1,4 @@
-"""Replies taken apart while they come: however the text falls into pieces, the same message comes out."""
+"""Replies taken apart while they come: however a text falls into pieces, one message comes out."""
 
 import json
 from typing import Any
@@ -24,12 +24,12 @@ def message(
     return sum(chunks, AIMessageChunk(content=""))  # type: ignore[return-value]
 
 
-def facts(found: AIMessageChunk) -> tuple[Any, ...]:
+def facts(message: AIMessageChunk) -> tuple[Any, ...]:
     return (
-        found.content,
-        found.additional_kwargs.get("reasoning_content"),
-        [(call["name"], call["args"]) for call in found.tool_calls],
-        [call["args"] for call in found.invalid_tool_calls],
+        message.content,
+        message.additional_kwargs.get("reasoning_content"),
+        [(call["name"], call["args"]) for call in message.tool_calls],
+        [call["args"] for call in message.invalid_tool_calls],
     )
 
 
@@ -43,7 +43,10 @@ REPLIES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "text": ("Just text < more <tool", ("Just text < more <tool", None, [], [])),
     "a thought": ("<think>\nHm.\n</think>\n\nYes.", ("Yes.", "\nHm.\n", [], [])),
     "a call": (ADD, ("", None, [PARSED], [])),
-    "text, then two calls": (f"Let me see.\n{ADD}\n{call('noop', {})}", ("Let me see.\n", None, [PARSED, ("noop", {})], [])),
+    "text, then two calls": (
+        f"Let me see.\n{ADD}\n{call('noop', {})}",
+        ("Let me see.\n", None, [PARSED, ("noop", {})], []),
+    ),
     "another order": (
         '<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>',
         ("", None, [("add", {"a": 1})], []),
@@ -53,11 +56,26 @@ REPLIES: dict[str, tuple[str, tuple[Any, ...]]] = {
         ("", None, [("add", {"a": 1})], []),
     ),
     "no JSON": ("<tool_call>\nadd(1, 2)\n</tool_call>", ("", None, [], ["add(1, 2)]"])),
-    "cut in the arguments": ('<tool_call>\n{"name": "add", "arguments": {"a": 1, "b"', ("", None, [], ['{"a": 1, "b"]'])),
-    "cut in a string": ('<tool_call>\n{"name": "add", "arguments": {"a": "xy', ("", None, [], ['{"a": "xy"]'])),
-    "cut in a list": ('<tool_call>\n{"name": "add", "arguments": {"a": [1', ("", None, [], ['{"a": [1}'])),
-    "cut after the arguments": ('<tool_call>\n{"name": "add", "arguments": {"a": 1}', ("", None, [("add", {"a": 1})], [])),
-    "text after a call": (f"{ADD}\nHello there.\n\nBye", ("Hello there.\n\nBye", None, [PARSED], [])),
+    "cut in the arguments": (
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b"',
+        ("", None, [], ['{"a": 1, "b"]']),
+    ),
+    "cut in a string": (
+        '<tool_call>\n{"name": "add", "arguments": {"a": "xy',
+        ("", None, [], ['{"a": "xy"]']),
+    ),
+    "cut in a list": (
+        '<tool_call>\n{"name": "add", "arguments": {"a": [1',
+        ("", None, [], ['{"a": [1}']),
+    ),
+    "cut after the arguments": (
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}',
+        ("", None, [("add", {"a": 1})], []),
+    ),
+    "text after a call": (
+        f"{ADD}\nHello there.\n\nBye",
+        ("Hello there.\n\nBye", None, [PARSED], []),
+    ),
     "a mark in a string": (
         f"{call('f', {'a': 'x </tool_call> y', 'b': '<'})}\n{ADD} so",
         ("so", None, [("f", {"a": "x </tool_call> y", "b": "<"}), PARSED], []),
@@ -66,8 +84,11 @@ REPLIES: dict[str, tuple[str, tuple[Any, ...]]] = {
         '<tool_call>\n{"name": "f", "arguments": {"a": "x</tool_call>y',
         ("", None, [], ['{"a": "x</tool_call>y"]']),
     ),
-    "cut before the arguments": ('<tool_call>\n{"name": "ad', ("", None, [], ['{"name": "ad"]'])),
-}  # fmt: skip
+    "cut before the arguments": (
+        '<tool_call>\n{"name": "ad',
+        ("", None, [], ['{"name": "ad"]']),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REPLIES)
@@ -82,7 +103,7 @@ def test_a_reply_in_pieces_makes_the_message_it_makes_as_a_whole(
         assert facts(message(template, pieces)) == expected
 
 
-def test_a_call_streams_its_name_and_id_first_then_pieces_of_its_arguments(
+def test_a_call_streams_name_and_id_first_then_pieces_of_arguments(
     template: dict[str, Any],
 ) -> None:
     stream = ReplyStream(template, prefix="", with_calls=True)
@@ -101,9 +122,9 @@ def test_a_call_streams_its_name_and_id_first_then_pieces_of_its_arguments(
 def test_a_thought_is_a_reasoning_block_and_may_begin_in_the_prompt(
     template: dict[str, Any],
 ) -> None:
-    found = message(template, ["Hm.", "</think>", "\n\nYes."], prefix="<think>")
-    assert facts(found)[:2] == ("Yes.", "Hm.")
-    assert [block["type"] for block in found.content_blocks] == ["reasoning", "text"]
+    reply = message(template, ["Hm.", "</think>", "\n\nYes."], prefix="<think>")
+    assert facts(reply)[:2] == ("Yes.", "Hm.")
+    assert [block["type"] for block in reply.content_blocks] == ["reasoning", "text"]
 
 
 def test_without_tools_the_marks_of_a_call_are_text(template: dict[str, Any]) -> None:
@@ -127,10 +148,11 @@ def test_a_response_template_of_the_tokenizers_own_comes_first(tmp_path: Any) ->
         "start_anchor": "<|im_start|>assistant\n",
         "fields": {"thinking": {"open": "[THINK]", "close": "[/THINK]"}, "content": {}},
     }
-    found = reply_format_of(tokenizer)
-    assert not found.native_tools
-    assert found.uses("[THINK]")
-    assert facts(message(found.template, [f"[THINK]a[/THINK]b{ADD}"])) == ("b", "a", [PARSED], [])
+    reply_format = reply_format_of(tokenizer)
+    assert not reply_format.native_tools
+    assert reply_format.uses("[THINK]")
+    reply = message(reply_format.template, [f"[THINK]a[/THINK]b{ADD}"])
+    assert facts(reply) == ("b", "a", [PARSED], [])
 
 
 def test_an_answer_that_is_held_is_taken_as_it_is(template: dict[str, Any]) -> None:
@@ -144,9 +166,9 @@ def test_formats_that_trl_knows_are_taken_from_it(tmp_path: Any) -> None:
     from trl.chat_template_utils import gptoss_chat_template, qwen3_chat_template
 
     assert reply_format_of(make_tokenizer(tmp_path, template=qwen3_chat_template)).native_tools
-    found = reply_format_of(make_tokenizer(tmp_path, template=gptoss_chat_template))
-    assert found.uses("<|channel|>")
+    reply_format = reply_format_of(make_tokenizer(tmp_path, template=gptoss_chat_template))
+    assert reply_format.uses("<|channel|>")
     text = (
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes."
     )
-    assert facts(message(found.template, [text]))[:2] == ("Yes.", "Hm.")
+    assert facts(message(reply_format.template, [text]))[:2] == ("Yes.", "Hm.")

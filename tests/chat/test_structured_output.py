@@ -89,10 +89,10 @@ def test_every_way_to_give_a_schema(chat: ChatCoPe, method: Any) -> None:
 
 
 async def test_asynchronously_and_with_the_raw_message(chat: ChatCoPe) -> None:
-    found = await chat.with_structured_output(Item, include_raw=True).ainvoke("A film")
-    assert isinstance(found["parsed"], Item)
-    assert found["raw"].response_metadata["finish_reason"] == "stop"
-    assert found["parsing_error"] is None
+    answer = await chat.with_structured_output(Item, include_raw=True).ainvoke("A film")
+    assert isinstance(answer["parsed"], Item)
+    assert answer["raw"].response_metadata["finish_reason"] == "stop"
+    assert answer["parsing_error"] is None
 
 
 def test_json_mode_gives_some_object(chat: ChatCoPe) -> None:
@@ -111,9 +111,9 @@ def test_an_answer_that_was_cut_says_so(chat: ChatCoPe, schema: Any) -> None:
     short = chat.model_copy(update={"max_tokens": 5})
     with pytest.raises(OutputParserException, match="cut at max_tokens"):
         short.with_structured_output(schema).invoke("A film")
-    found = short.with_structured_output(schema, include_raw=True).invoke("A film")
-    assert found["parsed"] is None
-    assert "cut at max_tokens" in str(found["parsing_error"])
+    answer = short.with_structured_output(schema, include_raw=True).invoke("A film")
+    assert answer["parsed"] is None
+    assert "cut at max_tokens" in str(answer["parsing_error"])
 
 
 class Node(BaseModel):
@@ -150,7 +150,7 @@ def test_what_cannot_be_held_to_is_refused_when_it_is_bound(chat: ChatCoPe) -> N
         chat.with_structured_output(Item, method="magic")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="needs a schema"):
         chat.with_structured_output()
-    with pytest.raises(InputError, match="no option colour"):
+    with pytest.raises(InputError, match="has no option colour"):
         chat.with_structured_output(Item, colour="red")
 
 

@@ -1,4 +1,4 @@
-"""Tools as LangChain users bind them: every form, every choice, streamed, and refused where they cannot be."""
+"""Tools as LangChain users bind them: every form, every choice, streamed, and refused if wrong."""
 
 import json
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 from tiny import NO_SYSTEM, THINKS_FIRST, TOOLS
 
 from langchain_cope import ChatCoPe
+from langchain_cope.chat.call import prompt_of
 from langchain_cope.chat.messages import template_messages
 from langchain_cope.chat.tools import ToolUse
 from langchain_cope.engine import load_base
@@ -72,9 +73,8 @@ def chat(tiny: Callable[..., Path]) -> ChatCoPe:
 def test_a_forced_call_is_one_of_the_tools_with_arguments_that_fit(
     template: Any, tiny: Callable[..., Path]
 ) -> None:
-    chat = chat_on(
-        tiny("llama", context=4096, **({} if template is None else {"template": template}))
-    )
+    changes = {} if template is None else {"template": template}
+    chat = chat_on(tiny("llama", context=4096, **changes))
     for seed in range(6):
         message = chat.bind_tools(ALL, tool_choice="any").invoke("Do something", seed=seed)
         assert not message.invalid_tool_calls
@@ -104,20 +104,16 @@ def test_none_calls_no_tool_and_auto_may(chat: ChatCoPe) -> None:
 
 
 def test_calls_stream_name_and_id_first(chat: ChatCoPe) -> None:
-    chunks = list(
-        chat.bind_tools([Search], tool_choice="any", parallel_tool_calls=False).stream(
-            "Do something"
-        )
-    )
+    bound = chat.bind_tools([Search], tool_choice="any", parallel_tool_calls=False)
+    chunks = list(bound.stream("Do something"))
     pieces = [piece for chunk in chunks for piece in chunk.tool_call_chunks]
     assert (pieces[0]["name"], pieces[0]["args"]) == ("Search", "")
     assert pieces[0]["id"]
     assert len(pieces) > 4
     assert {piece["index"] for piece in pieces} == {0}
     whole: AIMessageChunk = sum(chunks[1:], chunks[0])  # type: ignore[arg-type]
-    assert whole.tool_calls[0]["args"] == json.loads(
-        "".join(piece["args"] or "" for piece in pieces)
-    )
+    arguments = "".join(piece["args"] or "" for piece in pieces)
+    assert whole.tool_calls[0]["args"] == json.loads(arguments)
     assert whole.chunk_position == "last"
 
 
@@ -127,6 +123,16 @@ async def test_a_call_that_the_budget_cuts_is_invalid_and_no_exception(chat: Cha
     assert message.tool_calls == []
     assert message.invalid_tool_calls
     assert message.response_metadata["finish_reason"] == "length"
+
+
+PARTS_OF_PROMPT = (
+    "Be kind.",
+    '"multiply"',
+    "Search the web.",
+    "Weather?",
+    '"arguments": {"city": "Kiel"}',
+    "Error: sun",
+)
 
 
 def test_the_prompt_tells_the_tools_and_what_they_returned(tiny: Callable[..., Path]) -> None:
@@ -139,16 +145,10 @@ def test_the_prompt_tells_the_tools_and_what_they_returned(tiny: Callable[..., P
     ]
     for template, native in ((TOOLS, True), (NO_SYSTEM, False)):
         base = load_base(tiny("llama", context=4096, template=template), device="cpu")
-        use = ToolUse.of({"tools": ALL})
-        text = base.tokenizer.decode(base.prompt_ids(*use.prompt(template_messages(talk), native)))
-        for part in (
-            "Be kind.",
-            '"multiply"',
-            "Search the web.",
-            "Weather?",
-            '"arguments": {"city": "Kiel"}',
-            "Error: sun",
-        ):
+        assert base.reply_format.native_tools is native
+        prompt, _ = prompt_of(base, talk, ToolUse.of({"tools": ALL}))
+        text = base.tokenizer.decode(prompt)
+        for part in PARTS_OF_PROMPT:
             assert part in text
         assert ("<tool_response>" in text) is not native
 
@@ -159,19 +159,16 @@ def test_content_blocks_of_other_providers_are_read() -> None:
         {"type": "text", "text": "a"},
         {"type": "tool_use", "id": "1", "name": "f", "input": {}},
     ]
+    result = {
+        "type": "tool_result",
+        "tool_use_id": "1",
+        "content": [{"type": "text", "text": "r"}],
+        "is_error": True,
+    }
     talk = [
         HumanMessage([{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]),
         AIMessage(blocks, tool_calls=[{"name": "f", "args": {}, "id": "1"}]),
-        HumanMessage(
-            [
-                {
-                    "type": "tool_result",
-                    "tool_use_id": "1",
-                    "content": [{"type": "text", "text": "r"}],
-                    "is_error": True,
-                }
-            ]
-        ),
+        HumanMessage([result]),
     ]
     turns = template_messages(talk)
     assert [turn["role"] for turn in turns] == ["user", "assistant", "tool"]
@@ -180,7 +177,7 @@ def test_content_blocks_of_other_providers_are_read() -> None:
         template_messages([HumanMessage([{"type": "image", "url": "x"}])])
 
 
-def test_a_thought_is_not_part_of_the_answer_and_a_forced_answer_has_none(
+def test_a_thought_is_no_part_of_an_answer_and_forced_answers_have_none(
     tiny: Callable[..., Path],
 ) -> None:
     chat = chat_on(tiny("llama", context=4096, template=THINKS_FIRST), max_tokens=40)
@@ -197,9 +194,12 @@ def test_tools_count_as_tokens(chat: ChatCoPe) -> None:
     talk = [HumanMessage("Hello")]
     with_tools = chat.get_num_tokens_from_messages(talk, tools=ALL)
     assert with_tools > chat.get_num_tokens_from_messages(talk) + 100
-    assert (
-        chat.bind_tools(ALL).invoke(talk, max_tokens=1).usage_metadata["input_tokens"] == with_tools
-    )  # type: ignore[index]
+    message = chat.bind_tools(ALL).invoke(talk, max_tokens=1)
+    assert message.usage_metadata["input_tokens"] == with_tools  # type: ignore[index]
+
+
+NOT_A = {"a": {"not": {}}}
+ODD = {"title": "odd", "description": "", "type": "object", "properties": NOT_A}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_tools_count_as_tokens(chat: ChatCoPe) -> None:
     [
         ([weather], {"tool_choice": "wether"}, "wether"),
         ([], {"tool_choice": "any"}, "no tools were given"),
-        ([{"title": "odd", "description": "", "type": "object", "properties": {"a": {"not": {}}}}], {}, "tool 'odd'.*not"),
+        ([ODD], {}, "tool 'odd'.*not"),
         ([weather], {"response_format": "json"}, "response_format"),
         ([{"type": "web_search"}], {}, "only functions can be called"),
         ([{"name": "a\ud800", "description": "", "parameters": {}}], {}, "name"),

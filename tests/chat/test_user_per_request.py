@@ -1,7 +1,8 @@
-"""Whose answer it is, in every form in which a call can name its user; who may ask; and what traces show of it."""
+"""The user of a call, in every form that can name one; who may ask; and what traces show."""
 
+import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -9,7 +10,6 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.exceptions import ModelNotFoundError
-from langchain_core.globals import set_llm_cache
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -20,7 +20,8 @@ from langgraph.graph import END, START, StateGraph
 
 from adapter_store import AdapterStore
 from langchain_cope import ChatCoPe
-from langchain_cope.engine import load_base
+from langchain_cope.chat.user import PinnedUser, user_of_call, user_of_run
+from langchain_cope.engine import Engine, load_base
 
 QUESTION = "What does the fox do all day?"
 USERS = ["alice", "bob", "carol"]
@@ -48,12 +49,12 @@ def chat(tiny: Callable[..., Path], store: AdapterStore) -> ChatCoPe:
 @pytest.fixture(scope="module")
 def answers(chat: ChatCoPe) -> dict[str | None, str]:
     """Each user's own answer."""
-    found: dict[str | None, str] = {
-        user: str(chat.invoke(QUESTION, user_id=user).content) for user in [*USERS, None]
-    }
-    assert len({found["alice"], found["bob"], found["carol"]}) == 3
-    assert found["carol"] == found[None]
-    return found
+    answers: dict[str | None, str] = {}
+    for user in [*USERS, None]:
+        answers[user] = str(chat.invoke(QUESTION, user_id=user).content)
+    assert len({answers["alice"], answers["bob"], answers["carol"]}) == 3
+    assert answers["carol"] == answers[None]
+    return answers
 
 
 def as_user(user: str) -> RunnableConfig:
@@ -128,7 +129,39 @@ def test_every_form_answers_as_the_user_it_names(
     assert {user: ask(user) for user in USERS} == {user: answers[user] for user in USERS}
 
 
-async def test_a_batch_with_a_configuration_each_mixes_nobody(
+def test_the_keyword_names_the_user_then_the_run_then_configurable() -> None:
+    keyword, configurable = {"user_id": "alice"}, {"user_id": "carol"}
+    assert user_of_call({}, {}, "dora") == "dora"
+    assert user_of_call({}, configurable, "dora") == "carol"
+    for of_run in ("bob", None):
+        token = user_of_run.set((of_run,))
+        assert user_of_call({}, configurable, "dora") == of_run
+        assert user_of_call(keyword, configurable, "dora") == "alice"
+        assert user_of_call({"user_id": None}, configurable, "dora") is None
+        user_of_run.reset(token)
+
+
+def test_a_call_resolves_its_engine_once(
+    chat: ChatCoPe, monkeypatch: pytest.MonkeyPatch, llm_cache: InMemoryCache
+) -> None:
+    engines: list[Engine] = []
+
+    def engine(self: ChatCoPe, model: str | None = None) -> Engine:
+        engines.append(super(ChatCoPe, self)._engine(model))
+        return engines[-1]
+
+    monkeypatch.setattr(ChatCoPe, "_engine", engine)
+    chat.invoke(QUESTION, user_id="alice", max_tokens=1)
+    assert len(engines) == 1
+
+
+def test_a_copy_of_what_a_call_carries_copies_no_engine(chat: ChatCoPe) -> None:
+    pinned = chat._pin({"user_id": "alice"})
+    assert isinstance(pinned["pinned_user"], PinnedUser)
+    assert copy.deepcopy(pinned)["pinned_user"].engine is pinned["pinned_user"].engine
+
+
+async def test_a_batch_with_a_configuration_each_mixes_no_users(
     chat: ChatCoPe, answers: dict[str | None, str]
 ) -> None:
     users = USERS * 3
@@ -139,14 +172,6 @@ async def test_a_batch_with_a_configuration_each_mixes_nobody(
     assert await chain.abatch(inputs, [as_user(user) for user in users]) == expected
 
 
-@pytest.fixture
-def llm_cache() -> Iterator[InMemoryCache]:
-    cache = InMemoryCache()
-    set_llm_cache(cache)
-    yield cache
-    set_llm_cache(None)
-
-
 async def test_the_cache_of_answers_keeps_users_and_versions_apart(
     chat: ChatCoPe,
     store: AdapterStore,
@@ -155,19 +180,16 @@ async def test_the_cache_of_answers_keeps_users_and_versions_apart(
     answers: dict[str | None, str],
 ) -> None:
     for _ in range(2):
-        assert {user: (await chat.ainvoke(QUESTION, as_user(user))).content for user in USERS} == {
-            user: answers[user] for user in USERS
-        }
+        for user in USERS:
+            assert (await chat.ainvoke(QUESTION, as_user(user))).content == answers[user]
     assert len(llm_cache._cache) == 3
     old = store.resolve("bob")
-    store.publish(
-        "bob", adapter(Path(chat.model), seed=9), base=load_base(chat.model).fingerprint()
-    )
+    fingerprint = load_base(chat.model).fingerprint()
+    store.publish("bob", adapter(Path(chat.model), seed=9), base=fingerprint)
     changed = chat.invoke(QUESTION, as_user("bob")).content
     assert changed != answers["bob"]
-    assert (
-        chat.invoke(QUESTION, as_user("bob"), adapter_version=old.version).content == answers["bob"]
-    )
+    as_before = chat.invoke(QUESTION, as_user("bob"), adapter_version=old.version).content
+    assert as_before == answers["bob"]
     store.activate("bob", old.version)
     assert chat.invoke(QUESTION, as_user("bob")).content == answers["bob"]
 
@@ -176,7 +198,7 @@ class RefusedError(Exception):
     pass
 
 
-def test_authorize_decides_who_may_ask_as_whom(
+def test_authorize_decides_who_may_ask_as_a_user(
     chat: ChatCoPe, answers: dict[str | None, str]
 ) -> None:
     asked: list[str | None] = []
@@ -209,9 +231,8 @@ class Recorder(BaseTracer):
         self.seen: list[str] = []
 
     def _persist_run(self, run: Run) -> None:
-        self.seen.append(
-            json.dumps([run.inputs, run.outputs, run.extra, run.serialized], default=_as_tracers_do)
-        )
+        traced = [run.inputs, run.outputs, run.extra, run.serialized]
+        self.seen.append(json.dumps(traced, default=_as_tracers_do))
 
 
 def _as_tracers_do(thing: Any) -> Any:
@@ -224,10 +245,9 @@ def _as_tracers_do(thing: Any) -> Any:
 def test_a_schema_bound_to_a_binding_keeps_the_user(chat: ChatCoPe) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
     for bound in (chat.bind(user_id="bob"), chat.with_config(as_user("bob"))):
-        found = bound.with_structured_output(schema, include_raw=True).invoke(
-            QUESTION, max_tokens=40
-        )
-        assert found["raw"].response_metadata["user_id"] == "bob"
+        chain = bound.with_structured_output(schema, include_raw=True)
+        answer = chain.invoke(QUESTION, max_tokens=40)
+        assert answer["raw"].response_metadata["user_id"] == "bob"
 
 
 @pytest.mark.parametrize(
@@ -259,10 +279,15 @@ class Started(BaseCallbackHandler):
 def test_langsmith_parameters_are_those_of_the_call(chat: ChatCoPe) -> None:
     handler = Started()
     chat.invoke(QUESTION, {"callbacks": [handler]}, temperature=0.5, max_tokens=3, stop=["x"])
-    assert handler.metadata.items() >= {
-        "ls_provider": "cope", "ls_model_type": "chat", "ls_model_name": chat.model, "ls_temperature": 0.5, "ls_max_tokens": 3,
-    }.items()  # fmt: skip
-    assert handler.metadata["ls_stop"] == ["x"]
+    expected = {
+        "ls_provider": "cope",
+        "ls_model_type": "chat",
+        "ls_model_name": chat.model,
+        "ls_temperature": 0.5,
+        "ls_max_tokens": 3,
+        "ls_stop": ["x"],
+    }
+    assert {name: handler.metadata.get(name) for name in expected} == expected
 
 
 def test_a_base_that_is_not_there_is_cores_own_error() -> None:
@@ -276,4 +301,4 @@ def test_the_profile_is_read_without_loading_the_base(chat: ChatCoPe) -> None:
     assert profile["max_input_tokens"] == 255
     assert profile["tool_calling"] is profile["structured_output"] is True
     assert ChatCoPe().profile is not None
-    assert ChatCoPe(model="nobody/nothing").profile is None
+    assert ChatCoPe(model="owner/not-there").profile is None

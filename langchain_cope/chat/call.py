@@ -1,0 +1,165 @@
+"""One call of the model: messages and keywords become a request, its pieces become chunks.
+
+`ChatCoPe._prepare` makes a `Call` with the functions below; `Call.chunks` is the way back.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.exceptions import ContextOverflowError, ModelNotFoundError
+from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.outputs import ChatGenerationChunk
+
+from langchain_cope.chat.messages import template_messages
+from langchain_cope.chat.reply import ReplyStream
+from langchain_cope.chat.tools import TOOL_OPTIONS, ToolUse
+from langchain_cope.chat.user import PINNED, USER_OPTIONS, PinnedUser
+from langchain_cope.engine import Contrast
+from langchain_cope.errors import ContextOverflow, InputError, ModelNotFound
+
+if TYPE_CHECKING:
+    from langchain_cope.engine import Base, Completion, Piece, Request, TokenLogprobs
+
+SAMPLING_OPTIONS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
+)  # fmt: skip
+CALL_OPTIONS = (
+    *SAMPLING_OPTIONS,
+    *USER_OPTIONS,
+    *TOOL_OPTIONS,
+    "alpha",
+    "tau",
+    "model",
+    "logprobs",
+    "timeout",
+)
+"""The keywords that a call takes beside `stop`."""
+# LangChain's own, of no meaning here.
+_CORE_OPTIONS = ("stream", "ls_structured_output_format", "structured_output_format")
+_THOUGHT, _NO_THOUGHT = "<think>", "\n</think>\n\n"
+_END_OF_PROMPT = 16  # tokens in which the mark of a thought would stand
+
+
+class ChatContextOverflow(ContextOverflow, ContextOverflowError):  # noqa: N818
+    """A prompt longer than the context; also core's error, on which middleware summarises."""
+
+
+class ChatModelNotFound(ModelNotFound, ModelNotFoundError):  # noqa: N818
+    """A base that is not there; also core's error, on which fallbacks act."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, ready to run."""
+
+    user: PinnedUser
+    request: "Request"
+    reply: ReplyStream
+
+    def chunks(self, piece: "Piece | Completion") -> Iterator[ChatGenerationChunk]:
+        """Yield what a piece adds to the message.
+
+        The completion adds what was held back, and the empty chunk that carries usage and metadata.
+        """
+        from langchain_cope.engine import Piece
+
+        is_text = isinstance(piece, Piece)
+        messages = self.reply.push(piece.text) if is_text else self.reply.finish()
+        for message in messages:
+            yield ChatGenerationChunk(message=message)
+        if not isinstance(piece, Piece):
+            yield self._last_chunk(piece)
+
+    def _last_chunk(self, answer: "Completion") -> ChatGenerationChunk:
+        num_read, num_written = len(self.request.prompt), len(answer.token_ids)
+        usage = UsageMetadata(
+            input_tokens=num_read,
+            output_tokens=num_written,
+            total_tokens=num_read + num_written,
+        )
+        message = AIMessageChunk(
+            content="",
+            response_metadata=self._metadata(answer),
+            usage_metadata=usage,
+            chunk_position="last",
+        )
+        return ChatGenerationChunk(message=message)
+
+    def _metadata(self, answer: "Completion") -> dict[str, Any]:
+        made_calls = answer.finish_reason == "stop" and self.reply.num_calls > 0
+        metadata: dict[str, Any] = {
+            "model_name": self.user.engine.base.name,
+            "model_provider": "cope",
+            "user_id": self.user.shown,
+            "adapter_version": self.user.version_id,
+            "adapter_digest": self.user.digest,
+            "alpha": self.request.contrast.alpha,
+            "tau": self.request.contrast.tau,
+            "finish_reason": "tool_calls" if made_calls else answer.finish_reason,
+            "contrast_changed": answer.contrast_changed,
+        }
+        if self.request.logprobs:
+            metadata["logprobs"] = [_token_metadata(token) for token in answer.logprobs]
+        return metadata
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise InputError for a keyword that a call does not take."""
+    unknown = sorted(options.keys() - {PINNED, *CALL_OPTIONS, *_CORE_OPTIONS})
+    if unknown:
+        raise InputError(
+            f"ChatCoPe has no option {', '.join(unknown)}; "
+            f"a call takes {', '.join(CALL_OPTIONS)} and stop"
+        )
+
+
+def contrast_of(*levels: tuple[float | None, float | None]) -> Contrast:
+    """Return the contrast whose α and τ come from the first level that gives them, else the paper.
+
+    Args:
+        levels: (α, τ) of the call, the model and the version, for example; each may be None.
+
+    Raises:
+        ValueError: the α or τ chosen is out of range.
+    """
+    values: dict[str, float] = {}
+    for alpha, tau in levels:
+        if alpha is not None:
+            values.setdefault("alpha", alpha)
+        if tau is not None:
+            values.setdefault("tau", tau)
+    return Contrast(**values)
+
+
+def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tuple[list[int], str]:
+    """Return (token ids of the prompt, the part of the reply that they already hold).
+
+    That part is the mark of a thought where the chat template opens one, else nothing.
+    """
+    native = base.reply_format.native_tools
+    instructions = use.instructions(native_tools=native)
+    turns = template_messages(messages, instructions, native_tools=native)
+    ids = base.prompt_ids(turns, use.tools if native else ())
+    end = str(base.tokenizer.decode(ids[-_END_OF_PROMPT:])).rstrip()
+    if not end.endswith(_THOUGHT):
+        return ids, ""
+    if use.forced:  # what the answer is held to leaves no room for thoughts
+        return [*ids, *base.tokenizer.encode(_NO_THOUGHT, add_special_tokens=False)], ""
+    return ids, _THOUGHT
+
+
+def reply_to(base: "Base", use: ToolUse, prefix: str) -> ReplyStream:
+    """Return what takes the reply apart; `prefix` is the part of it that the prompt holds."""
+    template = base.reply_format.template
+    return ReplyStream(template, prefix=prefix, with_calls=bool(use.tools), whole=use.only_json)
+
+
+def _token_metadata(token: "TokenLogprobs") -> dict[str, Any]:
+    return {
+        "token": token.text,
+        "log_p_user": token.log_p_user,
+        "log_p_base": token.log_p_base,
+        "reward": token.reward,
+    }
