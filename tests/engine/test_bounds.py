@@ -23,7 +23,7 @@ from langchain_cope.engine import (
     load_base,
 )
 from langchain_cope.engine.forward import kv_cache as kv_module
-from langchain_cope.engine.forward.plain import Inputs
+from langchain_cope.engine.forward.inputs import Inputs
 from langchain_cope.errors import InputError, ModelError
 
 Tiny = Callable[..., Path]
@@ -71,7 +71,8 @@ def many(engine: Engine, tiny: Tiny, adapter: Tiny, num_requests: int = 20) -> l
         ({"adapter_slots": 0}, "adapter_slots must be an integer ≥ 1"),
         ({"prefix_cache": -1}, "prefix_cache must be bytes as an integer ≥ 0"),
         ({"speculation": 1}, "speculation must be True or False"),
-        ({"stall": 0}, "stall must be seconds > 0"),
+        ({"prefill_pause": 0}, "prefill_pause must be seconds > 0"),
+        ({"stall": 0}, "prefill_pause must be seconds > 0"),
     ],
 )
 def test_an_option_out_of_range_is_refused_where_it_is_built(
@@ -81,8 +82,9 @@ def test_an_option_out_of_range_is_refused_where_it_is_built(
         EngineOptions(**option)  # type: ignore[arg-type]
 
 
-def test_one_base_has_one_engine_and_its_options(tiny: Tiny) -> None:
-    base = load_base(tiny("qwen3"), device="cpu", dtype="float32")
+def test_one_base_has_one_engine_and_its_options(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path / "base")  # the shared base has an engine already
+    base = load_base(tmp_path / "base", device="cpu", dtype="float32")
     engine = Engine.of(base, EngineOptions(max_rows=8))
     assert Engine.of(base) is engine is Engine.of(base, EngineOptions(max_rows=8))
     with pytest.raises(
@@ -103,7 +105,7 @@ def test_memory_for_keys_and_values_holds_and_everyone_is_answered(
     engine, most = engine_with(kv_memory=budget), []
 
     def weigh(_: Inputs) -> None:
-        kvs = (engine._batch._answers.kv, engine._batch._prompts.kv)
+        kvs = (engine._batch._decode_rows.kv, engine._batch._prefill_rows.kv)
         most.append(
             sum(kv.num_rows * kv.num_positions for kv in kvs) * engine._batch.bytes_per_position
         )
@@ -138,7 +140,7 @@ def test_tokens_in_flight_are_bounded(engine_with: EngineWith, tiny: Tiny, adapt
 
     def count(_: Inputs) -> None:
         batch = engine._batch
-        seen.append(sum(r.request.num_rows * r.limit for r in [*batch.running, *batch.arriving]))
+        seen.append(sum(r.request.num_rows * r.limit for r in batch.requests))
 
     with before_each_forward(engine, count):
         assert len(engine.generate(many(engine, tiny, adapter))) == 20
@@ -151,7 +153,7 @@ def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_running_answers(
     alone = engine_with(prefix_cache=0)
     long = Request(tokens(230), sampling=Sampling(max_tokens=8))
     wanted = alone.generate([long])[0]
-    engine, widths = engine_with(prefix_cache=0, stall=1e-6, speculation=False), []
+    engine, widths = engine_with(prefix_cache=0, prefill_pause=1e-6, speculation=False), []
     with (
         before_each_forward(engine, slowly),
         before_each_forward(engine, lambda inputs: widths.append(inputs.ids.shape[1])),
@@ -169,7 +171,7 @@ def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_running_answers(
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(engine_with: EngineWith) -> None:
-    engine, order = engine_with(prefix_cache=0, stall=1e-6), []
+    engine, order = engine_with(prefix_cache=0, prefill_pause=1e-6), []
     with before_each_forward(engine, slowly):
         running = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=200)))
         next(running)
@@ -353,7 +355,7 @@ def test_an_adapter_of_another_base_or_of_the_head_is_refused_and_harms_nobody(
 def test_a_prompt_read_in_pieces_keeps_its_room_when_everyone_else_has_left(
     engine_with: EngineWith,
 ) -> None:
-    engine = engine_with(stall=1e-9, prefix_cache=0)
+    engine = engine_with(prefill_pause=1e-9, prefix_cache=0)
     early = Request(tokens(8), sampling=Sampling(max_tokens=3))
     late = Request(tokens(200), sampling=Sampling(max_tokens=12))
     alone = engine.generate([late])[0]

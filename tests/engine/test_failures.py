@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from langchain_cope.engine import Completion, Engine, Piece, Request, Sampling, load_base
-from langchain_cope.engine.forward.plain import Inputs
+from langchain_cope.engine.forward.inputs import Inputs
 from langchain_cope.errors import EngineClosed, ModelError
 
 Tiny = Callable[..., Path]
@@ -158,7 +158,7 @@ def test_close_stops_the_thread_and_frees_the_cache(own: Engine) -> None:
     own.close()
     assert not thread.is_alive()
     assert own._batch.num_rows == 0
-    assert own._batch._answers.kv.num_rows == 0
+    assert own._batch._decode_rows.kv.num_rows == 0
 
 
 def test_after_close_the_base_gets_a_new_engine(tiny: Tiny) -> None:
@@ -212,7 +212,7 @@ def test_a_request_cancelled_while_it_waits_never_runs(own: Engine) -> None:
         waiting.close()
         for stream in running:
             stream.close()
-        wait_until(lambda: own._batch.num_rows == 0 and not own._waiting)
+        wait_until(lambda: own._batch.num_rows == own.statistics().waiting == 0)
     assert not any(inputs.ids.shape[1] == 6 for inputs in seen)
 
 

@@ -85,7 +85,7 @@ def test_of_an_answer_that_does_not_go_on_only_the_prompt_is_kept(
     kept, prompt = engine.load_adapter(adapter(tiny("llama"), seed=1)), tokens(BLOCK + 5, 7)
     sampling = Sampling(max_tokens=2 * BLOCK)
     (answer,) = engine.generate(
-        [Request(prompt, kept, Contrast(0.5), sampling=sampling, goes_on=False)]
+        [Request(prompt, kept, Contrast(0.5), sampling=sampling, keep_for_reuse=False)]
     )
     assert len(answer.token_ids) > BLOCK
     again = Request(

@@ -7,8 +7,7 @@ import pytest
 import torch
 from engine.reference import Reference
 
-from langchain_cope.engine import Contrast, Engine, Request, Sampling
-from langchain_cope.engine import engine as engine_module
+from langchain_cope.engine import Contrast, Engine, Request, Sampling, scoring
 from langchain_cope.errors import ContextOverflow, InputError
 
 Tiny = Callable[..., Path]
@@ -54,8 +53,9 @@ def test_small_groups_give_the_same_scores_in_the_order_given(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = engine.score(SEQUENCES)
-    monkeypatch.setattr(engine_module, "MAX_SCORE_LOGITS", 2 * 10 * engine.base.vocabulary_size)
-    groups = list(engine._score_groups(SEQUENCES))
+    vocabulary = engine.base.vocabulary_size
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 2 * 10 * vocabulary)
+    groups = list(scoring.groups(SEQUENCES, vocabulary, engine.options.max_rows))
     assert len(groups) > 3
     assert sorted(index for group in groups for index in group) == list(range(len(SEQUENCES)))
     for one, other in zip(together, engine.score(SEQUENCES), strict=True):

@@ -12,11 +12,11 @@ import torch
 from engine.reference import Reference, Tally
 
 from langchain_cope.engine import Contrast, Engine, EngineOptions, Request, Sampling, load_base
-from langchain_cope.engine.forward.fused_weights import joined
-from langchain_cope.engine.forward.llama import LeanForward
-from langchain_cope.engine.forward.matmul_order import FasterOrder, weight_first
+from langchain_cope.engine.device import release_thread_pool
+from langchain_cope.engine.forward.fused_weights import fused
+from langchain_cope.engine.forward.llama import LlamaForward
+from langchain_cope.engine.forward.matmul_order import MatmulOrder, weight_first
 from langchain_cope.engine.forward.plain import PlainForward
-from langchain_cope.engine.threads import release_pool
 from langchain_cope.errors import ModelError
 
 Tiny = Callable[..., Path]
@@ -138,7 +138,7 @@ def test_what_is_not_plain_attention_is_refused_by_name(
 def test_the_common_architecture_takes_the_lean_way_and_others_their_own(
     family: str, tiny: Tiny, engine_for: Callable[..., Engine]
 ) -> None:
-    assert isinstance(engine_for(tiny(family))._batch.forward, LeanForward)
+    assert isinstance(engine_for(tiny(family))._batch.forward, LlamaForward)
     for other in ("gemma", "mistral", "gpt2"):
         assert isinstance(engine_for(tiny(other))._batch.forward, PlainForward)
 
@@ -148,7 +148,7 @@ def test_a_model_that_only_looks_like_it_is_found_out_and_goes_its_own_way(
 ) -> None:
     """Granite's layers have Llama's parts, and multipliers between them."""
     model = load_base(make("granite", MORE["granite"]), device="cpu", dtype="float32").skeleton()
-    assert LeanForward.of(model, FasterOrder(frozenset())) is not None
+    assert LlamaForward.of(model, MatmulOrder(frozenset())) is not None
     engine = Engine(load_base(tmp_path / "granite", device="cpu", dtype="float32"))
     assert isinstance(engine._batch.forward, PlainForward)
     engine.close()
@@ -169,14 +169,14 @@ def test_projections_lie_side_by_side_in_one_storage_and_keep_their_values(
     ):
         assert torch.equal(mine, original), name
     attention = base.skeleton().model.layers[0].self_attn
-    fused = joined([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-    assert fused is not None
+    common = fused([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    assert common is not None
     assert torch.equal(
-        fused,
+        common,
         torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
     )
     assert (
-        fused.untyped_storage().data_ptr()
+        common.untyped_storage().data_ptr()
         == base.model.model.layers[0].self_attn.q_proj.weight.untyped_storage().data_ptr()
     )
     stored = {
@@ -184,8 +184,8 @@ def test_projections_lie_side_by_side_in_one_storage_and_keep_their_values(
         for p in base.model.parameters()
     }
     assert sum(stored.values()) == sum(p.numel() * p.element_size() for p in fresh.parameters())
-    assert joined([attention.q_proj.weight, attention.v_proj.weight]) is None
-    assert joined([attention.q_proj.bias, None]) is None
+    assert fused([attention.q_proj.weight, attention.v_proj.weight]) is None
+    assert fused([attention.q_proj.bias, None]) is None
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(7)])
@@ -197,7 +197,7 @@ def test_both_orders_of_a_product_are_the_same(bias: torch.Tensor | None) -> Non
     large = torch.randn(600, 512)
     for rows in (1, 2, 3, 100):
         some = torch.randn(rows, 512)
-        for order in (FasterOrder(frozenset({2, 4})), FasterOrder(frozenset())):
+        for order in (MatmulOrder(frozenset({2, 4})), MatmulOrder(frozenset())):
             torch.testing.assert_close(
                 order(some, large, None), some @ large.t(), atol=1e-3, rtol=1e-4
             )
@@ -207,8 +207,8 @@ def test_the_order_is_measured_without_harm(tiny: Tiny) -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(3))).requires_grad_(
         False
     )
-    FasterOrder.measured(model)
-    assert FasterOrder.measured(torch.nn.Linear(4, 4))._weight_first == frozenset()
+    MatmulOrder.measured(model)
+    assert MatmulOrder.measured(torch.nn.Linear(4, 4))._weight_first == frozenset()
 
 
 def test_letting_go_of_threads_changes_no_result() -> None:
@@ -217,10 +217,10 @@ def test_letting_go_of_threads_changes_no_result() -> None:
     found = []
 
     def work() -> None:
-        release_pool()
+        release_thread_pool()
         found.append(left @ right)
-        release_pool()
-        release_pool()
+        release_thread_pool()
+        release_thread_pool()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -234,11 +234,9 @@ def test_letting_go_of_threads_changes_no_result() -> None:
 def test_the_lean_forward_equals_the_models_own(tiny: Tiny, adapter: Tiny) -> None:
     base = load_base(tiny("qwen3"), device="cpu", dtype="float32")
     lean, plain = (Engine(base, EngineOptions(speculation=False)) for _ in range(2))
-    plain._batch.forward = PlainForward(base.skeleton(), FasterOrder(frozenset()))
-    plain._batch._answers, plain._batch._prompts = (
-        plain._batch._new_rows(),
-        plain._batch._new_rows(),
-    )
+    plain._batch.forward = PlainForward(base.skeleton(), MatmulOrder(frozenset()))
+    plain._batch._decode_rows = plain._batch.new_rows()
+    plain._batch._prefill_rows = plain._batch.new_rows()
     folder = adapter(tiny("qwen3"), seed=1)
     sampling = Sampling(max_tokens=20)
     answers = [
