@@ -1,4 +1,4 @@
-"""Options of an engine: `stall`, the former name of `prefill_pause`, and the one form of refusals."""
+"""Options of an engine: the former name of `prefill_pause`, and the one form of refusals."""
 
 import copy
 import dataclasses
@@ -53,13 +53,13 @@ def test_an_unknown_option_is_refused_by_name() -> None:
 def test_a_mapping_may_have_either_name() -> None:
     read = TypeAdapter(EngineOptions).validate_python
     assert read({"stall": 0.3}) == read({"prefill_pause": 0.3}) == EngineOptions(prefill_pause=0.3)
-    with pytest.raises(ValidationError, match="prefill_pause must be seconds > 0, not 0"):
+    with pytest.raises(ValidationError, match="prefill_pause must be seconds > 0"):
         read({"stall": 0})
 
 
 def test_a_refusal_names_option_value_and_expectation() -> None:
     check_option("size", 3, "an integer ≥ 1", True)
-    with pytest.raises(ValueError, match="^size must be an integer ≥ 1, not 0$"):
+    with pytest.raises(ValueError, match=r"^size must be an integer ≥ 1, not 0$"):
         check_option("size", 0, "an integer ≥ 1", False)
-    with pytest.raises(ValueError, match="^size must be an integer ≥ 1, not 0: give more$"):
+    with pytest.raises(ValueError, match=r"^size must be an integer ≥ 1, not 0: give more$"):
         check_option("size", 0, "an integer ≥ 1", False, hint="give more")
