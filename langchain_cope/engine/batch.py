@@ -51,7 +51,7 @@ class Batch:
 
     @property
     def requests(self) -> list[ActiveRequest]:
-        """Everyone in the batch."""
+        """All requests in the batch."""
         return [*self.decoding, *self.prefilling]
 
     @property
