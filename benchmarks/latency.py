@@ -1,22 +1,27 @@
-"""Latency under load: how long users wait for the first token and between tokens, in our engine and in a queue for one at a time.
+"""Latency under load: waits for the first token and between tokens, in our engine and in a queue.
 
-Requests arrive at random moments (Poisson), from 16 users with an adapter each, with prompts of 32 to 256 tokens and answers of 16
-to 64. Two servers get the same requests at the same moments, one server after the other, each in a process of its own:
+Requests arrive at random moments (Poisson), from 16 users with an adapter each, with prompts of 32
+to 256 tokens and answers of 16 to 64. Two servers get the same requests at the same moments, one
+server after the other, each in a process of its own:
 
-    ours     our engine: whoever arrives joins at the next step; per user two rows in one forward, contrasted; read with `astream`
-    queue    first come, first served: transformers' `generate` of the base with that user's adapter switched on, one request at a
-             time, without contrast; tokens are taken as they come
+    ours     our engine: a request joins at the next step after its arrival; per user two rows in
+             one forward, contrasted; read with `astream`
+    queue    first come, first served: transformers' `generate` of the base with that user's adapter
+             switched on, one request at a time, without contrast; tokens are taken as they come
 
-The model is the random Llama of 134 million parameters of `peers`, in bfloat16, decoded greedily; every token is a piece of text.
-Such a model repeats itself, so our engine's speculation is off: here it would gain what no real text gives it.
+The model is the random Llama of 134 million parameters of `peers`, in bfloat16, decoded greedily;
+every token is a piece of text. Such a model repeats itself, so our engine's speculation is off:
+here it would gain what no real text gives it.
 
     load A   50 % and 80 % of the queue's capacity: one over its mean service time
-    load B   50 % and 80 % of ours: requests/s with all of them there from the start. The queue is overloaded then. It stops when
-             twice the time is over in which requests arrive; for those that it has not served by then, the wait so far counts
+    load B   50 % and 80 % of ours: requests/s with all of them there from the start. The queue is
+             overloaded then. It stops when twice the time is over in which requests arrive; for
+             those that it has not served by then, the wait so far counts
 
-Every round measures both capacities afresh. Per load and server: p50 and p99, over the requests of all rounds, of the time to first
-token (from arrival) and of the time between tokens, in milliseconds. Ratios are ours / queue: **smaller is better**, below 1 we are
-faster. `…_50` and `…_80` are load A, `…_50_of_ours` and `…_80_of_ours` load B. The last line is one JSON object.
+Every round measures both capacities afresh. Per load and server: p50 and p99, over the requests of
+all rounds, of the time to first token (from arrival) and of the time between tokens, in
+milliseconds. Ratios are ours / queue: **smaller is better**, below 1 we are faster. `…_50` and
+`…_80` are load A, `…_50_of_ours` and `…_80_of_ours` load B. The last line is one JSON object.
 """
 
 import argparse
@@ -36,13 +41,21 @@ from torch import Tensor
 from transformers.generation import BaseStreamer
 from worker import SEED, VOCABULARY, Setting, Worker, machine, prepared, print_report
 
-from langchain_cope.engine import Engine, EngineOptions, Piece, Request, Sampling, load_base
+from langchain_cope.engine import (
+    Contrast,
+    Engine,
+    EngineOptions,
+    Piece,
+    Request,
+    Sampling,
+    load_base,
+)
 
 NUM_USERS = 16
 PROMPT_TOKENS = 32, 256
 ANSWER_TOKENS = 16, 64
 CAPACITY_REQUESTS = {"ours": 48, "queue": 10}
-LOADS_A, LOADS_B = ("50", "80"), ("50_of_ours", "80_of_ours")  # percent, of whose capacity
+LOADS_A, LOADS_B = ("50", "80"), ("50_of_ours", "80_of_ours")  # percent of a capacity
 FIGURES = ("ttft_p50", "ttft_p99", "between_p50", "between_p99")
 
 Figures = dict[str, dict[str, dict[str, float]]]
@@ -68,7 +81,7 @@ class Waits:
     unserved: int = 0
 
     def add(self, arrived: float, moments: Sequence[float]) -> None:
-        """The waits of a request that arrived then and of which tokens came at ``moments``."""
+        """Add the waits of a request that arrived then and of which tokens came at `moments`."""
         self.first.append(moments[0] - arrived)
         self.between += [later - earlier for earlier, later in itertools.pairwise(moments)]
 
@@ -89,9 +102,9 @@ def main() -> None:
     print(json.dumps(state), flush=True)
     capacities: dict[str, list[float]] = {"ours": [], "queue": []}
     pooled: dict[tuple[str, str], Waits] = {}
-    with prepared(options.device, NUM_USERS) as (made, _):
+    with prepared(options.device, NUM_USERS) as (setting, _):
         for number in range(options.rounds):
-            for key, waits in _Round(made, options.seconds, number).run(capacities).items():
+            for key, waits in _Round(setting, options.seconds, number).run(capacities).items():
                 pooled.setdefault(key, Waits()).extend(waits)
     figures = {
         server: {load: _figures(pooled[server, load]) for load in LOADS_A + LOADS_B}
@@ -115,24 +128,27 @@ def _options() -> argparse.Namespace:
 
 
 class _Round:
-    """Both servers under every load, never at the same time: the queue under A, ours under A and B, the queue under B."""
+    """Both servers under every load, never at the same time.
 
-    def __init__(self, made: Setting, seconds: float, number: int) -> None:
-        self._made, self._seconds, self._number = made, seconds, number
+    The queue under A, ours under A and B, the queue under B.
+    """
+
+    def __init__(self, setting: Setting, seconds: float, number: int) -> None:
+        self._setting, self._seconds, self._number = setting, seconds, number
         self._arrivals: dict[str, tuple[Arrival, ...]] = {}
-        self._found: dict[tuple[str, str], Waits] = {}
+        self._waits: dict[tuple[str, str], Waits] = {}
 
     def run(self, capacities: dict[str, list[float]]) -> dict[tuple[str, str], Waits]:
-        """Waits by server and load; adds the capacities that it found."""
-        with Worker("__main__:Queue", self._made) as queue:
+        """Return waits by server and load; add the capacities that were measured."""
+        with Worker("__main__:Queue", self._setting) as queue:
             capacities["queue"].append(self._plan("queue", queue, LOADS_A))
             self._serve("queue", queue, LOADS_A)
-        with Worker("__main__:Ours", self._made) as ours:
+        with Worker("__main__:Ours", self._setting) as ours:
             capacities["ours"].append(self._plan("ours", ours, LOADS_B))
             self._serve("ours", ours, LOADS_A + LOADS_B)
-        with Worker("__main__:Queue", self._made) as queue:
+        with Worker("__main__:Queue", self._setting) as queue:
             self._serve("queue", queue, LOADS_B)
-        return self._found
+        return self._waits
 
     def _plan(self, name: str, server: Worker, loads: Sequence[str]) -> float:
         """Measure a capacity and draw the requests of the loads that are shares of it."""
@@ -150,7 +166,7 @@ class _Round:
     def _serve(self, name: str, server: Worker, loads: Sequence[str]) -> None:
         for load in loads:
             waits = server.run("serve", arrivals=self._arrivals[load], until=2 * self._seconds)
-            self._found[name, load] = waits
+            self._waits[name, load] = waits
             print(
                 f"round {self._number}: {name}, load {load}, {len(waits.first)} requests",
                 flush=True,
@@ -158,7 +174,7 @@ class _Round:
 
 
 def _draw(rate: float, seconds: float, seed: str) -> tuple[Arrival, ...]:
-    """Requests at ``rate`` a second for so many seconds; the first comes at once."""
+    """Draw requests at `rate` a second for so many seconds; the first comes at once."""
     chance = random.Random(seed)
     arrivals: list[Arrival] = []
     at = 0.0
@@ -176,20 +192,20 @@ def _request_at(at: float, chance: random.Random) -> Arrival:
 class Ours:
     """Our engine behind an event loop."""
 
-    def __init__(self, made: Setting) -> None:
-        base = load_base(made.base, device=made.device, dtype=torch.bfloat16)
+    def __init__(self, setting: Setting) -> None:
+        base = load_base(setting.base, device=setting.device, dtype=torch.bfloat16)
         self._engine = Engine.of(base, EngineOptions(speculation=False))
-        self._adapters = [self._engine.load_adapter(folder) for folder in made.adapters]
+        self._adapters = [self._engine.load_adapter(folder) for folder in setting.adapters]
         self.capacity(_draw(1e9, 4e-9, "warm up"))
 
     def capacity(self, arrivals: Sequence[Arrival]) -> float:
-        """Requests/s while all of them are there."""
+        """Return requests/s while all of them are there."""
         start = time.perf_counter()
         self._engine.generate([self._request(arrival) for arrival in arrivals])
         return len(arrivals) / (time.perf_counter() - start)
 
     def serve(self, arrivals: Sequence[Arrival], until: float) -> Waits:
-        """Answer everyone, each from the moment of arrival on; nobody is left unserved."""
+        """Answer every request, each from the moment of its arrival on."""
         return asyncio.run(self._serve(arrivals))
 
     async def _serve(self, arrivals: Sequence[Arrival]) -> Waits:
@@ -209,29 +225,31 @@ class Ours:
 
     def _request(self, arrival: Arrival) -> Request:
         sampling = Sampling(max_tokens=arrival.num_tokens)
-        return Request(
-            arrival.prompt, self._adapters[arrival.user], peers.ALPHA, peers.TAU, sampling
-        )
+        contrast = Contrast(peers.ALPHA, peers.TAU)
+        return Request(arrival.prompt, self._adapters[arrival.user], contrast, sampling)
 
 
 class Queue:
-    """One request at a time, in the order of arrival. The arrivals are known beforehand, so the queue takes no thread."""
+    """One request at a time, in the order of arrival.
 
-    def __init__(self, made: Setting) -> None:
-        self._device = made.device
-        self._model = peers._with_adapters(peers._load(made), made.adapters)
-        self._model.generation_config.eos_token_id = None  # nobody stops early
+    The arrivals are known beforehand, so the queue takes no thread.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self._device = setting.device
+        self._model = peers._with_adapters(peers._load(setting), setting.adapters)
+        self._model.generation_config.eos_token_id = None  # no answer stops early
         self.capacity(_draw(1e9, 2e-9, "warm up"))
 
     def capacity(self, arrivals: Sequence[Arrival]) -> float:
-        """Requests/s when one follows the other."""
+        """Return requests/s when one follows the other."""
         start = time.perf_counter()
         for arrival in arrivals:
             self._answer(arrival)
         return len(arrivals) / (time.perf_counter() - start)
 
     def serve(self, arrivals: Sequence[Arrival], until: float) -> Waits:
-        """Answer those who come, but begin with nobody after ``until`` seconds."""
+        """Answer requests as they come, but begin with none after `until` seconds."""
         waits = Waits()
         start = time.perf_counter()
         for arrival in arrivals:
@@ -245,7 +263,7 @@ class Queue:
         return waits
 
     def _answer(self, arrival: Arrival) -> list[float]:
-        """When each token came."""
+        """Answer a request and return when each token came."""
         self._model.set_adapter(f"user{arrival.user}")
         ids = torch.tensor([arrival.prompt], device=self._device)
         clock = _Clock()
@@ -263,7 +281,10 @@ class Queue:
 
 
 class _Clock(BaseStreamer):
-    """When `generate` had each token. The tokens it is handed lie on the CPU: the device has been waited for."""
+    """When `generate` had each token.
+
+    The tokens it is handed lie on the CPU: the device has been waited for.
+    """
 
     def __init__(self) -> None:
         self.moments: list[float] = []
@@ -290,23 +311,20 @@ def _figures(waits: Waits) -> dict[str, float]:
 
 
 def _percentile(seconds: Sequence[float], percent: int) -> float:
-    """Milliseconds that ``percent`` of the values do not exceed: one of the values, nothing between two."""
+    """Return the milliseconds that `percent` of the values do not exceed: one of the values."""
     ordered = sorted(seconds)
     return round(1000 * ordered[math.ceil(len(ordered) * percent / 100) - 1], 2)
 
 
 def _print_table(figures: Figures) -> None:
-    print(
-        f"\n{'load, %':<14}{'server':<8}{'requests':>9}{'unserved':>9}"
-        + "".join(f"{name:>13}" for name in FIGURES)
-    )
+    names = "".join(f"{name:>13}" for name in FIGURES)
+    print(f"\n{'load, %':<14}{'server':<8}{'requests':>9}{'unserved':>9}{names}")
     for load in LOADS_A + LOADS_B:
-        for server, found in figures.items():
-            counts = f"{found[load]['requests']:>9}{found[load]['unserved']:>9}"
-            print(
-                f"{load:<14}{server:<8}{counts}"
-                + "".join(f"{found[load][name]:>13.1f}" for name in FIGURES)
-            )
+        for server in figures:
+            cells = figures[server][load]
+            counts = f"{cells['requests']:>9}{cells['unserved']:>9}"
+            milliseconds = "".join(f"{cells[name]:>13.1f}" for name in FIGURES)
+            print(f"{load:<14}{server:<8}{counts}{milliseconds}")
     print("milliseconds; loads are shares of the queue's capacity, or else `of_ours`")
 
 

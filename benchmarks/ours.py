@@ -1,6 +1,7 @@
-"""Our engine as the decoding benchmarks run it, at its front door: requests in, pieces of text out. Served by a `worker.Worker`.
+"""Our engine as the decoding benchmarks run it: requests in, pieces of text out.
 
-Once the engine runs, the calling thread leaves torch's parallel regions alone: see `worker`.
+Served by a `worker.Worker`. Once the engine runs, the calling thread leaves torch's parallel
+regions alone: see `worker`.
 """
 
 import gc
@@ -19,6 +20,7 @@ from langchain_cope.engine import (
     WEIGHTS,
     Adapter,
     AdapterSource,
+    Contrast,
     Engine,
     EngineOptions,
     Piece,
@@ -28,14 +30,16 @@ from langchain_cope.engine import (
     load_base,
 )
 from langchain_cope.engine.adapter_slots import AdapterSlots
+from langchain_cope.engine.forward.lora_rows import LoraRows
 
-ALPHA, TAU = 0.1, 0.1
-OPTIONS = EngineOptions(  # prompts are not timed: they hold up whom they will, and are read once for all rounds
-    speculation=False, max_rows=64, stall=3600.0, prefix_cache=2 << 30
-)
-SPARE_TOKENS = (
-    64  # asked for beyond those that are timed, so that nobody ends while another is timed
-)
+CONTRAST = Contrast(0.1, 0.1)
+# Prompts are not timed: they may delay answers, and are read once for all rounds.
+OPTIONS = EngineOptions(speculation=False, max_rows=64, prefill_pause=3600.0, prefix_cache=2 << 30)
+# Asked for beyond those that are timed, so that no answer ends while another is timed.
+SPARE_TOKENS = 64
+
+# Adapters, and their stacks of three dimensions.
+_ADAPTER_MODULES = {Adapter.__module__, LoraRows.__module__}
 
 _LINEAR = ("aten::linear", "aten::mm", "aten::addmm")
 _LOW_RANK = ("aten::bmm", "aten::baddbmm", "aten::baddbmm_")
@@ -47,25 +51,28 @@ class Ours:
     def __init__(self, setting: Setting, num_users: int) -> None:
         self._setting = setting
         self._base = load_base(setting.base, device=setting.device, dtype=torch.bfloat16)
-        self._base.model.generation_config.eos_token_id = None  # nobody stops early
+        self._base.model.generation_config.eos_token_id = None  # no answer stops early
         self._engine = Engine.of(self._base, OPTIONS)
         self._adapters = [
             self._engine.load_adapter(folder) for folder in setting.adapters[:num_users]
         ]
 
     def rate(self, num_users: int, prompt_tokens: int, num_tokens: int) -> float:
-        """Tokens/s of all users together."""
+        """Return tokens/s of all users together."""
         streams = self._start(num_users, prompt_tokens, num_tokens)
         seconds = _read(streams, num_tokens - 1)
         _close(streams)
         return num_users * (num_tokens - 1) / seconds
 
     def step_milliseconds(self, num_users: int, prompt_tokens: int, num_tokens: int) -> float:
-        """Time between two tokens of a user."""
+        """Return the time between two tokens of a user."""
         return 1000 * num_users / self.rate(num_users, prompt_tokens, num_tokens)
 
     def profile(self, prompt_tokens: int, num_tokens: int) -> dict[str, float]:
-        """Milliseconds of a recorded step, for one user, by kind of operation; the rest is Python, waiting and recording."""
+        """Return the milliseconds of a recorded step, for one user, by kind of operation.
+
+        The rest is Python, waiting and recording.
+        """
         on_gpu = self._setting.device != "cpu"
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         profiler = profile(activities=kinds, acc_events=True)
@@ -81,9 +88,8 @@ class Ours:
 
         streams = self._start(1, prompt_tokens, num_tokens)
         started = self._engine._call(start)
-        _read(
-            streams, num_tokens - 1
-        )  # the first of these was under way at the start, as one more is at the end
+        # The first of these was under way at the start, as one more is at the end.
+        _read(streams, num_tokens - 1)
         seconds = self._engine._call(stop) - started
         _close(streams)
         spent = {
@@ -94,20 +100,21 @@ class Ours:
         }
         for event in profiler.events():
             if event.cpu_parent is None:  # else its parent's time includes it
-                spent[_kind(event.name)] += (
-                    event.device_time_total if on_gpu else event.cpu_time_total
-                ) / 1e6
+                microseconds = event.device_time_total if on_gpu else event.cpu_time_total
+                spent[_kind(event.name)] += microseconds / 1e6
         spent["Python, waiting and recording"] = seconds - sum(spent.values())
         return {kind: 1000 * part / (num_tokens - 1) for kind, part in spent.items()}
 
     def peak_memory(self) -> int:
-        """Of this process, in bytes."""
+        """Return the peak of this process, in bytes."""
         return peak_memory(self._setting.device)
 
-    def kept_bytes(self) -> tuple[int, int]:
-        """(bytes of all matrices, vectors and low-rank pairs alive in this process, bytes of the base and one adapter alone).
+    def held_bytes(self) -> tuple[int, int]:
+        """Return (bytes held, bytes of the base and one adapter alone).
 
-        Tensors that share a storage count once. Keys and values, which have three dimensions or more, do not count.
+        What is held are all matrices, vectors and low-rank pairs alive in this process. Tensors
+        that share a storage count once. Keys and values, which have three dimensions or more, do
+        not count.
         """
         gc.collect()
         alive = gc.get_objects()
@@ -115,18 +122,16 @@ class Ours:
             thing for thing in alive if issubclass(type(thing), torch.Tensor) and thing.ndim <= 2
         ]
         for thing in alive:
-            if (
-                type(thing).__module__ == Adapter.__module__
-            ):  # adapters, and their stacks of three dimensions
+            if type(thing).__module__ in _ADAPTER_MODULES:
                 tensors += _held_tensors(thing)
         storages = [tensor.untyped_storage() for tensor in tensors]
-        kept = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         adapter = load_file(self._setting.adapters[0] / WEIGHTS)
         least = self._base.num_parameters + sum(tensor.numel() for tensor in adapter.values())
-        return kept, least * self._base.dtype.itemsize
+        return held, least * self._base.dtype.itemsize
 
     def weight_bytes(self) -> int:
-        """Bytes of the base's parameters, each of which a step reads once."""
+        """Return the bytes of the base's parameters, each of which a step reads once."""
         return self._base.num_parameters * self._base.dtype.itemsize
 
     def publish(self, store: Path) -> None:
@@ -138,7 +143,10 @@ class Ours:
         ]
 
     def switch_milliseconds(self, user: int) -> dict[str, float]:
-        """Time until a user's adapter is in the engine's slots: from the store, and then again; and to just read its file."""
+        """Return the time until a user's adapter is in a slot: from the store, and once more.
+
+        Beside it the time of just reading its file.
+        """
         version = self._versions[user]
         folder = self._store.fetch_dir(version)
         source = AdapterSource(version.name, lambda: self._store.fetch_dir(version))
@@ -157,14 +165,13 @@ class Ours:
         return milliseconds
 
     def _start(self, num_users: int, prompt_tokens: int, num_tokens: int) -> list[Stream]:
-        """Streams of users who all have their first token."""
+        """Return streams of users who all have their first token."""
         sampling = Sampling(max_tokens=num_tokens + SPARE_TOKENS)
         requests = [
             Request(
                 self._setting.prompt(user, prompt_tokens),
                 self._adapters[user],
-                ALPHA,
-                TAU,
+                CONTRAST,
                 sampling,
             )
             for user in range(num_users)
@@ -175,29 +182,29 @@ class Ours:
 
 
 def _read(streams: Sequence[Stream], num_pieces: int) -> float:
-    """Seconds until that many more pieces have come from every stream.
+    """Return the seconds until that many more pieces have come from every stream.
 
-    The stream whose first token came last has nothing waiting then, so that at least as many steps lie in this time, each with
-    a token for everyone. What others have waiting is not counted: the time is on the cautious side.
+    The stream that had its first token last has nothing waiting then, so that at least as many
+    steps lie in this time, each with a token for every user. What others have waiting is not
+    counted: the time is on the cautious side.
     """
     start = time.perf_counter()
     for _ in range(num_pieces):
         for stream in streams:
-            assert isinstance(
-                next(stream), Piece
-            )  # a completion would mean that fewer users are decoding
+            # A completion would mean that fewer users are decoding.
+            assert isinstance(next(stream), Piece)
     return time.perf_counter() - start
 
 
 def _held_tensors(thing: object) -> list[torch.Tensor]:
-    """Tensors that an object or a container holds, containers within it included."""
-    found = []
+    """Return the tensors that an object or a container holds, containers within it included."""
+    tensors = []
     for held in gc.get_referents(thing):
         if issubclass(type(held), torch.Tensor):
-            found.append(held)
+            tensors.append(held)
         elif type(held) in (dict, list, tuple):
-            found += _held_tensors(held)
-    return found
+            tensors += _held_tensors(held)
+    return tensors
 
 
 def _close(streams: Sequence[Stream]) -> None:

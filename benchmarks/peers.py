@@ -1,14 +1,17 @@
 """The model that the decoding benchmarks decode with, and the other ways to get such tokens.
 
-    Generate   transformers' `generate`, one user at a time: of the base with the user's adapter by PEFT, of the base with the
-               adapter merged into the weights, or of the base alone; none of them contrasts
-    Mixed      many users together by PEFT: adapter_names=[user, …, "__base__", …], the contrast in torch
-    TwoModels  the way of the paper's scripts: two copies of the weights, the user's LoRA merged into one, two forwards a token
-               and the contrast, one user at a time
+    Generate   transformers' `generate`, one user at a time: of the base with the user's adapter by
+               PEFT, of the base with the adapter merged into the weights, or of the base alone;
+               none of them contrasts
+    Mixed      many users together by PEFT: adapter_names=[user, …, "__base__", …], the contrast in
+               torch
+    TwoModels  the way of the paper's scripts: two copies of the weights, the user's LoRA merged
+               into one, two forwards a token and the contrast, one user at a time
 
-Every way has a KV cache, computes the logits of the last position only, runs in inference mode in bfloat16 with torch's threads,
-decodes greedily and never stops early. Rates are tokens/s of decoding, from the first token to the last, without the prompt.
-Each class is served by a `worker.Worker`. Nothing of langchain_cope is imported here.
+Every way has a KV cache, computes the logits of the last position only, runs in inference mode in
+bfloat16 with torch's threads, decodes greedily and never stops early. Rates are tokens/s of
+decoding, from the first token to the last, without the prompt. Each class is served by a
+`worker.Worker`. Nothing of langchain_cope is imported here.
 """
 
 import math
@@ -35,9 +38,8 @@ from worker import SEED, VOCABULARY, Setting, peak_memory
 
 ALPHA, TAU = 0.1, 0.1
 
-warnings.filterwarnings(
-    "ignore", category=FutureWarning
-)  # of transformers, about names that peft still uses
+# Transformers' warnings about names that peft still uses.
+warnings.filterwarnings("ignore", category=FutureWarning)
 transformers_logging.disable_progress_bar()
 
 
@@ -70,7 +72,7 @@ def prepare(setting: Setting) -> None:
 
 
 def _word_tokenizer() -> PreTrainedTokenizerFast:
-    """Every token is a word, so each comes as one piece of text; none ends the answer."""
+    """Return a tokenizer whose every token is a word: each is one piece of text, none the end."""
     tokenizer = Tokenizer(
         models.WordLevel({f"word{i}": i for i in range(VOCABULARY)}, unk_token="word0")
     )
@@ -81,7 +83,10 @@ def _word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Generate:
-    """`generate` for one user after another. ``kind``: "adapter" (PEFT, not merged), "merged" or "base"."""
+    """`generate` for one user after another.
+
+    `kind` is "adapter" (PEFT, not merged), "merged" or "base".
+    """
 
     def __init__(self, setting: Setting, kind: str, num_users: int = 1) -> None:
         self._setting, self._kind = setting, kind
@@ -93,7 +98,7 @@ class Generate:
 
     @torch.inference_mode()
     def rate(self, num_users: int, prompt_tokens: int, num_tokens: int) -> float:
-        """Tokens/s over the answers of ``num_users`` users, each with the user's own adapter."""
+        """Return tokens/s over the answers of `num_users` users, each with their own adapter."""
         seconds = 0.0
         for user in range(num_users):
             if self._kind == "adapter":
@@ -114,7 +119,7 @@ class Generate:
         return num_users * (num_tokens - 1) / seconds
 
     def peak_memory(self) -> int:
-        """Of this process, in bytes."""
+        """Return the peak of this process, in bytes."""
         return peak_memory(self._setting.device)
 
 
@@ -127,7 +132,7 @@ class Mixed:
 
     @torch.inference_mode()
     def rate(self, num_users: int, prompt_tokens: int, num_tokens: int) -> float:
-        """Tokens/s of all users together."""
+        """Return tokens/s of all users together."""
         cache = DynamicCache(config=self._model.get_base_model().config)
         names = [f"user{user}" for user in range(num_users)] + ["__base__"] * num_users
 
@@ -142,11 +147,8 @@ class Mixed:
             return logits[:num_users], logits[num_users:]
 
         prompts = [self._setting.prompt(user, prompt_tokens) for user in range(num_users)]
-        return (
-            num_users
-            * (num_tokens - 1)
-            / _decode(forward, prompts, num_tokens, self._setting.device)
-        )
+        seconds = _decode(forward, prompts, num_tokens, self._setting.device)
+        return num_users * (num_tokens - 1) / seconds
 
 
 class TwoModels:
@@ -161,7 +163,10 @@ class TwoModels:
 
     @torch.inference_mode()
     def rate(self, num_users: int, prompt_tokens: int, num_tokens: int) -> float:
-        """Tokens/s over the answers of ``num_users`` users in turn; the first one's weights serve for all."""
+        """Return tokens/s over the answers of `num_users` users, one after another.
+
+        The first one's weights serve for all.
+        """
         seconds = 0.0
         for user in range(num_users):
             forward = self._two_forwards(
@@ -193,7 +198,7 @@ class Torch:
         self._device = device
 
     def about(self) -> dict[str, Any]:
-        """Version, threads and, on a GPU, its name."""
+        """Return version, threads and, on a GPU, its name."""
         gpu = {} if self._device == "cpu" else {"gpu": torch.cuda.get_device_name()}
         return {
             "torch": torch.__version__,
@@ -203,7 +208,10 @@ class Torch:
         }
 
     def read_seconds(self, num_bytes: int, large: int = 1 << 30) -> float:
-        """Seconds in which ``num_bytes`` can be read: the best rate over so many and over more than a cache holds."""
+        """Return the seconds in which `num_bytes` can be read.
+
+        The rate is the best over so many bytes and over more than a cache holds.
+        """
         return num_bytes * min(self._pass_seconds(size) / size for size in (num_bytes, large))
 
     def _pass_seconds(self, num_bytes: int, passes: int = 10, width: int = 4096) -> float:
@@ -212,15 +220,17 @@ class Torch:
         seconds = []
         for _ in range(passes):
             start = time.perf_counter()
-            (matrix @ vector)[
-                -1
-            ].item()  # a product with a vector reads each weight once; the item waits for a GPU
+            product = matrix @ vector  # reads each weight once
+            product[-1].item()  # waits for a GPU
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
 
 class _Clock(BaseStreamer):
-    """When `generate` had its first token and its last. The tokens it is handed lie on the CPU: the device has been waited for."""
+    """When `generate` had its first token and its last.
+
+    The tokens it is handed lie on the CPU: the device has been waited for.
+    """
 
     first = last = 0.0
 
@@ -246,7 +256,10 @@ def _load(setting: Setting) -> Any:
 
 
 def _with_adapters(model: Any, folders: list[Path]) -> Any:
-    """``model`` with an adapter a user, in its own dtype: PEFT's default of float32 would cost two casts a layer."""
+    """Return `model` with an adapter a user, in its own dtype.
+
+    PEFT's default of float32 would cost two casts a layer.
+    """
     personal = PeftModel.from_pretrained(
         model, folders[0], adapter_name="user0", autocast_adapter_dtype=False
     )
@@ -261,7 +274,10 @@ def _decode(
     num_tokens: int,
     device: str,
 ) -> float:
-    """Seconds from the first token to the last, greedy and contrastive; ``forward`` gives (user, base) logits ``(users, V)``."""
+    """Return the seconds from the first token to the last, greedy and contrastive.
+
+    `forward` gives (user, base) logits `(users, V)`.
+    """
     ids = torch.tensor(prompts, device=device)
     start = 0.0
     for step in range(num_tokens):
@@ -273,7 +289,7 @@ def _decode(
 
 
 def _contrast(user_logits: Tensor, base_logits: Tensor) -> Tensor:
-    """The rule as scripts have it: no more than an argmax needs."""
+    """Return the rule's scores as scripts have them: no more than an argmax needs."""
     user = torch.log_softmax(user_logits.float(), dim=-1)
     base = torch.log_softmax(base_logits.float(), dim=-1)
     outside = user < user.amax(dim=-1, keepdim=True) + math.log(TAU)

@@ -1,18 +1,21 @@
-"""Soak: thousands of mixed requests of many users at once, each answer held against the same request decoded alone.
+"""Soak: thousands of mixed requests of many users at once, each held against itself decoded alone.
 
-A tiny Llama in float32 makes steps cheap, so that what is tried is everything around them. Threads and asyncio tasks submit at the
-same time, to an engine with fewer adapter slots than users have requests in flight: greedy and sampled, several α, stop strings,
-repetition penalties, log-probabilities, budgets from one token on, system prompts that many share, texts that repeat themselves.
-Some close their stream at a random moment. While they run, users' adapters become another version under another name.
+A tiny Llama in float32 makes steps cheap, so that what is tried is everything around them. Threads
+and asyncio tasks submit at the same time, to an engine with fewer adapter slots than users have
+requests in flight: greedy and sampled, several α, stop strings, repetition penalties,
+log-probabilities, budgets from one token on, system prompts that many share, texts that repeat
+themselves. Some close their stream at a random moment. While they run, users' adapters become
+another version under another name.
 
-Then every finished answer is decoded again, alone, by a fresh engine without speculation and without prefix cache. Tokens, text,
-end and log-probabilities must agree. Where tokens differ, two plain forwards of transformers and peft decide in float64: the first
-that differs is a tie where the scores of the two, or some token and the τ line, are within 1e-4 of each other; else it is a
+Then every finished answer is decoded again, alone, by a fresh engine without speculation and
+without prefix cache. Tokens, text, end and log-probabilities must agree. Where tokens differ, two
+plain forwards of transformers and peft decide in float64: the first that differs is a tie where the
+scores of the two, or some token and the τ line, are within 1e-4 of each other; else it is a
 difference.
 
-Also reported: rows, requests and adapters still held at the end, threads still running after `close`, and how far resident memory
-grows after the first third of the requests. The last line is one JSON object. The exit status is 1 after a difference, an error or
-a leak.
+Also reported: rows, requests and adapters still held at the end, threads still running after
+`close`, and how far resident memory grows after the first third of the requests. The last line is
+one JSON object. The exit status is 1 after a difference, an error or a leak.
 """
 
 import argparse
@@ -59,18 +62,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from engine.reference import TIE, Reference, scores
 from tiny import make_model
 
-BASE: dict[str, Any] = {
-    "tie_word_embeddings": True,
-    "initializer_range": 0.15,
-}  # repeats itself, so that drafts come true
+# A base that repeats itself, so that drafts come true.
+BASE: dict[str, Any] = {"tie_word_embeddings": True, "initializer_range": 0.15}
 NUM_THREADS, NUM_TASKS = 12, 24  # that submit, each one request at a time
 NUM_PROMPTS = 400  # fewer than requests, so that whole prompts come again
 PREFIX_CACHE = 2 << 20  # bytes: full, and evicting, long before the first third is over
 STALL = 120  # seconds without a finished request
-FLAT = (
-    16,
-    4,
-)  # MB that resident memory may grow after the first third: in any case, and for each 1000 requests
+# MB that resident memory may grow after the first third: in any case, and for each 1000 requests.
+FLAT = (16, 4)
 CANCEL_SHARE = 0.2
 LIFETIME = 0.2  # seconds that a request lives here, about
 STOPS = ("e", "th", "a ", "\n", "he", "ing")
@@ -105,7 +104,7 @@ class Answer:
 
 
 @dataclass
-class Found:
+class Findings:
     """Counts and findings of a run."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -116,9 +115,8 @@ class Found:
 
 def main() -> None:
     options = _options()
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # of transformers, about names that peft still uses
+    # Transformers' warnings about names that peft still uses.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()
     state = {
         "benchmark": "soak",
@@ -127,21 +125,22 @@ def main() -> None:
         **vars(options),
     }
     print(json.dumps(state), flush=True)
-    found = Found()
+    findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
         base = load_base(make_model(Path(folder) / "base", **BASE), device="cpu", dtype="float32")
         adapters = _make_adapters(Path(folder), base.model, options.users)
         start = time.perf_counter()
-        answers, memory = _soak(base, adapters, options, found)
+        answers, memory = _soak(base, adapters, options, findings)
         seconds = time.perf_counter() - start
+        cancelled = findings.counts["cancelled"]
         print(
-            f"{len(answers)} answers and {found.counts['cancelled']} cancelled in {seconds:.0f} s; now each alone"
+            f"{len(answers)} answers and {cancelled} cancelled in {seconds:.0f} s; now each alone"
         )
-        _compare_all(base, adapters, answers, found)
-    for line in [*found.errors, *found.leaks, *found.differences][:20]:
+        _compare_all(base, adapters, answers, findings)
+    for line in [*findings.errors, *findings.leaks, *findings.differences][:20]:
         print(line)
-    print(json.dumps({**state, "seconds": round(seconds, 1), **memory, **_summary(found)}))
-    sys.exit(bool(found.errors or found.leaks or found.differences))
+    print(json.dumps({**state, "seconds": round(seconds, 1), **memory, **_summary(findings)}))
+    sys.exit(bool(findings.errors or findings.leaks or findings.differences))
 
 
 def _options() -> argparse.Namespace:
@@ -155,15 +154,15 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _summary(found: Found) -> dict[str, Any]:
+def _summary(findings: Findings) -> dict[str, Any]:
     names = ("answers", "cancelled", "published", "tokens", "alone", "ties", "drafted", "accepted")
     names += ("prefix_tokens_reused", "adapters_loaded", "adapters_evicted")
-    counts: dict[str, Any] = {name: found.counts[name] for name in names}
+    counts: dict[str, Any] = {name: findings.counts[name] for name in names}
     return {
         **counts,
-        "differences": len(found.differences),
-        "leaks": found.leaks,
-        "errors": len(found.errors),
+        "differences": len(findings.differences),
+        "leaks": findings.leaks,
+        "errors": len(findings.errors),
     }
 
 
@@ -177,7 +176,7 @@ def _make_tasks(options: argparse.Namespace, vocabulary: int) -> list[Task]:
 
 
 def _make_prompts(chance: random.Random, vocabulary: int) -> list[tuple[int, ...]]:
-    """Prompts of which most start with one of a few system prompts and some say the same words twice."""
+    """Return prompts, most of which start with one of a few system prompts; some repeat words."""
 
     def words(least: int, most: int) -> tuple[int, ...]:
         return tuple(chance.randrange(3, vocabulary) for _ in range(chance.randint(least, most)))
@@ -199,10 +198,11 @@ def _make_task(chance: random.Random, prompts: Sequence[tuple[int, ...]], num_us
         stop=tuple(chance.sample(STOPS, 2)) if chance.random() < 0.2 else (),
         seed=chance.randrange(1000),
     )
+    user = None
+    if chance.random() >= 0.1:
+        user = int(num_users * chance.random() ** 2)  # some ask more than others
     return Task(
-        user=None
-        if chance.random() < 0.1
-        else int(num_users * chance.random() ** 2),  # some ask more than others
+        user=user,
         prompt=chance.choice(prompts),
         alpha=chance.choice((0.0, 0.1, 0.1, 0.5)),
         tau=chance.choice((0.01, 0.1, 0.1, 0.5)),
@@ -214,22 +214,23 @@ def _make_task(chance: random.Random, prompts: Sequence[tuple[int, ...]], num_us
 
 
 def _make_adapters(folder: Path, model: nn.Module, num_users: int) -> list[tuple[Path, Path]]:
-    """Per user two peft folders, which take turns as versions."""
-    return [
-        (
-            write_adapter(folder / f"user{user}a", model, seed=2 * user, rank=(2, 4, 8)[user % 3]),
-            write_adapter(
-                folder / f"user{user}b", model, seed=2 * user + 1, rank=(2, 4, 8)[user % 3]
-            ),
-        )
-        for user in range(num_users)
-    ]
+    """Write per user two peft folders, which alternate as versions."""
+    adapters = []
+    for user in range(num_users):
+        rank = (2, 4, 8)[user % 3]
+        one = write_adapter(folder / f"user{user}a", model, seed=2 * user, rank=rank)
+        other = write_adapter(folder / f"user{user}b", model, seed=2 * user + 1, rank=rank)
+        adapters.append((one, other))
+    return adapters
 
 
 def write_adapter(
     folder: Path, model: nn.Module, *, seed: int, rank: int = 4, scale: float = 0.15
 ) -> Path:
-    """A peft LoRA folder with random A and B for every linear layer but the head, written without peft."""
+    """Write a peft LoRA folder with random A and B for every linear layer but the output head.
+
+    Peft itself is not used.
+    """
     generator = torch.Generator().manual_seed(seed)
     linear = {
         name: m
@@ -266,12 +267,12 @@ def write_adapter(
 
 
 def _soak(
-    base: Base, adapters: list[tuple[Path, Path]], options: argparse.Namespace, found: Found
+    base: Base, adapters: list[tuple[Path, Path]], options: argparse.Namespace, findings: Findings
 ) -> tuple[list[Answer], dict[str, float]]:
-    """Answers to every task that was not cancelled, and what memory did."""
+    """Return the answers to every task that was not cancelled, and what memory did."""
     threads_before = set(threading.enumerate())
     engine = Engine(base, EngineOptions(adapter_slots=options.slots, prefix_cache=PREFIX_CACHE))
-    users = _Users(engine, adapters, _make_tasks(options, base.vocabulary_size), found)
+    users = _Users(engine, adapters, _make_tasks(options, base.vocabulary_size), findings)
     workers = [
         threading.Thread(target=users.ask_from_thread, daemon=True) for _ in range(NUM_THREADS)
     ]
@@ -281,23 +282,27 @@ def _soak(
     for worker in workers:
         worker.start()
     resident = _watch(workers, users, options.requests)
-    _look_for_leaks(engine, found)
+    _look_for_leaks(engine, findings)
     engine.close()
     left = [t.name for t in threading.enumerate() if t not in threads_before]
     if left:
-        found.leaks.append(f"{len(left)} threads after close: {', '.join(left)}")
-    return users.answers, _growth(resident, options.requests, found)
+        findings.leaks.append(f"{len(left)} threads after close: {', '.join(left)}")
+    return users.answers, _growth(resident, options.requests, findings)
 
 
 class _Users:
-    """Everyone who asks: takes tasks in turn, sends them in the version that is published by then, keeps what comes back."""
+    """All users: sends task after task in the version published by then, and keeps the answers."""
 
     def __init__(
-        self, engine: Engine, adapters: list[tuple[Path, Path]], tasks: Sequence[Task], found: Found
+        self,
+        engine: Engine,
+        adapters: list[tuple[Path, Path]],
+        tasks: Sequence[Task],
+        findings: Findings,
     ) -> None:
         self.answers: list[Answer] = []
         self.num_done = 0
-        self._engine, self._adapters, self._found = engine, adapters, found
+        self._engine, self._adapters, self._findings = engine, adapters, findings
         self._published = [0] * len(adapters)
         self._lock = threading.Lock()
         self._tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
@@ -305,17 +310,20 @@ class _Users:
             self._tasks.put(task)
 
     def ask_from_thread(self) -> None:
-        """Task after task through `Engine.stream`; a cancelled one closes its stream after some pieces."""
+        """Send task after task through `Engine.stream`.
+
+        A cancelled one closes its stream after some pieces.
+        """
         while task := self._next():
             version = self._version(task)
             pieces: list[str] = []
             try:
                 stream = self._engine.stream(self._request(task, version))
                 self._publish(task)
-                wanted = (
-                    None if task.cancel is None else int(task.cancel * task.sampling.max_tokens)
-                )
-                while len(pieces) != wanted:
+                num_pieces = None
+                if task.cancel is not None:
+                    num_pieces = int(task.cancel * task.sampling.max_tokens)
+                while len(pieces) != num_pieces:
                     event = next(stream)
                     if isinstance(event, Completion):
                         self._keep(task, version, pieces, event)
@@ -328,7 +336,10 @@ class _Users:
                 self._failed(task, error)
 
     async def ask_from_tasks(self) -> None:
-        """The same through `Engine.astream`, from many asyncio tasks; a cancelled one is stopped after some time."""
+        """Send tasks through `Engine.astream`, from many asyncio tasks at once.
+
+        A cancelled one is stopped after some time.
+        """
         await asyncio.gather(*(self._ask_from_task() for _ in range(NUM_TASKS)))
 
     async def _ask_from_task(self) -> None:
@@ -366,7 +377,7 @@ class _Users:
         if task.publishes and task.user is not None:
             with self._lock:
                 self._published[task.user] += 1
-                self._found.counts["published"] += 1
+                self._findings.counts["published"] += 1
 
     def _request(self, task: Task, version: int) -> Request:
         source = None
@@ -382,21 +393,21 @@ class _Users:
         with self._lock:
             self.num_done += 1
             self.answers.append(answer)
-            self._found.counts.update(answers=1, tokens=len(answer.tokens))
+            self._findings.counts.update(answers=1, tokens=len(answer.tokens))
             if "".join(pieces) != completion.text:
-                self._found.differences.append(
+                self._findings.differences.append(
                     f"the pieces {pieces} are not the text {completion.text!r}"
                 )
 
     def _cancelled(self) -> None:
         with self._lock:
             self.num_done += 1
-            self._found.counts["cancelled"] += 1
+            self._findings.counts["cancelled"] += 1
 
     def _failed(self, task: Task, error: Exception) -> None:
         with self._lock:
             self.num_done += 1
-            self._found.errors.append(f"{type(error).__name__}: {error} ({task.sampling})")
+            self._findings.errors.append(f"{type(error).__name__}: {error} ({task.sampling})")
 
 
 def _request(task: Task, adapter: Adapter | AdapterSource | None) -> Request:
@@ -420,7 +431,10 @@ def _answer(task: Task, version: int, completion: Completion) -> Answer:
 def _watch(
     workers: Sequence[threading.Thread], users: _Users, num_requests: int
 ) -> list[tuple[int, float]]:
-    """(requests done, resident MB) from time to time until all workers have ended; exits with stacks after a standstill."""
+    """Return (requests done, resident MB) from time to time until all workers have ended.
+
+    Exits with the threads' stacks after a standstill.
+    """
     resident: list[tuple[int, float]] = []
     moved, done = time.monotonic(), 0
     while any(worker.is_alive() for worker in workers):
@@ -431,11 +445,8 @@ def _watch(
             resident.append((done, _resident_mb()))
         if time.monotonic() - moved > STALL:
             faulthandler.dump_traceback(all_threads=True)
-            print(
-                json.dumps(
-                    {"benchmark": "soak", "errors": f"no request ended for {STALL} s, {done} had"}
-                )
-            )
+            error = f"no request ended for {STALL} s, {done} had"
+            print(json.dumps({"benchmark": "soak", "errors": error}))
             os._exit(1)
     return resident
 
@@ -445,8 +456,13 @@ def _resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def _growth(resident: list[tuple[int, float]], num_requests: int, found: Found) -> dict[str, float]:
-    """Memory after the first third and at the end; a leak where it grew by more than `FLAT` allows."""
+def _growth(
+    resident: list[tuple[int, float]], num_requests: int, findings: Findings
+) -> dict[str, float]:
+    """Return memory after the first third and at the end.
+
+    It is a leak where it grew by more than `FLAT` allows.
+    """
     later = [(done, megabytes) for done, megabytes in resident if done >= num_requests / 3]
     if len(later) < 2:
         return {}
@@ -454,7 +470,7 @@ def _growth(resident: list[tuple[int, float]], num_requests: int, found: Found) 
     thousands = (last - first) / 1000
     in_any_case, each_thousand = FLAT
     if end - warm > in_any_case + each_thousand * thousands:
-        found.leaks.append(
+        findings.leaks.append(
             f"resident memory grew from {warm:.0f} to {end:.0f} MB over {last - first} requests"
         )
     print(f"resident memory: {warm:.1f} MB after {first} requests, {end:.1f} MB after {last}")
@@ -465,8 +481,11 @@ def _growth(resident: list[tuple[int, float]], num_requests: int, found: Found) 
     }
 
 
-def _look_for_leaks(engine: Engine, found: Found) -> None:
-    """What the engine still holds once nobody waits for anything; those cancelled last get 10 s to leave."""
+def _look_for_leaks(engine: Engine, findings: Findings) -> None:
+    """Note what the engine still holds after the last answer.
+
+    Requests that were cancelled last get 10 s to leave.
+    """
     held: dict[str, int] = {}
     for _ in range(100):
         now = engine.statistics()
@@ -474,16 +493,16 @@ def _look_for_leaks(engine: Engine, found: Found) -> None:
         if not any(held.values()):
             break
         time.sleep(0.1)
-    found.leaks += [f"{number} {name} at the end" for name, number in held.items() if number]
+    findings.leaks += [f"{number} {name} at the end" for name, number in held.items() if number]
     names = ("drafted", "accepted", "prefix_tokens_reused", "adapters_loaded", "adapters_evicted")
-    found.counts.update({name: getattr(now, name) for name in names})
+    findings.counts.update({name: getattr(now, name) for name in names})
 
 
 # Each alone
 
 
 def _compare_all(
-    base: Base, adapters: list[tuple[Path, Path]], answers: Sequence[Answer], found: Found
+    base: Base, adapters: list[tuple[Path, Path]], answers: Sequence[Answer], findings: Findings
 ) -> None:
     """Hold every answer against that of an engine which decodes nothing else."""
     alone = Engine(base, EngineOptions(speculation=False, prefix_cache=0))
@@ -497,37 +516,41 @@ def _compare_all(
             adapter = None if task.user is None else load(adapters[task.user][version])
             [completion] = alone.generate([_request(task, adapter)])
             decoded[key] = _answer(task, version, completion)
-            found.counts["alone"] += 1
-        _compare(answer, decoded[key], judge, found)
+            findings.counts["alone"] += 1
+        _compare(answer, decoded[key], judge, findings)
     alone.close()
 
 
-def _compare(answer: Answer, alone: Answer, judge: "_Judge", found: Found) -> None:
+def _compare(answer: Answer, alone: Answer, judge: "_Judge", findings: Findings) -> None:
     what = f"user {answer.task.user}, α {answer.task.alpha}, {answer.task.sampling}"
     if answer.tokens != alone.tokens:
         finding = judge.first_difference(answer, alone)
         if finding is None:
-            found.counts["ties"] += 1
+            findings.counts["ties"] += 1
         else:
-            found.differences.append(f"{what}: {finding}")
+            findings.differences.append(f"{what}: {finding}")
     elif (answer.text, answer.finish_reason) != (alone.text, alone.finish_reason):
-        found.differences.append(
+        findings.differences.append(
             f"{what}: {answer.text!r} {answer.finish_reason}, alone {alone.text!r}"
         )
-    elif len(answer.logprobs) != len(alone.logprobs) or any(
-        abs(a - b) > 1e-3 for a, b in zip(answer.logprobs, alone.logprobs, strict=True)
-    ):
-        found.differences.append(f"{what}: log-probabilities differ")
+    elif not _close(answer.logprobs, alone.logprobs):
+        findings.differences.append(f"{what}: log-probabilities differ")
+
+
+def _close(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    if len(ours) != len(theirs):
+        return False
+    return all(abs(a - b) <= 1e-3 for a, b in zip(ours, theirs, strict=True))
 
 
 class _Judge:
-    """Says of two answers to one request whether the first token that differs was too close to call, in float64."""
+    """Tells, in float64, whether the first token that differs was too close to call."""
 
     def __init__(self, base: Base, adapters: list[tuple[Path, Path]]) -> None:
         self._base, self._adapters = base, adapters
 
     def first_difference(self, answer: Answer, alone: Answer) -> str | None:
-        """None for a tie, else what differs."""
+        """Return None for a tie, else what differs."""
         task = answer.task
         both = list(zip(answer.tokens, alone.tokens, strict=False))
         step = next((i for i, (ours, theirs) in enumerate(both) if ours != theirs), None)
@@ -539,17 +562,8 @@ class _Judge:
             rows[-1] for rows in Reference(Path(self._base.source), adapter).log_probs(ids)
         )
         ours, theirs = both[step]
-        return judge_tie(
-            user,
-            base,
-            task.alpha if adapter else 0.0,
-            task.tau,
-            task.sampling,
-            ids,
-            step,
-            ours,
-            theirs,
-        )
+        alpha = task.alpha if adapter else 0.0
+        return judge_tie(user, base, alpha, task.tau, task.sampling, ids, step, ours, theirs)
 
 
 def judge_tie(
@@ -563,7 +577,10 @@ def judge_tie(
     ours: int,
     theirs: int,
 ) -> str | None:
-    """None where float64 log-probabilities ``(V,)`` of user and base after ``ids`` leave it open which of two tokens comes next."""
+    """Return what differs, or None where it is open which of two tokens comes next.
+
+    `user` and `base` are float64 log-probabilities `(V,)` after `ids`.
+    """
     final = scores(user, base, alpha, tau)
     tolerance = TIE
     if sampling.repetition_penalty != 1:

@@ -1,26 +1,32 @@
 """Speculation on and off in our engine: where answers quote their prompt, and where they do not.
 
-First a small Llama is trained to quote: 2 layers of width 128 and a vocabulary of a few hundred words, on texts of random words
-that never come again, so that it has to look the answer up in the prompt. An instruction after the text says what is wanted:
+First a small Llama is trained to quote: 2 layers of width 128 and a vocabulary of a few hundred
+words, on texts of random words that never come again, so that it has to look the answer up in the
+prompt. An instruction after the text says what to answer:
 
     copy       the text again (rewriting)
     replace    the text with one word replaced by another (editing)
-    until      the text up to the sentence with a given mark (summarising)
+    until      the text up to the sentence with a certain mark (summarising)
 
-It is held to 95 % of the tokens right when it decodes unseen texts. For a figure at full cost the same weights are also laid into
-a Llama of 134 million parameters (30 layers, width 576, vocabulary 49152) in bfloat16: its first two layers quote, the others are
-computed but add nothing, so it answers the same while a step costs what a step of that size costs.
+It is held to 95 % of the tokens right when it decodes unseen texts. For a figure at full cost the
+same weights are also laid into a Llama of 134 million parameters (30 layers, width 576, vocabulary
+49152) in bfloat16: its first two layers quote, the others are computed but add nothing, so it
+answers the same while a step costs what a step of that size costs.
 
-Two processes hold our engine, one with speculation and one without, and take turns: in each round both answer the same requests,
-which no round before had, with a random adapter (α 0.1, two rows). Seconds are those of whole answers, prompts included; steps are
-forwards of the decoding. A ratio is without / with, the median of the rounds', above 1 means that speculation saves.
+Two processes hold our engine, one with speculation and one without, and alternate: in each round
+both answer the same requests, which no round before had, with a random adapter (α 0.1, two rows).
+Seconds are those of whole answers, prompts included; steps are forwards of the decoding. A ratio is
+without / with, the median of the rounds', above 1 means that speculation saves.
 
     speculation_steps         steps, small model, quoting
-    speculation_clock         seconds, small model, quoting; a small model's step is mostly fixed cost, which flatters
+    speculation_clock         seconds, small model, quoting; a small model's step is mostly fixed
+                              cost, which flatters
     speculation_clock_134m    seconds, 134M parameters in bfloat16, quoting
-    speculation_worst         seconds, the least of the sets which do not quote: real headlines or abstracts asked of the starter,
-                              greedy and sampled, one user and 8 together; and samples of a random 134M Llama in bfloat16
-    speculation_differences   float32: answers whose first token that differs is no tie (1e-4) by plain float64 forwards; must be 0
+    speculation_worst         seconds, the least of the sets which do not quote: real headlines or
+                              abstracts asked of the starter, greedy and sampled, one user and 8
+                              together; and samples of a random 134M Llama in bfloat16
+    speculation_differences   float32: answers whose first token that differs is no tie (1e-4) by
+                              plain float64 forwards; must be 0
 
 The last line is one JSON object. The exit status is 1 where answers differ.
 """
@@ -47,9 +53,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from worker import SEED, Worker, machine
 
-from langchain_cope.engine import STARTER, Engine, EngineOptions, Request, Sampling, load_base
+from langchain_cope.engine import (
+    STARTER,
+    Contrast,
+    Engine,
+    EngineOptions,
+    Request,
+    Sampling,
+    load_base,
+)
 
-ALPHA, TAU = 0.1, 0.1
+CONTRAST = Contrast(0.1, 0.1)
 EXAMPLES = Path(__file__).parents[1] / "examples" / "data" / "user.jsonl"
 
 WORDS, MARKS = range(200), range(200, 208)
@@ -93,7 +107,7 @@ class Run:
 
 
 @dataclass
-class Found:
+class Comparison:
     """Per round: without and with speculation."""
 
     case: Case
@@ -101,18 +115,17 @@ class Found:
     on: list[Run] = field(default_factory=list)
 
     def ratios(self, figure: str) -> list[float]:
-        """Without / with, round by round, of ``seconds`` or ``steps``."""
+        """Return without / with, round by round, of `seconds` or `steps`."""
         return [
             getattr(off, figure) / getattr(on, figure)
             for off, on in zip(self.off, self.on, strict=True)
         ]
 
     def answers(self) -> Iterator[tuple[list[int], tuple[int, ...], tuple[int, ...], int]]:
-        """(prompt, answer without, answer with, seed), over all rounds but the one that warms up."""
+        """Yield (prompt, answer without, answer with, seed) of all rounds after the warm-up."""
         for prompts, off, on in zip(self.case.rounds[1:], self.off, self.on, strict=True):
-            for seed, (prompt, plain, fast) in enumerate(
-                zip(prompts, off.answers, on.answers, strict=True)
-            ):
+            answers = zip(prompts, off.answers, on.answers, strict=True)
+            for seed, (prompt, plain, fast) in enumerate(answers):
                 yield prompt, plain, fast, seed
 
 
@@ -120,22 +133,24 @@ def main() -> None:
     options = _options()
     state = machine("speculation", options)
     state["model"] = (
-        "trained to quote: 2 layers, width 128; the same laid into 134M parameters; starter; random Llama 134M"
+        "trained to quote: 2 layers, width 128; the same laid into 134M parameters; starter; "
+        "random Llama 134M"
     )
     print(json.dumps(state), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         accuracy, seconds = _write_models(Path(folder), options.train_steps)
-        found = [_measure(case, options.device) for case in _cases(Path(folder), options)]
-        differences = [line for each in found if each.case.exact for line in _differences(each)]
+        compared = [_measure(case, options.device) for case in _cases(Path(folder), options)]
+        exact = [each for each in compared if each.case.exact]
+        differences = [line for each in exact for line in _differences(each)]
     for line in differences[:10]:
         print(line)
-    figures = {each.case.name: _figures(each) for each in found}
+    figures = {each.case.name: _figures(each) for each in compared}
     report = {
         **state,
         "accuracy": accuracy,
         "training_seconds": seconds,
         "figures": figures,
-        "ratios": {**_ratios(found), "speculation_differences": len(differences)},
+        "ratios": {**_ratios(compared), "speculation_differences": len(differences)},
     }
     print(json.dumps(report))
     sys.exit(bool(differences))
@@ -161,31 +176,29 @@ def _options() -> argparse.Namespace:
 
 
 def draw_quote(chance: random.Random, kind: str, sentences: int, words: int) -> Quote:
-    """A text of so many sentences of so many words, none twice, each with a mark of its own; an instruction; and the answer."""
+    """Draw a text of so many sentences of so many words, an instruction, and the answer.
+
+    No word comes twice, and each sentence has a mark of its own.
+    """
     drawn, marks = chance.sample(WORDS, sentences * words + 1), chance.sample(MARKS, sentences)
     new, drawn = drawn[0], drawn[1:]
-    text = [
-        w
-        for number, mark in enumerate(marks)
-        for w in (*drawn[number * words : (number + 1) * words], mark)
-    ]
+    text: list[int] = []
+    for number, mark in enumerate(marks):
+        text += [*drawn[number * words : (number + 1) * words], mark]
     if kind == "copy":
         return [*text, COPY, ANSWER], [*text, END]
     if kind == "replace":
         old = chance.choice(drawn)
-        return [*text, REPLACE, old, new, ANSWER], [
-            *(new if word == old else word for word in text),
-            END,
-        ]
+        replaced = [new if word == old else word for word in text]
+        return [*text, REPLACE, old, new, ANSWER], [*replaced, END]
     last = chance.choice(marks[sentences // 2 :])
     return [*text, UNTIL, last, ANSWER], [*text[: text.index(last) + 1], END]
 
 
 def train(steps: int) -> LlamaForCausalLM:
-    """A small Llama that quotes, trained on the answers only: on short texts of every length first, then on longer ones."""
-    torch.set_num_threads(
-        1
-    )  # forward and backward run on two threads, whose OpenMP pools would keep each other waiting
+    """Train a small Llama to quote, on the answers only: short texts first, then longer ones."""
+    # Forward and backward run on two threads; their OpenMP pools would keep each other waiting.
+    torch.set_num_threads(1)
     torch.manual_seed(SEED)
     chance = random.Random(SEED)
     model = LlamaForCausalLM(_small_config())
@@ -194,10 +207,10 @@ def train(steps: int) -> LlamaForCausalLM:
         optimizer, lambda step: min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
     )
     for step in range(steps):
-        short = step < 0.4 * steps
-        sentences, words = (
-            (chance.randint(2, 3), (2, 6)) if short else (chance.randint(2, 6), (3, 8))
-        )
+        if step < 0.4 * steps:
+            sentences, words = chance.randint(2, 3), (2, 6)
+        else:
+            sentences, words = chance.randint(2, 6), (3, 8)
         quotes = [
             draw_quote(chance, chance.choice(KINDS), sentences, chance.randint(*words))
             for _ in range(64 if sentences < 4 else 32)
@@ -214,7 +227,7 @@ def train(steps: int) -> LlamaForCausalLM:
 
 
 def _small_config() -> LlamaConfig:
-    """Heads of the size of the large shape's, so that they can be laid into it."""
+    """Return a shape with heads of the large shape's size, so that they can be laid into it."""
     return LlamaConfig(
         hidden_size=128,
         intermediate_size=256,
@@ -245,9 +258,9 @@ def _loss(model: nn.Module, quotes: Sequence[Quote]) -> Tensor:
 
 @torch.inference_mode()
 def accuracy(model: Any, num_texts: int = 20) -> dict[str, float]:
-    """Per kind the share of tokens that greedy decoding of unseen texts gets right."""
+    """Return per kind the share of tokens that greedy decoding of unseen texts gets right."""
     chance = random.Random(f"{SEED} unseen")
-    found = {}
+    shares = {}
     for kind in KINDS:
         right = total = 0
         for _ in range(num_texts):
@@ -257,24 +270,25 @@ def accuracy(model: Any, num_texts: int = 20) -> dict[str, float]:
             decoded = model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=len(answer)
             )
-            right += sum(
-                a == b for a, b in zip(decoded[0, len(prompt) :].tolist(), answer, strict=False)
-            )
+            pairs = zip(decoded[0, len(prompt) :].tolist(), answer, strict=False)
+            right += len([1 for ours, expected in pairs if ours == expected])
             total += len(answer)
-        found[kind] = round(right / total, 3)
-    return found
+        shares[kind] = round(right / total, 3)
+    return shares
 
 
 @torch.no_grad()
 def enlarge(small: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A Llama of 134 million parameters that computes what ``small`` does in its first layers and adds nothing in the others."""
+    """Return a Llama of 134 million parameters that computes what `small` does.
+
+    Its first layers compute that, the others add nothing.
+    """
     have = small.config
     large = _random_llama(eos_token_id=END, rms_norm_eps=have.rms_norm_eps * have.hidden_size / 576)
     width, inner, size = have.hidden_size, have.intermediate_size, large.config.head_dim
     group = large.config.num_attention_heads // large.config.num_key_value_heads
-    shrink = math.sqrt(
-        width / 576
-    )  # a root mean square over 576 numbers of which only the first are not 0
+    # A root mean square over 576 numbers of which only the first are not 0.
+    shrink = math.sqrt(width / 576)
     large.model.embed_tokens.weight.zero_()[:SMALL_VOCABULARY, :width] = (
         small.model.embed_tokens.weight
     )
@@ -293,9 +307,8 @@ def enlarge(small: LlamaForCausalLM) -> LlamaForCausalLM:
         attention, from_attention = ours.self_attn, theirs.self_attn
         attention.k_proj.weight[:width, :width] = from_attention.k_proj.weight
         attention.v_proj.weight[:width, :width] = from_attention.v_proj.weight
-        for head in range(
-            have.num_attention_heads
-        ):  # the first of each group of heads that share keys and values
+        # The first of each group of heads that share keys and values.
+        for head in range(have.num_attention_heads):
             here = slice(head * size, (head + 1) * size)
             there = slice(head * group * size, (head * group + 1) * size)
             attention.q_proj.weight[there, :width] = from_attention.q_proj.weight[here]
@@ -321,7 +334,10 @@ def _random_llama(**changes: Any) -> LlamaForCausalLM:
 
 
 def _write_models(folder: Path, steps: int) -> tuple[dict[str, float], float]:
-    """Train; write every model but the starter, and an adapter for each. Returns accuracy and seconds of training."""
+    """Train; write every model but the starter, and an adapter for each.
+
+    Returns accuracy and seconds of training.
+    """
     start = time.perf_counter()
     small = train(steps)
     seconds = round(time.perf_counter() - start, 1)
@@ -368,7 +384,7 @@ def _cases(folder: Path, options: argparse.Namespace) -> list[Case]:
     )
     quoting.append(Case("134M, all kinds", *large, _quotes(rounds, 3, KINDS), 80, quotes=True))
     texts = _starter_prompts(options.prompts, rounds)
-    random_words = [[_random_prompt(f"{turn} {i}") for i in range(8)] for turn in range(rounds)]
+    random_words = [[_random_prompt(f"{number} {i}") for i in range(8)] for number in range(rounds)]
     first_two = [prompts[:2] for prompts in random_words]
     others = [
         Case("starter", *starter, texts, 32, quotes=False),
@@ -389,21 +405,23 @@ def _cases(folder: Path, options: argparse.Namespace) -> list[Case]:
 
 
 def _quotes(rounds: int, each: int, kinds: Sequence[str]) -> list[list[list[int]]]:
-    """Prompts of texts of 54 tokens, other ones in each round."""
+    """Return prompts of texts of 54 tokens, other ones in each round."""
     chance = random.Random(f"{SEED} {kinds}")
-    turns = itertools.cycle(kinds)
-    return [[draw_quote(chance, next(turns), 6, 8)[0] for _ in range(each)] for _ in range(rounds)]
+    cycle = itertools.cycle(kinds)
+    return [[draw_quote(chance, next(cycle), 6, 8)[0] for _ in range(each)] for _ in range(rounds)]
 
 
 def _starter_prompts(path: Path, rounds: int, each: int = 8) -> list[list[list[int]]]:
-    """Token ids of that many real prompts a round, of as many users as the file has; none twice while there are enough."""
-    users = [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-    by_user = itertools.zip_longest(
+    """Return token ids of that many real prompts a round, of as many users as the file has.
+
+    None comes twice while there are enough.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    users = [json.loads(line) for line in lines if line.strip()]
+    columns = itertools.zip_longest(
         *([item["prompt"] for item in user["history"]] for user in users)
     )
-    texts = itertools.cycle([text for turn in by_user for text in turn if text is not None])
+    texts = itertools.cycle([text for column in columns for text in column if text is not None])
     base = load_base(STARTER, device="cpu", dtype="float32")
     ids = (base.prompt_ids([{"role": "user", "content": text}]) for text in texts)
     fitting = (prompt for prompt in ids if len(prompt) < base.context - 64)
@@ -430,9 +448,9 @@ class Side:
     def answer(
         self, prompts: list[list[int]], num_tokens: int, temperature: float, together: int
     ) -> Run:
-        """Answer ``prompts``, so many at a time."""
+        """Answer `prompts`, so many at a time."""
         requests = [
-            Request(prompt, self._adapter, ALPHA, TAU, Sampling(num_tokens, temperature, seed=seed))
+            Request(prompt, self._adapter, CONTRAST, Sampling(num_tokens, temperature, seed=seed))
             for seed, prompt in enumerate(prompts)
         ]
         steps_before = self._engine.statistics().steps
@@ -446,72 +464,68 @@ class Side:
         return Run(seconds, steps, [completion.token_ids for completion in completions])
 
 
-def _measure(case: Case, device: str) -> Found:
-    """Both sides in turn, who begins alternating; the first round is not counted."""
-    found = Found(case)
+def _measure(case: Case, device: str) -> Comparison:
+    """Run both sides, which begin a round alternately; the first round is not counted."""
+    comparison = Comparison(case)
     with ExitStack() as stack:
-        sides = [
-            (
-                runs,
-                stack.enter_context(
-                    Worker(
-                        "__main__:Side", case.base, case.adapter, case.dtype, device, speculation
-                    )
-                ),
-            )
-            for runs, speculation in ((found.off, False), (found.on, True))
-        ]
-        for turn, prompts in enumerate(case.rounds):
-            for runs, side in sides[:: -1 if turn % 2 else 1]:
-                run = side.run(
+
+        def side(speculation: bool) -> Worker:
+            files = (case.base, case.adapter, case.dtype)
+            return stack.enter_context(Worker("__main__:Side", *files, device, speculation))
+
+        sides = [(comparison.off, side(False)), (comparison.on, side(True))]
+        for number, prompts in enumerate(case.rounds):
+            for runs, worker in reversed(sides) if number % 2 else sides:
+                run = worker.run(
                     "answer",
                     prompts=prompts,
                     num_tokens=case.num_tokens,
                     temperature=case.temperature,
                     together=case.together,
                 )
-                if turn:
+                if number:
                     runs.append(run)
-    _print_case(found)
-    return found
+    _print_case(comparison)
+    return comparison
 
 
 # The figures
 
 
-def _print_case(found: Found) -> None:
-    seconds, steps = found.ratios("seconds"), found.ratios("steps")
+def _print_case(comparison: Comparison) -> None:
+    case = comparison.case
+    seconds, steps = comparison.ratios("seconds"), comparison.ratios("steps")
     print(
-        f"{found.case.name:<24}{'quotes' if found.case.quotes else '':<8}"
+        f"{case.name:<24}{'quotes' if case.quotes else '':<8}"
         f"steps {statistics.median(steps):.2f}   "
         f"seconds {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
         flush=True,
     )
 
 
-def _figures(found: Found) -> dict[str, Any]:
-    answers = list(found.answers())
+def _figures(comparison: Comparison) -> dict[str, Any]:
+    answers = list(comparison.answers())
+    num_differing = len([1 for _, plain, fast, _ in answers if plain != fast])
     return {
-        "quotes": found.case.quotes,
-        "steps_off": sum(run.steps for run in found.off),
-        "steps_on": sum(run.steps for run in found.on),
-        "seconds_off": round(statistics.median(run.seconds for run in found.off), 3),
-        "seconds_on": round(statistics.median(run.seconds for run in found.on), 3),
+        "quotes": comparison.case.quotes,
+        "steps_off": sum(run.steps for run in comparison.off),
+        "steps_on": sum(run.steps for run in comparison.on),
+        "seconds_off": round(statistics.median(run.seconds for run in comparison.off), 3),
+        "seconds_on": round(statistics.median(run.seconds for run in comparison.on), 3),
         "tokens": sum(len(plain) for _, plain, _, _ in answers),
         "answers": len(answers),
-        "answers_that_differ": sum(plain != fast for _, plain, fast, _ in answers),
-        "seconds_ratio": round(statistics.median(found.ratios("seconds")), 3),
+        "answers_that_differ": num_differing,
+        "seconds_ratio": round(statistics.median(comparison.ratios("seconds")), 3),
     }
 
 
-def _ratios(found: Sequence[Found]) -> dict[str, float]:
-    small = [
-        each for each in found if each.case.quotes and each.case.exact and each.case.together == 1
-    ]
-    large = [each for each in found if each.case.quotes and not each.case.exact]
-    others = [each for each in found if not each.case.quotes]
+def _ratios(compared: Sequence[Comparison]) -> dict[str, float]:
+    quoting = [each for each in compared if each.case.quotes]
+    small = [each for each in quoting if each.case.exact and each.case.together == 1]
+    large = [each for each in quoting if not each.case.exact]
+    others = [each for each in compared if not each.case.quotes]
 
-    def median(cases: Sequence[Found], figure: str) -> float:
+    def median(cases: Sequence[Comparison], figure: str) -> float:
         return round(statistics.median(ratio for each in cases for ratio in each.ratios(figure)), 3)
 
     return {
@@ -522,10 +536,11 @@ def _ratios(found: Sequence[Found]) -> dict[str, float]:
     }
 
 
-def _differences(found: Found) -> list[str]:
-    """What differs between the two sides and is no tie."""
-    case = found.case
-    differing = [each for each in found.answers() if each[1] != each[2]]
+def _differences(comparison: Comparison) -> list[str]:
+    """Return what differs between the two sides and is no tie."""
+    case = comparison.case
+    alpha, tau = CONTRAST.alpha, CONTRAST.tau
+    differing = [each for each in comparison.answers() if each[1] != each[2]]
     if not differing:
         return []
     reference = Reference(case.base, case.adapter)
@@ -538,7 +553,7 @@ def _differences(found: Found) -> list[str]:
         ids = [*prompt, *plain[:step]]
         user, base = (rows[-1] for rows in reference.log_probs(ids))
         sampling = Sampling(case.num_tokens, case.temperature, seed=seed)
-        finding = judge_tie(user, base, ALPHA, TAU, sampling, ids, step, fast[step], plain[step])
+        finding = judge_tie(user, base, alpha, tau, sampling, ids, step, fast[step], plain[step])
         if finding is not None:
             lines.append(f"{case.name}: {finding}")
     return lines

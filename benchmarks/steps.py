@@ -1,14 +1,18 @@
-"""What a decoding step of our engine costs: against its size, against an adapter's change, and against what memory allows.
+"""What a decoding step costs: against its size, an adapter's change, and what memory allows.
 
-    size      time between two tokens of a user, for 1 to 32 users (two rows each) with 128 to 1024 tokens behind them
-    adapter   time until a user's adapter is ready: hot, already in the engine; cold, fetched from a store on the local disk,
-              checked and loaded; both against just reading the file with safetensors
-    limit     every weight is read once a step: bytes of the weights over the rate at which memory can be read is the shortest step
-              there can be; for one user, how far the step is from it, and where its time goes (torch's profiler on the engine's
-              thread: operations by kind; what they leave is Python, waiting and the recording itself)
+    size      time between two tokens of a user, for 1 to 32 users (two rows each) with 128 to 1024
+              tokens behind them
+    adapter   time until a user's adapter is ready: hot, already in the engine; cold, fetched from a
+              store on the local disk, checked and loaded; both against just reading the file with
+              safetensors
+    limit     every weight is read once a step: bytes of the weights over the rate at which memory
+              can be read is the shortest step there can be; for one user, how far the step is from
+              it, and where its time goes (torch's profiler on the engine's thread: operations by
+              kind; what they leave is Python, waiting and the recording itself)
 
-A figure is the median over the rounds (of adapters: over users), a ratio the median of their ratios. `step_vs_limit` is the
-step's time over the shortest there can be. The last line is one JSON object: the machine's state, figures and `ratios`.
+A figure is the median over the rounds (of adapters: over users), a ratio the median of their
+ratios. `step_vs_limit` is the step's time over the shortest there can be. The last line is one JSON
+object: the machine's state, figures and `ratios`.
 """
 
 import json
@@ -73,13 +77,12 @@ def _sizes(ours: Worker, rounds: int, num_tokens: int) -> Mapping[str, list[floa
         for users in USERS
         for context in CONTEXTS
     }
-    return alternate(
-        ways, min(rounds, 3), warm_up=False
-    )  # the largest reads 65 000 tokens of prompts before it is timed
+    # The largest reads 65 000 tokens of prompts before it is timed: that warms up.
+    return alternate(ways, min(rounds, 3), warm_up=False)
 
 
 def _adapters(ours: Worker, setting: Setting) -> dict[str, list[float]]:
-    """Every user's adapter once; the first one warms up."""
+    """Switch to every user's adapter once; the first one warms up."""
     ours.run("publish", store=setting.folder / "store")
     measured = [ours.run("switch_milliseconds", user=user) for user in range(setting.num_users)][1:]
     names = {"file": FILE, "cold": COLD, "hot": HOT}
@@ -100,7 +103,7 @@ def _against_limit(
 
 
 def _parts(ours: Worker, rounds: int, num_tokens: int) -> dict[str, list[float]]:
-    """What a step of one user goes to; the first recording warms up."""
+    """Return what a step of one user spends its time on; the first recording warms up."""
     recorded = [
         ours.run("profile", prompt_tokens=SHORT, num_tokens=num_tokens) for _ in range(rounds + 1)
     ][1:]
@@ -111,8 +114,10 @@ def _print_shares(parts: Mapping[str, float], limit: Mapping[str, float]) -> Non
     whole = sum(parts.values())
     print(f"\nthe recorded step of 1 user, {whole:.1f} ms: ", end="")
     print(", ".join(f"{milliseconds / whole:.0%} {kind}" for kind, milliseconds in parts.items()))
+    share = limit[LIMIT] / limit[STEP]
     print(
-        f"not recorded it takes {limit[STEP]:.1f} ms, {limit[LIMIT] / limit[STEP]:.0%} of the speed at which weights can be read"
+        f"not recorded it takes {limit[STEP]:.1f} ms, "
+        f"{share:.0%} of the speed at which weights can be read"
     )
 
 

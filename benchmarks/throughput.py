@@ -1,15 +1,19 @@
-"""Decoding speed and memory: many users on one base in our engine, against the other ways to get their tokens.
+"""Decoding speed and memory: many users on one base in our engine, against other ways.
 
-    one user        against `generate` of the base with the adapter by PEFT, with the adapter merged into the weights, and of the
-                    base alone; ours is contrastive, which takes a second row; theirs are not
-    1 to 32 users   each with an adapter of their own, all decoded together; the peers at 16 users are `generate` for one user after
-                    another, PEFT's mixed batch, and the two models of the paper's scripts for one user after another
-    memory          the peak of a fresh process that answers one user, loading included, against one that does so by `generate` with
-                    PEFT; and all weights and low-rank pairs in our process against the bytes of the base and one adapter
+    one user        against `generate` of the base with the adapter by PEFT, with the adapter merged
+                    into the weights, and of the base alone; ours is contrastive, which takes a
+                    second row; theirs are not
+    1 to 32 users   each with an adapter of their own, all decoded together; the peers at 16 users
+                    are `generate` for one user after another, PEFT's mixed batch, and the two
+                    models of the paper's scripts for one user after another
+    memory          the peak of a fresh process that answers one user, loading included, against one
+                    that does so by `generate` with PEFT; and all weights and low-rank pairs in our
+                    process against the bytes of the base and one adapter
 
-`peers` and `ours` say how each way decodes and what is timed, `worker` why each has a process of its own. A figure is the median
-over the rounds, in which every way runs once; a ratio is the median of the rounds' ratios. The last line is one JSON object with
-the state of the machine, `tokens_per_second` and `ratios`. `--plot FILE` draws users against tokens/s (needs matplotlib).
+`peers` and `ours` say how each way decodes and what is timed, `worker` why each has a process of
+its own. A figure is the median over the rounds, in which every way runs once; a ratio is the median
+of the rounds' ratios. The last line is one JSON object with the state of the machine,
+`tokens_per_second` and `ratios`. `--plot FILE` draws users against tokens/s (needs matplotlib).
 """
 
 import argparse
@@ -20,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from worker import (
-    Found,
+    Figures,
     Setting,
     Worker,
     alternate,
@@ -35,14 +39,14 @@ from worker import (
 USERS = (1, 2, 4, 8, 16, 32)
 MIXED_USERS = (4, 8, 16)
 PROMPT_TOKENS = 64
-IN_TURN = 4  # users that a way which takes one after another answers in a round: more would show the same rate
+# Users whom a way that answers one after another answers in a round: more would show the same rate.
+SEQUENTIAL_USERS = 4
 
-PEFT, MERGED, BASE = (
-    "generate, base and adapter by PEFT",
-    "generate, adapter merged",
-    "generate, base alone",
-)
-IN_TURN_PEFT, IN_TURN_TWO_MODELS = "16 users in turn, generate", "16 users in turn, two models"
+PEFT = "generate, base and adapter by PEFT"
+MERGED = "generate, adapter merged"
+BASE = "generate, base alone"
+SEQUENTIAL_PEFT = "16 users in turn, generate"
+SEQUENTIAL_TWO_MODELS = "16 users in turn, two models"
 
 
 def main() -> None:
@@ -51,9 +55,9 @@ def main() -> None:
     print(json.dumps(state), flush=True)
     with prepared(options.device, max(USERS)) as (setting, workers):
         memory = _memory(setting, options.tokens)
-        found = alternate(_ways(setting, workers, options.tokens), options.rounds)
-    speeds = print_figures("tokens/s", found)
-    ratios = print_ratios(_pairs(found))
+        speeds_by_round = alternate(_ways(setting, workers, options.tokens), options.rounds)
+    speeds = print_figures("tokens/s", speeds_by_round)
+    ratios = print_ratios(_pairs(speeds_by_round))
     ratios |= _print_memory(memory)
     print_report(state, tokens_per_second=speeds, memory=memory, ratios=ratios)
     if options.plot:
@@ -83,7 +87,7 @@ def _mixed(num_users: int) -> str:
 
 
 def _ways(setting: Setting, workers: ExitStack, num_tokens: int) -> dict[str, Callable[[], float]]:
-    """Name to way, each worker started and idle."""
+    """Return each way by its name, its worker started and idle."""
 
     def start(target: str, **settings: object) -> Callable[[int], Callable[[], float]]:
         worker = workers.enter_context(Worker(target, setting, **settings))
@@ -92,7 +96,7 @@ def _ways(setting: Setting, workers: ExitStack, num_tokens: int) -> dict[str, Ca
         )
 
     ours = start("ours:Ours", num_users=max(USERS))
-    peft = start("peers:Generate", kind="adapter", num_users=IN_TURN)
+    peft = start("peers:Generate", kind="adapter", num_users=SEQUENTIAL_USERS)
     mixed = start("peers:Mixed", num_users=max(MIXED_USERS))
     return {
         _ours(1): ours(1),
@@ -101,38 +105,41 @@ def _ways(setting: Setting, workers: ExitStack, num_tokens: int) -> dict[str, Ca
         BASE: start("peers:Generate", kind="base")(1),
         **{_ours(users): ours(users) for users in USERS[1:]},
         **{_mixed(users): mixed(users) for users in MIXED_USERS},
-        IN_TURN_PEFT: peft(IN_TURN),
-        IN_TURN_TWO_MODELS: start("peers:TwoModels")(IN_TURN),
+        SEQUENTIAL_PEFT: peft(SEQUENTIAL_USERS),
+        SEQUENTIAL_TWO_MODELS: start("peers:TwoModels")(SEQUENTIAL_USERS),
     }
 
 
-def _pairs(found: Found) -> dict[str, tuple[list[float], list[float]]]:
+def _pairs(speeds_by_round: Figures) -> dict[str, tuple[list[float], list[float]]]:
     pairs = {
         "one_user_vs_generate": (_ours(1), PEFT),
         "one_user_vs_generate_merged": (_ours(1), MERGED),
         "one_user_vs_generate_base": (_ours(1), BASE),
-        "users16_vs_sequential_generate": (_ours(16), IN_TURN_PEFT),
+        "users16_vs_sequential_generate": (_ours(16), SEQUENTIAL_PEFT),
         "users16_vs_peft_mixed": (_ours(16), _mixed(16)),
-        "users16_vs_two_models": (_ours(16), IN_TURN_TWO_MODELS),
+        "users16_vs_two_models": (_ours(16), SEQUENTIAL_TWO_MODELS),
         "users16_vs_one": (_ours(16), _ours(1)),
     }
-    return {name: (found[ours], found[theirs]) for name, (ours, theirs) in pairs.items()}
+    return {
+        name: (speeds_by_round[ours], speeds_by_round[theirs])
+        for name, (ours, theirs) in pairs.items()
+    }
 
 
 def _memory(setting: Setting, num_tokens: int) -> dict[str, int]:
-    """Bytes: peaks of two fresh processes, and what ours keeps against the least that would do."""
+    """Return bytes: peaks of two fresh processes, what ours holds and the least that would do."""
     one_answer = {"num_users": 1, "prompt_tokens": PROMPT_TOKENS, "num_tokens": num_tokens}
     with Worker("ours:Ours", setting, num_users=1) as ours:
         ours.run("rate", **one_answer)
         our_peak = ours.run("peak_memory")
-        kept, least = ours.run("kept_bytes")
+        held, least = ours.run("held_bytes")
     with Worker("peers:Generate", setting, kind="adapter") as peft:
         peft.run("rate", **one_answer)
         their_peak = peft.run("peak_memory")
     return {
         "our_peak": our_peak,
         "generate_peak": their_peak,
-        "kept": kept,
+        "kept": held,
         "base_and_adapter": least,
     }
 
@@ -142,17 +149,15 @@ def _print_memory(memory: Mapping[str, int]) -> dict[str, float]:
         "memory_vs_generate": memory["our_peak"] / memory["generate_peak"],
         "parameter_storage_vs_base_and_adapter": memory["kept"] / memory["base_and_adapter"],
     }
-    print(
-        "\nmemory, MB: "
-        + ", ".join(f"{name} {num_bytes / 1e6:.1f}" for name, num_bytes in memory.items())
-    )
+    megabytes = [f"{name} {num_bytes / 1e6:.1f}" for name, num_bytes in memory.items()]
+    print("\nmemory, MB: " + ", ".join(megabytes))
     for name, ratio in ratios.items():
         print(f"{name:<44}{ratio:>10.3f}")
     return {name: round(ratio, 4) for name, ratio in ratios.items()}
 
 
 def _plot(speeds: Mapping[str, float], file: Path) -> None:
-    """Users against tokens/s, with as many users on the right as were measured."""
+    """Draw users against tokens/s, up to as many users as were measured."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), layout="constrained")
@@ -164,8 +169,8 @@ def _plot(speeds: Mapping[str, float], file: Path) -> None:
         "s-",
         label="PEFT's mixed batch",
     )
-    for name, style in ((PEFT, "--"), (BASE, ":"), (IN_TURN_TWO_MODELS, "-.")):
-        label = {IN_TURN_TWO_MODELS: "two models, one user after another"}.get(
+    for name, style in ((PEFT, "--"), (BASE, ":"), (SEQUENTIAL_TWO_MODELS, "-.")):
+        label = {SEQUENTIAL_TWO_MODELS: "two models, one user after another"}.get(
             name, f"{name}, one user after another"
         )
         axes.plot(USERS, [speeds[name]] * len(USERS), style, color="gray", label=label)

@@ -1,8 +1,9 @@
-"""What the decoding benchmarks share: a process for each way of decoding, rounds in alternation, and reports.
+"""What the decoding benchmarks share: a process for each way of decoding, rounds, and reports.
 
-Each way lives in a process of its own and is idle while another runs. Within one process they would disturb each other: as soon as
-two of its threads have run torch's parallel regions, its OpenMP keeps two teams for two cores and every small product takes twice
-the time. Nothing here imports torch, so that a process holds what its way needs and nothing else.
+Each way lives in a process of its own and is idle while another runs. Within one process they would
+disturb each other: as soon as two of its threads have run torch's parallel regions, its OpenMP
+keeps two teams for two cores and every small product takes twice the time. Nothing here imports
+torch, so that a process holds what its way needs and nothing else.
 """
 
 import argparse
@@ -27,13 +28,16 @@ from typing import Any
 VOCABULARY = 49152
 SEED = 0
 
-Found = Mapping[str, list[float]]
+Figures = Mapping[str, list[float]]
 """Figures by name, one a round."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every way is given: a base, adapters made for it, and a device. ``peers.prepare`` writes the files."""
+    """What every way is given: a base, adapters made for it, and a device.
+
+    `peers.prepare` writes the files.
+    """
 
     folder: Path
     device: str
@@ -50,12 +54,15 @@ class Setting:
         return [self.folder / f"user{user}" for user in range(self.num_users)]
 
     def prompt(self, user: int, num_tokens: int) -> list[int]:
-        """Random token ids, the same ones for whoever asks."""
+        """Return random token ids, the same ones for every caller."""
         return random.Random(f"{SEED} {user}").choices(range(10, VOCABULARY), k=num_tokens)
 
 
 class Worker:
-    """An object in a process of its own: ``target`` ("module:name") is called there once, then `run` calls its methods."""
+    """An object in a process of its own.
+
+    `target` ("module:name") is called there once, then `run` calls its methods.
+    """
 
     def __init__(self, target: str, *arguments: Any, **settings: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -74,7 +81,7 @@ class Worker:
         self.close()
 
     def run(self, method: str, **arguments: Any) -> Any:
-        """What ``method`` returns; this process sleeps until then."""
+        """Return what `method` returns; this process sleeps until then."""
         self._pipe.send((method, arguments))
         return self._receive()
 
@@ -112,35 +119,37 @@ def _serve(
 
 
 def peak_memory(device: str) -> int:
-    """Most bytes that this process has held: resident on a CPU, loading included; allocated by torch on a GPU."""
+    """Return the most bytes that this process has held, loading included.
+
+    On a CPU they are the resident ones, on a GPU those allocated by torch.
+    """
     if device != "cpu":
         import torch
 
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would include what the parent held when it started this process
-        peak = next(
-            line
-            for line in status.read_text(encoding="ascii").splitlines()
-            if line.startswith("VmHWM:")
-        )
+        lines = status.read_text(encoding="ascii").splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    peak_in_units = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_in_units * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager
 def prepared(device: str, num_users: int) -> Iterator[tuple[Setting, ExitStack]]:
-    """A base and adapters on the disk, and a stack for the workers that use them; all of it gone afterwards."""
+    """Offer a base and adapters on the disk, and a stack for the workers that use them.
+
+    All of it is gone afterwards.
+    """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as workers:
-        made = Setting(Path(folder), device, num_users)
-        Worker("peers:prepare", made).close()
-        yield made, workers
+        setting = Setting(Path(folder), device, num_users)
+        Worker("peers:prepare", setting).close()
+        yield setting, workers
 
 
 def option_parser(description: str, rounds: int, tokens: int) -> argparse.ArgumentParser:
-    """A parser with the options of every decoding benchmark."""
+    """Return a parser with the options of every decoding benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
@@ -151,7 +160,7 @@ def option_parser(description: str, rounds: int, tokens: int) -> argparse.Argume
 
 
 def machine(benchmark: str, options: argparse.Namespace) -> dict[str, Any]:
-    """State of machine and run, as it stands at the head of the JSON."""
+    """Return the state of machine and run, with which the JSON begins."""
     with Worker("peers:Torch", options.device) as torch:
         about_torch = torch.run("about")
     return {
@@ -159,7 +168,8 @@ def machine(benchmark: str, options: argparse.Namespace) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         **about_torch,
-        "model": "random Llama, 134M parameters, bfloat16, 30 layers, width 576, vocabulary 49152; LoRA r 8 on q_proj and v_proj",
+        "model": "random Llama, 134M parameters, bfloat16, 30 layers, width 576, "
+        "vocabulary 49152; LoRA r 8 on q_proj and v_proj",
         "options": {
             name: value for name, value in vars(options).items() if isinstance(value, (int, str))
         },
@@ -177,23 +187,26 @@ def _processor() -> str:
 def alternate(
     ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Run every way once to warm up, then once a round; in every other round in the opposite order."""
+    """Run every way once to warm up, then once a round, in every other round backwards."""
     for way in ways.values() if warm_up else ():
         way()
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds):
-        for name in list(ways)[:: -1 if turn % 2 else 1]:
-            found[name].append(ways[name]())
-    return found
+    figures: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        names = list(ways)
+        if number % 2:
+            names.reverse()
+        for name in names:
+            figures[name].append(ways[name]())
+    return figures
 
 
-def print_figures(title: str, found: Found, digits: int = 1) -> dict[str, float]:
-    """Print and return the median of each row of figures; the spread over the rounds stands beside it."""
+def print_figures(title: str, figures: Figures, digits: int = 1) -> dict[str, float]:
+    """Print and return the median of each way's figures; print their spread beside it."""
     print(f"\n{title:<44}{'median':>10}{'min':>10}{'max':>10}")
-    for name, values in found.items():
+    for name, values in figures.items():
         cells = (statistics.median(values), min(values), max(values))
         print(f"{name:<44}" + "".join(f"{cell:>10.{digits}f}" for cell in cells))
-    return {name: round(statistics.median(values), 4) for name, values in found.items()}
+    return {name: round(statistics.median(values), 4) for name, values in figures.items()}
 
 
 def print_ratios(pairs: Mapping[str, tuple[list[float], list[float]]]) -> dict[str, float]:
@@ -203,5 +216,5 @@ def print_ratios(pairs: Mapping[str, tuple[list[float], list[float]]]) -> dict[s
 
 
 def print_report(state: dict[str, Any], **results: Any) -> None:
-    """The one JSON object that ends a benchmark's output."""
+    """Print the one JSON object that ends a benchmark's output."""
     print(json.dumps({**state, "load_after": os.getloadavg(), **results}))

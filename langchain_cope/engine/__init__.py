@@ -1,8 +1,9 @@
 """The contrastive engine: torch and transformers only. It knows no LangChain and no store.
 
-It is handed token ids and a peft folder, and answers with text. This is its front door: what lies above imports nothing
-past it. Read `engine.py` (who may call), `scheduler.py` (who is in the batch) and `batch.py` (one step) first, then
-`next_token.py` and `decoding/contrast.py` (the rule). Names are loaded when first used, so that importing costs nothing.
+It is handed token ids and a peft folder, and answers with text. This is its front door: what lies
+above imports nothing past it. Read `engine.py` (who may call), `scheduler.py` (who is in the batch)
+and `batch.py` (one step) first, then `next_token.py` and `decoding/contrast.py` (the rule). Names
+are loaded when first used, so that importing costs nothing.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from langchain_cope._front_door import lazy_names
 
 if TYPE_CHECKING:
     from langchain_cope.engine.adapter import CONFIG, WEIGHTS, Adapter
-    from langchain_cope.engine.answer import Completion, Piece, Stream
+    from langchain_cope.engine.answer import Completion, Piece, Stream, TokenLogprobs
     from langchain_cope.engine.base.base import Base
     from langchain_cope.engine.base.chat_template import Message
     from langchain_cope.engine.base.context import context_of
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         ReplyFormat,
         only_answer,
     )
+    from langchain_cope.engine.checks import check_option, is_number, is_whole
     from langchain_cope.engine.decoding.sampling import Sampling
     from langchain_cope.engine.decoding.text import overlap
     from langchain_cope.engine.device import give_back
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
         check_alpha,
         check_tau,
     )
-    from langchain_cope.engine.request import AdapterSource, Request, TokenLogprobs
+    from langchain_cope.engine.request import AdapterSource, Request
 
 __all__ = [
     "ADAPTER_ALONE",
@@ -73,10 +75,13 @@ __all__ = [
     "TokenLogprobs",
     "can_constrain",
     "check_alpha",
+    "check_option",
     "check_tau",
     "closed_schema",
     "context_of",
     "give_back",
+    "is_number",
+    "is_whole",
     "load_base",
     "only_answer",
     "overlap",
@@ -109,14 +114,17 @@ __getattr__ = lazy_names(
         "Statistics": "engine",
         "Stream": "answer",
         "THOUGHT": "base.reply_format",
-        "TokenLogprobs": "request",
+        "TokenLogprobs": "answer",
         "WEIGHTS": "adapter",
         "can_constrain": "grammar.schema",
         "check_alpha": "options",
+        "check_option": "checks",
         "check_tau": "options",
         "closed_schema": "grammar.schema",
         "context_of": "base.context",
         "give_back": "device",
+        "is_number": "checks",
+        "is_whole": "checks",
         "load_base": "base.loading",
         "only_answer": "base.reply_format",
         "overlap": "decoding.text",

@@ -1,7 +1,8 @@
 """A few adapters ready in device memory for any number of users.
 
-Requests lease a slot in the order of their arrival. Loading, which may mean fetching, is done by a thread of its own, one adapter
-after the other; a lease keeps its adapter from being evicted, and the least recently used one without a lease makes room.
+Requests lease a slot in the order of their arrival. Loading, which may mean fetching, is done by a
+thread of its own, one adapter after the other. A lease keeps its adapter from being evicted; the
+least recently used one without a lease makes room.
 """
 
 import threading
@@ -10,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from langchain_cope.engine.adapter import Adapter
+from langchain_cope.engine.device import release_thread_pool
 from langchain_cope.engine.request import AdapterSource
-from langchain_cope.engine.threads import release_pool
 
-_PATIENCE = (
-    5.0  # seconds for a load under way when everything ends; its thread does not keep the process
-)
+# Seconds for a load under way when everything ends; its thread does not keep the process.
+_JOIN_TIMEOUT = 5.0
 
 
 class Lease:
@@ -24,13 +24,13 @@ class Lease:
     def __init__(self, source: AdapterSource) -> None:
         self.source = source
         self.adapter: Adapter | None = None
-        """There once it is loaded."""
+        """Set once it is loaded."""
         self.error: BaseException | None = None
-        """Why it will never be there."""
+        """Why it could not be loaded."""
 
     @property
-    def settled(self) -> bool:
-        """Loaded or failed."""
+    def done(self) -> bool:
+        """True once the adapter is loaded or has failed to."""
         return self.adapter is not None or self.error is not None
 
 
@@ -41,15 +41,21 @@ class _Slot:
 
 
 class AdapterSlots:
-    """``capacity`` adapters. Thread-safe."""
+    """Slots for `capacity` adapters. Thread-safe."""
 
     def __init__(
-        self, capacity: int, read: Callable[[Path, str], Adapter], on_settled: Callable[[], None]
+        self, capacity: int, read: Callable[[Path, str], Adapter], on_done: Callable[[], None]
     ) -> None:
-        """``read`` makes an adapter of a folder and its name; ``on_settled`` is called after leases got theirs, or an error."""
+        """Start with empty slots.
+
+        Args:
+            capacity: number of slots.
+            read: makes an adapter of a folder and its name.
+            on_done: called after leases got their adapter, or an error.
+        """
         self._capacity = capacity
         self._read = read
-        self._on_settled = on_settled
+        self._on_done = on_done
         self._lock = threading.RLock()
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._waiting: deque[Lease] = deque()
@@ -63,7 +69,7 @@ class AdapterSlots:
         lease = Lease(source)
         with self._lock:
             self._waiting.append(lease)
-            self._serve()
+            self._assign_slots()
         return lease
 
     def release(self, lease: Lease) -> None:
@@ -74,16 +80,16 @@ class AdapterSlots:
                 slot.leases.discard(lease)
             if lease in self._waiting:
                 self._waiting.remove(lease)
-            self._serve()
+            self._assign_slots()
 
     @property
     def num_in_use(self) -> int:
         """Slots that some request holds."""
         with self._lock:
-            return sum(bool(slot.leases) for slot in self._slots.values())
+            return len([slot for slot in self._slots.values() if slot.leases])
 
     def clear(self) -> None:
-        """Drop every adapter and whoever waits for one; nothing is loaded any more."""
+        """Drop every adapter and every lease that waits for one; nothing is loaded any more."""
         with self._lock:
             self._closed = True
             self._waiting.clear()
@@ -91,10 +97,10 @@ class AdapterSlots:
             self._slots.clear()
             loader = self._loader
         if loader is not None and loader is not threading.current_thread():
-            loader.join(_PATIENCE)
+            loader.join(_JOIN_TIMEOUT)
 
-    def _serve(self) -> None:
-        """Give slots to those who wait, first come first served."""
+    def _assign_slots(self) -> None:
+        """Give slots to the leases that wait, first come first served."""
         while self._waiting and not self._closed:
             source = self._waiting[0].source
             slot = self._slots.get(source.name)
@@ -110,21 +116,15 @@ class AdapterSlots:
             slot.leases.add(lease)
 
     def _make_room(self) -> bool:
+        """Tell whether there is a free slot, after evicting where one can be."""
         if len(self._slots) < self._capacity:
             return True
-        idle = next(
-            (
-                name
-                for name, slot in self._slots.items()
-                if not slot.leases and slot.adapter is not None
-            ),
-            None,
-        )
-        if idle is None:
-            return False
-        del self._slots[idle]
-        self.num_evicted += 1
-        return True
+        for name, slot in self._slots.items():
+            if not slot.leases and slot.adapter is not None:
+                del self._slots[name]
+                self.num_evicted += 1
+                return True
+        return False
 
     def _start_loader(self) -> None:
         if self._loader is None:
@@ -142,26 +142,27 @@ class AdapterSlots:
                     return
                 source = self._to_load.popleft()
             try:
-                loaded: Adapter | BaseException = self._read(source.folder(), source.name)
+                result: Adapter | BaseException = self._read(source.folder(), source.name)
             except BaseException as error:
-                loaded = error
-            release_pool()  # the engine's own threads are not to share the cores with idle ones
-            self._settle(source.name, loaded)
-            self._on_settled()
+                result = error
+            release_thread_pool()  # idle threads would take the cores from the engine's own
+            self._hand_out(source.name, result)
+            self._on_done()
 
-    def _settle(self, name: str, loaded: Adapter | BaseException) -> None:
+    def _hand_out(self, name: str, result: Adapter | BaseException) -> None:
+        """Give what loading came to, an adapter or an error, to the leases of its slot."""
         with self._lock:
             slot = self._slots.get(name)
             if slot is None:  # cleared meanwhile
                 return
             for lease in slot.leases:
-                if isinstance(loaded, Adapter):
-                    lease.adapter = loaded
+                if isinstance(result, Adapter):
+                    lease.adapter = result
                 else:
-                    lease.error = loaded
-            if isinstance(loaded, Adapter):
-                slot.adapter = loaded
+                    lease.error = result
+            if isinstance(result, Adapter):
+                slot.adapter = result
                 self.num_loaded += 1
             else:
                 del self._slots[name]  # the next request tries again
-            self._serve()
+            self._assign_slots()

@@ -1,4 +1,8 @@
-"""An answer on its way to its reader: from tokens to pieces of text, in the order in which they are shown."""
+"""What comes back: tokens turned into text and delivered to the reader in the order they are shown.
+
+`ActiveRequest` is a request on its way: its state in the batch, and the sink that its reader's
+events go to. `Piece` and `Completion` are those events, `Stream` is the reader's end.
+"""
 
 import queue
 import time
@@ -7,14 +11,40 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from langchain_cope.engine.adapter import Adapter
 from langchain_cope.engine.adapter_slots import Lease
 from langchain_cope.engine.base.base import Base
+from langchain_cope.engine.decoding.speculation import PromptLookup
 from langchain_cope.engine.decoding.text import Detokenizer, StopStrings
-from langchain_cope.engine.grammar.constraint import compile_grammar
-from langchain_cope.engine.request import Chosen, Request, Running, TokenLogprobs
+from langchain_cope.engine.grammar.constraint import Constraint, compile_grammar
+from langchain_cope.engine.request import Request
+from langchain_cope.engine.rows import Row
 from langchain_cope.errors import Cancelled, ModelError
 
-STOP_SECONDS = 0.05  # between two looks at whether to stop, where no piece comes meanwhile
+_STOP_INTERVAL = 0.05  # seconds between two calls of `should_stop` while no piece comes
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The token by which an answer grows."""
+
+    token: int
+    changed: bool
+    """True where the contrast's likeliest token is not the personal model's own."""
+    logprobs: tuple[float, float] | None = None
+    """(log p_user, log p_base) in nats, where the request asks for it."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How one token came about, in nats."""
+
+    token_id: int
+    text: str
+    log_p_user: float
+    log_p_base: float
+    reward: float
+    """log p_user − α · log p_base, the paper's implicit reward."""
 
 
 @dataclass(frozen=True)
@@ -33,107 +63,149 @@ class Completion:
     token_ids: tuple[int, ...]
     """Every token chosen, an end-of-turn token included."""
     finish_reason: Literal["stop", "length"]
-    """``length``: the budget or the context ended it."""
+    """`length`: the budget or the context ended it."""
     contrast_changed: float
     """Share of steps whose contrastive argmax is not the personal model's own, before warpers."""
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 Event = Piece | Completion | BaseException
+"""What a reader gets: pieces, then a completion or an error, which is the last."""
 
 
-class Job(Running):
-    """A request on its way through the engine."""
+class ActiveRequest:
+    """A request on its way through the engine: its tokens so far and the text made of them."""
 
     def __init__(self, request: Request, base: Base, sink: Callable[[Event], None]) -> None:
-        super().__init__(
-            request, min(len(request.prompt) + request.sampling.max_tokens, base.context)
-        )
-        self.cancelled = False
+        """Raises InputError for a grammar that cannot be held to."""
+        self.request = request
+        self.limit = min(len(request.prompt) + request.sampling.max_tokens, base.context)
+        """Tokens of prompt and answer, at most."""
+        self.tokens = list(request.prompt)
+        """Prompt and answer."""
+        self.answer: list[int] = []
+        """Tokens of the answer alone."""
+        self.adapter = request.adapter if isinstance(request.adapter, Adapter) else None
+        """Set before the request joins the batch, where its adapter comes from a slot."""
         self.lease: Lease | None = None
+        """Its hold on a slot, where its adapter comes from one."""
+        self.rows: tuple[Row, ...] = ()
+        """In the batch: the personal row, then the base's where the request has two."""
+        self.lookup: PromptLookup | None = None
+        """Where speculation looks for what comes next."""
+        self.constraint: Constraint | None = None
+        """What may come next, where the request has a grammar."""
+        self.finished = False
+        """True once the answer is whole, or has failed over its grammar."""
+        self.cancelled = False
+        """True once its reader has gone. Any thread may set it."""
+        self._num_changed = 0
         self._base = base
+        self._eos_ids = base.eos_ids
         self._sink = sink
-        if request.grammar is not None:
-            self.constraint = compile_grammar(
-                request.grammar, base.vocabulary, self.limit - len(request.prompt)
-            )
         self._detokenizer = Detokenizer(base.tokenizer, base.hidden_ids)
         self._stops = StopStrings(request.sampling.stop)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
+        if request.grammar is not None:
+            room = self.limit - len(request.prompt)
+            self.constraint = compile_grammar(request.grammar, base.vocabulary, room)
 
     @property
     def ready(self) -> bool:
-        """Whether its adapter is there, or will never be."""
-        return self.lease is None or self.lease.settled
+        """True once its adapter is there, or has failed to load."""
+        return self.lease is None or self.lease.done
 
-    def take(self, chosen: Chosen) -> bool:
-        """Append a token and pass on what it adds; False where it ends the answer."""
-        full = not super().take(chosen)
-        eos = chosen.token in self._base.eos_ids
-        piece = "" if eos else self._detokenizer.push(chosen.token)
-        ended = eos or (self.constraint is not None and self.constraint.done)
-        if ended or full:
-            piece += self._detokenizer.flush()
-        held = (
-            self.constraint is not None and self.constraint.in_json
-        )  # where stop strings would break what is held
-        text = self._stops.flush() + piece if held else self._stops.push(piece)
-        if (ended or full) and not self._stops.stopped:
-            text += self._stops.flush()
-        self._send(text, chosen)
-        if self.constraint is not None and self.constraint.error:
-            self.fail(
-                ModelError(
-                    f"the grammar of this answer became too complex: {self.constraint.error}"
-                )
-            )
-            return False
-        if not (ended or full or self._stops.stopped):
-            return True
-        self._sink(self._completion("stop" if ended or self._stops.stopped else "length"))
-        return False
-
-    def expire(self) -> bool:
-        """Fail where the deadline is over; True where it is."""
+    @property
+    def overdue(self) -> bool:
+        """True once its deadline is over."""
         deadline = self.request.deadline
-        if deadline is None or time.monotonic() < deadline:
-            return False
-        self.fail(TimeoutError("the answer was not done in time; it was stopped"))
-        return True
+        return deadline is not None and time.monotonic() >= deadline
+
+    def push(self, chosen: NextToken) -> None:
+        """Append a token and send what it adds; `finished` tells whether it was the last one."""
+        token = chosen.token
+        self.answer.append(token)
+        self.tokens.append(token)
+        if chosen.changed:
+            self._num_changed += 1
+        if self.lookup is not None:
+            self.lookup.push(token)
+        if self.constraint is not None:
+            self.constraint.push(token)
+
+        eos = token in self._eos_ids
+        ended = eos or (self.constraint is not None and self.constraint.done)
+        full = len(self.tokens) >= self.limit
+        text = self._new_text(None if eos else token, is_last=ended or full)
+        logprobs = self._new_logprobs(chosen)
+        if text or logprobs:
+            self._text.append(text)
+            self._sink(Piece(text, logprobs))
+
+        if self.constraint is not None and self.constraint.error:
+            error = f"the grammar of this answer became too complex: {self.constraint.error}"
+            self.fail(ModelError(error))
+            self.finished = True
+        elif ended or self._stops.stopped:
+            self._complete("stop")
+        elif full:
+            self._complete("length")
 
     def fail(self, error: BaseException) -> None:
         """Tell the reader that nothing more comes, and why."""
         self._sink(error)
 
-    def _send(self, text: str, chosen: Chosen) -> None:
-        tokens = self._new_logprobs(chosen)
-        if text or tokens:
-            self._text.append(text)
-            self._sink(Piece(text, tokens))
+    def fail_if_overdue(self) -> bool:
+        """Fail where the deadline is over; tell whether it is."""
+        if self.overdue:
+            self.fail(TimeoutError("the answer was not done in time; it was stopped"))
+            return True
+        return False
 
-    def _new_logprobs(self, chosen: Chosen) -> tuple[TokenLogprobs, ...]:
+    def _new_text(self, token: int | None, is_last: bool) -> str:
+        """Return the text that `token` lets out; None stands for one that is not shown."""
+        text = "" if token is None else self._detokenizer.push(token)
+        if is_last:
+            text += self._detokenizer.flush()
+        if self.constraint is not None and self.constraint.in_json:
+            text = self._stops.flush() + text  # a stop string within JSON would break it
+        else:
+            text = self._stops.push(text)
+        if is_last and not self._stops.stopped:
+            text += self._stops.flush()
+        return text
+
+    def _new_logprobs(self, chosen: NextToken) -> tuple[TokenLogprobs, ...]:
         if chosen.logprobs is None:
             return ()
         user, base = chosen.logprobs
         text = str(self._base.tokenizer.decode([chosen.token]))
-        self._logprobs.append(
-            TokenLogprobs(chosen.token, text, user, base, user - self.request.contrast.alpha * base)
-        )
+        reward = user - self.request.contrast.alpha * base
+        self._logprobs.append(TokenLogprobs(chosen.token, text, user, base, reward))
         return (self._logprobs[-1],)
 
-    def _completion(self, reason: Literal["stop", "length"]) -> Completion:
-        share = self.num_changed / len(self.ids)
-        return Completion(
-            "".join(self._text), tuple(self.ids), reason, share, tuple(self._logprobs)
+    def _complete(self, reason: Literal["stop", "length"]) -> None:
+        self._sink(
+            Completion(
+                text="".join(self._text),
+                token_ids=tuple(self.answer),
+                finish_reason=reason,
+                contrast_changed=self._num_changed / len(self.answer),
+                logprobs=tuple(self._logprobs),
+            )
         )
+        self.finished = True
 
 
 class Stream(Iterator[Piece | Completion]):
-    """Pieces of one answer as they come, the `Completion` last. Closing or dropping it cancels the request."""
+    """Pieces of one answer as they come, the `Completion` last.
 
-    def __init__(self, job: Job, events: "queue.SimpleQueue[Event | None]") -> None:
-        self._job = job
+    Closing or dropping it cancels the request.
+    """
+
+    def __init__(self, active: ActiveRequest, events: "queue.SimpleQueue[Event | None]") -> None:
+        self._active = active
         self._events = events
         self._ended = False
 
@@ -141,13 +213,28 @@ class Stream(Iterator[Piece | Completion]):
         return self._next()
 
     def completion(self, should_stop: Callable[[], bool] | None = None) -> Completion:
-        """The whole answer, once it is there. Raises ``Cancelled`` soon after ``should_stop`` says so; close it then."""
+        """Return the whole answer, once it is there.
+
+        Raises Cancelled soon after `should_stop` returns True; close the stream then.
+        """
+        timeout = None if should_stop is None else _STOP_INTERVAL
         while should_stop is None or not should_stop():
             with suppress(queue.Empty):
-                event = self._next(None if should_stop is None else STOP_SECONDS)
+                event = self._next(timeout)
                 if isinstance(event, Completion):
                     return event
         raise Cancelled("stopped on request while the model was answering")
+
+    def close(self) -> None:
+        """Stop the request within one token; harmless after the end.
+
+        Nothing more comes, and a thread that waits for a piece wakes up.
+        """
+        self._ended = self._active.cancelled = True
+        self._events.put(None)
+
+    def __del__(self) -> None:
+        self._active.cancelled = True
 
     def _next(self, timeout: float | None = None) -> Piece | Completion:
         if self._ended:
@@ -159,11 +246,3 @@ class Stream(Iterator[Piece | Completion]):
         if isinstance(event, BaseException):
             raise event
         return event
-
-    def close(self) -> None:
-        """Stop the request within one token. Nothing more comes, nor to a thread that waits; harmless after the end."""
-        self._ended = self._job.cancelled = True
-        self._events.put(None)
-
-    def __del__(self) -> None:
-        self._job.cancelled = True

@@ -1,292 +1,285 @@
-"""Everyone who is answered together: prompts being read, answers being written, one step for all of them.
+"""The requests that are answered together: one prefill or one decoding step for all of them.
 
-A contrastive request has two rows in one forward, a personal one with the user's adapter and a base one without; α = 0 or no
-adapter leaves one. A request first has its rows among the prompts, where they are read piece by piece; with its first token they
-move over to the answers.
+A contrastive request has two rows in one forward, a personal one with the user's adapter and a base
+one without; α = 0 or no adapter leaves one. A request is first in `prefilling`, where its prompt is
+read piece by piece; with its first token its rows move over to `decoding`.
 """
 
 import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from langchain_cope.engine.adapter import Adapter, LoraRows, low_rank_dtype
+from langchain_cope.engine.adapter import low_rank_dtype
+from langchain_cope.engine.answer import ActiveRequest, NextToken
 from langchain_cope.engine.decoding.speculation import MAX_DRAFT, PromptLookup, Speculation
 from langchain_cope.engine.device import free_bytes
+from langchain_cope.engine.forward.choose import choose_forward
 from langchain_cope.engine.forward.kv_cache import KeyValues, layer_shapes
-from langchain_cope.engine.forward.plain import choose_forward
-from langchain_cope.engine.next_token import Ask, choose
+from langchain_cope.engine.forward.lora_rows import LoraRows
+from langchain_cope.engine.next_token import TokenChoice, choose
 from langchain_cope.engine.options import EngineOptions
 from langchain_cope.engine.prefix_cache import PrefixCache
-from langchain_cope.engine.request import Chosen, Request, Running
 from langchain_cope.engine.rows import Row, Rows
 
-MIN_COLUMNS = 16  # tokens of a prompt read at a time, at least
-RECENT_PROMPT = 4096  # newest tokens of a prompt that speculation looks in
+MIN_COLUMNS = 16  # tokens of a prompt that are read at a time, at least
+LOOKUP_PROMPT = 4096  # newest tokens of a prompt that speculation looks in
 
 
 class Batch:
     """Rows in flight over one model tree. Not thread-safe: the engine's thread owns it."""
 
     def __init__(self, model: PreTrainedModel, context: int, options: EngineOptions) -> None:
-        """Raises ``ModelError``, by name, for an architecture that cannot be served."""
+        """Raises ModelError, with the model's class, for an architecture that cannot be served."""
         self._context = context
-        share = options.kv_memory
-        self.kv_bytes = int(share * free_bytes(model.device)) if isinstance(share, float) else share
-        """For keys and values of all rows."""
+        self.kv_bytes = _kv_bytes(options.kv_memory, model.device)
+        """Bytes for keys and values of all rows."""
         with torch.inference_mode():
             self._shapes = layer_shapes(model)
             self.forward = choose_forward(model, self._shapes)
         self._like = torch.empty(0, dtype=model.dtype, device=model.device)
-        self._answers, self._prompts = self._new_rows(), self._new_rows()
+        self._decode_rows, self._prefill_rows = self.new_rows(), self.new_rows()
         self._speculation = Speculation() if options.speculation else None
         self.prefixes = PrefixCache(options.prefix_cache, self.bytes_per_position)
-        self.running: list[Running] = []
+        self.decoding: list[ActiveRequest] = []
         """Requests that have their first token."""
-        self.arriving: list[Running] = []
+        self.prefilling: list[ActiveRequest] = []
         """Requests whose prompts are being read."""
-        self.num_steps = self.num_prompt_forwards = self.num_tokens = 0
+        self.num_steps = self.num_prefills = self.num_tokens = 0
         self.num_drafted = self.num_accepted = self.num_reused = 0
+
+    @property
+    def requests(self) -> list[ActiveRequest]:
+        """All requests in the batch."""
+        return [*self.decoding, *self.prefilling]
 
     @property
     def num_rows(self) -> int:
         """Rows in flight."""
-        return len(self._answers) + len(self._prompts)
+        return len(self._decode_rows) + len(self._prefill_rows)
 
     @property
     def bytes_per_position(self) -> int:
-        """Keys and values of one position of one row."""
-        return self._answers.kv.bytes_per_position
+        """Bytes of keys and values of one position of one row."""
+        return self._decode_rows.kv.bytes_per_position
 
-    def num_bytes(self, requests: Sequence[Running]) -> int:
-        """Keys and values that ``requests`` may take together: room for the longest, a row each, and for prompts being read."""
-        rounded = self._answers.kv.rounded
-        answers = max(rounded(r.limit) for r in requests)
-        prompts = max(rounded(len(r.tokens) + 1) for r in requests)
-        return (
-            sum(r.request.num_rows for r in requests)
-            * (answers + prompts)
-            * self.bytes_per_position
-        )
+    def new_rows(self) -> Rows:
+        """Return rows of their own, with a cache of their own, to run through the same model."""
+        kv = KeyValues(self._shapes, self._like.dtype, self._like.device)
+        dtype = low_rank_dtype(self._like.dtype, self._like.device)
+        return Rows(kv, LoraRows(self.forward.sites, self._like.to(dtype)), self._context)
 
-    def admit(self, running: Running) -> None:
+    def num_bytes(self, requests: Sequence[ActiveRequest]) -> int:
+        """Return the bytes of keys and values that `requests` may take together.
+
+        Each of their rows takes room for the longest answer, and for the longest prompt.
+        """
+        rounded = self._decode_rows.kv.rounded
+        answer = max(rounded(active.limit) for active in requests)
+        prompt = max(rounded(len(active.tokens) + 1) for active in requests)
+        num_rows = sum(active.request.num_rows for active in requests)
+        return num_rows * (answer + prompt) * self.bytes_per_position
+
+    def admit(self, active: ActiveRequest) -> None:
         """Take a request in: its rows are there, its prompt is to be read."""
-        rows = [Row(running, running.adapter)]
-        if running.request.two_rows:
-            rows.append(Row(running, None))
-        self.arriving.append(running)
-        running.rows = tuple(rows)
+        rows = [Row(active.tokens, active.adapter)]
+        if active.request.two_rows:
+            rows.append(Row(active.tokens, None))
+        self.prefilling.append(active)
+        active.rows = tuple(rows)
         self._make_room()
         for row in rows:
-            place = self._prompts.add(row)
+            index = self._prefill_rows.add(row)
             if blocks := self.prefixes.find(row):
-                self._prompts.kv.fill(place, blocks)
+                self._prefill_rows.kv.fill(index, blocks)
                 row.length = sum(block[0][0].shape[1] for block in blocks)
                 self.num_reused += row.length
 
-    def read_prompts(self, most_tokens: int) -> int:
-        """Read the next piece of every prompt in one forward of about ``most_tokens`` at most; returns their number.
+    def prefill(self, max_tokens: int) -> int:
+        """Read the next piece of every prompt in one forward of about `max_tokens` at most.
 
-        Requests whose prompts are read whole get their first token and go on as answers; where it ends one, ``finished`` tells.
+        Requests whose prompts are read whole get their first token and go on in `decoding`.
+
+        Returns:
+            The number of tokens that were read, padding included.
         """
-        rows = self._prompts.all()
+        rows = self._prefill_rows.all()
+        # Rows that are done wait for their partner; at the end they cost nothing.
         while rows and not rows[-1].missing:
-            rows.pop()  # rows that are done wait for their partner; where they lie last, they cost nothing
+            rows.pop()
         if not rows:  # read before, but memory ran out over the first tokens
-            self._begin(list(self.arriving))
+            self._start_answers(list(self.prefilling))
             return 0
         missing = [row.missing for row in rows if row.missing]
-        width = min(max(min(missing), MIN_COLUMNS), max(missing), max(most_tokens // len(rows), 1))
-        pieces = [row.running.tokens[row.length : row.length + width] for row in rows]
-        done = [place for place, row in enumerate(rows) if 0 < row.missing <= width]
-        columns = [rows[place].missing - 1 for place in done]
-        logits = self._prompts.forward(
-            self.forward, [piece or [0] for piece in pieces], (done or [0], columns or [0])
+        width = min(max(min(missing), MIN_COLUMNS), max(missing), max(max_tokens // len(rows), 1))
+        pieces = [row.tokens[row.length : row.length + width] for row in rows]
+        ends = [index for index, row in enumerate(rows) if 0 < row.missing <= width]
+        logits_at = [(index, rows[index].missing - 1) for index in ends]
+        logits = self._prefill_rows.forward(
+            self.forward, [piece or [0] for piece in pieces], logits_at or [(0, 0)]
         )
         for row, piece in zip(rows, pieces, strict=True):
             row.length += len(piece)
-        for index, place in enumerate(done):
-            rows[place].logits = logits[index].clone()
-        self.num_prompt_forwards += 1
-        self._begin([r for r in self.arriving if all(row.logits is not None for row in r.rows)])
+        for logits_index, index in enumerate(ends):
+            rows[index].logits = logits[logits_index].clone()
+        self.num_prefills += 1
+        self._start_answers(
+            [each for each in self.prefilling if all(row.logits is not None for row in each.rows)]
+        )
         return len(rows) * width
 
-    def step(self) -> None:
-        """One more token for every answer, or several where a draft comes true."""
+    def decode(self) -> None:
+        """Give every answer its next token, or several where a draft comes true."""
         started = time.perf_counter()
-        rows = self._answers.all()
+        rows = self._decode_rows.all()
         drafts = self._drafts(len(rows))
-        ids = [[row.running.tokens[-1], *drafts[row.running]] for row in rows]
-        wanted = [(place, column) for place, new in enumerate(ids) for column in range(len(new))]
-        logits = self._answers.forward(
-            self.forward, ids, tuple(map(list, zip(*wanted, strict=True)))
-        )  # type: ignore[arg-type]
-        first = {
-            id(rows[place]): index for index, (place, column) in enumerate(wanted) if column == 0
+        new_tokens = {
+            row: [active.tokens[-1], *draft]
+            for active, draft in drafts.items()
+            for row in active.rows
         }
-        asks = [
-            Ask(
-                running,
-                first[id(running.rows[0])] + column,
-                first[id(running.rows[-1])] + column,
+        ids = [new_tokens[row] for row in rows]
+        logits_at = [(index, column) for index, new in enumerate(ids) for column in range(len(new))]
+        logits = self._decode_rows.forward(self.forward, ids, logits_at)
+
+        first: dict[Row, int] = {}  # index of the row's first logits
+        num_logits = 0
+        for row, new in zip(rows, ids, strict=True):
+            first[row] = num_logits
+            num_logits += len(new)
+        choices = [
+            TokenChoice(
+                active,
+                first[active.rows[0]] + column,
+                first[active.rows[-1]] + column,
                 draft[:column],
             )
-            for running, draft in drafts.items()
+            for active, draft in drafts.items()
             for column in range(len(draft) + 1)
         ]
-        chosen = iter(choose(logits, asks))
-        for running, draft in drafts.items():
-            self._accept(running, draft, [next(chosen) for _ in range(len(draft) + 1)])
+        chosen = iter(choose(logits, choices))
+        for active, draft in drafts.items():
+            self._accept(active, draft, [next(chosen) for _ in range(len(draft) + 1)])
         self.num_steps += 1
         if self._speculation is not None:
             self._speculation.record_timing(
                 len(rows) * max(map(len, ids)), time.perf_counter() - started
             )
 
-    def drop(self, gone: Sequence[Running]) -> None:
-        """Let these requests leave; what was computed for them is kept as a beginning for later ones."""
-        for running in gone:
-            if self._speculation is not None and running.lookup is not None:
-                self._speculation.update_hit_rate(running.lookup)
-            for row in running.rows:
-                for rows in (self._answers, self._prompts):
-                    if row not in rows:  # in neither, where there was no memory to take it in
-                        continue
-                    if running.finished and running.request.goes_on:
-                        self.prefixes.store(row, rows)
-                    rows.remove(row)
-            running.rows = ()
-        self.running = [r for r in self.running if r not in gone]
-        self.arriving = [r for r in self.arriving if r not in gone]
-        if not self.arriving:
-            self._prompts.release()
-            if not self.running:  # else those whose prompts are being read have their room here
-                self._answers.release()
+    def drop(self, requests: Sequence[ActiveRequest]) -> None:
+        """Let `requests` leave.
 
-    def clear(self) -> None:
-        """Forget every request and all that was kept."""
-        for running in [*self.running, *self.arriving]:
-            running.rows = ()
-        self.running, self.arriving = [], []
-        self._answers.clear()
-        self._prompts.clear()
-        self.prefixes.clear()
-
-    def log_probs(
-        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: Adapter | None
-    ) -> list[Tensor]:
-        """Per (prompt, completion) the log-probability ``(len(completion),)`` of each completion token, float32, in one forward."""
-        rows = self._new_rows()
-        rows.kv.reserve(len(sequences), max(len(p) + len(c) for p, c in sequences))
-        for prompt, completion in sequences:
-            rows.add(Row(Running(Request([*prompt, *completion]), 0), adapter))
-        ids = [[*prompt, *completion][:-1] for prompt, completion in sequences]
-        places = [
-            (place, column)
-            for place, (p, c) in enumerate(sequences)
-            for column in range(len(p) - 1, len(p) + len(c) - 1)
-        ]
-        logits = rows.forward(self.forward, ids, tuple(map(list, zip(*places, strict=True))))  # type: ignore[arg-type]
-        targets = torch.tensor(
-            [token for _, completion in sequences for token in completion], device=logits.device
-        )
-        chosen = (
-            torch.log_softmax(logits.float(), dim=-1)
-            .gather(-1, targets.unsqueeze(-1))
-            .squeeze(-1)
-            .cpu()
-        )
-        return list(torch.split(chosen, [len(completion) for _, completion in sequences]))
-
-    def _new_rows(self) -> Rows:
-        kv = KeyValues(self._shapes, self._like.dtype, self._like.device)
-        dtype = low_rank_dtype(self._like.dtype, self._like.device)
-        return Rows(kv, LoraRows(self.forward.sites, self._like.to(dtype)), self._context)
+        What was computed for a finished one is kept as a beginning for later ones.
+        """
+        for active in requests:
+            if self._speculation is not None and active.lookup is not None:
+                self._speculation.update_hit_rate(active.lookup)
+            keep = active.finished and active.request.keep_for_reuse
+            for row in active.rows:
+                for rows in (self._decode_rows, self._prefill_rows):
+                    if row in rows:  # in neither, where there was no memory to admit it
+                        if keep:
+                            self.prefixes.store(row, rows)
+                        rows.remove(row)
+            active.rows = ()
+        self.decoding = [active for active in self.decoding if active not in requests]
+        self.prefilling = [active for active in self.prefilling if active not in requests]
+        if not self.prefilling:
+            self._prefill_rows.release()
+            if not self.decoding:  # else those whose prompts are being read have their room here
+                self._decode_rows.release()
 
     def shrink(self) -> None:
         """Give up the room of those who have left."""
-        if self.running or self.arriving:
+        if self.decoding or self.prefilling:
             self._make_room(exactly=True)
 
+    def clear(self) -> None:
+        """Forget every request and all that was kept."""
+        for active in self.requests:
+            active.rows = ()
+        self.decoding, self.prefilling = [], []
+        self._decode_rows.clear()
+        self._prefill_rows.clear()
+        self.prefixes.clear()
+
     def _make_room(self, exactly: bool = False) -> None:
-        """Room for everyone who is in: prompts where they are read, and whole answers."""
-        prompts, answers = self._prompts.kv, self._answers.kv
-        everyone = [*self.running, *self.arriving]
-        needed = [
-            (
-                prompts,
-                sum(len(r.rows) for r in self.arriving),
-                max((len(r.tokens) + 1 for r in self.arriving), default=0),
-            ),
-            (answers, sum(len(r.rows) for r in everyone), max(r.limit for r in everyone)),
+        """Make room for everyone: prompts where they are read, and whole answers."""
+        prompt_rows = sum(len(active.rows) for active in self.prefilling)
+        longest_prompt = max((len(active.tokens) + 1 for active in self.prefilling), default=0)
+        answer_rows = sum(len(active.rows) for active in self.requests)
+        longest_answer = max(active.limit for active in self.requests)
+        sizes = [
+            (self._prefill_rows.kv, prompt_rows, longest_prompt),
+            (self._decode_rows.kv, answer_rows, longest_answer),
         ]
-        exactly = (
-            exactly
-            or sum(kv.bytes_for(rows, positions) for kv, rows, positions in needed) > self.kv_bytes
-        )
-        for kv, rows, positions in sorted(needed, key=lambda need: need[0].bytes_for(*need[1:])):
+        if sum(kv.bytes_for(rows, positions) for kv, rows, positions in sizes) > self.kv_bytes:
+            exactly = True
+        for kv, rows, positions in sorted(sizes, key=lambda size: size[0].bytes_for(*size[1:])):
             kv.reserve(rows, positions, exactly=exactly)
 
-    def _begin(self, ready: list[Running]) -> None:
-        """First tokens for requests whose prompts are read; their rows move over to the answers."""
+    def _start_answers(self, ready: list[ActiveRequest]) -> None:
+        """Choose first tokens where prompts are read; the rows move over to the answers'."""
         if not ready:
             return
-        logits = torch.stack(
-            [row.logits for running in ready for row in running.rows if row.logits is not None]
-        )
-        first, asks = 0, []
-        for running in ready:
-            asks.append(Ask(running, first, first + len(running.rows) - 1))
-            first += len(running.rows)
-        for running, chosen in zip(ready, choose(logits, asks), strict=True):
-            for row in running.rows:
+        logits = [row.logits for active in ready for row in active.rows if row.logits is not None]
+        first, choices = 0, []
+        for active in ready:
+            choices.append(TokenChoice(active, first, first + len(active.rows) - 1))
+            first += len(active.rows)
+        for active, chosen in zip(ready, choose(torch.stack(logits), choices), strict=True):
+            for row in active.rows:
                 row.logits = None
-                self._answers.add(row, self._prompts)
-                self.prefixes.store(row, self._answers)
-                self._prompts.remove(row)
-            self.arriving.remove(running)
-            self.running.append(running)
-            self._look_up(running)
-            running.finished = not running.take(chosen)
+                self._decode_rows.add(row, self._prefill_rows)
+                self.prefixes.store(row, self._decode_rows)
+                self._prefill_rows.remove(row)
+            self.prefilling.remove(active)
+            self.decoding.append(active)
+            self._look_up(active)
+            active.push(chosen)
             self.num_tokens += 1
-        if not len(self._prompts):
-            self._prompts.release()
+        if not len(self._prefill_rows):
+            self._prefill_rows.release()
 
-    def _look_up(self, running: Running) -> None:
+    def _look_up(self, active: ActiveRequest) -> None:
         if self._speculation is not None:
-            recent = running.adapter.recent if running.adapter is not None else ()
-            tokens = [*recent, *running.tokens[-RECENT_PROMPT:]]
-            running.lookup = PromptLookup(tokens, self._speculation.usual_hit_rate)
+            recent = active.adapter.recent if active.adapter is not None else ()
+            tokens = [*recent, *active.tokens[-LOOKUP_PROMPT:]]
+            active.lookup = PromptLookup(tokens, self._speculation.usual_hit_rate)
 
-    def _drafts(self, num_rows: int) -> dict[Running, list[int]]:
-        """What to check for each request: nothing where it would not pay."""
+    def _drafts(self, num_rows: int) -> dict[ActiveRequest, list[int]]:
+        """Return the tokens to check for each request: none where it would not pay."""
         if self._speculation is None:
-            return {running: [] for running in self.running}
-        proposals = {}
-        for running in self.running:
-            most = min(MAX_DRAFT, running.limit - len(running.tokens) - 1)
-            draft = running.lookup.propose(most) if running.lookup and most > 0 else []
-            proposals[running] = (
-                draft if running.constraint is None else running.constraint.possible(draft)
-            )
-        hit_rates = [running.lookup.hit_rate if running.lookup else 0.0 for running in self.running]
-        length = self._speculation.length(
-            hit_rates, [len(draft) for draft in proposals.values()], num_rows
-        )
-        return {running: draft[:length] for running, draft in proposals.items()}
+            return {active: [] for active in self.decoding}
+        proposals: dict[ActiveRequest, list[int]] = {}
+        hit_rates = []
+        for active in self.decoding:
+            room = min(MAX_DRAFT, active.limit - len(active.tokens) - 1)
+            draft = active.lookup.propose(room) if active.lookup and room > 0 else []
+            if active.constraint is not None:
+                draft = active.constraint.possible(draft)
+            proposals[active] = draft
+            hit_rates.append(active.lookup.hit_rate if active.lookup else 0.0)
+        lengths = [len(draft) for draft in proposals.values()]
+        length = self._speculation.length(hit_rates, lengths, num_rows)
+        return {active: draft[:length] for active, draft in proposals.items()}
 
-    def _accept(self, running: Running, draft: list[int], chosen: list[Chosen]) -> None:
-        """Take the tokens chosen as long as the draft they rest on came true."""
+    def _accept(self, active: ActiveRequest, draft: list[int], chosen: list[NextToken]) -> None:
+        """Take the tokens `chosen` as long as the draft that they rest on came true."""
         num_taken = 0
-        for place, token in enumerate(chosen):
+        for index, token in enumerate(chosen):
             num_taken += 1
-            running.finished = not running.take(token)
-            if running.finished or place == len(draft) or token.token != draft[place]:
+            active.push(token)
+            if active.finished or index == len(draft) or token.token != draft[index]:
                 break
-        for row in running.rows:
+        for row in active.rows:
             row.length += num_taken
         self.num_tokens += num_taken
         self.num_drafted += len(draft)
         self.num_accepted += num_taken - 1
+
+
+def _kv_bytes(memory: int | float, device: torch.device) -> int:
+    """Return the bytes of `EngineOptions.kv_memory`, which may be a share of what is free."""
+    return int(memory * free_bytes(device)) if isinstance(memory, float) else memory

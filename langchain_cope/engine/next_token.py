@@ -1,4 +1,8 @@
-"""From logits to the next tokens of all requests, in one go."""
+"""From logits to the next tokens of all requests, in one go.
+
+Grammars mask the personal model's logits, the contrast with the base scores what is left, and
+sampling chooses from the scores.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,80 +10,83 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from langchain_cope.engine.answer import ActiveRequest, NextToken
 from langchain_cope.engine.decoding.contrast import contrast
 from langchain_cope.engine.decoding.sampling import choose_tokens
-from langchain_cope.engine.request import Chosen, Running
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One token to choose."""
+class TokenChoice:
+    """Which rows of the logits one request's next token comes from."""
 
-    running: Running
+    active: ActiveRequest
     personal: int
     """Index of the personal model's logits."""
     base: int
-    """Of the base's; the same where it is the personal model."""
+    """Index of the base's logits; the same one where the base is the personal model."""
     drafted: Sequence[int] = ()
     """Tokens that are taken to follow the answer so far."""
 
 
-def choose(logits: Tensor, asks: Sequence[Ask]) -> list[Chosen]:
-    """The next token of every ask. ``logits``: ``(N, V)``."""
-    personal = _allowed(logits[[ask.personal for ask in asks]], asks)
-    scores = _scores(logits, personal, asks)
-    samplings = [ask.running.request.sampling for ask in asks]
+def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
+    """Return the next token of every choice; `logits` is `(N, V)`."""
+    personal = _allowed(logits[[choice.personal for choice in choices]], choices)
+    scores = _scores(logits, personal, choices)
+    samplings = [choice.active.request.sampling for choice in choices]
     seen = [
-        [*a.running.tokens, *a.drafted] if s.repetition_penalty != 1 else []
-        for a, s in zip(asks, samplings, strict=True)
+        [*choice.active.tokens, *choice.drafted] if sampling.repetition_penalty != 1 else []
+        for choice, sampling in zip(choices, samplings, strict=True)
     ]
-    steps = [len(ask.running.ids) + len(ask.drafted) for ask in asks]
+    steps = [len(choice.active.answer) + len(choice.drafted) for choice in choices]
     tokens = choose_tokens(scores, samplings, seen, steps)
-    changed = scores.argmax(-1) != personal.argmax(-1)
-    found = torch.stack(
-        [tokens, changed.to(tokens.dtype)]
-    ).tolist()  # the step's one wait for the device
+    differs = scores.argmax(-1) != personal.argmax(-1)
+    # The step's one wait for the device.
+    chosen = torch.stack([tokens, differs.to(tokens.dtype)]).tolist()
     return [
-        Chosen(
-            token, bool(differs) and ask.running.request.contrastive, _logprobs(logits, ask, token)
+        NextToken(
+            token,
+            bool(differs) and choice.active.request.contrastive,
+            _logprobs(logits, choice, token),
         )
-        for ask, token, differs in zip(asks, *found, strict=True)
+        for choice, token, differs in zip(choices, *chosen, strict=True)
     ]
 
 
-def _allowed(personal: Tensor, asks: Sequence[Ask]) -> Tensor:
-    """``personal`` ``(asks, V)`` with −inf where a request's grammar does not let the answer go."""
-    held = [(place, ask) for place, ask in enumerate(asks) if ask.running.constraint is not None]
-    if not held:
-        return personal
-    masks = torch.stack(
-        [ask.running.constraint.mask(ask.drafted) for _, ask in held if ask.running.constraint]
-    )
-    places = [place for place, _ in held]
-    personal[places] = personal[places].masked_fill(~masks.to(personal.device), -torch.inf)
+def _allowed(personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
+    """Return `personal` `(choices, V)` with −inf where a request's grammar forbids a token."""
+    indices, masks = [], []
+    for index, choice in enumerate(choices):
+        if choice.active.constraint is not None:
+            indices.append(index)
+            masks.append(choice.active.constraint.mask(choice.drafted))
+    if indices:
+        forbidden = ~torch.stack(masks).to(personal.device)
+        personal[indices] = personal[indices].masked_fill(forbidden, -torch.inf)
     return personal
 
 
-def _scores(logits: Tensor, personal: Tensor, asks: Sequence[Ask]) -> Tensor:
-    """``(asks, V)`` log-probabilities: contrasted where a request is, else the personal model's own."""
-    pairs = [place for place, ask in enumerate(asks) if ask.running.request.contrastive]
-    if not pairs:
+def _scores(logits: Tensor, personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
+    """Return log-probabilities `(choices, V)`: contrasted where a request is, else personal."""
+    contrasted = [
+        index for index, choice in enumerate(choices) if choice.active.request.contrastive
+    ]
+    if not contrasted:
         return torch.log_softmax(personal.float(), dim=-1)
-    requests = [asks[place].running.request for place in pairs]
-    alpha = torch.tensor([[r.contrast.alpha] for r in requests], device=logits.device)
-    tau = torch.tensor([[r.contrast.tau] for r in requests], device=logits.device)
-    base = logits[[asks[place].base for place in pairs]]
-    if len(pairs) == len(asks):
+    contrasts = [choices[index].active.request.contrast for index in contrasted]
+    alpha = torch.tensor([[each.alpha] for each in contrasts], device=logits.device)
+    tau = torch.tensor([[each.tau] for each in contrasts], device=logits.device)
+    base = logits[[choices[index].base for index in contrasted]]
+    if len(contrasted) == len(choices):
         return contrast(personal, base, alpha, tau)
     scores = torch.log_softmax(personal.float(), dim=-1)
-    scores[pairs] = contrast(personal[pairs], base, alpha, tau)
+    scores[contrasted] = contrast(personal[contrasted], base, alpha, tau)
     return scores
 
 
-def _logprobs(logits: Tensor, ask: Ask, token: int) -> tuple[float, float] | None:
-    if not ask.running.request.logprobs:
+def _logprobs(logits: Tensor, choice: TokenChoice, token: int) -> tuple[float, float] | None:
+    """Return (log p_user, log p_base) of `token`, in nats, where the request asks for it."""
+    if not choice.active.request.logprobs:
         return None
-    user, base = torch.log_softmax(logits[[ask.personal, ask.base]].float(), dim=-1)[
-        :, token
-    ].tolist()
+    both = torch.log_softmax(logits[[choice.personal, choice.base]].float(), dim=-1)
+    user, base = both[:, token].tolist()
     return user, base

@@ -1,48 +1,43 @@
-"""Options of a request's contrast, and bounds of an engine: rows, memory, waiting, two savings that can be switched off.
+"""Options of a request's contrast, and the bounds of an engine.
 
-Knows no torch, so that an app may name its options without loading anything.
+Knows no torch, so that an app can name its options without loading anything.
 """
 
-import math
-from dataclasses import dataclass
-from typing import TypeGuard
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
+from langchain_cope.engine.checks import check_option, is_number, is_whole
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+Class = TypeVar("Class", bound=type[Any])
 
 
 def check_alpha(alpha: object) -> None:
     """Raise ValueError unless α is a finite number ≥ 0."""
-    if not (_is_number(alpha) and alpha >= 0):
-        raise ValueError(
-            f"alpha must be a finite number ≥ 0, not {alpha!r}: 0 is the adapter alone, 0.1 the paper's value"
-        )
+    hint = "0 is the adapter alone, 0.1 the paper's value"
+    check_option("alpha", alpha, "a finite number ≥ 0", is_number(alpha, least=0), hint)
 
 
 def check_tau(tau: object) -> None:
     """Raise ValueError unless 0 < τ ≤ 1."""
-    if not (_is_number(tau) and 0 < tau <= 1):
-        raise ValueError(
-            f"tau must lie in 0 < tau ≤ 1, not {tau!r}: 0.1 is the paper's value, 1 keeps the likeliest token only"
-        )
+    hint = "0.1 is the paper's value, 1 keeps the likeliest token only"
+    check_option("tau", tau, "a number > 0 and ≤ 1", is_number(tau, above=0, most=1), hint)
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """How strongly the personal model is contrasted with the base; raises ValueError for α or τ out of range.
+    """How strongly the personal model is contrasted with the base.
 
-    Source: Bu, Jung, Kang, Kim, "Personalized LLM Decoding via Contrasting Personal Preference", EMNLP 2025.
+    Raises ValueError for α or τ out of range.
+
+    Source: Bu, Jung, Kang, Kim, "Personalized LLM Decoding via Contrasting Personal Preference",
+    EMNLP 2025.
     """
 
     alpha: float = 0.1
-    """α, the weight of log π_base that is taken away; 0 is the adapter alone, 0.1 the paper's value."""
+    """α, the weight of log π_base that is taken away; 0 is the adapter alone, 0.1 the paper's."""
     tau: float = 0.1
-    """τ: tokens below this share of the likeliest one's probability are out; 0.1 is the paper's value."""
+    """τ: tokens less likely than this share of the likeliest one are out; 0.1 is the paper's."""
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
@@ -50,7 +45,7 @@ class Contrast:
 
     @property
     def needs_base(self) -> bool:
-        """Whether the base's distribution enters the choice of tokens."""
+        """True where the base's distribution enters the choice of tokens."""
         return self.alpha > 0
 
 
@@ -58,62 +53,74 @@ ADAPTER_ALONE = Contrast(alpha=0.0)
 """No contrast: the personal model's own distribution, all of it."""
 
 
+def _accept_stall(options_class: Class) -> Class:
+    """Let the constructor take `stall`, the former name of `prefill_pause`."""
+    construct = options_class.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *values: Any, **named: Any) -> None:  # noqa: N807
+        if "stall" in named:
+            if "prefill_pause" in named:
+                raise TypeError("stall is the former name of prefill_pause: give one of them")
+            named["prefill_pause"] = named.pop("stall")
+        construct(self, *values, **named)
+
+    options_class.__init__ = __init__
+    return options_class
+
+
+@_accept_stall
 @dataclass(frozen=True)
 class EngineOptions:
-    """Bounds of one engine, which is one base. Checked where they are built; raises ``ValueError``."""
+    """Bounds of one engine, which is one base. Raises ValueError for a value out of range."""
+
+    # So that `ChatCoPe(engine_options={"stall": …})` is read as well: pydantic goes by the fields.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"validate_by_name": True}
 
     max_rows: int = 64
-    """Rows decoded together; a contrastive request takes two. Further requests wait, first come first served."""
+    """Rows decoded together; a contrastive request takes two. Further requests wait in order."""
     max_tokens: int | None = None
-    """Tokens in flight: prompts and budgets of all requests together, a row each. None: as many as the memory holds."""
+    """Tokens in flight: prompts and budgets of all requests together, a row each.
+
+    None: as many as the memory holds.
+    """
     kv_memory: int | float = 0.5
-    """Keys and values of all rows: bytes (an integer), or a share of the device's memory that is free at the start (0 to 1)."""
+    """Memory for keys and values of all rows: bytes as an integer, or a share as a float in 0 to 1.
+
+    The share is one of the device's memory that is free at the start.
+    """
     adapter_slots: int = 64
-    """Adapters kept ready in device memory. The least recently used makes room; one in use never does."""
+    """Adapters kept ready in device memory. The least recently used one without a request goes."""
     prefix_cache: int = 256 << 20
-    """Bytes for beginnings of prompts and chats that were processed before; 0: none is kept."""
+    """Bytes for beginnings of prompts and chats that were processed before; 0 keeps none."""
     speculation: bool = True
-    """Propose several tokens at once where an answer quotes its prompt or the user's texts; up to rounding it stays the same."""
-    stall: float = 0.1
-    """Seconds that the prompts of newcomers may hold up running answers at a time, about."""
+    """Propose several tokens at once where an answer quotes its prompt or the user's texts.
+
+    The answer stays the same, up to rounding.
+    """
+    prefill_pause: float = field(default=0.1, metadata={"validation_alias": "stall"})
+    """Seconds, about, that prompts may delay running answers at a time. Formerly named `stall`."""
 
     def __post_init__(self) -> None:
-        share = isinstance(self.kv_memory, float) and 0 < self.kv_memory <= 1
-        checks = (
-            (
-                _is_whole(self.max_rows) and self.max_rows >= 2,
-                "max_rows",
-                "an integer ≥ 2: a contrastive request has two",
-            ),
-            (
-                self.max_tokens is None or (_is_whole(self.max_tokens) and self.max_tokens > 0),
-                "max_tokens",
-                "an integer > 0 or None",
-            ),
-            (
-                share or (_is_whole(self.kv_memory) and self.kv_memory > 0),
-                "kv_memory",
-                "bytes as an integer > 0, or a share as a float in 0 to 1",
-            ),
-            (
-                _is_whole(self.adapter_slots) and self.adapter_slots >= 1,
-                "adapter_slots",
-                "an integer ≥ 1",
-            ),
-            (
-                _is_whole(self.prefix_cache) and self.prefix_cache >= 0,
-                "prefix_cache",
-                "bytes as an integer ≥ 0; 0 keeps none",
-            ),
-            (isinstance(self.speculation, bool), "speculation", "True or False"),
-            (
-                isinstance(self.stall, (int, float))
-                and math.isfinite(self.stall)
-                and self.stall > 0,
-                "stall",
-                "seconds > 0",
-            ),
-        )
-        for good, name, expected in checks:
-            if not good:
-                raise ValueError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+        rows, tokens, memory = self.max_rows, self.max_tokens, self.kv_memory
+        slots, cache, pause = self.adapter_slots, self.prefix_cache, self.prefill_pause
+        is_share = isinstance(memory, float) and 0 < memory <= 1
+        is_bytes = is_whole(memory) and memory > 0
+
+        rows_fit = is_whole(rows) and rows >= 2
+        check_option("max_rows", rows, "an integer ≥ 2", rows_fit, "a contrastive request has two")
+        tokens_fit = tokens is None or (is_whole(tokens) and tokens > 0)
+        check_option("max_tokens", tokens, "an integer > 0 or None", tokens_fit)
+        expected = "bytes as an integer > 0, or a share as a float in 0 to 1"
+        check_option("kv_memory", memory, expected, is_share or is_bytes)
+        check_option("adapter_slots", slots, "an integer ≥ 1", is_whole(slots) and slots >= 1)
+        expected = "bytes as an integer ≥ 0; 0 keeps none"
+        check_option("prefix_cache", cache, expected, is_whole(cache) and cache >= 0)
+        is_switch = isinstance(self.speculation, bool)
+        check_option("speculation", self.speculation, "True or False", is_switch)
+        check_option("prefill_pause", pause, "seconds > 0", is_number(pause) and pause > 0)
+
+    @property
+    def stall(self) -> float:
+        """The former name of `prefill_pause`."""
+        return self.prefill_pause

@@ -1,7 +1,8 @@
-"""Beginnings of prompts and chats that were processed before: their keys and values, to be copied instead of computed.
+"""Beginnings of prompts and chats that were processed before, to be copied instead of computed.
 
-A tree of blocks of tokens under each owner, the base or one adapter's matrices, so that nobody's personal states serve another.
-The base's are shared by everyone; who must not learn from timing what others asked switches the cache off.
+Their keys and values lie in a tree of blocks of tokens under each owner, which is the base or one
+adapter's matrices, so that personal states never serve another user. The base's are shared by all
+users; where none may learn from timing what others asked, the cache is to be switched off.
 """
 
 from collections import OrderedDict
@@ -25,7 +26,7 @@ class _Node:
 
 
 class PrefixCache:
-    """Bounded by ``capacity`` bytes; what was used least recently goes first."""
+    """At most `capacity` bytes; what was used least recently goes first."""
 
     def __init__(self, capacity: int, bytes_per_position: int) -> None:
         self._block_bytes = BLOCK * bytes_per_position
@@ -36,17 +37,23 @@ class PrefixCache:
 
     @property
     def num_bytes(self) -> int:
-        """What is held."""
+        """Bytes that are held."""
         return len(self._nodes) * self._block_bytes
 
     def find(self, row: Row) -> list[Block]:
-        """The longest known beginning of the row's tokens, in blocks; at least one token is left to compute."""
-        nodes = self._path(_owner(row), row.running.tokens[:-1])
+        """Return the longest known beginning of the row's tokens, in blocks.
+
+        At least one token is left to compute.
+        """
+        nodes = self._path(_owner(row), row.tokens[:-1])
         self._touch(nodes)
         return [node.states for node in nodes]
 
     def store(self, row: Row, rows: Rows) -> None:
-        """Keep what the cache of ``rows`` holds of ``row``, in whole blocks; where memory runs out, forget everything instead."""
+        """Keep what the key-value cache of `rows` holds of `row`, in whole blocks.
+
+        Where memory runs out, forget everything instead.
+        """
         if self._capacity == 0:
             return
         try:
@@ -62,15 +69,16 @@ class PrefixCache:
         self._nodes.clear()
 
     def _store(self, row: Row, rows: Rows) -> None:
-        tokens = row.running.tokens[: row.length]
+        tokens = row.tokens[: row.length]
         owner = _owner(row)
         nodes = self._path(owner, tokens)
-        place = None
+        index = None
         for start in range(len(nodes) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
-            place = rows.all().index(row) if place is None else place
+            if index is None:
+                index = rows.all().index(row)
             parent = nodes[-1] if nodes else self._roots.setdefault(owner, _Node(None, owner=owner))
             key = tuple(tokens[start : start + BLOCK])
-            node = _Node(parent, key, rows.kv.read(place, start, start + BLOCK))
+            node = _Node(parent, key, rows.kv.read(index, start, start + BLOCK))
             parent.children[key] = node
             nodes.append(node)
         self._touch(nodes)
@@ -78,9 +86,12 @@ class PrefixCache:
             self._forget(next(iter(self._nodes)))
 
     def _path(self, owner: Hashable, tokens: Sequence[int]) -> list[_Node]:
-        node, path = self._roots.get(owner), []
+        """Return the nodes of the blocks that `tokens` begin with, as far as they are known."""
+        path: list[_Node] = []
+        node = self._roots.get(owner)
         for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
-            node = None if node is None else node.children.get(tuple(tokens[start : start + BLOCK]))
+            if node is not None:
+                node = node.children.get(tuple(tokens[start : start + BLOCK]))
             if node is None:
                 break
             path.append(node)

@@ -1,36 +1,36 @@
-"""Rows of a batch, packed: those with an adapter first, then those of the base, each at its place in the cache.
+"""Rows of a batch, packed: those with an adapter first, then those of the base.
 
-A row that joins or leaves moves at most three others, whatever the number of rows.
+The index of a row among them is its index in the cache. A row that joins or leaves moves at most
+three others, whatever the number of rows.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from langchain_cope.engine.adapter import Adapter, LoraRows
+from langchain_cope.engine.adapter import Adapter
+from langchain_cope.engine.forward.inputs import Forward, Inputs
 from langchain_cope.engine.forward.kv_cache import KeyValues
-from langchain_cope.engine.forward.plain import Forward, Inputs
-
-if TYPE_CHECKING:
-    from langchain_cope.engine.request import Running
+from langchain_cope.engine.forward.lora_rows import LoraRows
 
 
 class Row:
     """One sequence of tokens under one model: a user's, or the base."""
 
-    def __init__(self, running: "Running", adapter: Adapter | None) -> None:
-        self.running = running
+    def __init__(self, tokens: list[int], adapter: Adapter | None) -> None:
+        """Take the request's own list of `tokens`, which grows with its answer."""
+        self.tokens = tokens
         self.adapter = adapter
         self.length = 0
         """Positions in the cache."""
         self.logits: Tensor | None = None
-        """``(V,)`` of the prompt's last position, once it is known."""
+        """`(V,)` of the prompt's last position, once it is known."""
 
     @property
     def missing(self) -> int:
         """Tokens that are not in the cache yet."""
-        return len(self.running.tokens) - self.length
+        return len(self.tokens) - self.length
 
 
 class Rows:
@@ -50,61 +50,72 @@ class Rows:
         return row in (self._base if row.adapter is None else self._personal)
 
     def all(self) -> list[Row]:
-        """In the order in which they lie in the cache."""
+        """Return the rows in the order in which they lie in the cache."""
         return self._personal + self._base
 
     def add(self, row: Row, source: "Rows | None" = None) -> int:
-        """Give ``row`` a place and return it, with its keys and values where it comes from another ``source``."""
-        place = len(self)
+        """Take `row` in and return its index.
+
+        Its keys and values are copied from `source`, where one is given.
+        """
+        index = len(self)
         if row.adapter is None:
             self._base.append(row)
         else:
             if self._base:  # the first base row makes room
-                self._move(len(self._personal), place)
+                self._copy(self._base[0], len(self._personal), index)
                 self._base.append(self._base.pop(0))
-            place = len(self._personal)
+            index = len(self._personal)
             self._personal.append(row)
         if source is None:
-            self.kv.zero_row(place)
+            self.kv.zero_row(index)
         else:
-            self.kv.copy_row(source.kv, source.all().index(row), place, row.length)
-        return place
+            self.kv.copy_row(source.kv, source.all().index(row), index, row.length)
+        return index
 
     def remove(self, row: Row) -> None:
-        """Take ``row`` out; the last of its kind closes the gap."""
+        """Take `row` out; the last row of its kind closes the gap."""
         if row.adapter is None:
-            self._close(self._base, self._base.index(row), len(self._personal))
+            self._close_gap(self._base, self._base.index(row), len(self._personal))
             return
-        self._close(self._personal, self._personal.index(row), 0)
-        if self._base:
-            self._move(len(self), len(self._personal))  # the last base row, one place too far right
-            self._base.insert(0, self._base.pop())
+        self._close_gap(self._personal, self._personal.index(row), 0)
+        if self._base:  # the last base row lies one index too far right
+            last = self._base.pop()
+            self._copy(last, len(self) + 1, len(self._personal))
+            self._base.insert(0, last)
 
     def forward(
-        self, forward: Forward, ids: list[list[int]], wanted: tuple[list[int], list[int]]
+        self, forward: Forward, ids: list[list[int]], logits_at: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Run the new tokens ``ids`` of the first ``len(ids)`` rows; rows with fewer are padded on the right with token 0.
+        """Run new tokens of the first rows.
 
-        Returns logits ``(N, V)`` of the N (rows, columns) ``wanted``.
+        Args:
+            forward: the model.
+            ids: per row the new tokens. Shorter ones are padded on the right with token 0.
+            logits_at: N (row, column) pairs, indices into `ids`.
+
+        Returns:
+            Logits `(N, V)`.
         """
         device = self.kv.keys[0].device
         rows = self.all()[: len(ids)]
         width, end = max(map(len, ids)), min(self.kv.num_positions, self._context)
         lengths = [row.length for row in rows]
-        # Padding beyond the end is written to the last position, which no row ever needs.
-        positions = torch.tensor(lengths, device=device).unsqueeze(1) + torch.arange(
-            width, device=device
-        )
+        shortest, longest = min(lengths), max(lengths)
+        starts = torch.tensor(lengths, device=device).unsqueeze(1)
+        positions = starts + torch.arange(width, device=device)
         self._lora.set([row.adapter for row in rows if row.adapter is not None])
         return forward(
             Inputs(
-                torch.tensor([new + [0] * (width - len(new)) for new in ids], device=device),
-                positions.clamp_max(end - 1),
-                self.kv,
-                min(max(lengths) + width, end),
-                self._lora,
-                wanted,
-                same_length=min(lengths) == max(lengths),
+                ids=torch.tensor([new + [0] * (width - len(new)) for new in ids], device=device),
+                # Padding beyond the end is written to the last position, which no row ever needs.
+                positions=positions.clamp_max(end - 1),
+                kv=self.kv,
+                num_positions=min(longest + width, end),
+                lora=self._lora,
+                logit_rows=[row for row, _ in logits_at],
+                logit_columns=[column for _, column in logits_at],
+                same_length=shortest == longest,
             )
         )
 
@@ -114,16 +125,16 @@ class Rows:
         self.release()
 
     def release(self) -> None:
-        """Nobody is left: let go of adapters and of most of the memory."""
+        """Let go of the adapters and of most of the memory; no row is left."""
         self._lora.clear()
         self.kv.clear()
 
-    def _move(self, place: int, to: int) -> None:
-        row = (self._personal + self._base)[place] if place < len(self) else self._base[-1]
-        self.kv.copy_row(self.kv, place, to, row.length)
+    def _copy(self, row: Row, index: int, to: int) -> None:
+        self.kv.copy_row(self.kv, index, to, row.length)
 
-    def _close(self, rows: list[Row], hole: int, offset: int) -> None:
+    def _close_gap(self, rows: list[Row], gap: int, offset: int) -> None:
+        """Take the row at `gap` out of `rows`, which begin at index `offset` of the cache."""
         last = rows.pop()
-        if hole < len(rows):
-            self.kv.copy_row(self.kv, offset + len(rows), offset + hole, last.length)
-            rows[hole] = last
+        if gap < len(rows):
+            self._copy(last, offset + len(rows), offset + gap)
+            rows[gap] = last

@@ -125,7 +125,7 @@ def _generate(
                 adapter=adapter,
                 contrast=contrast,
                 sampling=sampling,
-                goes_on=False,
+                keep_for_reuse=False,
             )
             for item in batch
             for _, adapter, contrast in ways

@@ -132,7 +132,7 @@ def _request(engine: Engine, item: Encoded, recipe: Recipe, draw: int) -> Reques
         seed=seed,
     )
     return Request(
-        prompt=engine.base.prompt_ids(item.example.prompt), sampling=sampling, goes_on=False
+        prompt=engine.base.prompt_ids(item.example.prompt), sampling=sampling, keep_for_reuse=False
     )
 
 

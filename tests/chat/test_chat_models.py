@@ -425,7 +425,7 @@ async def test_a_cancelled_task_stops_within_a_token(chat: ChatCoPe) -> None:
     assert long.invoke("🙂").usage_metadata["output_tokens"] > 20
     batch = Engine.of(load_base(chat.model))._batch
     task = asyncio.create_task(long.ainvoke("🙂"))
-    while not batch.running:
+    while not batch.decoding:
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -443,7 +443,7 @@ def test_an_abandoned_stream_stops(chat: ChatCoPe) -> None:
 def wait_until_idle(chat: ChatCoPe) -> None:
     batch = Engine.of(load_base(chat.model))._batch
     deadline = time.monotonic() + 2
-    while batch.running and time.monotonic() < deadline:
+    while batch.decoding and time.monotonic() < deadline:
         time.sleep(0.01)
     assert batch.num_rows == 0
 

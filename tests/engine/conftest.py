@@ -1,4 +1,4 @@
-"""Engines over the tiny bases of ``tests/tiny.py``, closed at the end of the session."""
+"""Engines over the tiny bases of `tests/tiny.py`, closed at the end of the session."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def engine_for() -> Iterator[EngineFor]:
-    """``engine_for(folder)`` is the engine of the base in that folder, in float32 on the CPU."""
+    """`engine_for(folder)` is the engine of the base in that folder, in float32 on the CPU."""
     engines = []
 
     def get(folder: Path, dtype: str = "float32") -> Engine:

@@ -1,6 +1,8 @@
-"""An independent answer to compare the engine with: plain forwards of transformers and peft, no cache, no batch, then float64.
+"""An independent answer to compare the engine with.
 
-Nothing of ``langchain_cope.engine`` is used here.
+Plain forwards of transformers and peft, no cache, no batch, then float64.
+
+Nothing of `langchain_cope.engine` is used here.
 """
 
 import math
@@ -27,7 +29,10 @@ class Reference:
 
     @torch.no_grad()
     def log_probs(self, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """(user, base) float64 ``(len(ids), V)``: row i is the distribution after ids[: i + 1]. Two plain forwards."""
+        """Return (user, base) log-probabilities, float64 `(len(ids), V)`, from two plain forwards.
+
+        Row i is the distribution after ids[: i + 1].
+        """
         both = torch.tensor([ids])
         user = self.model(input_ids=both, use_cache=False).logits[0].double().log_softmax(-1)
         if not isinstance(self.model, PeftModel):
@@ -39,12 +44,12 @@ class Reference:
     @staticmethod
     @torch.no_grad()
     def next_token(model: torch.nn.Module, prompt: list[int]) -> int:
-        """The likeliest next token of a plain forward."""
+        """Return the likeliest next token of a plain forward."""
         return int(model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].argmax())
 
 
 def scores(user: Tensor, base: Tensor, alpha: float, tau: float) -> Tensor:
-    """Scores of the contrast for float64 log-probabilities ``(..., V)``; α = 0 has no head."""
+    """Return scores of the contrast for float64 log-probabilities `(..., V)`; α = 0 has no head."""
     if alpha == 0:
         return user
     head = user.exp() >= tau * user.exp().amax(-1, keepdim=True)
@@ -54,7 +59,7 @@ def scores(user: Tensor, base: Tensor, alpha: float, tau: float) -> Tensor:
 def step_by_step(
     reference: Reference, prompt: list[int], alpha: float, tau: float, num_tokens: int
 ) -> list[int]:
-    """Greedy decoding as one would write it first: two forwards a step over everything so far."""
+    """Decode greedily as one would write it first: two forwards a step over everything so far."""
     ids = list(prompt)
     for _ in range(num_tokens):
         user, base = reference.log_probs(ids)
@@ -64,7 +69,7 @@ def step_by_step(
 
 @dataclass
 class Tally:
-    """What a comparison found."""
+    """The result of comparisons."""
 
     num_tokens: int = 0
     num_ties: int = 0
@@ -81,23 +86,23 @@ class Tally:
         tau: float,
         what: str,
     ) -> None:
-        """Hold every token of ``answer`` against the reference's choice after the same tokens."""
+        """Hold every token of `answer` against the reference's choice after the same tokens."""
         user, base = (
             rows[len(prompt) - 1 : -1] for rows in reference.log_probs([*prompt, *answer])
         )
-        wanted = scores(user, base, alpha, tau)
+        expected = scores(user, base, alpha, tau)
         for step, token in enumerate(answer):
             self.num_tokens += 1
-            best = int(wanted[step].argmax())
-            self.num_changed += best != int(user[step].argmax())
+            best = int(expected[step].argmax())
+            if best != int(user[step].argmax()):
+                self.num_changed += 1
             if best == token:
                 continue
-            gap = float(wanted[step, best] - wanted[step, token])
-            from_line = (
-                (user[step] - user[step].amax() - math.log(tau)).abs().amin().item()
-                if alpha
-                else math.inf
-            )
+            gap = float(expected[step, best] - expected[step, token])
+            from_line = math.inf
+            if alpha:
+                line = user[step].amax() + math.log(tau)
+                from_line = (user[step] - line).abs().amin().item()
             if gap <= TIE or from_line <= TIE:
                 self.num_ties += 1
             else:

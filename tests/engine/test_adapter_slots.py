@@ -1,4 +1,4 @@
-"""Adapters in a few slots: any number of users, loaded off the hot path, never evicted in use, failing alone."""
+"""Adapters in a few slots: for any number of users, loaded off the hot path, kept while in use."""
 
 import threading
 import time
@@ -40,8 +40,11 @@ def source(folder: Path, name: str) -> AdapterSource:
 def wait_until_idle(engine: Engine) -> None:
     """An answer is delivered a moment before its rows and its slot are free."""
     deadline = time.monotonic() + 10
-    while any(((found := engine.statistics()).adapters_in_use, found.rows, found.waiting)):
-        assert time.monotonic() < deadline, f"not idle within 10 s: {found}"
+    while True:
+        now = engine.statistics()
+        if now.adapters_in_use == now.rows == now.waiting == 0:
+            return
+        assert time.monotonic() < deadline, f"not idle within 10 s: {now}"
         time.sleep(0.002)
 
 
@@ -53,16 +56,15 @@ def test_more_users_than_slots_get_the_answers_of_their_own_adapters(
         Request(PROMPT, few_slots.load_adapter(folder), Contrast(0.3), sampling=SHORT)
         for folder in folders
     ]
-    wanted = [few_slots.generate([request])[0].token_ids for request in direct]
-    assert len(set(wanted)) > 4
+    expected = [few_slots.generate([request])[0].token_ids for request in direct]
+    assert len(set(expected)) > 4
     by_name = [
         Request(PROMPT, source(folder, f"user{n}@1"), Contrast(0.3), sampling=SHORT)
         for n, folder in enumerate(folders)
     ]
     for _ in range(2):
-        assert [
-            answer.token_ids for answer in few_slots.generate(by_name + by_name)
-        ] == wanted + wanted
+        answers = few_slots.generate(by_name + by_name)
+        assert [answer.token_ids for answer in answers] == expected + expected
     assert few_slots.statistics().adapters_evicted >= 5
     wait_until_idle(few_slots)
 
@@ -76,7 +78,7 @@ def test_an_adapter_in_its_slot_is_not_loaded_again(
     assert few_slots.statistics().adapters_loaded == 1
 
 
-def test_an_adapter_in_use_is_never_evicted_and_who_comes_next_waits(
+def test_an_adapter_in_use_is_never_evicted_and_the_next_waits(
     few_slots: Engine, tiny: Tiny, adapter: Tiny
 ) -> None:
     folders = [adapter(tiny("llama"), seed=seed) for seed in (1, 2, 3)]
@@ -98,7 +100,7 @@ def test_another_version_leaves_the_running_request_as_it_is(
     few_slots: Engine, tiny: Tiny, adapter: Tiny
 ) -> None:
     old, new = (adapter(tiny("llama"), seed=seed) for seed in (1, 2))
-    wanted = few_slots.generate(
+    expected = few_slots.generate(
         [Request(PROMPT, few_slots.load_adapter(old), Contrast(0.3), sampling=LONG)]
     )[0]
     stream = few_slots.stream(Request(PROMPT, source(old, "ann@1"), Contrast(0.3), sampling=LONG))
@@ -106,7 +108,7 @@ def test_another_version_leaves_the_running_request_as_it_is(
     other = few_slots.generate(
         [Request(PROMPT, source(new, "ann@2"), Contrast(0.3), sampling=LONG)]
     )[0]
-    assert stream.completion().token_ids == wanted.token_ids != other.token_ids
+    assert stream.completion().token_ids == expected.token_ids != other.token_ids
 
 
 def test_a_slow_load_holds_up_nobody_else(few_slots: Engine, tiny: Tiny, adapter: Tiny) -> None:
@@ -123,7 +125,7 @@ def test_a_slow_load_holds_up_nobody_else(few_slots: Engine, tiny: Tiny, adapter
     late.completion()
 
 
-def test_what_fails_to_load_fails_alone_with_its_own_error_and_is_tried_again(
+def test_an_adapter_that_fails_to_load_fails_alone_and_is_tried_again(
     few_slots: Engine, tiny: Tiny, adapter: Tiny, tmp_path: Path
 ) -> None:
     folder, calls = adapter(tiny("llama"), seed=1), []
@@ -162,7 +164,7 @@ def test_deadlines_and_cancelling_hold_while_an_adapter_is_loaded(few_slots: Eng
     wait_until_idle(few_slots)
 
 
-def test_closing_ends_those_who_wait_for_an_adapter_and_leaves_no_thread(few_slots: Engine) -> None:
+def test_closing_ends_requests_that_wait_for_an_adapter_and_its_thread(few_slots: Engine) -> None:
     def late() -> Path:
         time.sleep(0.2)
         raise FileNotFoundError("nothing there")

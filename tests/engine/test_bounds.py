@@ -1,4 +1,7 @@
-"""What an engine may hold: rows, tokens, memory. Long prompts stall nobody; what can never fit is refused; shortage is survived."""
+"""What an engine may hold: rows, tokens, memory.
+
+Long prompts delay no other answer, what can never fit is refused, shortage is survived.
+"""
 
 import itertools
 import shutil
@@ -23,7 +26,7 @@ from langchain_cope.engine import (
     load_base,
 )
 from langchain_cope.engine.forward import kv_cache as kv_module
-from langchain_cope.engine.forward.plain import Inputs
+from langchain_cope.engine.forward.inputs import Inputs
 from langchain_cope.errors import InputError, ModelError
 
 Tiny = Callable[..., Path]
@@ -38,7 +41,7 @@ def tokens(length: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture
 def engine_with(tiny: Tiny) -> Iterator[EngineWith]:
-    """``engine_with(max_rows=8)``: an engine of the tiny Llama, of this test's own."""
+    """`engine_with(max_rows=8)`: an engine of the tiny Llama, of this test's own."""
     engines: list[Engine] = []
 
     def make(**options: object) -> Engine:
@@ -52,10 +55,13 @@ def engine_with(tiny: Tiny) -> Iterator[EngineWith]:
 
 
 def many(engine: Engine, tiny: Tiny, adapter: Tiny, num_requests: int = 20) -> list[Request]:
-    kept = [engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2)]
+    adapters = [engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2)]
     return [
         Request(
-            tokens(3 + 7 * n % 60, n), kept[n % 2], Contrast(0.3), Sampling(max_tokens=5 + n % 9)
+            tokens(3 + 7 * n % 60, n),
+            adapters[n % 2],
+            Contrast(0.3),
+            Sampling(max_tokens=5 + n % 9),
         )
         for n in range(num_requests)
     ]
@@ -71,7 +77,8 @@ def many(engine: Engine, tiny: Tiny, adapter: Tiny, num_requests: int = 20) -> l
         ({"adapter_slots": 0}, "adapter_slots must be an integer ≥ 1"),
         ({"prefix_cache": -1}, "prefix_cache must be bytes as an integer ≥ 0"),
         ({"speculation": 1}, "speculation must be True or False"),
-        ({"stall": 0}, "stall must be seconds > 0"),
+        ({"prefill_pause": 0}, "prefill_pause must be seconds > 0"),
+        ({"stall": 0}, "prefill_pause must be seconds > 0"),
     ],
 )
 def test_an_option_out_of_range_is_refused_where_it_is_built(
@@ -81,8 +88,9 @@ def test_an_option_out_of_range_is_refused_where_it_is_built(
         EngineOptions(**option)  # type: ignore[arg-type]
 
 
-def test_one_base_has_one_engine_and_its_options(tiny: Tiny) -> None:
-    base = load_base(tiny("qwen3"), device="cpu", dtype="float32")
+def test_one_base_has_one_engine_and_its_options(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path / "base")  # the shared base has an engine already
+    base = load_base(tmp_path / "base", device="cpu", dtype="float32")
     engine = Engine.of(base, EngineOptions(max_rows=8))
     assert Engine.of(base) is engine is Engine.of(base, EngineOptions(max_rows=8))
     with pytest.raises(
@@ -96,40 +104,38 @@ def test_memory_for_keys_and_values_holds_and_everyone_is_answered(
     engine_with: EngineWith, tiny: Tiny, adapter: Tiny
 ) -> None:
     free = engine_with()
-    wanted = free.generate(many(free, tiny, adapter))
-    budget = (
-        6 * (128 + 128) * free._batch.bytes_per_position
-    )  # six rows of 128 positions, with their prompts
-    engine, most = engine_with(kv_memory=budget), []
+    expected = free.generate(many(free, tiny, adapter))
+    # Six rows of 128 positions, with their prompts.
+    budget = 6 * (128 + 128) * free._batch.bytes_per_position
+    engine, sizes = engine_with(kv_memory=budget), []
 
     def weigh(_: Inputs) -> None:
-        kvs = (engine._batch._answers.kv, engine._batch._prompts.kv)
-        most.append(
-            sum(kv.num_rows * kv.num_positions for kv in kvs) * engine._batch.bytes_per_position
-        )
+        kvs = (engine._batch._decode_rows.kv, engine._batch._prefill_rows.kv)
+        positions = sum(kv.num_rows * kv.num_positions for kv in kvs)
+        sizes.append(positions * engine._batch.bytes_per_position)
 
     with before_each_forward(engine, weigh):
         answers = engine.generate(many(engine, tiny, adapter))
-    assert [a.token_ids for a in answers] == [a.token_ids for a in wanted]
-    assert 0 < max(most) <= budget
+    assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+    assert 0 < max(sizes) <= budget
 
 
 def test_what_can_never_fit_is_refused_at_once_with_the_numbers(
     engine_with: EngineWith, tiny: Tiny, adapter: Tiny
 ) -> None:
     engine = engine_with(kv_memory=150_000, max_tokens=100)
-    kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
-    per_position = engine._batch.bytes_per_position
+    personal = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    num_bytes = 2 * (256 + 64) * engine._batch.bytes_per_position
     with pytest.raises(
         InputError,
-        match=rf"needs {2 * (256 + 64) * per_position:,} bytes .*2 rows of up to 210.*may take 150,000",
+        match=rf"needs {num_bytes:,} bytes .*2 rows of up to 210.*may take 150,000",
     ):
-        engine.stream(Request(tokens(10), kept, sampling=Sampling(max_tokens=200)))
+        engine.stream(Request(tokens(10), personal, sampling=Sampling(max_tokens=200)))
     with pytest.raises(
         InputError,
         match=r"may have 120 tokens in flight \(2 rows of up to 60 tokens\), but .* limit is 100",
     ):
-        engine.stream(Request(tokens(10), kept, sampling=Sampling(max_tokens=50)))
+        engine.stream(Request(tokens(10), personal, sampling=Sampling(max_tokens=50)))
     assert engine.generate([Request(tokens(10), sampling=Sampling(max_tokens=50))])
 
 
@@ -138,20 +144,20 @@ def test_tokens_in_flight_are_bounded(engine_with: EngineWith, tiny: Tiny, adapt
 
     def count(_: Inputs) -> None:
         batch = engine._batch
-        seen.append(sum(r.request.num_rows * r.limit for r in [*batch.running, *batch.arriving]))
+        seen.append(sum(r.request.num_rows * r.limit for r in batch.requests))
 
     with before_each_forward(engine, count):
         assert len(engine.generate(many(engine, tiny, adapter))) == 20
     assert 150 < max(seen) <= 300
 
 
-def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_running_answers(
+def test_a_long_prompt_is_read_in_pieces_between_running_answers_tokens(
     engine_with: EngineWith,
 ) -> None:
     alone = engine_with(prefix_cache=0)
     long = Request(tokens(230), sampling=Sampling(max_tokens=8))
-    wanted = alone.generate([long])[0]
-    engine, widths = engine_with(prefix_cache=0, stall=1e-6, speculation=False), []
+    expected = alone.generate([long])[0]
+    engine, widths = engine_with(prefix_cache=0, prefill_pause=1e-6, speculation=False), []
     with (
         before_each_forward(engine, slowly),
         before_each_forward(engine, lambda inputs: widths.append(inputs.ids.shape[1])),
@@ -159,8 +165,8 @@ def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_running_answers(
         running = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=200)))
         next(running)
         widths.clear()
-        assert engine.generate([long])[0].token_ids == wanted.token_ids
-    reading = [place for place, width in enumerate(widths) if width > 1]
+        assert engine.generate([long])[0].token_ids == expected.token_ids
+    reading = [index for index, width in enumerate(widths) if width > 1]
     assert len(reading) >= 230 // 16
     assert {later - earlier for earlier, later in itertools.pairwise(reading)} == {2}, (
         "a token between pieces"
@@ -169,7 +175,7 @@ def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_running_answers(
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(engine_with: EngineWith) -> None:
-    engine, order = engine_with(prefix_cache=0, stall=1e-6), []
+    engine, order = engine_with(prefix_cache=0, prefill_pause=1e-6), []
     with before_each_forward(engine, slowly):
         running = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=200)))
         next(running)
@@ -177,12 +183,12 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(engine_with: EngineWith) ->
             "long": engine.stream(Request(tokens(240), sampling=Sampling(max_tokens=1))),
             "short": engine.stream(Request(tokens(6), sampling=Sampling(max_tokens=1))),
         }
-        threads = [
-            threading.Thread(
-                target=lambda name=name, stream=stream: (stream.completion(), order.append(name))
-            )  # type: ignore[misc]
-            for name, stream in streams.items()
-        ]
+
+        def read(name: str) -> None:
+            streams[name].completion()
+            order.append(name)
+
+        threads = [threading.Thread(target=read, args=(name,)) for name in streams]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -191,11 +197,11 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(engine_with: EngineWith) ->
     assert sorted(order) == ["long", "short"]
 
 
-def test_out_of_memory_shrinks_the_batch_and_everyone_is_answered_all_the_same(
+def test_out_of_memory_shrinks_the_batch_and_all_are_answered(
     engine_with: EngineWith, tiny: Tiny, adapter: Tiny
 ) -> None:
     free = engine_with()
-    wanted = free.generate(many(free, tiny, adapter))
+    expected = free.generate(many(free, tiny, adapter))
     engine, failures = engine_with(), []
 
     def too_much(inputs: Inputs) -> None:
@@ -206,15 +212,15 @@ def test_out_of_memory_shrinks_the_batch_and_everyone_is_answered_all_the_same(
     with before_each_forward(engine, too_much):
         answers = engine.generate(many(engine, tiny, adapter))
     assert failures
-    assert [a.token_ids for a in answers] == [a.token_ids for a in wanted]
-    assert [a.text for a in answers] == [a.text for a in wanted]
+    assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+    assert [a.text for a in answers] == [a.text for a in expected]
 
 
 def test_answers_in_mid_stream_survive_running_out_of_memory(
     engine_with: EngineWith, tiny: Tiny, adapter: Tiny
 ) -> None:
     free = engine_with()
-    wanted = free.generate(many(free, tiny, adapter))
+    expected = free.generate(many(free, tiny, adapter))
     engine, calls = engine_with(), []
 
     def now_and_then(inputs: Inputs) -> None:
@@ -226,8 +232,8 @@ def test_answers_in_mid_stream_survive_running_out_of_memory(
 
     with before_each_forward(engine, now_and_then):
         streams = engine.stream_all(many(engine, tiny, adapter))
-        found = [list(stream) for stream in streams]
-    for events, answer in zip(found, wanted, strict=True):
+        events_of_all = [list(stream) for stream in streams]
+    for events, answer in zip(events_of_all, expected, strict=True):
         *pieces, last = events
         assert isinstance(last, Completion)
         assert last.token_ids == answer.token_ids
@@ -243,17 +249,17 @@ def test_what_never_fits_the_device_fails_alone_with_its_cause(engine_with: Engi
         if (inputs.ids == 9).any():
             raise torch.OutOfMemoryError("not even this")
 
-    wanted = engine.generate([Request(tokens(5), sampling=Sampling(max_tokens=40))])[0]
-    assert 9 not in wanted.token_ids
+    expected = engine.generate([Request(tokens(5), sampling=Sampling(max_tokens=40))])[0]
+    assert 9 not in expected.token_ids
     with before_each_forward(engine, never):
         good = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=40)))
         with pytest.raises(ModelError, match="OutOfMemoryError: not even this") as caught:
             engine.generate([Request([9, 9, 9], sampling=Sampling(max_tokens=4))])
         assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
-        assert good.completion() == wanted
+        assert good.completion() == expected
 
 
-def test_a_consumer_that_stops_reading_holds_up_nobody(engine_with: EngineWith) -> None:
+def test_a_consumer_that_stops_reading_delays_no_other(engine_with: EngineWith) -> None:
     engine = engine_with()
     idle = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=100)))
     next(idle)
@@ -267,11 +273,11 @@ def test_a_consumer_that_stops_reading_holds_up_nobody(engine_with: EngineWith) 
     )
 
 
-def test_running_out_while_taking_requests_in_is_survived(
+def test_running_out_of_memory_while_admitting_is_survived(
     engine_with: EngineWith, tiny: Tiny, adapter: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = engine_with()
-    wanted = free.generate(many(free, tiny, adapter))
+    expected = free.generate(many(free, tiny, adapter))
     engine, resized, calls = engine_with(), kv_module._resized, []
 
     def now_and_then(*arguments: int) -> torch.Tensor:
@@ -283,17 +289,16 @@ def test_running_out_while_taking_requests_in_is_survived(
     monkeypatch.setattr(kv_module, "_resized", now_and_then)
     answers: list[tuple[int, ...] | None] = []
     failures: list[str] = []
-    for request in many(
-        engine, tiny, adapter
-    ):  # the first ones are alone: they may fail, by name, and harm nobody
+    # The first ones are alone: they may fail, by name, and do no harm.
+    for request in many(engine, tiny, adapter):
         try:
             answers.append(engine.generate([request])[0].token_ids)
         except ModelError as error:
             answers.append(None)
             failures.append(str(error))
-    found = engine.generate(many(engine, tiny, adapter))
-    assert [a.token_ids for a in found] == [a.token_ids for a in wanted]
-    assert all(answer in (None, a.token_ids) for answer, a in zip(answers, wanted, strict=True))
+    together = engine.generate(many(engine, tiny, adapter))
+    assert [a.token_ids for a in together] == [a.token_ids for a in expected]
+    assert all(answer in (None, a.token_ids) for answer, a in zip(answers, expected, strict=True))
     assert len(failures) < 12
     assert all("no room for rows" in failure for failure in failures)
 
@@ -324,10 +329,9 @@ def test_closing_a_stream_wakes_the_thread_that_reads_it(engine_with: EngineWith
     assert not reader.is_alive()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Setting `save_embedding_layers`:UserWarning"
-)  # peft's, about the head
-def test_an_adapter_of_another_base_or_of_the_head_is_refused_and_harms_nobody(
+# peft's warning about the output head
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_an_adapter_of_another_base_or_of_the_output_head_is_refused(
     engine_with: EngineWith, tiny: Tiny, adapter: Tiny, engine_for: EngineWith, tmp_path: Path
 ) -> None:
     engine = engine_with()
@@ -350,10 +354,10 @@ def test_an_adapter_of_another_base_or_of_the_head_is_refused_and_harms_nobody(
     )
 
 
-def test_a_prompt_read_in_pieces_keeps_its_room_when_everyone_else_has_left(
+def test_a_prompt_read_in_pieces_keeps_its_room_when_others_leave(
     engine_with: EngineWith,
 ) -> None:
-    engine = engine_with(stall=1e-9, prefix_cache=0)
+    engine = engine_with(prefill_pause=1e-9, prefix_cache=0)
     early = Request(tokens(8), sampling=Sampling(max_tokens=3))
     late = Request(tokens(200), sampling=Sampling(max_tokens=12))
     alone = engine.generate([late])[0]

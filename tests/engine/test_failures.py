@@ -1,4 +1,7 @@
-"""What goes wrong in the middle: a failing forward, `close`, a reader that goes away. The engine goes on for everyone else."""
+"""What goes wrong in the middle: a failing forward, `close`, a reader that goes away.
+
+The engine goes on for all others.
+"""
 
 import asyncio
 import gc
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from langchain_cope.engine import Completion, Engine, Piece, Request, Sampling, load_base
-from langchain_cope.engine.forward.plain import Inputs
+from langchain_cope.engine.forward.inputs import Inputs
 from langchain_cope.errors import EngineClosed, ModelError
 
 Tiny = Callable[..., Path]
@@ -31,7 +34,7 @@ def own(tiny: Tiny) -> Iterator[Engine]:
 
 @contextmanager
 def before_each_forward(engine: Engine, act: Callable[[Inputs], object]) -> Iterator[None]:
-    """``act`` sees the inputs of every forward of the engine before it is computed."""
+    """`act` sees the inputs of every forward of the engine before it is computed."""
     batch, forward = engine._batch, engine._batch.forward
 
     class Watched:
@@ -64,8 +67,8 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_a_failing_prompt_fails_with_its_cause_and_the_running_ones_go_on(own: Engine) -> None:
-    wanted = own.generate([Request(PROMPT, sampling=LONG)])[0]
+def test_a_failing_prompt_fails_with_its_cause_and_others_go_on(own: Engine) -> None:
+    expected = own.generate([Request(PROMPT, sampling=LONG)])[0]
     with before_each_forward(own, slowly), before_each_forward(own, fail_on_marker):
         running = own.stream(Request(PROMPT, sampling=LONG))
         next(running)
@@ -74,15 +77,15 @@ def test_a_failing_prompt_fails_with_its_cause_and_the_running_ones_go_on(own: E
             list(failing)
         assert isinstance(caught.value.__cause__, RuntimeError)
         assert list(failing) == [], "nothing comes after the error"
-        if MARKER not in wanted.token_ids:
-            assert running.completion().token_ids == wanted.token_ids
-    assert own.generate([Request(PROMPT, sampling=LONG)])[0] == wanted
+        if MARKER not in expected.token_ids:
+            assert running.completion().token_ids == expected.token_ids
+    assert own.generate([Request(PROMPT, sampling=LONG)])[0] == expected
 
 
-def test_a_failing_step_fails_those_who_were_in_it_and_the_next_request_is_answered(
+def test_a_failing_step_fails_its_requests_and_the_next_is_answered(
     own: Engine,
 ) -> None:
-    wanted = own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))])
+    expected = own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))])
     steps = []
 
     def fail_at_the_fourth(inputs: Inputs) -> None:
@@ -97,10 +100,10 @@ def test_a_failing_step_fails_those_who_were_in_it_and_the_next_request_is_answe
         for stream in (first, second):
             with pytest.raises(ModelError, match="out of memory, say"):
                 stream.completion()
-        assert own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))]) == wanted
+        assert own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))]) == expected
 
 
-def test_an_error_outside_a_forward_ends_everyone_with_its_cause_instead_of_hanging(
+def test_an_error_outside_a_forward_ends_all_requests_with_its_cause(
     own: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: object) -> None:
@@ -126,13 +129,13 @@ async def test_the_async_stream_raises_the_same_error(own: Engine) -> None:
 
 
 def test_a_failing_score_raises_and_leaves_the_engine_working(own: Engine) -> None:
-    wanted = own.score([(PROMPT, [60, 61])])
+    expected = own.score([(PROMPT, [60, 61])])
     with (
         before_each_forward(own, fail_on_marker),
         pytest.raises(ModelError, match="failed while scoring: RuntimeError"),
     ):
         own.score([([MARKER], [60])])
-    assert torch.equal(own.score([(PROMPT, [60, 61])])[0], wanted[0])
+    assert torch.equal(own.score([(PROMPT, [60, 61])])[0], expected[0])
 
 
 def test_close_ends_running_and_waiting_requests(own: Engine) -> None:
@@ -158,18 +161,18 @@ def test_close_stops_the_thread_and_frees_the_cache(own: Engine) -> None:
     own.close()
     assert not thread.is_alive()
     assert own._batch.num_rows == 0
-    assert own._batch._answers.kv.num_rows == 0
+    assert own._batch._decode_rows.kv.num_rows == 0
 
 
 def test_after_close_the_base_gets_a_new_engine(tiny: Tiny) -> None:
     base = load_base(tiny("qwen2"), device="cpu", dtype="float32")
     first = Engine.of(base)
     assert Engine.of(base) is first
-    wanted = first.generate([Request(PROMPT, sampling=Sampling(max_tokens=4))])
+    expected = first.generate([Request(PROMPT, sampling=Sampling(max_tokens=4))])
     first.close()
     second = Engine.of(base)
     assert second is not first
-    assert second.generate([Request(PROMPT, sampling=Sampling(max_tokens=4))]) == wanted
+    assert second.generate([Request(PROMPT, sampling=Sampling(max_tokens=4))]) == expected
     second.close()
 
 
@@ -191,7 +194,7 @@ def test_closing_a_stream_frees_its_rows_by_the_next_step(own: Engine) -> None:
         wait_until(lambda: own._batch.num_rows == 0)
         seen = len(forwards)
         time.sleep(0.1)
-        assert len(forwards) == seen, "with nobody left the engine rests"
+        assert len(forwards) == seen, "without requests the engine rests"
 
 
 def test_a_stream_that_is_forgotten_is_cancelled(own: Engine) -> None:
@@ -212,7 +215,7 @@ def test_a_request_cancelled_while_it_waits_never_runs(own: Engine) -> None:
         waiting.close()
         for stream in running:
             stream.close()
-        wait_until(lambda: own._batch.num_rows == 0 and not own._waiting)
+        wait_until(lambda: own._batch.num_rows == own.statistics().waiting == 0)
     assert not any(inputs.ids.shape[1] == 6 for inputs in seen)
 
 
@@ -237,18 +240,19 @@ async def test_a_cancelled_task_frees_its_rows_by_the_next_step(own: Engine) -> 
 
 
 def test_an_event_loop_that_is_gone_does_not_stop_the_engine(own: Engine) -> None:
-    wanted = own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))])
+    expected = own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))])
 
     async def read_one() -> None:
         events = own.astream(Request(PROMPT, sampling=LONG))
         await anext(events)
-        own.leaked = events  # type: ignore[attr-defined]  # neither closed nor collected while the loop goes
+        # Neither closed nor collected while the loop goes.
+        own.leaked = events  # type: ignore[attr-defined]
 
     with before_each_forward(own, slowly):
         loop = asyncio.new_event_loop()
         loop.run_until_complete(read_one())
         loop.close()
-        assert own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))]) == wanted
+        assert own.generate([Request(PROMPT, sampling=Sampling(max_tokens=5))]) == expected
     own.leaked.aclose().close()  # type: ignore[attr-defined]
 
 
@@ -261,7 +265,7 @@ def test_no_threads_are_left_behind(tiny: Tiny) -> None:
     assert threading.active_count() == before
 
 
-def test_an_engine_that_nobody_asked_anything_has_no_thread(tiny: Tiny) -> None:
+def test_an_engine_without_requests_has_no_thread(tiny: Tiny) -> None:
     before = threading.active_count()
     engine = Engine(load_base(tiny("llama"), device="cpu", dtype="float32"))
     assert threading.active_count() == before

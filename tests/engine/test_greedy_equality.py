@@ -1,4 +1,7 @@
-"""Greedy decoding equals an independent reference, token by token: every family, α, τ, alone and among other users."""
+"""Greedy decoding equals an independent reference, token by token.
+
+Every family, α and τ, alone and among other users.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -34,7 +37,10 @@ def users_of(family: str, base: Path, adapter: Tiny) -> dict[str, Path]:
 
 
 def cases() -> list[tuple[str | None, float, float, list[int]]]:
-    """(user, α, τ, prompt): every α and τ for two users, and two who have no adapter, with prompts of many lengths."""
+    """Return (user, α, τ, prompt): every α and τ for two users, and two cases without adapter.
+
+    The prompts have many lengths.
+    """
     lengths = itertools.cycle([5, 31, 2, 18, 11])
     grid = itertools.product(ALPHAS, TAUS, ["ann", "bob"])
     personal = [
@@ -56,15 +62,15 @@ def test_greedy_decoding_equals_two_plain_forwards_a_step(
     base = tiny(family)
     users = users_of(family, base, adapter)
     engine = engine_for(base)
-    kept = {name: engine.load_adapter(folder) for name, folder in users.items()}
+    adapters = {name: engine.load_adapter(folder) for name, folder in users.items()}
     references = {name: Reference(base, folder) for name, folder in users.items()} | {
         None: Reference(base)
     }
     sampling = Sampling(max_tokens=NUM_TOKENS)
-    wanted = cases()
+    compared = cases()
     requests = [
-        Request(prompt, kept.get(user or ""), Contrast(alpha, tau), sampling)
-        for user, alpha, tau, prompt in wanted
+        Request(prompt, adapters.get(user or ""), Contrast(alpha, tau), sampling)
+        for user, alpha, tau, prompt in compared
     ]
 
     together = engine.generate(requests)
@@ -74,7 +80,7 @@ def test_greedy_decoding_equals_two_plain_forwards_a_step(
     answers += [("alone", index, answer) for index, answer in alone.items()]
     tally = Tally()
     for how, index, answer in answers:
-        user, alpha, tau, prompt = wanted[index]
+        user, alpha, tau, prompt = compared[index]
         what = f"{family} {how}, user {user}, α {alpha}, τ {tau}, prompt of {len(prompt)}"
         tally.compare(
             references[user], prompt, list(answer.token_ids), alpha if user else 0.0, tau, what
@@ -107,9 +113,9 @@ def test_answers_that_outgrow_the_caches_room_equal_the_reference_too(
     base = tiny(family)
     folder = adapter(base, seed=1, rank=4)
     engine = engine_for(base)
-    kept, reference = engine.load_adapter(folder), Reference(base, folder)
-    long = engine.stream(Request(prompt_of(9, 1), kept, Contrast(0.3), Sampling(max_tokens=200)))
-    short = Request(prompt_of(40, 2), kept, Contrast(0.3), Sampling(max_tokens=30))
+    ann, reference = engine.load_adapter(folder), Reference(base, folder)
+    long = engine.stream(Request(prompt_of(9, 1), ann, Contrast(0.3), Sampling(max_tokens=200)))
+    short = Request(prompt_of(40, 2), ann, Contrast(0.3), Sampling(max_tokens=30))
     tally = Tally()
     for _ in range(3):
         for _ in range(5):
@@ -151,15 +157,15 @@ def test_in_bfloat16_nearly_all_tokens_agree(
     base = tiny("llama")
     users = users_of("llama", base, adapter)
     engine = engine_for(base, dtype="bfloat16")
-    kept = {name: engine.load_adapter(folder) for name, folder in users.items()}
+    adapters = {name: engine.load_adapter(folder) for name, folder in users.items()}
     references = {name: Reference(base, folder, torch.bfloat16) for name, folder in users.items()}
     agreed = compared = 0
-    wanted = [case for case in cases() if case[0] is not None]
+    personal = [case for case in cases() if case[0] is not None]
     requests = [
-        Request(p, kept[str(u)], Contrast(a, t), Sampling(max_tokens=NUM_TOKENS))
-        for u, a, t, p in wanted
+        Request(p, adapters[str(u)], Contrast(a, t), Sampling(max_tokens=NUM_TOKENS))
+        for u, a, t, p in personal
     ]
-    for (user, alpha, tau, prompt), answer in zip(wanted, engine.generate(requests), strict=True):
+    for (user, alpha, tau, prompt), answer in zip(personal, engine.generate(requests), strict=True):
         tally = Tally()
         tally.compare(references[str(user)], prompt, list(answer.token_ids), alpha, tau, "bfloat16")
         compared += tally.num_tokens

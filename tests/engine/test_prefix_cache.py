@@ -1,4 +1,7 @@
-"""Shared beginnings are copied instead of computed, never across users, within their bound; answers stay the same."""
+"""Shared beginnings are copied instead of computed, never across users, within their bound.
+
+Answers stay the same.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,9 +33,9 @@ def engines(base: Path, **options: int) -> tuple[Engine, Engine]:
 
 @pytest.fixture
 def closing() -> Iterator[list[Engine]]:
-    opened: list[Engine] = []
-    yield opened
-    for engine in opened:
+    engines: list[Engine] = []
+    yield engines
+    for engine in engines:
         engine.close()
 
 
@@ -64,32 +67,32 @@ def test_a_chat_goes_on_from_its_last_answer(
 ) -> None:
     closing += engines(tiny("llama"))
     engine, plain = closing
-    kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    ann = engine.load_adapter(adapter(tiny("llama"), seed=1))
     prompt = tokens(40, 7)
     answer = engine.generate(
-        [Request(prompt, kept, Contrast(0.5), sampling=Sampling(max_tokens=60))]
+        [Request(prompt, ann, Contrast(0.5), sampling=Sampling(max_tokens=60))]
     )[0]
-    turns = len(prompt) + len(answer.token_ids)
+    length = len(prompt) + len(answer.token_ids)
     again = Request(
-        [*prompt, *answer.token_ids, *tokens(6, 8)], kept, Contrast(0.5), sampling=SAMPLING
+        [*prompt, *answer.token_ids, *tokens(6, 8)], ann, Contrast(0.5), sampling=SAMPLING
     )
     assert engine.generate([again]) == plain.generate([again])
-    assert engine.statistics().prefix_tokens_reused == 2 * ((turns - 1) // BLOCK) * BLOCK
+    assert engine.statistics().prefix_tokens_reused == 2 * ((length - 1) // BLOCK) * BLOCK
 
 
-def test_of_an_answer_that_does_not_go_on_only_the_prompt_is_kept(
+def test_only_the_prompt_is_kept_of_an_answer_not_for_reuse(
     tiny: Tiny, adapter: Tiny, closing: list[Engine]
 ) -> None:
     closing += engines(tiny("llama"))
     engine, plain = closing
-    kept, prompt = engine.load_adapter(adapter(tiny("llama"), seed=1)), tokens(BLOCK + 5, 7)
+    ann, prompt = engine.load_adapter(adapter(tiny("llama"), seed=1)), tokens(BLOCK + 5, 7)
     sampling = Sampling(max_tokens=2 * BLOCK)
     (answer,) = engine.generate(
-        [Request(prompt, kept, Contrast(0.5), sampling=sampling, goes_on=False)]
+        [Request(prompt, ann, Contrast(0.5), sampling=sampling, keep_for_reuse=False)]
     )
     assert len(answer.token_ids) > BLOCK
     again = Request(
-        [*prompt, *answer.token_ids, *tokens(6, 8)], kept, Contrast(0.5), sampling=SAMPLING
+        [*prompt, *answer.token_ids, *tokens(6, 8)], ann, Contrast(0.5), sampling=SAMPLING
     )
     assert engine.generate([again]) == plain.generate([again])
     assert engine.statistics().prefix_tokens_reused == 2 * BLOCK
@@ -102,8 +105,8 @@ def test_users_never_share_their_own_states(
     engine, plain = closing
     prompt = tokens(2 * BLOCK + 3, 3)
     ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
-    for kept in (ann, bob, ann):
-        request = Request(prompt, kept, Contrast(0.0), sampling=SAMPLING)  # the personal row alone
+    for user in (ann, bob, ann):
+        request = Request(prompt, user, Contrast(0.0), sampling=SAMPLING)  # the personal row alone
         assert engine.generate([request]) == plain.generate([request])
     assert engine.statistics().prefix_tokens_reused == 2 * BLOCK, "ann's second request alone"
 

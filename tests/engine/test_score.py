@@ -1,4 +1,4 @@
-"""Log-probabilities of given completions equal an independent log-softmax, batched by length or not."""
+"""Scores of completions equal an independent log-softmax, batched by length or not."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,7 @@ import pytest
 import torch
 from engine.reference import Reference
 
-from langchain_cope.engine import Contrast, Engine, Request, Sampling
-from langchain_cope.engine import engine as engine_module
+from langchain_cope.engine import Contrast, Engine, Request, Sampling, scoring
 from langchain_cope.errors import ContextOverflow, InputError
 
 Tiny = Callable[..., Path]
@@ -26,7 +25,7 @@ SEQUENCES = [
 ]
 
 
-def wanted(
+def expected(
     reference: Reference, prompt: list[int], completion: list[int], with_adapter: bool
 ) -> torch.Tensor:
     user, base = reference.log_probs([*prompt, *completion])
@@ -42,11 +41,11 @@ def test_scores_equal_an_independent_log_softmax(
     base, engine = tiny(family), engine_for(tiny(family))
     folder = adapter(base, seed=1, **({"fan_in_fan_out": True} if family == "gpt2" else {}))
     reference = Reference(base, folder)
-    found = engine.score(SEQUENCES, engine.load_adapter(folder) if with_adapter else None)
-    for (prompt, completion), row in zip(SEQUENCES, found, strict=True):
+    scores = engine.score(SEQUENCES, engine.load_adapter(folder) if with_adapter else None)
+    for (prompt, completion), row in zip(SEQUENCES, scores, strict=True):
         assert (row.dtype, row.device.type, row.shape) == (torch.float32, "cpu", (len(completion),))
         torch.testing.assert_close(
-            row.double(), wanted(reference, prompt, completion, with_adapter), atol=2e-4, rtol=0
+            row.double(), expected(reference, prompt, completion, with_adapter), atol=2e-4, rtol=0
         )
 
 
@@ -54,8 +53,9 @@ def test_small_groups_give_the_same_scores_in_the_order_given(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = engine.score(SEQUENCES)
-    monkeypatch.setattr(engine_module, "MAX_SCORE_LOGITS", 2 * 10 * engine.base.vocabulary_size)
-    groups = list(engine._score_groups(SEQUENCES))
+    vocabulary = engine.base.vocabulary_size
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 2 * 10 * vocabulary)
+    groups = list(scoring.groups(SEQUENCES, vocabulary, engine.options.max_rows))
     assert len(groups) > 3
     assert sorted(index for group in groups for index in group) == list(range(len(SEQUENCES)))
     for one, other in zip(together, engine.score(SEQUENCES), strict=True):

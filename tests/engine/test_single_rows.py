@@ -1,4 +1,4 @@
-"""One row: the adapter alone or the base alone, equal to what transformers and peft generate themselves."""
+"""One row, the adapter alone or the base alone, equals what transformers and peft generate."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -51,10 +51,10 @@ def test_alpha_zero_equals_peft_generate_with_the_adapter(
 ) -> None:
     folder = adapter(tiny("llama"), seed=1)
     personal = Reference(tiny("llama"), folder).model
-    kept = engine.load_adapter(folder)
+    ann = engine.load_adapter(folder)
     # τ has no say without α: there is no head.
     requests = [
-        Request(prompt, kept, contrast=Contrast(0.0, 1.0), sampling=Sampling(max_tokens=NUM_TOKENS))
+        Request(prompt, ann, contrast=Contrast(0.0, 1.0), sampling=Sampling(max_tokens=NUM_TOKENS))
         for prompt in PROMPTS
     ]
     answers = engine.generate(requests)
@@ -66,14 +66,14 @@ def test_alpha_zero_equals_peft_generate_with_the_adapter(
 
 
 def test_the_adapter_changes_the_answers(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
-    kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    ann = engine.load_adapter(adapter(tiny("llama"), seed=1))
     sampling = Sampling(max_tokens=NUM_TOKENS)
     for prompt in PROMPTS:
         alone, personal, contrasted = engine.generate(
             [
                 Request(prompt, sampling=sampling),
-                Request(prompt, kept, Contrast(0.0), sampling=sampling),
-                Request(prompt, kept, Contrast(1.0), sampling=sampling),
+                Request(prompt, ann, Contrast(0.0), sampling=sampling),
+                Request(prompt, ann, Contrast(1.0), sampling=sampling),
             ]
         )
         assert alone.token_ids != personal.token_ids != contrasted.token_ids
@@ -81,32 +81,36 @@ def test_the_adapter_changes_the_answers(tiny: Tiny, adapter: Tiny, engine: Engi
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_the_repetition_penalty_acts_on_renormalised_scores_of_prompt_and_answer_but_not_of_padding(
+def test_the_repetition_penalty_acts_on_prompt_and_answer_but_not_on_padding(
     alpha: float, tiny: Tiny, adapter: Tiny, engine: Engine
 ) -> None:
-    """Written out: a loop over the independent reference. Token 0, which pads the shorter rows, is never seen by them."""
+    """Written out: a loop over the independent reference, on renormalised scores.
+
+    Token 0, which pads the shorter rows, is never seen by them.
+    """
     folder = adapter(tiny("llama"), seed=1)
-    reference, kept = Reference(tiny("llama"), folder), engine.load_adapter(folder)
+    reference, ann = Reference(tiny("llama"), folder), engine.load_adapter(folder)
     sampling = Sampling(max_tokens=12, repetition_penalty=1.3)
     answers = engine.generate(
-        [Request(prompt, kept, Contrast(alpha), sampling) for prompt in PROMPTS]
+        [Request(prompt, ann, Contrast(alpha), sampling) for prompt in PROMPTS]
     )
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert 0 not in prompt
         ids = list(prompt)
         for token in answer.token_ids:
             user, base = reference.log_probs(ids)
-            wanted = scores(user[-1], base[-1], alpha, 0.1)
+            expected = scores(user[-1], base[-1], alpha, 0.1)
             seen = torch.tensor(sorted(set(ids)))
-            wanted[seen] = torch.where(wanted[seen] < 0, wanted[seen] * 1.3, wanted[seen] / 1.3)
-            assert token == int(wanted.argmax())
+            before = expected[seen]
+            expected[seen] = torch.where(before < 0, before * 1.3, before / 1.3)
+            assert token == int(expected.argmax())
             ids.append(token)
 
 
 def test_a_padding_token_keeps_its_score_under_a_penalty(tiny: Tiny, engine: Engine) -> None:
-    """Rows are padded with token 0; a penalty on it would show where token 0 is what the model wants."""
+    """Rows are padded with token 0; a penalty on it would show where token 0 is the likeliest."""
     base = engine.base
-    wants_zero = next(
+    prompt_before_zero = next(
         prompt
         for seed in range(4000)
         if int(Reference.next_token(base.model, prompt := [3 + seed % 377, 3 + seed // 377, 40]))
@@ -114,7 +118,7 @@ def test_a_padding_token_keeps_its_score_under_a_penalty(tiny: Tiny, engine: Eng
     )
     sampling = Sampling(max_tokens=1, repetition_penalty=5.0)
     answer = engine.generate(
-        [Request(wants_zero, sampling=sampling), Request(PROMPTS[2], sampling=sampling)]
+        [Request(prompt_before_zero, sampling=sampling), Request(PROMPTS[2], sampling=sampling)]
     )[0]
     assert answer.token_ids == (0,)
 
@@ -122,11 +126,11 @@ def test_a_padding_token_keeps_its_score_under_a_penalty(tiny: Tiny, engine: Eng
 def test_a_seeded_answer_does_not_depend_on_its_batch(
     tiny: Tiny, adapter: Tiny, engine: Engine
 ) -> None:
-    kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    ann = engine.load_adapter(adapter(tiny("llama"), seed=1))
     requests = [
         Request(
             prompt,
-            kept,
+            ann,
             Contrast(alpha, 0.01),
             Sampling(max_tokens=NUM_TOKENS, temperature=1.2, top_p=0.95, seed=seed),
         )
@@ -140,7 +144,7 @@ def test_a_seeded_answer_does_not_depend_on_its_batch(
     assert together == alone == backwards
 
 
-def test_different_seeds_give_different_answers_and_no_seed_a_new_one_each_time(
+def test_seeds_give_different_answers_and_no_seed_always_a_new_one(
     engine: Engine,
 ) -> None:
     def answer(**seed: int) -> tuple[int, ...]:
@@ -162,19 +166,19 @@ def test_samples_of_the_engine_follow_the_contrasted_distribution(
     tiny: Tiny, adapter: Tiny, engine: Engine
 ) -> None:
     folder = adapter(tiny("llama"), seed=1)
-    reference, kept = Reference(tiny("llama"), folder), engine.load_adapter(folder)
+    reference, ann = Reference(tiny("llama"), folder), engine.load_adapter(folder)
     draws = 1500
     requests = [
-        Request(PROMPTS[0], kept, Contrast(0.5), Sampling(max_tokens=1, temperature=1.0, seed=seed))
+        Request(PROMPTS[0], ann, Contrast(0.5), Sampling(max_tokens=1, temperature=1.0, seed=seed))
         for seed in range(draws)
     ]
     tokens = torch.tensor([answer.token_ids[0] for answer in engine.generate(requests)])
     user, base = reference.log_probs(PROMPTS[0])
     expected = scores(user[-1], base[-1], 0.5, 0.1).exp() * draws
-    found = torch.bincount(tokens, minlength=len(expected)).double()
-    assert found[expected == 0].sum() == 0, "nothing outside the head"
+    counts = torch.bincount(tokens, minlength=len(expected)).double()
+    assert counts[expected == 0].sum() == 0, "nothing outside the head"
     often = expected >= 5
-    chi_square = float(((found - expected)[often] ** 2 / expected[often]).sum())
+    chi_square = float(((counts - expected)[often] ** 2 / expected[often]).sum())
     degrees = int(often.sum()) - 1
     assert degrees >= 2, "a head of one token would show nothing"
     assert chi_square < degrees + 4 * (2 * degrees) ** 0.5 + 5

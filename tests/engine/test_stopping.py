@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from langchain_cope.engine import Engine, Request, Sampling
-from langchain_cope.engine import engine as engine_module
+from langchain_cope.engine import Engine, Request, Sampling, scoring
 from langchain_cope.errors import Cancelled
 
 LONG = Sampling(max_tokens=200, temperature=1.0, seed=1)
@@ -37,7 +36,7 @@ def test_a_generate_that_is_not_stopped_answers_as_always(engine: Engine) -> Non
 def test_a_stop_is_heard_between_two_scoring_forwards(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "MAX_SCORE_TOKENS", 10)  # a forward for each sequence
+    monkeypatch.setattr(scoring, "MAX_TOKENS", 10)  # a forward for each sequence
     asked: list[bool] = []
 
     def after_two() -> bool:

@@ -1,4 +1,4 @@
-"""Answers as they come: joining and leaving, where an answer ends, its pieces and its log-probabilities."""
+"""Answers as they come: joining and leaving, where they end, their pieces and log-probabilities."""
 
 import asyncio
 import json
@@ -58,14 +58,14 @@ def test_joining_and_leaving_in_mid_stream_changes_no_answer(
     assert [a.contrast_changed for a in answers] == [a.contrast_changed for a in alone]
 
 
-def test_more_requests_than_rows_wait_their_turn_and_come_out_the_same(
+def test_more_requests_than_rows_wait_and_come_out_the_same(
     tiny: Tiny, adapter: Tiny, engine: Engine
 ) -> None:
-    kept = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    ann = engine.load_adapter(adapter(tiny("llama"), seed=1))
     requests = [
         Request(
             prompt_of(3 + n % 5, n),
-            kept,
+            ann,
             Contrast(0.1),
             Sampling(max_tokens=3 + n % 4),
             logprobs=n == 5,

@@ -76,7 +76,7 @@ def test_short_histories_get_more_epochs(num_items, epochs):
         (Negatives, "candidates", 0, "Negatives.candidates is 0"),
         (Negatives, "top_p", 1.5, "Negatives.top_p is 1.5, expected a number > 0 and <= 1"),
         (Recipe, "alpha", -0.1, "alpha must be a finite number ≥ 0, not -0.1"),
-        (Recipe, "tau", 0, "tau must lie in 0 < tau ≤ 1, not 0:"),
+        (Recipe, "tau", 0, "tau must be a number > 0 and ≤ 1, not 0:"),
         (Recipe, "max_new_tokens", "many", "Recipe.max_new_tokens is 'many'"),
         (Recipe, "seed", 2**32, "Recipe.seed is 4294967296"),
         (Recipe, "sft", {"rank": 8}, "Recipe.sft is .*, expected an instance of SFT"),

@@ -21,7 +21,7 @@ from langchain_cope.engine.adapter import CONFIG, WEIGHTS
 from langchain_cope.engine.base.base import Base
 from langchain_cope.engine.base.chat_template import ensure_chat_template
 from langchain_cope.engine.base.context import context_of
-from langchain_cope.engine.forward.fused_weights import lay_side_by_side
+from langchain_cope.engine.forward.fused_weights import fuse_weights
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
 
 STARTER = Path(__file__).parents[2] / "starter"
@@ -128,7 +128,7 @@ def _load(arguments: _Arguments) -> Base:
             model = _merge(model, adapter_folder, quantization)
     model.eval().requires_grad_(False)
     if quantization is None:
-        lay_side_by_side(model)
+        fuse_weights(model)
     # A prompt that is too long is refused by us, with the numbers; the tokenizer need not warn too.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if ensure_chat_template(tokenizer):

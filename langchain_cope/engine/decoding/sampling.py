@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from langchain_cope.engine.checks import checked, is_number, is_whole
+from langchain_cope.engine.checks import check_option, is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Sampling:
             ("stop", "strings that are not empty", _are_texts(self.stop)),
         )
         for name, expected, fits in checks:
-            checked(name, getattr(self, name), expected, fits)
+            check_option(name, getattr(self, name), expected, fits)
 
 
 def _are_texts(values: Sequence[object]) -> bool:

@@ -1,1 +1,1 @@
-"""From token ids to logits: the model's forward pass, its key-value cache and the rows' LoRA products."""
+"""From token ids to logits: the model's forward, its key-value cache, the rows' LoRA products."""

@@ -1,8 +1,9 @@
-"""Attention over rows of different lengths, each of which starts at position 0 (`kv.py`).
+"""Attention over rows of different lengths, each of which starts at position 0 (`kv_cache.py`).
 
-Registered with transformers by name, so that any model whose attention can be exchanged takes it: the mask is the model's own
-pattern (causal, sliding, chunked) asked at each row's own positions, and heads that share keys are computed together. Given grouped
-heads as they are (``enable_gqa``), a CPU is five times slower in bfloat16, and repeated keys would be a copy of the cache.
+Registered with transformers by name, so that any model whose attention can be exchanged takes it:
+the mask is the model's own pattern (causal, sliding, chunked) asked at each row's own positions,
+and heads that share keys are computed together. Given grouped heads as they are (`enable_gqa`), a
+CPU is five times slower in bfloat16, and repeated keys would be a copy of the cache.
 """
 
 import sys
@@ -22,7 +23,7 @@ NAME, EAGER_NAME = "cope_rows", "cope_rows_eager"
 def row_mask(
     positions: Tensor, num_positions: int, pattern: Callable[..., Any] = causal_mask_function
 ) -> Tensor:
-    """Who sees what: bool ``(R, 1, Q, num_positions)`` for queries at ``positions`` ``(R, Q)``."""
+    """Return who sees what: bool `(R, 1, Q, num_positions)` for queries at `positions` `(R, Q)`."""
     rows = torch.arange(positions.shape[0], device=positions.device).view(-1, 1, 1, 1)
     keys = torch.arange(num_positions, device=positions.device).view(1, 1, 1, -1)
     heads = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=positions.device)
@@ -33,9 +34,17 @@ def row_mask(
 def grouped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """Attention of ``(R, heads, Q, size)`` over ``(R, groups, T, size)``, the heads of a group as queries of one head.
+    """Return attention with the heads of a group computed as queries of one head.
 
-    ``mask``: None, or what is added, ``(R, 1, heads / groups · Q, T)`` or broadcast to it. Returns ``(R, heads, Q, size)``.
+    Args:
+        query: `(R, heads, Q, size)`.
+        key: `(R, groups, T, size)`.
+        value: `(R, groups, T, size)`.
+        mask: None, or what is added, `(R, 1, heads / groups · Q, T)` or broadcast to it.
+        scaling: of the products; None: 1 / √size.
+
+    Returns:
+        `(R, heads, Q, size)`.
     """
     rows, heads, num_queries, size = query.shape
     packed = query.reshape(rows, key.shape[1], heads // key.shape[1] * num_queries, size)
@@ -44,13 +53,13 @@ def grouped_attention(
 
 
 def additive(mask: Tensor, dtype: torch.dtype, heads_per_group: int) -> Tensor:
-    """``mask`` ``(R, 1, Q, T)`` as `grouped_attention` takes it: 0 or −inf, repeated for the heads of a group."""
+    """Return `mask` `(R, 1, Q, T)` as `grouped_attention` takes it: 0 or −inf, for each head."""
     added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     return added if mask.shape[2] == 1 else added.repeat(1, 1, heads_per_group, 1)
 
 
 def attend_by_rows(model: PreTrainedModel) -> None:
-    """Let ``model`` attend over rows of different lengths: by torch's own attention where it can, else by its eager one."""
+    """Let `model` attend over rows of different lengths, by torch's attention or its eager one."""
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
     else:  # models with an attention of their own read the name where they make the mask
@@ -68,7 +77,7 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' form: from ``(R, heads, Q, size)`` to ``(R, Q, heads, size)``."""
+    """Return attention as transformers has it: `(R, heads, Q, size)` to `(R, Q, heads, size)`."""
     groups, heads = key.shape[1], query.shape[1]
     plain = (
         query.device.type != "cpu" or groups == heads or options.get("position_bias") is not None
@@ -77,17 +86,16 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
-    mask = (
-        attention_mask if query.shape[2] == 1 else attention_mask.repeat(1, 1, heads // groups, 1)
-    )
+    mask = attention_mask
+    if query.shape[2] > 1:
+        mask = mask.repeat(1, 1, heads // groups, 1)
     return grouped_attention(query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
 
 
 def _eager_attention(module: nn.Module, *arguments: Any, **options: Any) -> Any:
-    """The eager attention of the file that ``module`` comes from."""
-    return sys.modules[type(module).__module__].eager_attention_forward(
-        module, *arguments, **options
-    )
+    """Return what the eager attention of the file that `module` comes from returns."""
+    file = sys.modules[type(module).__module__]
+    return file.eager_attention_forward(module, *arguments, **options)
 
 
 def _mask(
@@ -98,13 +106,13 @@ def _mask(
     device: Any,
     **_: Any,
 ) -> Tensor:
-    """``q_offset``: where each row's first query stands, ``(R, 1)``, from `forward.RowCache`."""
+    """Return the mask where `q_offset` `(R, 1)`, from `RowCache`, is each row's first position."""
     assert isinstance(q_offset, Tensor)
     return row_mask(q_offset + torch.arange(q_length, device=device), kv_length, mask_function)
 
 
 def _eager_mask(dtype: torch.dtype, **arguments: Any) -> Tensor:
-    """As eager attention adds it: 0, or the lowest number there is."""
+    """Return the mask as eager attention adds it: 0, or the dtype's lowest number."""
     mask = _mask(**arguments)
     lowest = torch.finfo(dtype).min
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)

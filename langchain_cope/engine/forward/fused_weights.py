@@ -1,6 +1,7 @@
-"""Projections that read the same input, laid side by side in memory, so that one product can serve them all.
+"""Projections that read the same input, side by side in memory, so that one product serves all.
 
-Nothing is copied for good: the parameters become views of the common tensor, each with its own name, shape and values.
+Nothing is copied for good: the parameters become views of the common tensor, each with its own
+name, shape and values.
 """
 
 from collections.abc import Sequence
@@ -13,31 +14,29 @@ from langchain_cope.engine.device import CheckpointPages
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def lay_side_by_side(model: nn.Module) -> None:
-    """Move the weights (and biases) of every group of projections in ``model`` into common tensors, group by group."""
+def fuse_weights(model: nn.Module) -> None:
+    """Move weights (and biases) of each group of projections in `model` into common tensors."""
     pages = CheckpointPages()
     for module in model.modules():
         for names in GROUPS:
             layers = [getattr(module, name, None) for name in names]
             if all(type(layer) is nn.Linear for layer in layers):
-                _join([layer.weight for layer in layers], pages)  # type: ignore[union-attr]
-                _join([layer.bias for layer in layers], pages)  # type: ignore[union-attr]
+                _fuse([layer.weight for layer in layers], pages)  # type: ignore[union-attr]
+                _fuse([layer.bias for layer in layers], pages)  # type: ignore[union-attr]
 
 
-def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """The common tensor of parameters that lie side by side: a view of all of them; None where they do not, or are absent."""
+def fused(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Return one view of all `tensors`, which lie side by side; None where they do not."""
     present = [tensor for tensor in tensors if tensor is not None]
     if len(present) != len(tensors) or not present:
         return None
     first = present[0]
+    storage = first.untyped_storage().data_ptr()
     start = first.storage_offset()
     for tensor in present:
-        same = (
-            tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            and tensor.dtype == first.dtype
-        )
         if not (
-            same
+            tensor.untyped_storage().data_ptr() == storage
+            and tensor.dtype == first.dtype
             and tensor.is_contiguous()
             and tensor.storage_offset() == start
             and tensor.shape[1:] == first.shape[1:]
@@ -48,7 +47,7 @@ def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def _join(parameters: Sequence[nn.Parameter | None], pages: CheckpointPages) -> None:
+def _fuse(parameters: Sequence[nn.Parameter | None], pages: CheckpointPages) -> None:
     present = [parameter for parameter in parameters if parameter is not None]
     kinds = {(parameter.dtype, parameter.device, parameter.shape[1:]) for parameter in present}
     if len(present) != len(parameters) or len(kinds) != 1:
@@ -56,6 +55,6 @@ def _join(parameters: Sequence[nn.Parameter | None], pages: CheckpointPages) -> 
     common = torch.cat([parameter.data for parameter in present])
     start = 0
     for parameter in present:
-        pages.let_go(parameter.data)
+        pages.release(parameter.data)
         parameter.data = common[start : start + parameter.shape[0]]
         start += parameter.shape[0]

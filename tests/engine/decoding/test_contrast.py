@@ -170,7 +170,7 @@ def test_an_alpha_out_of_range_is_refused_with_its_value(alpha: float) -> None:
     "tau", [0, 0.0, -0.1, 1.0001, 2, math.nan, math.inf, -math.inf, "0.1", None]
 )
 def test_a_tau_out_of_range_is_refused_with_its_value(tau: float) -> None:
-    with pytest.raises(ValueError, match=rf"tau must lie in 0 < tau ≤ 1, not {tau!r}"):
+    with pytest.raises(ValueError, match=rf"tau must be a number > 0 and ≤ 1, not {tau!r}"):
         Contrast(0.1, tau)
     with pytest.raises(ValueError, match="tau"):
         Request([1], contrast=Contrast(tau=tau))

@@ -1,4 +1,7 @@
-"""One forward over rows of different lengths: every architecture equals its own uncached forward or is refused by name."""
+"""One forward over rows of different lengths.
+
+Every architecture equals its own uncached forward or is refused by name.
+"""
 
 import shutil
 import threading
@@ -11,12 +14,20 @@ import tiny as tiny_models
 import torch
 from engine.reference import Reference, Tally
 
-from langchain_cope.engine import Contrast, Engine, EngineOptions, Request, Sampling, load_base
-from langchain_cope.engine.forward.fused_weights import joined
-from langchain_cope.engine.forward.llama import LeanForward
-from langchain_cope.engine.forward.matmul_order import FasterOrder, weight_first
+from langchain_cope.engine import (
+    Completion,
+    Contrast,
+    Engine,
+    EngineOptions,
+    Request,
+    Sampling,
+    load_base,
+)
+from langchain_cope.engine.device import release_thread_pool
+from langchain_cope.engine.forward.fused_weights import fused
+from langchain_cope.engine.forward.llama import LlamaForward
+from langchain_cope.engine.forward.matmul_order import MatmulOrder, weight_first
 from langchain_cope.engine.forward.plain import PlainForward
-from langchain_cope.engine.threads import release_pool
 from langchain_cope.errors import ModelError
 
 Tiny = Callable[..., Path]
@@ -107,14 +118,14 @@ def test_answers_among_others_equal_plain_forwards_without_a_cache(
     family: str, make: Callable[..., Path], adapter: Tiny, tmp_path: Path
 ) -> None:
     base = make(family, MORE[family])
-    targets: Any = (
-        ["q_proj", "v_proj"] if family in ("gpt_oss", "llama4_text", "mixtral") else "all-linear"
-    )
+    targets: Any = "all-linear"
+    if family in ("gpt_oss", "llama4_text", "mixtral"):
+        targets = ["q_proj", "v_proj"]
     folder = tiny_models.make_adapter(tmp_path / "adapter", base, seed=1, targets=targets)
     engine = Engine(load_base(base, device="cpu", dtype="float32"))
-    kept, reference, tally = engine.load_adapter(folder), Reference(base, folder), Tally()
+    ann, reference, tally = engine.load_adapter(folder), Reference(base, folder), Tally()
     requests = [
-        Request(prompt_of(n), kept, Contrast(0.3), Sampling(max_tokens=15)) for n in (4, 33, 17)
+        Request(prompt_of(n), ann, Contrast(0.3), Sampling(max_tokens=15)) for n in (4, 33, 17)
     ]
     for request, answer in zip(requests, engine.generate(requests), strict=True):
         tally.compare(reference, list(request.prompt), list(answer.token_ids), 0.3, 0.1, family)
@@ -135,20 +146,20 @@ def test_what_is_not_plain_attention_is_refused_by_name(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_the_common_architecture_takes_the_lean_way_and_others_their_own(
+def test_the_common_architecture_takes_the_short_way_and_others_their_own(
     family: str, tiny: Tiny, engine_for: Callable[..., Engine]
 ) -> None:
-    assert isinstance(engine_for(tiny(family))._batch.forward, LeanForward)
+    assert isinstance(engine_for(tiny(family))._batch.forward, LlamaForward)
     for other in ("gemma", "mistral", "gpt2"):
         assert isinstance(engine_for(tiny(other))._batch.forward, PlainForward)
 
 
-def test_a_model_that_only_looks_like_it_is_found_out_and_goes_its_own_way(
+def test_a_model_that_only_looks_like_llama_is_found_out(
     make: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Granite's layers have Llama's parts, and multipliers between them."""
     model = load_base(make("granite", MORE["granite"]), device="cpu", dtype="float32").skeleton()
-    assert LeanForward.of(model, FasterOrder(frozenset())) is not None
+    assert LlamaForward.of(model, MatmulOrder(frozenset())) is not None
     engine = Engine(load_base(tmp_path / "granite", device="cpu", dtype="float32"))
     assert isinstance(engine._batch.forward, PlainForward)
     engine.close()
@@ -160,106 +171,85 @@ def test_projections_lie_side_by_side_in_one_storage_and_keep_their_values(
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(tiny("qwen2"), tmp_path / "base")
-    base, fresh = (
-        load_base(tmp_path / "base", device="cpu", dtype="float32"),
-        AutoModelForCausalLM.from_pretrained(tiny("qwen2")),
-    )
-    for (name, mine), (_, original) in zip(
-        base.model.named_parameters(), fresh.named_parameters(), strict=True
-    ):
+    base = load_base(tmp_path / "base", device="cpu", dtype="float32")
+    fresh = AutoModelForCausalLM.from_pretrained(tiny("qwen2"))
+    parameters = zip(base.model.named_parameters(), fresh.named_parameters(), strict=True)
+    for (name, mine), (_, original) in parameters:
         assert torch.equal(mine, original), name
+
     attention = base.skeleton().model.layers[0].self_attn
-    fused = joined([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-    assert fused is not None
-    assert torch.equal(
-        fused,
-        torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
-    )
-    assert (
-        fused.untyped_storage().data_ptr()
-        == base.model.model.layers[0].self_attn.q_proj.weight.untyped_storage().data_ptr()
-    )
-    stored = {
-        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
-        for p in base.model.parameters()
-    }
+    weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    common = fused(weights)
+    assert common is not None
+    assert torch.equal(common, torch.cat(weights))
+    pristine = base.model.model.layers[0].self_attn.q_proj.weight
+    assert common.untyped_storage().data_ptr() == pristine.untyped_storage().data_ptr()
+
+    storages = [parameter.untyped_storage() for parameter in base.model.parameters()]
+    stored = {storage.data_ptr(): storage.nbytes() for storage in storages}
     assert sum(stored.values()) == sum(p.numel() * p.element_size() for p in fresh.parameters())
-    assert joined([attention.q_proj.weight, attention.v_proj.weight]) is None
-    assert joined([attention.q_proj.bias, None]) is None
+    assert fused([weights[0], weights[2]]) is None
+    assert fused([attention.q_proj.bias, None]) is None
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(7)])
 def test_both_orders_of_a_product_are_the_same(bias: torch.Tensor | None) -> None:
     states, weight = torch.randn(3, 5, 11), torch.randn(7, 11)
-    torch.testing.assert_close(
-        weight_first(states, weight, bias), torch.nn.functional.linear(states, weight, bias)
-    )
+    expected = torch.nn.functional.linear(states, weight, bias)
+    torch.testing.assert_close(weight_first(states, weight, bias), expected)
     large = torch.randn(600, 512)
     for rows in (1, 2, 3, 100):
         some = torch.randn(rows, 512)
-        for order in (FasterOrder(frozenset({2, 4})), FasterOrder(frozenset())):
-            torch.testing.assert_close(
-                order(some, large, None), some @ large.t(), atol=1e-3, rtol=1e-4
-            )
+        for order in (MatmulOrder(frozenset({2, 4})), MatmulOrder(frozenset())):
+            product = order(some, large, None)
+            torch.testing.assert_close(product, some @ large.t(), atol=1e-3, rtol=1e-4)
 
 
 def test_the_order_is_measured_without_harm(tiny: Tiny) -> None:
-    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(3))).requires_grad_(
-        False
-    )
-    FasterOrder.measured(model)
-    assert FasterOrder.measured(torch.nn.Linear(4, 4))._weight_first == frozenset()
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(3)))
+    MatmulOrder.measured(model.requires_grad_(False))
+    assert MatmulOrder.measured(torch.nn.Linear(4, 4))._weight_first == frozenset()
 
 
 def test_letting_go_of_threads_changes_no_result() -> None:
     left, right = torch.randn(600, 600), torch.randn(600, 600)
-    wanted = left @ right
-    found = []
+    expected = left @ right
+    products = []
 
     def work() -> None:
-        release_pool()
-        found.append(left @ right)
-        release_pool()
-        release_pool()
+        release_thread_pool()
+        products.append(left @ right)
+        release_thread_pool()
+        release_thread_pool()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for product in (*found, left @ right):
-        torch.testing.assert_close(product, wanted)
+    for product in (*products, left @ right):
+        torch.testing.assert_close(product, expected)
 
 
-def test_the_lean_forward_equals_the_models_own(tiny: Tiny, adapter: Tiny) -> None:
+def test_the_llama_forward_equals_the_models_own(tiny: Tiny, adapter: Tiny) -> None:
     base = load_base(tiny("qwen3"), device="cpu", dtype="float32")
-    lean, plain = (Engine(base, EngineOptions(speculation=False)) for _ in range(2))
-    plain._batch.forward = PlainForward(base.skeleton(), FasterOrder(frozenset()))
-    plain._batch._answers, plain._batch._prompts = (
-        plain._batch._new_rows(),
-        plain._batch._new_rows(),
-    )
+    llama, plain = (Engine(base, EngineOptions(speculation=False)) for _ in range(2))
+    plain._batch.forward = PlainForward(base.skeleton(), MatmulOrder(frozenset()))
+    plain._batch._decode_rows = plain._batch.new_rows()
+    plain._batch._prefill_rows = plain._batch.new_rows()
     folder = adapter(tiny("qwen3"), seed=1)
     sampling = Sampling(max_tokens=20)
-    answers = [
-        engine.generate(
-            [
-                Request(
-                    prompt_of(n),
-                    engine.load_adapter(folder),
-                    Contrast(0.3),
-                    sampling,
-                    logprobs=True,
-                )
-                for n in (3, 20)
-            ]
+
+    def answers(engine: Engine) -> list[Completion]:
+        ann = engine.load_adapter(folder)
+        return engine.generate(
+            [Request(prompt_of(n), ann, Contrast(0.3), sampling, logprobs=True) for n in (3, 20)]
         )
-        for engine in (lean, plain)
-    ]
-    for one, other in zip(*answers, strict=True):
+
+    for one, other in zip(answers(llama), answers(plain), strict=True):
         assert one.token_ids == other.token_ids
         for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
             assert mine.log_p_user == pytest.approx(theirs.log_p_user, abs=1e-4)
             assert mine.log_p_base == pytest.approx(theirs.log_p_base, abs=1e-4)
-    lean.close()
+    llama.close()
     plain.close()

@@ -1,4 +1,7 @@
-"""Adapters of any rank, scaling and target modules in one batch equal peft's own; everything else is refused by name."""
+"""Adapters of any rank, scaling and target modules in one batch equal peft's own.
+
+Everything else is refused by name.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -76,14 +79,16 @@ def test_mixed_adapters_in_one_batch_equal_pefts_own_each(
         reference = Reference(base, folder)
         user, alone = reference.log_probs([*request.prompt, *answer.token_ids])
         rows = range(len(request.prompt) - 1, len(request.prompt) - 1 + len(answer.token_ids))
-        found = torch.tensor([[t.log_p_user, t.log_p_base] for t in answer.logprobs]).double()
-        wanted = torch.tensor(
+        reported = torch.tensor([[t.log_p_user, t.log_p_base] for t in answer.logprobs]).double()
+        expected = torch.tensor(
             [[user[r, t], alone[r, t]] for r, t in zip(rows, answer.token_ids, strict=True)]
         )
         torch.testing.assert_close(
-            found, wanted, atol=2e-4, rtol=0, msg=lambda text, kind=kind: f"{kind}: {text}"
+            reported, expected, atol=2e-4, rtol=0, msg=lambda text, kind=kind: f"{kind}: {text}"
         )
-        assert (wanted[:, 0] - wanted[:, 1]).abs().max() > 0.01, f"{kind}: the adapter must matter"
+        assert (expected[:, 0] - expected[:, 1]).abs().max() > 0.01, (
+            f"{kind}: the adapter must matter"
+        )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
@@ -95,12 +100,14 @@ def test_fused_projections_and_conv1d_equal_peft(
         base, seed=31, rank=5, **({"fan_in_fan_out": True} if family == "gpt2" else {})
     )
     prompt, completion = prompt_of(9), prompt_of(6)
-    found = engine_for(base).score([(prompt, completion)], engine_for(base).load_adapter(folder))[0]
+    scores = engine_for(base).score([(prompt, completion)], engine_for(base).load_adapter(folder))[
+        0
+    ]
     user, _ = Reference(base, folder).log_probs(prompt + completion)
-    wanted = (
+    expected = (
         user[len(prompt) - 1 : -1].gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
     )
-    torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_one_users_adapter_leaves_the_others_answers_alone(
@@ -169,9 +176,10 @@ def test_what_is_not_plain_lora_is_refused_by_name(
 def test_real_folders_of_peft_with_more_than_lora_are_refused(
     option: dict[str, Any], tiny: Tiny, engine: Engine, tmp_path: Path
 ) -> None:
-    made = make_adapter(tmp_path / "made", tiny("llama"), seed=1, targets=["q_proj"], **option)
+    target = tmp_path / "adapter"
+    more = make_adapter(target, tiny("llama"), seed=1, targets=["q_proj"], **option)
     with pytest.raises(ModelError, match=next(iter(option))):
-        engine.load_adapter(made)
+        engine.load_adapter(more)
 
 
 def test_a_real_folder_of_another_kind_of_peft_is_refused(
@@ -187,11 +195,10 @@ def test_a_real_folder_of_another_kind_of_peft_is_refused(
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_embedding_lora_is_refused(tiny: Tiny, engine: Engine, tmp_path: Path) -> None:
-    made = make_adapter(
-        tmp_path / "made", tiny("llama"), seed=1, targets=["embed_tokens", "q_proj"]
-    )
+    targets = ["embed_tokens", "q_proj"]
+    embedding = make_adapter(tmp_path / "adapter", tiny("llama"), seed=1, targets=targets)
     with pytest.raises(ModelError, match="LoRA on embeddings"):
-        engine.load_adapter(made)
+        engine.load_adapter(embedding)
 
 
 def test_an_adapter_of_a_wider_base_is_refused_with_both_shapes(

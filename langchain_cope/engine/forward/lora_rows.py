@@ -1,0 +1,147 @@
+"""Many users' low-rank matrices in one batched product.
+
+`LoraRows` holds the adapters of a batch's rows, stacked, and adds `x · A_rᵀ · B_rᵀ` for every row
+with an adapter, with row r's own A and B (scaling folded into B). Layers that read the same input
+make up a `Site` and share the first product. Rows with an adapter come first, so that rows of the
+base cost nothing extra.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from langchain_cope.engine.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linear layers that read the same input and write side by side; often just one."""
+
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    """Outputs of each layer."""
+
+
+class LoraRows:
+    """The adapters of a batch: row i < len(adapters) carries adapters[i], later rows none."""
+
+    def __init__(self, sites: Mapping[str, Site], like: Tensor) -> None:
+        """Start without rows.
+
+        Args:
+            sites: the site of each path that an adapter may change.
+            like: a tensor of the dtype and on the device to compute with.
+        """
+        self._sites = sites
+        self._like = like
+        self._rows: list[Adapter] = []
+        self._capacity = 0
+        self._stacks: dict[Site, _Stack] = {}
+
+    @property
+    def paths(self) -> set[str]:
+        """Modules that some row's adapter changes."""
+        return {path for stack in self._stacks.values() for path in stack.paths}
+
+    def set(self, adapters: Sequence[Adapter]) -> None:
+        """Take these adapters as the first rows; only what changed is copied."""
+        if not self._has_room(adapters):
+            self._build(adapters)
+        else:
+            for row, adapter in enumerate(adapters):
+                if row >= len(self._rows) or self._rows[row] is not adapter:
+                    for stack in self._stacks.values():
+                        stack.put(row, adapter)
+        self._rows = list(adapters)
+
+    def clear(self) -> None:
+        """Forget every adapter, and the room for them."""
+        self._rows, self._stacks, self._capacity = [], {}, 0
+
+    def add(self, site: Site, states: Tensor, output: Tensor) -> None:
+        """Add what the adapters change at `site` to its `output` `(R, Q, out)`, in place."""
+        if self._rows and (stack := self._stacks.get(site)):
+            stack.add(states, output, len(self._rows))
+
+    def changes(self, site: Site) -> bool:
+        """Tell whether some row's adapter changes this site."""
+        return bool(self._rows) and site in self._stacks
+
+    def _has_room(self, adapters: Sequence[Adapter]) -> bool:
+        if len(adapters) > self._capacity:
+            return False
+        seen: set[int] = {id(adapter) for adapter in self._rows}
+        for adapter in adapters:
+            if id(adapter) not in seen:
+                for path, (down, _) in adapter.pairs.items():
+                    stack = self._stacks.get(self._sites[path])
+                    if stack is None or path not in stack.paths or down.shape[1] > stack.rank:
+                        return False
+        return True
+
+    def _build(self, adapters: Sequence[Adapter]) -> None:
+        """Make stacks with room for `adapters`, at least twice as many rows as before if more."""
+        capacity = self._capacity
+        if len(adapters) > capacity:
+            capacity = max(len(adapters), 2 * capacity)
+        ranks: dict[Site, int] = {}
+        widths: dict[Site, int] = {}
+        for adapter in adapters:
+            for path, (down, _) in adapter.pairs.items():
+                site = self._sites[path]
+                ranks[site], widths[site] = max(ranks.get(site, 0), down.shape[1]), down.shape[0]
+        used = {path for adapter in adapters for path in adapter.pairs}
+        stacks = {}
+        for site, rank in ranks.items():
+            paths = tuple(path for path in site.paths if path in used)
+            stacks[site] = _Stack(site, paths, rank, capacity, self._like, widths[site])
+        for stack in stacks.values():
+            for row, adapter in enumerate(adapters):
+                stack.put(row, adapter)
+        self._stacks, self._capacity = stacks, capacity
+
+
+class _Stack:
+    """The matrices of one site for every row.
+
+    `down` is `(rows, in, layers · rank)`; `ups` holds `(rows, rank, out)` per layer.
+    """
+
+    def __init__(
+        self, site: Site, paths: tuple[str, ...], rank: int, rows: int, like: Tensor, width: int
+    ) -> None:
+        """Make room for adapters that change `paths` of `site`, which reads `width` inputs."""
+        self.paths, self.rank = paths, rank
+        ends = {path: sum(site.sizes[: index + 1]) for index, path in enumerate(site.paths)}
+        self.columns = [
+            slice(ends[path] - site.sizes[site.paths.index(path)], ends[path]) for path in paths
+        ]
+        self.down = like.new_zeros(rows, width, len(paths) * rank)
+        self.ups = [
+            like.new_zeros(rows, rank, column.stop - column.start) for column in self.columns
+        ]
+
+    def put(self, row: int, adapter: Adapter) -> None:
+        """Write the matrices of `adapter` into `row`, zeros where it has none."""
+        self.down[row].zero_()
+        for index, (path, up) in enumerate(zip(self.paths, self.ups, strict=True)):
+            up[row].zero_()
+            if pair := adapter.pairs.get(path):
+                start, rank = index * self.rank, pair[0].shape[1]
+                self.down[row, :, start : start + rank] = pair[0]
+                up[row, :rank] = pair[1]
+
+    def add(self, states: Tensor, output: Tensor, num_rows: int) -> None:
+        """Add the products of the first `num_rows` rows of `states` to those of `output`.
+
+        Args:
+            states: `(R, Q, in)`.
+            output: `(R, Q, out)`, changed in place.
+            num_rows: rows that carry an adapter.
+        """
+        low = torch.bmm(states[:num_rows].to(self.down.dtype), self.down[:num_rows])
+        for index, (columns, up) in enumerate(zip(self.columns, self.ups, strict=True)):
+            part = low[..., index * self.rank : (index + 1) * self.rank]
+            output[:num_rows, :, columns] += torch.bmm(part, up[:num_rows])

@@ -1,0 +1,278 @@
+"""Who is answered when: the waiting line, the batch, the adapters' slots and the memory.
+
+Read `Scheduler.step` first: a token for every answer, newcomers admitted, a piece of their prompts.
+Requests are admitted first come first served; one that waits for its adapter holds up no other.
+Where memory runs out, the newest go back to the line with the tokens they have.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+
+from langchain_cope.engine.adapter_slots import AdapterSlots
+from langchain_cope.engine.answer import ActiveRequest
+from langchain_cope.engine.batch import MIN_COLUMNS, Batch
+from langchain_cope.engine.device import give_back, is_out_of_memory
+from langchain_cope.engine.options import EngineOptions
+from langchain_cope.engine.request import AdapterSource
+from langchain_cope.errors import InputError, ModelError
+
+MAX_PROMPT_TOKENS = 4096  # of prompts, padding included, in one forward
+FIRST_RATE = 640.0  # tokens of prompts a second, before it was measured
+RATE_SMOOTHING = 0.3  # weight of the newest measurement
+RECENT_PROMPT = 512  # newest tokens of a prompt that its user's later answers may quote
+
+_log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Takes requests from the line through the batch to their end.
+
+    The engine's thread owns it; other threads may call `check_size` and `submit`, and read
+    `num_waiting`.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        slots: AdapterSlots,
+        options: EngineOptions,
+        device: torch.device,
+        lock: threading.Condition,
+    ) -> None:
+        """Start with an empty line; `lock` is held while it changes."""
+        self._batch = batch
+        self._slots = slots
+        self._options = options
+        self._device = device
+        self._lock = lock
+        self._waiting: deque[ActiveRequest] = deque()
+        self._prefill_rate = FIRST_RATE
+        # Both are lowered where memory runs out.
+        self._max_rows, self._max_prompt_tokens = options.max_rows, MAX_PROMPT_TOKENS
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the line."""
+        return len(self._waiting)
+
+    def check_size(self, active: ActiveRequest) -> None:
+        """Raise InputError for a request that would not fit if it were alone."""
+        num_rows = active.request.num_rows
+        num_bytes, max_bytes = self._batch.num_bytes([active]), self._batch.kv_bytes
+        num_tokens, max_tokens = num_rows * active.limit, self._options.max_tokens
+        what = f"{num_rows} row{'s' if num_rows > 1 else ''} of up to {active.limit} tokens"
+        if num_bytes > max_bytes:
+            raise InputError(
+                f"the request needs {num_bytes:,} bytes for keys and values ({what}), "
+                f"but the engine may take {max_bytes:,}: "
+                "shorten the prompt, lower max_tokens or raise EngineOptions.kv_memory"
+            )
+        if max_tokens is not None and num_tokens > max_tokens:
+            raise InputError(
+                f"the request may have {num_tokens} tokens in flight ({what}), "
+                f"but the engine's limit is {max_tokens}: "
+                "shorten the prompt, lower max_tokens or raise EngineOptions.max_tokens"
+            )
+
+    def submit(self, active: ActiveRequest) -> None:
+        """Put a request at the end of the line; where it needs a slot, it asks for one."""
+        with self._lock:  # so that leases are given in the order of the line
+            if isinstance(active.request.adapter, AdapterSource):
+                active.lease = self._slots.lease(active.request.adapter)
+            self._waiting.append(active)
+
+    def has_work(self) -> bool:
+        """Tell whether a step would do anything."""
+        if self._batch.decoding or self._batch.prefilling:
+            return True
+        with self._lock:
+            return any(each.ready or each.cancelled or each.overdue for each in self._waiting)
+
+    def seconds_to_deadline(self) -> float | None:
+        """Return when the first deadline in the line is over; None where none has one."""
+        with self._lock:
+            deadlines = [each.request.deadline for each in self._waiting]
+        dated = [deadline for deadline in deadlines if deadline is not None]
+        return max(0.0, min(dated) - time.monotonic()) if dated else None
+
+    def step(self) -> None:
+        """Decode a token for every answer, admit newcomers, prefill a piece of their prompts."""
+        self._run(self._batch.decode, self._batch.decoding)
+        self._admit()
+        self._run(self._prefill, self._batch.prefilling)
+
+    def end(self, error: BaseException) -> None:
+        """Fail every request with `error` and forget them all."""
+        self._slots.clear()
+        for active in [*self._batch.requests, *self._waiting]:
+            if not active.finished:
+                active.fail(error)
+                self._release(active)
+        self._batch.clear()
+        self._waiting.clear()
+
+    def _run(self, forward: Callable[[], None], requests: Sequence[ActiveRequest]) -> None:
+        """Run one forward of `requests`, if there are any, and let go of everyone who is done.
+
+        If it raises, they fail and the others go on.
+        """
+        if not requests:
+            return
+        try:
+            forward()
+        except Exception as error:
+            _log.debug("a forward failed", exc_info=True)
+            if not (is_out_of_memory(error) and self._free_memory(requests)):
+                unfinished = [active for active in requests if not active.finished]
+                self._fail(unfinished, model_error("the model failed while answering", error))
+        done = [
+            active
+            for active in self._batch.requests
+            if active.finished or active.cancelled or active.fail_if_overdue()
+        ]
+        self._finish(done)
+
+    def _prefill(self) -> None:
+        started = time.perf_counter()
+        num_tokens = self._batch.prefill(self._prompt_budget())
+        if num_tokens:
+            rate = num_tokens / (time.perf_counter() - started)
+            self._prefill_rate += RATE_SMOOTHING * (rate - self._prefill_rate)
+
+    def _prompt_budget(self) -> int:
+        """Return how many tokens of prompts one forward reads: few where answers wait meanwhile."""
+        if not self._batch.decoding:
+            return self._max_prompt_tokens
+        tokens = int(self._options.prefill_pause * self._prefill_rate)
+        return min(max(tokens, MIN_COLUMNS), self._max_prompt_tokens)
+
+    def _admit(self) -> None:
+        """Admit from the line, in order, as far as the bounds allow."""
+        with self._lock:
+            waiting = list(self._waiting)
+        for active in waiting:  # whether or not there is room
+            if active.cancelled or active.fail_if_overdue():
+                self._drop_waiting(active)
+            elif active.lease is not None and active.lease.error is not None:
+                active.fail(active.lease.error)
+                self._drop_waiting(active)
+        with self._lock:
+            ready = [active for active in self._waiting if active.ready]
+        for active in ready:
+            if self._batch.num_rows >= self._max_rows or not self._fits(active):
+                break
+            self._admit_one(active)
+
+    def _admit_one(self, active: ActiveRequest) -> None:
+        if active.lease is not None:
+            active.adapter = active.lease.adapter
+        with self._lock:
+            self._waiting.remove(active)
+        try:
+            self._batch.admit(active)
+        except Exception as error:  # no memory for its rows, say
+            others = self._batch.decoding or len(self._batch.prefilling) > 1
+            if is_out_of_memory(error) and (others or self._batch.prefixes.num_bytes):
+                self._requeue([active])
+                self._batch.prefixes.clear()
+                self._max_rows = max(self._batch.num_rows, 1)
+            else:
+                self._fail([active], model_error("the request could not be admitted", error))
+
+    def _fits(self, active: ActiveRequest) -> bool:
+        """Tell whether there is room for one more: rows, tokens in flight, memory, and a prompt."""
+        batch, num_rows = self._batch, active.request.num_rows
+        everyone = [*batch.requests, active]
+        if len(everyone) == 1:
+            return True
+        if batch.num_rows + num_rows > self._max_rows:
+            return False
+        max_tokens = self._options.max_tokens
+        if max_tokens is not None:
+            tokens = sum(each.request.num_rows * each.limit for each in everyone)
+            if tokens > max_tokens:
+                return False
+        if batch.num_bytes(everyone) > batch.kv_bytes:
+            return False
+        # The next forward reads at least a piece of every prompt.
+        prompt_rows = sum(each.request.num_rows for each in batch.prefilling) + num_rows
+        return not batch.prefilling or prompt_rows * MIN_COLUMNS <= self._prompt_budget()
+
+    def _free_memory(self, requests: Sequence[ActiveRequest]) -> bool:
+        """Hold less after a forward of `requests` ran out of memory.
+
+        Returns:
+            False where nothing is left to free: to try again would be in vain.
+        """
+        batch = self._batch
+        give_back(self._device)
+        if batch.prefixes.num_bytes:
+            batch.prefixes.clear()
+            return True
+        was_decoding = requests is batch.decoding
+        if was_decoding and batch.prefilling:
+            newest = list(batch.prefilling)
+        else:
+            newest = list(requests[len(requests) // 2 :]) if len(requests) > 1 else []
+        if newest:
+            self._requeue(newest)
+            self._max_rows = max(batch.num_rows, 1)
+            return True
+        if not was_decoding and self._max_prompt_tokens > MIN_COLUMNS:
+            self._max_prompt_tokens //= 2
+            return True
+        return False
+
+    def _requeue(self, requests: Sequence[ActiveRequest]) -> None:
+        """Take `requests` out of the batch, to the front of the line, with the tokens they have."""
+        self._batch.drop(requests)
+        # Without memory to make the caches smaller they stay as they are: large enough.
+        with suppress(Exception):
+            self._batch.shrink()
+        with self._lock:
+            self._waiting.extendleft(reversed(requests))
+
+    def _fail(self, requests: Sequence[ActiveRequest], error: BaseException) -> None:
+        for active in requests:
+            active.fail(error)
+        self._finish(requests)
+
+    def _finish(self, requests: Sequence[ActiveRequest]) -> None:
+        """Let `requests` leave the batch; their readers have been told."""
+        if not requests:
+            return
+        for active in requests:
+            if active.finished and active.adapter is not None:
+                newest = active.request.prompt[-RECENT_PROMPT:]
+                active.adapter.recent.extend([*newest, *active.answer])
+        self._batch.drop(requests)
+        for active in requests:
+            self._release(active)
+        # What running out of memory took away comes back bit by bit, and at once when none is left.
+        if self._batch.requests:
+            self._max_rows = min(self._max_rows + 2, self._options.max_rows)
+        else:
+            self._max_rows, self._max_prompt_tokens = self._options.max_rows, MAX_PROMPT_TOKENS
+
+    def _drop_waiting(self, active: ActiveRequest) -> None:
+        """Take a request out of the line whose reader has gone, or has been told."""
+        with self._lock:
+            self._waiting.remove(active)
+        self._release(active)
+
+    def _release(self, active: ActiveRequest) -> None:
+        if active.lease is not None:
+            self._slots.release(active.lease)
+
+
+def model_error(what: str, error: Exception) -> ModelError:
+    """Return what a reader is told: what happened, and why."""
+    told = ModelError(f"{what}: {type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told
