@@ -220,5 +220,6 @@ def one_round(store: AdapterStore, seed: str) -> list[Call]:
 
 
 def again(store: AdapterStore) -> AdapterStore:
-    """Another store object on the same place, as another process has it."""
-    return AdapterStore(store._backend, keys=store._keys, limits=store._limits)
+    """Return another store object on the same storage, as another process has it."""
+    opener = store._opener
+    return AdapterStore(opener.backend, keys=opener.keys, limits=opener.limits)

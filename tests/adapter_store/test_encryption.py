@@ -100,7 +100,7 @@ class TestAtRest:
         with pytest.raises(
             IntegrityError, match=r"000000000003.json is damaged: it does not decrypt"
         ):
-            AdapterStore(root, keys=store._keys).resolve("alice")
+            AdapterStore(root, keys=store._opener.keys).resolve("alice")
 
     def test_a_plain_entry_smuggled_in_is_refused(self, store, root, files, tmp_path, keys):
         store.publish("alice", files(1), base=BASE)
@@ -321,8 +321,8 @@ class TestUnusedKeys:
 
     def test_a_key_is_collected_whose_publisher_was_killed_before_its_first_file(self, store, root):
         store.prepare("alice")
-        opened = store._open()
-        opened.key_for(opened.log.head_or_new(opened.log.user_key("alice")))
+        inside = store._opener.open()
+        inside.key_for(inside.log.head_or_new(inside.log.user_key("alice")))
         assert store.gc().keys == 0  # young
         assert store.gc(grace=timedelta(0), dry_run=True).keys == 1
         assert store.gc(grace=timedelta(0)).keys == 1

@@ -115,8 +115,8 @@ def test_a_memory_place_is_shared_by_name_and_only_by_name(files):
         ("ftp://bucket?token=secret", r"ftp://bucket\?\*\*\* has an unknown scheme"),
         ("file://relative/path", "names no folder of this machine: write file:///absolute/path"),
         ("file:///path?token=secret", r"file:///path\?\*\*\* names no folder"),
-        ("", "'' is no path of a folder"),
-        ("a\0b", "is no path of a folder"),
+        ("", "'' is not a path of a folder"),
+        ("a\0b", "is not a path of a folder"),
         ("~nobody-of-this-name/x", "cannot expand the path"),
     ],
 )

@@ -154,8 +154,8 @@ class TestLinearizable:
         look = AdapterStore._head
 
         def believing(self, user_id):
-            opened = self._open()
-            known = opened and opened.log._remembered.get(opened.log.user_key(user_id))
+            log = self._opener.open().log if self.exists() else None
+            known = log and log._remembered.get(log.user_key(user_id))
             return known.head if known else look(self, user_id)
 
         monkeypatch.setattr(AdapterStore, "_head", believing)

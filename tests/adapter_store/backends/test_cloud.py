@@ -91,7 +91,10 @@ def test_a_bucket_that_is_not_there_is_an_error_when_writing(s3_server, files):
     [
         ("s3://bucket/x?no_such_option=s3cr3t", r"cannot open s3://bucket/x\?\*\*\*"),
         ("s3:///prefix", "names no bucket"),
-        ("s3://key:s3cr3t[x@bucket/x", r"s3://\*\*\*@bucket/x is no URL: write s3://bucket/prefix"),
+        (
+            "s3://key:s3cr3t[x@bucket/x",
+            r"s3://\*\*\*@bucket/x is not a URL: write s3://bucket/prefix",
+        ),
         ("gs://user:s3cr3t@bucket/x", r"gs://\*\*\*@bucket/x holds credentials"),
         ("s3://bucket/x#s3cr3t", "names no bucket"),
     ],

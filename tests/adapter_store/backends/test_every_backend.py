@@ -159,8 +159,8 @@ class TestUsers:
             ("x" * 10_000, "too long: give 1 to 1024.*"),
             ("a\0b", "NUL"),
             ("\ud800", "surrogate"),
-            (7, "user id 7 is no text"),
-            (None, "user id None is no text"),
+            (7, "user id 7 is not text"),
+            (None, "user id None is not text"),
         ],
     )
     def test_an_impossible_user_id_is_refused_everywhere_and_nothing_is_made(
@@ -501,7 +501,7 @@ class TestRefusals:
                 {"metadata": {"x": "y" * 300_000}},
                 "metadata has 300.* bytes as JSON, at most 262144",
             ),
-            ({"metadata": [1]}, "is no mapping"),
+            ({"metadata": [1]}, "is not a mapping"),
             ({"base": {"weights": 1}}, "base .* does not map text to text"),
             ({"alpha": -0.1}, "alpha is -0.1: give a finite number of at least 0"),
             ({"alpha": float("inf")}, "alpha is inf"),

@@ -202,7 +202,7 @@ class TestDamage:
             lambda user: local.publish(user, files(), base=BASE),
         ):
             with pytest.raises(
-                IntegrityError, match=f"{root}/adapter_store.json is no root file .*restore it"
+                IntegrityError, match=f"{root}/adapter_store.json is not the root file .*restore it"
             ):
                 call("alice")
 

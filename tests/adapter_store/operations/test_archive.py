@@ -415,7 +415,7 @@ class TestArchives:
         (tmp_path / "file").write_bytes(b"in the way")
         problems = []
         for place in ("file", "file/out"):
-            with pytest.raises(BackendError, match=r"is no folder|cannot write an archive"):
+            with pytest.raises(BackendError, match=r"is not a folder|cannot write an archive"):
                 local.export_users(tmp_path / place, on_problem=problems.append)
         assert problems == []
 

@@ -159,7 +159,7 @@ def test_a_user_goes_out_as_a_file_and_comes_in_elsewhere(
     file.write_bytes(b"no tar" * 1000)
     broken = cope_lc("adapters", "import", file, *other)
     assert broken.code == 2
-    assert "is no tar file that export_user wrote" in broken.error
+    assert "is not a tar file that export_user wrote" in broken.error
 
 
 def test_all_users_move_into_an_encrypted_store(
@@ -384,7 +384,7 @@ def test_what_an_export_passes_over_is_said(
     (tmp_path / "file").write_text("no folder")
     outcome = cope_lc("adapters", "export-all", tmp_path / "file")
     assert outcome.code == 1
-    assert "is no folder" in outcome.error
+    assert "is not a folder" in outcome.error
     assert cope_lc("adapters", "export", "alice", tmp_path / "alice.tar.gz").code == 2
 
 
