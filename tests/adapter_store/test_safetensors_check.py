@@ -80,7 +80,7 @@ def test_what_the_library_saves_is_accepted(dtype):
         (whole({"a": tensor(0, 3), "b": tensor(2, 4)}, 4), "begins at 2, not at 3"),
     ],
 )
-def test_what_is_no_whole_file_is_refused_with_the_reason(data, said):
+def test_what_is_not_a_whole_file_is_refused_with_the_reason(data, said):
     with pytest.raises(ValueError, match=said) as caught:
         check_safetensors(data)
     assert len(str(caught.value)) < 300
