@@ -29,7 +29,8 @@ class Counting(LocalBackend):
     reads = 0
 
     def get(self, key, max_bytes):
-        self.reads += "/versions/" in key
+        if "/versions/" in key:
+            self.reads += 1
         return super().get(key, max_bytes)
 
 
