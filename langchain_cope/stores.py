@@ -14,6 +14,7 @@ from pathlib import Path
 from platformdirs import user_data_path
 
 from adapter_store import AdapterStore
+from adapter_store.backends.local import local_path
 from adapter_store.errors import KeyMismatchError
 from adapter_store.keys import EnvironmentKeys, FileKeys, KeyProvider
 from adapter_store.root import MIN_PEPPER_BYTES
@@ -34,8 +35,6 @@ def open_store(store: "str | os.PathLike[str] | AdapterStore | None" = None) -> 
         return store
     location = os.fspath(store or os.environ.get("COPE_STORE") or default_folder())
     if isinstance(location, str) and "://" not in location:
-        from adapter_store.backends.local import local_path
-
         # What is relative, or the home folder's, may mean another folder later.
         location = str(local_path(location))
     return _opened(location, *map(_setting, _SETTINGS))
