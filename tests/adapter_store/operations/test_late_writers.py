@@ -28,7 +28,7 @@ def test_a_late_entry_is_not_lost_below_a_later_head(root):
     def meanwhile():
         other.erase_user("alice")
         other.publish("alice", make_adapter(2), base={})
-        other.erase_user("alice")  # now the place after the first entry is free again
+        other.erase_user("alice")  # now the number after the first entry is free again
 
     backend.before_entry = meanwhile
     with pytest.raises(UserErasedError, match="was erased after the data"):

@@ -62,13 +62,13 @@ def test_a_late_entry_is_not_taken_for_the_one_listed(num_entries):
     acts = ["once"]
 
     def list_folder(folder):
-        found = backend.list_folder(folder)
+        names = backend.list_folder(folder)
         if folder.endswith("/log") and acts:
             acts.pop()
             writer.erase_user("alice")
             writer.erase_user("alice")
             backend.put_if_absent(key, late)
-        return found
+        return names
 
     slow_backend.list_folder = list_folder
     reader = AdapterStore(slow_backend)
@@ -188,20 +188,20 @@ def test_a_reader_between_two_late_entries_believes_neither():
     store.publish("alice", make_adapter(21, 64), base=BASE)
 
     def list_folder(folder):
-        found = backend.list_folder(folder)
+        names = backend.list_folder(folder)
         if folder.endswith("/log") and acts[:1] == ["erase"]:
             acts.pop(0)
             store.erase_user("alice")
             store.erase_user("alice")
             second.put()
-        return found
+        return names
 
     def get(key, max_bytes):
-        found = backend.get(key, max_bytes)
+        data = backend.get(key, max_bytes)
         if key.endswith("/log/" + numbered(2)) and acts[:1] == ["land"]:
             acts.pop(0)
             first.put()
-        return found
+        return data
 
     hooked.list_folder, hooked.get = list_folder, get
     reader = AdapterStore(hooked)
