@@ -1,7 +1,8 @@
-"""Versioned adapters of many users: users, versions, bytes. It knows no model, no torch and no LangChain.
+"""Versioned adapters of many users: users, versions, bytes; no model, no torch, no LangChain.
 
-Read `store.py` first (the whole interface), then `layout.py` (what lies where), `log.py` (the log that is the truth)
-and one of the backends. `errors.py` draws the tree of what can go wrong. `conformance.py` tests a backend of your own.
+Read `store.py` first (the whole interface), then `layout.py` (what lies where), `log.py` (the log
+that is the truth), one of the `operations` and one of the `backends`. `errors.py` draws the tree of
+what can go wrong. `conformance.py` tests a backend of your own.
 """
 
 from adapter_store.backends.local import LocalBackend

@@ -1,13 +1,16 @@
-"""What every backend promises, as tests that anybody's backend can run. Needs pytest.
+"""What every backend promises, as tests that a backend of your own can run. Needs pytest.
 
-    from adapter_store.conformance import AdapterStoreConformance
+```python
+from adapter_store.conformance import AdapterStoreConformance
 
-    class TestMyBackend(AdapterStoreConformance):
-        @pytest.fixture
-        def backend(self):
-            return MyBackend(...)      # empty, and no two tests share one
 
-The first class of tests asks the five verbs, the others the store on top of them.
+class TestMyBackend(AdapterStoreConformance):
+    @pytest.fixture
+    def backend(self):
+        return MyBackend(...)  # empty, and no two tests share one
+```
+
+The first tests ask the five verbs, the others the store on top of them.
 """
 
 import hashlib
@@ -54,16 +57,19 @@ def make_adapter(seed: int = 0, num_bytes: int = 256) -> dict[str, bytes]:
 
 def all_keys(backend: Backend, folder: str) -> list[str]:
     """Return every file below a folder; only files have a dot in their names."""
-    found: list[str] = []
+    keys: list[str] = []
     for name in backend.list_folder(folder):
-        place = f"{folder}/{name}"
-        found += [place] if "." in name or name == "probe" else all_keys(backend, place)
-    return found
+        key = f"{folder}/{name}"
+        if "." in name or name == store_layout.PROBE:
+            keys.append(key)
+        else:
+            keys += all_keys(backend, key)
+    return keys
 
 
 def raises(error: type[Exception], match: str | None = None) -> Any:
-    """Return pytest's context manager; imported here, so that reading this module needs no pytest."""
-    import pytest
+    """Return pytest's context manager for an expected error."""
+    import pytest  # here, so that reading this module needs no pytest
 
     return pytest.raises(error, match=match)
 
@@ -81,10 +87,10 @@ def at_once(count: int, call: Callable[[int], Any]) -> list[Any]:
 
 
 class AdapterStoreConformance:
-    """Subclass it with a fixture `backend` that gives an empty backend to each test."""
+    """Tests to subclass, with a fixture `backend` that gives an empty backend to each test."""
 
     def store(self, backend: Backend, **options: Any) -> AdapterStore:
-        """Return a store object of its own on the backend; override it to open stores in another way."""
+        """Return a new store object on the backend; override it to open stores in another way."""
         return AdapterStore(backend, **options)
 
     # ── the five verbs ──
@@ -118,20 +124,20 @@ class AdapterStoreConformance:
         assert backend.get("a/b.bin", 100) == b"third"
 
     def test_of_many_that_put_at_once_one_wins(self, backend: Backend) -> None:
-        for turn in range(5):
-            key = f"race/{turn}.bin"
+        for number in range(5):
+            key = f"race/{number}.bin"
 
-            def put(number: int, key: str = key) -> bytes | None:
-                content = f"{number} ".encode() * 500
+            def put(thread: int, key: str = key) -> bytes | None:
+                content = f"{thread} ".encode() * 500
                 try:
                     backend.put_if_absent(key, content)
                 except FileExistsError:
                     return None
                 return content
 
-            won = [content for content in at_once(8, put) if content is not None]
-            assert len(won) == 1
-            assert backend.get(key, 10_000) == won[0]
+            winners = [content for content in at_once(8, put) if content is not None]
+            assert len(winners) == 1
+            assert backend.get(key, 10_000) == winners[0]
 
     def test_a_folder_lists_what_is_directly_in_it_sorted(self, backend: Backend) -> None:
         for key in (
@@ -264,9 +270,9 @@ class AdapterStoreConformance:
             except PublishConflictError:
                 return None
 
-        won = [version for version in at_once(6, publish) if version is not None]
-        assert len(won) == 1
-        assert store.versions("alice") == [first, *won]
+        winners = [version for version in at_once(6, publish) if version is not None]
+        assert len(winners) == 1
+        assert store.versions("alice") == [first, *winners]
 
     def test_only_so_many_versions_are_kept(self, backend: Backend) -> None:
         store = self.store(backend, limits=Limits(live_versions=3))
@@ -283,11 +289,11 @@ class AdapterStoreConformance:
             store.publish(user_id, make_adapter(number), base=BASE)
         for number, user_id in enumerate(ids):
             assert store.fetch(store.resolve(user_id)) == make_adapter(number)
-        found, cursor = store.list_users(limit=4)
+        heads, cursor = store.list_users(limit=4)
         while cursor is not None:
             page, cursor = store.list_users(cursor, limit=4)
-            found = [*found, *page]
-        assert sorted(head.user_id for head in found) == sorted(ids)
+            heads = [*heads, *page]
+        assert sorted(head.user_id for head in heads) == sorted(ids)
         store.erase_user("user-3")
         assert "user-3" not in {head.user_id for head in store.list_users()[0]}
 
@@ -310,15 +316,13 @@ class AdapterStoreConformance:
         assert [key.rpartition("/")[2] for key in left] == ["000000000004.json"]
         assert b"alice" not in backend.get(left[0], 10_000)
         assert warm.fetch(other) == make_adapter(9)
-        found = store.verify()
-        assert (found.ok, found.orphans) == (True, 0)
+        verified = store.verify()
+        assert (verified.ok, verified.orphans) == (True, 0)
 
     def test_what_was_trained_before_an_erasure_is_refused_after_it(self, backend: Backend) -> None:
         store, trainer = self.store(backend), self.store(backend)
-        for data_seq in (
-            trainer.data_seq("alice"),
-            trainer.data_seq("alice"),
-        ):  # before and after a first erasure
+        # Before a first erasure, and after it.
+        for data_seq in (trainer.data_seq("alice"), trainer.data_seq("alice")):
             store.erase_user("alice")
             with raises(UserErasedError, match="nothing of it is kept"):
                 trainer.publish("alice", make_adapter(1), base=BASE, data_seq=data_seq)
@@ -334,12 +338,12 @@ class AdapterStoreConformance:
     def test_publishers_and_erasers_at_once_leave_a_whole_store(self, backend: Backend) -> None:
         def work(number: int) -> None:
             store = self.store(backend)
-            for turn in range(4):
+            for round_number in range(4):
                 if number < 2:
                     store.erase_user("alice")
                     continue
                 try:
-                    store.publish("alice", make_adapter(10 * number + turn), base=BASE)
+                    store.publish("alice", make_adapter(10 * number + round_number), base=BASE)
                 except UserErasedError:
                     continue
 
@@ -355,18 +359,19 @@ class AdapterStoreConformance:
         store = self.store(backend)
         whole = store.publish("bob", make_adapter(1), base=BASE)
         version = store.publish("alice", make_adapter(2), base=BASE)
-        key = f"{store_layout.version_folder(version.user_key, version.version)}/{store_layout.WEIGHTS}"
+        folder = store_layout.version_folder(version.user_key, version.version)
+        key = f"{folder}/{store_layout.WEIGHTS}"
         data = backend.get(key, 10**6)
         backend.delete(key)
         backend.put_if_absent(key, data[:-1] + bytes([data[-1] ^ 1]))
         with raises(IntegrityError, match="sha256 differs|does not decrypt"):
             store.fetch(version)
         seen: list[UserReport] = []
-        found = store.verify(on_user=seen.append)
+        verified = store.verify(on_user=seen.append)
         assert {report.user_id for report in seen} == {"alice", "bob"}
-        assert (found.users, found.versions, found.ok) == (2, 2, False)
-        assert [report.user_id for report in found.damaged] == ["alice"]
-        assert store_layout.WEIGHTS in found.damaged[0].problems[0]
+        assert (verified.users, verified.versions, verified.ok) == (2, 2, False)
+        assert [report.user_id for report in verified.damaged] == ["alice"]
+        assert store_layout.WEIGHTS in verified.damaged[0].problems[0]
         assert store.verify("bob").ok
         assert store.fetch(whole) == make_adapter(1)
 
@@ -404,8 +409,8 @@ class AdapterStoreConformance:
                     store.gc(grace=_NO_GRACE)
                 return 0
             try:
-                for turn in range(4):
-                    store.publish("alice", make_adapter(10 * number + turn), base=BASE)
+                for round_number in range(4):
+                    store.publish("alice", make_adapter(10 * number + round_number), base=BASE)
             finally:
                 if number == 1:
                     stop.set()
@@ -450,7 +455,8 @@ class AdapterStoreConformance:
         store.delete_version("alice", versions[0].version)
         restored = store.import_user(archive).versions[0]
         assert store.fetch(restored) == other.fetch(head.versions[0])
-        assert restored.version != versions[0].version  # whose files somebody may still be removing
+        # Another process may still be removing files under the old id.
+        assert restored.version != versions[0].version
         assert store.import_user(archive).seq == 6
         assert other.import_user(archive) == head
         store.erase_user("alice")

@@ -1,4 +1,7 @@
-"""Log entries: a user's head to JSON and back. What comes back is checked field by field: the storage is not trusted."""
+"""Log entries: a user's head to JSON and back.
+
+What comes back is checked field by field: the storage is not trusted.
+"""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -9,12 +12,14 @@ from adapter_store.facts import AdapterVersion, FileFacts, UserHead
 from adapter_store.layout import FORMAT
 from adapter_store.text import parse_json_object, shorten, to_json
 
-# No sane entry comes near it (20 versions with small metrics make 10 kB); a damaged or hostile one is read no further.
+# No real entry comes near it (20 versions with small metrics make 10 kB); a damaged or hostile one
+# is read no further.
 MAX_ENTRY_BYTES = 32 * 1024**2
 
 _T = TypeVar("_T")
 
-# How an entry of an older format becomes one of the next; applied when it is read, written with the next change.
+# How an entry of an older format becomes one of the next; applied when it is read, written with the
+# next change.
 UPGRADES: Final[dict[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     1: lambda entry: {**entry, "format": 2},  # names added since then have defaults
 }
@@ -44,13 +49,12 @@ def encode(head: UserHead) -> bytes:
 
 
 def version_to_json(version: AdapterVersion) -> dict[str, Any]:
-    """Return a version's facts for JSON, without the user's id and key."""
+    """Return what JSON keeps of a version: all but the user's id and key."""
     return {
         "version": version.version,
         "created_at": version.created_at.isoformat(),
         "files": {
-            name: {"sha256": facts.sha256, "size": facts.size}
-            for name, facts in version.files.items()
+            name: {"sha256": file.sha256, "size": file.size} for name, file in version.files.items()
         },
         "base": version.base,
         "metrics": version.metrics,
@@ -62,7 +66,10 @@ def version_to_json(version: AdapterVersion) -> dict[str, Any]:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """Return an entry's JSON, its format checked. ValueError says what is wrong; FormatVersionError if it is newer."""
+    """Return an entry's JSON, its format checked.
+
+    ValueError says what is wrong, FormatVersionError that the format is a newer one.
+    """
     if len(data) > MAX_ENTRY_BYTES:
         raise ValueError(f"it is larger than {MAX_ENTRY_BYTES} bytes")
     entry = parse_json_object(data)
@@ -71,13 +78,14 @@ def parse(data: bytes) -> dict[str, Any]:
 
 
 def decode(entry: dict[str, Any], key: str | None = None) -> UserHead:
-    """Return the head that a parsed log entry holds, of whatever format up to ours. ValueError says what is wrong."""
+    """Return the head that a parsed log entry holds, of any format up to ours.
+
+    `key` is the encryption key that it was sealed with. ValueError says what is wrong.
+    """
     while entry["format"] < FORMAT:
         entry = UPGRADES[entry["format"]](entry)
     user_id, user_key = _take(entry, "user_id", str), _take(entry, "user_key", str)
-    versions = tuple(
-        version_from_json(user_id, user_key, row) for row in _take(entry, "versions", list)
-    )
+    rows = _take(entry, "versions", list)
     previous = _take_or(entry, "previous", list, [])
     if not all(isinstance(version, str) for version in previous):
         raise ValueError("its previous versions are not text")
@@ -90,7 +98,7 @@ def decode(entry: dict[str, Any], key: str | None = None) -> UserHead:
         operation=_take(entry, "operation", str),
         operation_version=_take(entry, "operation_version", str),
         active=_take_or_none(entry, "active", str),
-        versions=versions,
+        versions=tuple(version_from_json(user_id, user_key, row) for row in rows),
         reason=_take_or(entry, "reason", str, ""),
         parent=_take_or(entry, "parent", str, ""),
         previous=tuple(previous),
@@ -98,9 +106,9 @@ def decode(entry: dict[str, Any], key: str | None = None) -> UserHead:
         collected_seq=_take_or(entry, "collected_seq", int, 0),
         key=key,
     )
-    if head.is_erased and versions:
+    if head.is_erased and head.versions:
         raise ValueError("it lists versions of no user")
-    if len({version.version for version in versions}) != len(versions):
+    if len({version.version for version in head.versions}) != len(head.versions):
         raise ValueError("it lists a version twice")
     if head.active is not None and head.find(head.active) is None:
         raise ValueError(f"its active version {shorten(head.active)} is not among its versions")
@@ -108,19 +116,21 @@ def decode(entry: dict[str, Any], key: str | None = None) -> UserHead:
 
 
 def check_format(content: dict[str, Any]) -> None:
-    """Raise FormatVersionError where the `format` of a root file or an entry is a later one, ValueError if none."""
-    found = _take(content, "format", int)
-    if found > FORMAT:
-        raise FormatVersionError(f"it has format {found}, this release reads up to {FORMAT}")
-    if found < 1:
-        raise ValueError(f"its format is {found}, expected at least 1")
+    """Check the `format` of a root file, an entry or a manifest.
+
+    FormatVersionError where it is a later one than ours, ValueError where it cannot be one.
+    """
+    number = _take(content, "format", int)
+    if number > FORMAT:
+        raise FormatVersionError(f"it has format {number}, this release reads up to {FORMAT}")
+    if number < 1:
+        raise ValueError(f"its format is {number}, expected at least 1")
 
 
 def version_from_json(user_id: str, user_key: str, row: Any) -> AdapterVersion:
     """Return the version that `version_to_json` wrote. ValueError says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"a version is {shorten(row)}, expected an object")
-    alpha, tau = _take_or_none(row, "alpha", float), _take_or_none(row, "tau", float)
     base = _take(row, "base", dict)
     if not all(isinstance(value, str) for value in base.values()):
         raise ValueError("a version's base does not map text to text")
@@ -129,20 +139,20 @@ def version_from_json(user_id: str, user_key: str, row: Any) -> AdapterVersion:
         user_key=user_key,
         version=_take(row, "version", str),
         created_at=_take_time(row, "created_at"),
-        files={name: _decode_file(facts) for name, facts in _take(row, "files", dict).items()},
+        files={name: _file_from_json(file) for name, file in _take(row, "files", dict).items()},
         base=base,
         metrics=_take(row, "metrics", dict),
-        alpha=alpha,
-        tau=tau,
+        alpha=_take_or_none(row, "alpha", float),
+        tau=_take_or_none(row, "tau", float),
         metadata=_take(row, "metadata", dict),
         idempotency_key=_take_or_none(row, "idempotency_key", str),
     )
 
 
-def _decode_file(facts: Any) -> FileFacts:
-    if not isinstance(facts, dict):
-        raise ValueError(f"a file is {shorten(facts)}, expected an object")
-    return FileFacts(sha256=_take(facts, "sha256", str), size=_take(facts, "size", int))
+def _file_from_json(row: Any) -> FileFacts:
+    if not isinstance(row, dict):
+        raise ValueError(f"a file is {shorten(row)}, expected an object")
+    return FileFacts(sha256=_take(row, "sha256", str), size=_take(row, "size", int))
 
 
 def _take(row: dict[str, Any], name: str, kind: type[_T]) -> _T:

@@ -1,15 +1,15 @@
 """What can go wrong in a store, one class for each thing that a caller would do differently.
 
     AdapterStoreError
-    ├── AdapterNotFoundError      no such user or version, or none active: publish, activate, or serve the base
-    ├── InvalidAdapterError       what was given is refused (files, sizes, user id, options): mend it and call again
-    ├── BaseModelMismatchError    the adapter belongs to another base: load that base, or personalize again
-    ├── PublishConflictError      somebody else changed the user in between: look again, then decide
-    ├── UserErasedError           the user was erased after that data was read: train on what the user has now, or stop
-    ├── IntegrityError            what is stored is damaged: restore it, or publish again
-    ├── KeyMismatchError          the store was made with another pepper or other keys: pass those
-    ├── FormatVersionError        the store was written by a newer release: upgrade
-    └── BackendError              the storage refused, is full or cannot be reached: mend that, then retry
+    ├── AdapterNotFoundError     no such user or version, or none active: publish, or serve the base
+    ├── InvalidAdapterError      files, a size, a user id or an option is refused: correct it
+    ├── BaseModelMismatchError   trained on another base: load that base, or personalize again
+    ├── PublishConflictError     another writer changed the user: look again, then decide
+    ├── UserErasedError          erased since the data was read: train on what is left, or stop
+    ├── IntegrityError           what is stored is damaged: restore it, or publish again
+    ├── KeyMismatchError         the store was made with another pepper or other keys: pass those
+    ├── FormatVersionError       the store was written by a newer release: upgrade
+    └── BackendError             the storage refused, is full or is out of reach: correct it, retry
 
 Each message holds what was asked, what was found and what to do next.
 """
@@ -22,7 +22,7 @@ class AdapterStoreError(Exception):
 
 
 class AdapterNotFoundError(AdapterStoreError):
-    """The user, or that version of the user's adapter, is not in the store, or no version is active."""
+    """The user or that version of the user's adapter is not in the store, or none is active."""
 
 
 class InvalidAdapterError(AdapterStoreError):
@@ -32,7 +32,8 @@ class InvalidAdapterError(AdapterStoreError):
 class BaseModelMismatchError(AdapterStoreError):
     """The adapter was trained on another base model than the one that asks for it.
 
-    `differences` maps each differing part to (what the adapter was trained on, what asks for it), None where absent.
+    `differences` maps each differing part to (what the adapter was trained on, what asks for it),
+    None where a part is absent.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class BaseModelMismatchError(AdapterStoreError):
 
 
 class PublishConflictError(AdapterStoreError):
-    """The active version is not the one that the publisher expected, or other publishers won every race."""
+    """Another version is active than the publisher expected, or other publishers won every race."""
 
 
 class UserErasedError(AdapterStoreError):
-    """What was to be published began before the user was erased; nothing of it is kept, and nothing of it is served."""
+    """The user was erased after this publish began; nothing of it is kept, nothing is served."""
 
 
 class IntegrityError(AdapterStoreError):
@@ -55,7 +56,7 @@ class IntegrityError(AdapterStoreError):
 
 
 class KeyMismatchError(AdapterStoreError):
-    """The store was made with another pepper, or with other encryption keys, than those at hand."""
+    """The store was made with another pepper, or with other encryption keys, than those given."""
 
 
 class FormatVersionError(AdapterStoreError):
@@ -63,9 +64,10 @@ class FormatVersionError(AdapterStoreError):
 
 
 class BackendError(AdapterStoreError):
-    """The storage behind the store is unavailable, refused the request or cannot do what a store needs.
+    """The storage is unavailable, refused the request or cannot do what a store needs.
 
-    `refused` is True where it is known that a write was turned down for good; otherwise it may land later.
+    `refused` is True where it is known that a write was turned down for good; otherwise it may
+    land later.
     """
 
     def __init__(self, message: str, *, refused: bool = False) -> None:
@@ -74,4 +76,4 @@ class BackendError(AdapterStoreError):
 
 
 UNREADABLE = (IntegrityError, KeyMismatchError, FormatVersionError)
-"""What keeps one user from being read, and is no reason to stop for the others."""
+"""Errors that keep one user from being read, and are no reason to stop for the others."""

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from adapter_store import layout
 from adapter_store.text import shorten
 
-# Recorded for people, and no reason to refuse: the same base may be loaded under another name or quantized.
+# Recorded for people and not compared: the same base may be loaded under another name or quantized.
 UNCOMPARED_PARTS: Final = frozenset({"model", "quantization"})
 
 
@@ -40,7 +40,8 @@ class Limits:
             value = getattr(self, limit.name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(
-                    f"Limits.{limit.name} is {shorten(value)}, expected a whole number of at least 1"
+                    f"Limits.{limit.name} is {shorten(value)}, "
+                    "expected a whole number of at least 1"
                 )
 
     def bytes_of(self, name: str) -> int:
@@ -49,9 +50,10 @@ class Limits:
 
 
 class StoredFile(NamedTuple):
-    """What the storage knows of a file: bytes, seconds since 1970 by the storage's clock, and a mark of this writing.
+    """What the storage knows of a file.
 
-    The same key written anew has another `mark`.
+    `size` in bytes, `modified` in seconds since 1970 by the storage's clock, and `mark`, which
+    identifies this writing: the same key written anew has another one.
     """
 
     size: int
@@ -61,7 +63,7 @@ class StoredFile(NamedTuple):
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What is known of a stored file: the hex sha256 of its content and its size in bytes."""
+    """What is known of a published file: the hex sha256 of its content and its size in bytes."""
 
     sha256: str
     size: int
@@ -74,16 +76,17 @@ class FileFacts:
 
     @classmethod
     def of(cls, data: bytes) -> "FileFacts":
-        """Return the facts of a file with that content."""
+        """Return what is known of a file with that content."""
         return cls(hashlib.sha256(data).hexdigest(), len(data))
 
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One published, immutable version of a user's adapter: its facts, not its bytes (`AdapterStore.fetch` brings them).
+    """One published, immutable version of a user's adapter, without its bytes.
 
-    `base` is the fingerprint of the base model it was trained on, part by part; `alpha` and `tau` are what it
-    recommends for decoding, None where it recommends nothing. ValueError where a part could not be a stored one.
+    `AdapterStore.fetch` brings those. `base` is the fingerprint of the base model it was trained
+    on, part by part; `alpha` and `tau` are what it recommends for decoding, None where it
+    recommends nothing. ValueError where a part could not be a stored one.
     """
 
     user_id: str
@@ -99,21 +102,23 @@ class AdapterVersion:
     idempotency_key: str | None = None
 
     def __post_init__(self) -> None:
-        # Names become paths: nothing but our own forms may pass, whoever built this object.
+        # Names become paths: only our own forms may pass, wherever this object was built.
         if not layout.is_sha256(self.user_key):
             raise ValueError(f"user key is {shorten(self.user_key)}, expected 64 hex digits")
         if not layout.is_version(self.version):
             raise ValueError(
-                f"version is {shorten(self.version)}, expected the form 20260131T235959Z-0123456789ab"
+                f"version is {shorten(self.version)}, "
+                "expected the form 20260131T235959Z-0123456789ab"
             )
         if set(self.files) != set(layout.ADAPTER_FILES):
             raise ValueError(
-                f"files are {shorten(sorted(self.files))}, expected {' and '.join(layout.ADAPTER_FILES)}"
+                f"files are {shorten(sorted(self.files))}, "
+                f"expected {' and '.join(layout.ADAPTER_FILES)}"
             )
 
     @property
     def name(self) -> str:
-        """`user_key@version`: what caches and engines name, because the user alone changes its meaning."""
+        """`user_key@version`, the name for caches and engines: the user alone changes meaning."""
         return f"{self.user_key}@{self.version}"
 
     @property
@@ -125,14 +130,23 @@ class AdapterVersion:
 
 @dataclass(frozen=True)
 class UserHead:
-    """A user as the newest log entry has it: live versions (oldest first), the active one, and the last change.
+    """A user as the newest log entry has it: live versions, the active one, and the last change.
 
-    `seq` counts the user's entries from 1; `commit` names the call that wrote this one and `parent` the one before;
-    `operation` is "publish", "activate", "rollback", "delete", "import", "erase" or "collect", done to
-    `operation_version` (or to none, "") at `updated_at` for `reason`. `previous` are the versions that were active
-    before, the latest last: the way back of a rollback. What began before entry `erased_seq` or `collected_seq` may not
-    be committed any more. `key` names the encryption key of the entry, None where there is none. Of an erased user
-    nothing but the numbers is left.
+    Attributes:
+        versions: The live versions, oldest first.
+        active: The id of the active version, None where none is active.
+        previous: A stack of earlier active versions, the latest last, which a rollback goes back
+            through.
+        seq: The number of the entry; a user's entries count from 1.
+        commit: The call that wrote this entry; `parent` is that of the entry before.
+        operation: "publish", "activate", "rollback", "delete", "import", "erase" or "collect".
+        operation_version: The version that it was done to, "" where it was done to none.
+        updated_at: When it was done; `reason` says why.
+        erased_seq: What began before this entry of an erasure may not be committed any more.
+        collected_seq: The same for the latest garbage collection.
+        key: The encryption key of the entry, None where it has none.
+
+    Of an erased user nothing but the numbers is left.
     """
 
     user_id: str
@@ -163,9 +177,10 @@ class UserHead:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """One change of a user, as its log entry tells it: what was done when and why, and what was active from then on.
+    """One change of a user: what was done when and why, and what was active from then on.
 
-    `metrics` are those of `version`, the one that it was done to; empty where there is none, or none were given.
+    `metrics` are those of `version`, the one that it was done to; empty where it was done to none,
+    or that one has none.
     """
 
     seq: int
@@ -180,7 +195,13 @@ class HistoryEntry:
 def base_differences(
     trained_on: Mapping[str, str], asked_for: Mapping[str, str]
 ) -> dict[str, tuple[str | None, str | None]]:
-    """Return the parts of two base fingerprints that differ, sorted by name, with both values (None where absent)."""
-    parts = sorted((set(trained_on) | set(asked_for)) - UNCOMPARED_PARTS)
-    pairs = {part: (trained_on.get(part), asked_for.get(part)) for part in parts}
-    return {part: pair for part, pair in pairs.items() if pair[0] != pair[1]}
+    """Return the parts of two base fingerprints that differ, sorted by name, with both values.
+
+    A value is None where a fingerprint lacks the part.
+    """
+    differences = {}
+    for part in sorted((set(trained_on) | set(asked_for)) - UNCOMPARED_PARTS):
+        trained, asked = trained_on.get(part), asked_for.get(part)
+        if trained != asked:
+            differences[part] = (trained, asked)
+    return differences

@@ -1,4 +1,4 @@
-"""The two files of an adapter, in from a peft folder or from memory, checked; and out as a plain peft folder."""
+"""The two files of an adapter: read from a folder or memory, checked, written as a folder."""
 
 import contextlib
 import os
@@ -17,10 +17,13 @@ def read_adapter(
 ) -> dict[str, bytes]:
     """Return the checked content of both adapter files, by name.
 
-    Of a folder only these two are read; a mapping must hold these two and nothing else. InvalidAdapterError where
-    one is missing, too large, no safetensors file, or no JSON object.
+    Of a folder only these two are read; a mapping must hold these two and nothing else.
+    InvalidAdapterError where one is missing, too large, or of another format.
     """
-    files = _given(source) if isinstance(source, Mapping) else _from_folder(source, limits)
+    if isinstance(source, Mapping):
+        files = _from_mapping(source)
+    else:
+        files = _from_folder(source, limits)
     for name, content in files.items():
         if len(content) > limits.bytes_of(name):
             raise InvalidAdapterError(
@@ -31,21 +34,24 @@ def read_adapter(
         check_safetensors(files[WEIGHTS])
     except ValueError as error:
         raise InvalidAdapterError(
-            f"{WEIGHTS} is not a whole safetensors file: {error}; save the adapter again and publish that"
+            f"{WEIGHTS} is not a whole safetensors file: {error}; "
+            "save the adapter again and publish that"
         ) from None
     try:
         parse_json_object(files[CONFIG])
     except ValueError as error:
         raise InvalidAdapterError(
-            f"{CONFIG} is not usable: {error}; expected the JSON object that peft's save_pretrained writes"
+            f"{CONFIG} is not usable: {error}; "
+            "expected the JSON object that peft's save_pretrained writes"
         ) from None
     return files
 
 
-def _given(files: Mapping[str, bytes]) -> dict[str, bytes]:
+def _from_mapping(files: Mapping[str, bytes]) -> dict[str, bytes]:
     if set(files) != set(ADAPTER_FILES):
         raise InvalidAdapterError(
-            f"files {shorten(sorted(map(str, files)), 200)} were given, expected exactly {WEIGHTS} and {CONFIG}"
+            f"files {shorten(sorted(map(str, files)), 200)} were given, "
+            f"expected exactly {WEIGHTS} and {CONFIG}"
         )
     for name, content in files.items():
         if not isinstance(content, bytes | bytearray | memoryview):
@@ -76,22 +82,25 @@ def _from_folder(folder: str | os.PathLike[str], limits: Limits) -> dict[str, by
 
 
 def write_new_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` into a new or empty `folder`, all or none. BackendError where it holds something, or refuses."""
-    made = folder.parent / f".{folder.name[:100]}.{os.urandom(6).hex()}"
+    """Write `files` into a new or empty `folder`, all or none.
+
+    BackendError where the folder holds something or cannot be written.
+    """
+    staged = folder.parent / f".{folder.name[:100]}.{os.urandom(6).hex()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made.mkdir(0o700)
+        staged.mkdir(0o700)
         for name, content in files.items():
-            (made / name).write_bytes(content)
-        made.rename(folder)  # replaces an empty folder, refuses one that is not
+            (staged / name).write_bytes(content)
+        staged.rename(folder)  # replaces an empty folder, refuses one that is not
     except OSError as error:
         raise BackendError(
-            f"cannot write an adapter to {folder} ({error.strerror or error}): name a new or an empty folder "
-            "in a place that can be written"
+            f"cannot write an adapter to {folder} ({error.strerror or error}): "
+            "name a new or an empty folder where this user may write"
         ) from error
     finally:
         with contextlib.suppress(OSError):
-            remove_tree(made)
+            remove_tree(staged)
 
 
 def remove_tree(folder: Path, ignore_errors: bool = False) -> None:

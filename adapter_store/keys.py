@@ -1,8 +1,9 @@
-"""Master keys of encrypted stores, and who keeps them: the environment, a file, or a key management service.
+"""Master keys of encrypted stores: from the environment, a file, or a key management service.
 
-A store asks a `KeyProvider` for two things only, to wrap a small secret and to unwrap it again. The secrets are the
-users' own keys (`vault.py`); a master key never touches an adapter. The first key listed wraps what is new, the others
-still unwrap what is old, until `AdapterStore.rotate_keys` has wrapped everything anew.
+A store asks a `KeyProvider` for two things only, to wrap a small secret and to unwrap it again. The
+secrets are the users' own keys (`vault.py`); a master key never touches an adapter. The first key
+listed wraps what is new, the others still unwrap what is old, until `AdapterStore.rotate_keys` has
+wrapped everything anew.
 """
 
 import base64
@@ -24,42 +25,49 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 @runtime_checkable
 class KeyProvider(Protocol):
-    """Who holds the master keys. Any thread may call. KeyMismatchError where a key is not at hand or does not fit."""
+    """The holder of the master keys. Any thread may call.
+
+    KeyMismatchError where a key is missing or does not fit.
+    """
 
     @property
     def key_id(self) -> str:
         """The name of the master key that wraps what is new."""
 
     def wrap(self, secret: bytes, context: str) -> tuple[str, bytes]:
-        """Return the name of that key and `secret` encrypted with it; the same `context` is needed to unwrap it."""
+        """Return the name of that key and `secret` encrypted with it.
+
+        The same `context` is needed to unwrap it.
+        """
 
     def unwrap(self, key_id: str, wrapped: bytes, context: str) -> bytes:
         """Return the secret that was wrapped with the master key of that name."""
 
 
 class KmsClient(Protocol):
-    """What a key management service must do; such clients are a few lines around a vendor's own."""
+    """What a key management service must do; a few lines around a vendor's own client."""
 
     def encrypt(self, key_id: str, plaintext: bytes, context: Mapping[str, str]) -> bytes:
         """Return `plaintext` encrypted with the service's key `key_id`, bound to `context`."""
 
     def decrypt(self, key_id: str, ciphertext: bytes, context: Mapping[str, str]) -> bytes:
-        """Return the plaintext again; raises whatever the client raises where key or context do not fit."""
+        """Return the plaintext again; raise anything where key or context do not fit."""
 
 
 def cipher(key: bytes) -> Any:
-    """Return AES-256-GCM with that key. BackendError where the package for it is not installed."""
+    """Return AES-256-GCM with that key. BackendError where its package is not installed."""
     try:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     except ImportError:
         raise BackendError(
-            "an encrypted store needs the package cryptography: pip install 'langchain-cope[encryption]'"
+            "an encrypted store needs the package cryptography: "
+            "pip install 'langchain-cope[encryption]'"
         ) from None
     return AESGCM(key)
 
 
 def is_key_name(text: str) -> bool:
-    """Tell whether `text` may name a master key: 1 to 64 letters, digits, dots, dashes and underscores."""
+    """Return whether `text` may name a master key: 1 to 64 letters, digits, `.`, `-` and `_`."""
     return _NAME.fullmatch(text) is not None
 
 
@@ -99,18 +107,17 @@ class _HeldKeys:
             self._refresh()
         if key_id not in self._keys:
             raise KeyMismatchError(
-                f"the store's keys are wrapped with the master key {shorten(key_id)}, and {self._where} holds "
-                f"{', '.join(self._keys)}: add that key"
+                f"the store's keys are wrapped with the master key {shorten(key_id)}, and "
+                f"{self._where} holds {', '.join(self._keys)}: add that key"
             )
         aead = cipher(self._keys[key_id])
+        nonce, sealed = wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:]
         try:
-            secret: bytes = aead.decrypt(
-                wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], context.encode()
-            )
+            secret: bytes = aead.decrypt(nonce, sealed, context.encode())
         except Exception as error:  # the library's InvalidTag, or ValueError for what is too short
             raise KeyMismatchError(
-                f"the master key {shorten(key_id)} of {self._where} is not the one that the store's keys were wrapped "
-                "with, or they were moved or damaged: give the right key"
+                f"the master key {shorten(key_id)} of {self._where} is not the one that the "
+                "store's keys were wrapped with, or they were moved or damaged: give the right key"
             ) from error
         return secret
 
@@ -119,7 +126,7 @@ class _HeldKeys:
 
 
 class EnvironmentKeys(_HeldKeys):
-    """Master keys from an environment variable: `name:base64` pairs with commas between, the newest first.
+    """Master keys from an environment variable: `name:base64` pairs with commas, newest first.
 
     KeyMismatchError where the variable is unset or holds something else.
     """
@@ -135,7 +142,7 @@ class EnvironmentKeys(_HeldKeys):
 
 
 class FileKeys(_HeldKeys):
-    """Master keys from a file that only its owner may read: a line `name base64` for each, the newest first.
+    """Master keys from a file that only its owner may read: lines `name base64`, newest first.
 
     What is added to the file counts at once. KeyMismatchError where the file cannot be used.
     """
@@ -153,28 +160,25 @@ class FileKeys(_HeldKeys):
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], name: str = "key-1") -> "FileKeys":
-        """Make the file, with one random key, and return its keys. FileExistsError where it is there."""
-        found = Path(path).expanduser()
-        _checked_name(name, str(found))
-        found.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(found, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(f"{name} {new_key()}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        return cls(found)
+        """Make the file with one random key and return its keys; FileExistsError if it exists."""
+        file = Path(path).expanduser()
+        _check_name(name, str(file))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_private(file, f"{name} {new_key()}\n")
+        return cls(file)
 
     def add(self, name: str) -> None:
-        """Put a new random key in front, for what is new from now on. ValueError where the name is taken."""
+        """Put a new random key in front, for what is new from now on.
+
+        ValueError where the name is taken.
+        """
         self._refresh()
         if name in self._keys:
             raise ValueError(f"{self._where} has a key {name} already: give another name")
-        _checked_name(name, self._where)
-        made = self._path.with_name(f".{self._path.name}.{os.urandom(6).hex()}")
-        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(f"{name} {new_key()}\n{self._path.read_text(encoding='utf-8')}")
-            file.flush()
-            os.fsync(file.fileno())
-        made.replace(self._path)
+        _check_name(name, self._where)
+        staged = self._path.with_name(f".{self._path.name}.{os.urandom(6).hex()}")
+        _write_private(staged, f"{name} {new_key()}\n{self._path.read_text(encoding='utf-8')}")
+        staged.replace(self._path)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -185,26 +189,32 @@ class FileKeys(_HeldKeys):
             mode = stat.S_IMODE(self._path.stat().st_mode)
             text = self._path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            said = error.strerror if isinstance(error, OSError) else str(error)
+            reason = error.strerror if isinstance(error, OSError) else str(error)
             raise KeyMismatchError(
-                f"cannot read the key file {self._where} ({said}): name one that new-key made"
+                f"cannot read the key file {self._where} ({reason}): name one that new-key made"
             ) from error
         if mode & 0o077:
             raise KeyMismatchError(
                 f"the key file {self._where} can be read by others (mode {mode:o}): chmod 600 it"
             )
-        lines = [
-            line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")
-        ]
-        if not all(len(line) == 2 for line in lines):
-            raise KeyMismatchError(
-                f"the key file {self._where} has a line that is not: name base64"
-            )
-        return _parsed([(name, key) for name, key in lines], self._where)
+        pairs = []
+        for line in text.splitlines():
+            if not line.strip() or line.startswith("#"):
+                continue
+            words = line.split()
+            if len(words) != 2:
+                raise KeyMismatchError(
+                    f"the key file {self._where} has a line that is not: name base64"
+                )
+            pairs.append((words[0], words[1]))
+        return _parsed(pairs, self._where)
 
 
 class KmsKeys:
-    """Master keys that never leave a key management service. `key_id` names the one for what is new."""
+    """Master keys that never leave a key management service.
+
+    `key_id` names the one for what is new.
+    """
 
     def __init__(self, client: KmsClient, key_id: str) -> None:
         self._client = client
@@ -228,21 +238,31 @@ class KmsKeys:
 
     def _ask(self, verb: str, key_id: str, data: bytes, context: str) -> bytes:
         try:
-            found = getattr(self._client, verb)(key_id, data, {"adapter_store": context})
+            answer = getattr(self._client, verb)(key_id, data, {"adapter_store": context})
         except AdapterStoreError:
             raise
         except Exception as error:  # each vendor's client has errors of its own
             raise BackendError(
-                f"the key service did not {verb} with key {shorten(key_id)} ({type(error).__name__}): "
-                "check that it can be reached and that this caller may use the key"
+                f"the key service did not {verb} with key {shorten(key_id)} "
+                f"({type(error).__name__}): check that it can be reached and that this caller may "
+                "use the key"
             ) from error
-        return bytes(found)
+        return bytes(answer)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a new file that only its owner may read, durably."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _parsed(pairs: list[tuple[str, str]], where: str) -> dict[str, bytes]:
     keys: dict[str, bytes] = {}
-    for number, (name, text) in enumerate(pairs, 1):
-        _checked_name(name.strip(), where)
+    for number, (label, text) in enumerate(pairs, 1):
+        name = label.strip()
+        _check_name(name, where)
         try:
             key = base64.b64decode(text.strip(), validate=True)
         except (binascii.Error, ValueError):
@@ -252,21 +272,20 @@ def _parsed(pairs: list[tuple[str, str]], where: str) -> dict[str, bytes]:
             raise KeyMismatchError(
                 f"key number {number} of {where} is not a name and {KEY_BYTES} bytes in base64"
             )
-        if name.strip() in keys:
-            raise KeyMismatchError(
-                f"{where} has the key {name.strip()} twice: give each its own name"
-            )
-        keys[name.strip()] = key
+        if name in keys:
+            raise KeyMismatchError(f"{where} has the key {name} twice: give each its own name")
+        keys[name] = key
     if not keys:
         raise KeyMismatchError(
-            f"{where} holds no key: add a line with a name and 32 random bytes in base64"
+            f"{where} holds no key: add a line with a name and {KEY_BYTES} random bytes in base64"
         )
     return keys
 
 
-def _checked_name(name: str, where: str) -> None:
+def _check_name(name: str, where: str) -> None:
     # Never the whole text: where a separator is missing, it would be the key itself.
     if not is_key_name(name):
         raise KeyMismatchError(
-            f"a key of {where} has no name of 1 to 64 letters, digits, dots, dashes and underscores in front"
+            f"a key of {where} has no name of 1 to 64 letters, digits, dots, dashes and "
+            "underscores in front"
         )

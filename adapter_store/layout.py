@@ -1,18 +1,22 @@
-"""What lies where in a store, the same on every backend. Keys are relative, with slashes, and safe as paths.
+"""What lies where in a store, the same on every backend.
 
-    adapter_store.json                              root file: format, the store's id, pepper (or only its check value)
-    users/<aa>/<bb>/<user key>/log/<seq>.json       the truth: each entry is a whole snapshot of the user's head
-    users/<aa>/<bb>/<user key>/versions/<version>/  adapter_model.safetensors and adapter_config.json, immutable
-    keys/<aa>/<bb>/<user key>/<key>/<n>.json        an encrypted store's keys, wrapped; the highest <n> counts
+Keys are relative, with slashes, and safe as paths:
+
+    adapter_store.json                              root file: format, store id, pepper or its check
+    users/<aa>/<bb>/<user key>/log/<seq>.json       the truth: each entry holds a user's whole head
+    users/<aa>/<bb>/<user key>/versions/<version>/  adapter_model.safetensors, adapter_config.json
+    keys/<aa>/<bb>/<user key>/<key>/<n>.json        encryption keys, wrapped; the highest <n> counts
     probes/                                         small files that a writer puts and removes
     staging/                                        a local store's unfinished files; never read
 
-<aa><bb> are the first four hex digits of the user key, so that no folder grows large. The entry with the highest <seq>
-is the user's head; sequence numbers only grow. Files that no entry names are not there: they are a publish under way,
-or one that was killed; `AdapterStore.gc` removes those. Old entries and keys go in ascending order of their numbers,
-so that whoever sees one gone knows that the ones before are gone too. Readers pass over JSON names that they do not
-know; whatever an older *writer* must not drop or misread comes with a higher format number, in the root file or in
-the entry. Backups that leave out keys/ lose what is erased as the store does.
+<aa><bb> are the first four hex digits of the user key, so that no folder grows large. The entry
+with the highest <seq> is the user's head; sequence numbers only grow. A version's files never
+change. Files that no entry names do not count: they belong to a publish that is running, or to one
+that was killed; `AdapterStore.gc` removes those. Old entries and keys are removed in ascending
+order of their numbers, so that a reader who sees one gone knows that the ones before are gone too.
+Readers ignore JSON names that they do not know; whatever an older *writer* must not drop or
+misread comes with a higher format number, in the root file or in the entry. A backup that leaves
+out keys/ loses what is erased, as the store does.
 """
 
 import os
@@ -40,32 +44,35 @@ _NUMBERED = re.compile(r"([0-9]{12})\.json")
 
 
 def is_sha256(text: str) -> bool:
-    """Tell whether `text` is 64 lower-case hex digits, as user keys and digests are."""
+    """Return whether `text` is 64 lower-case hex digits, as user keys and digests are."""
     return _SHA256.fullmatch(text) is not None
 
 
 def is_version(text: str) -> bool:
-    """Tell whether `text` has the form of a version id, such as 20260131T235959Z-0123456789ab."""
+    """Return whether `text` has the form of a version id, such as 20260131T235959Z-0123456789ab."""
     return _VERSION.fullmatch(text) is not None
 
 
 def is_shard(text: str) -> bool:
-    """Tell whether `text` is two lower-case hex digits, as the folders above those of users are."""
+    """Return whether `text` is two lower-case hex digits, as the folders above users' are."""
     return _SHARD.fullmatch(text) is not None
 
 
 def new_probe() -> str:
-    """Return the key of a new file that a writer puts and removes, in a folder of its own, which goes with it."""
+    """Return the key of a new file that a writer puts and removes, in a folder of its own."""
     return f"{PROBES}/{os.urandom(16).hex()}/{PROBE}"
 
 
 def is_probe(text: str) -> bool:
-    """Tell whether `text` has the form of the name of such a folder."""
+    """Return whether `text` has the form of the name of such a folder."""
     return _PROBE.fullmatch(text) is not None
 
 
 def new_version(time: datetime) -> str:
-    """Return a new version id: the time, for people, and 48 random bits. Order comes from the log, not from ids."""
+    """Return a new version id: the time, for people, and 48 random bits.
+
+    The order of versions comes from the log, not from ids.
+    """
     return f"{time:%Y%m%dT%H%M%SZ}-{os.urandom(6).hex()}"
 
 
@@ -85,7 +92,7 @@ def keys_folder(user_key: str) -> str:
 
 
 def is_key_id(text: str) -> bool:
-    """Tell whether `text` has the form of an encryption key's id: 16 lower-case hex digits."""
+    """Return whether `text` has the form of an encryption key's id: 16 lower-case hex digits."""
     return _KEY_ID.fullmatch(text) is not None
 
 
@@ -108,6 +115,12 @@ def number_of(name: str) -> int | None:
     """Return the number of such a file name, None for any other name."""
     match = _NUMBERED.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def numbers_of(names: list[str]) -> list[int]:
+    """Return the numbers of such file names in the order given; other names are left out."""
+    numbers = (number_of(name) for name in names)
+    return [number for number in numbers if number is not None]
 
 
 def versions_folder(user_key: str) -> str:

@@ -1,4 +1,4 @@
-"""An opened store: the parts that its operations work on."""
+"""An open store: the parts that its operations work on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from itertools import groupby
 from adapter_store.backends.protocol import Backend
 from adapter_store.blobs import Blobs
 from adapter_store.facts import UserHead
-from adapter_store.layout import KEYS, is_version, versions_folder
+from adapter_store.layout import is_version, versions_folder
 from adapter_store.log import Log
 from adapter_store.root import Root
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A store whose root file was read."""
+class OpenStore:
+    """Backend, root, log and blobs of an open store."""
 
     backend: Backend
     root: Root
@@ -23,26 +23,23 @@ class Opened:
     blobs: Blobs
 
     def user_keys(self) -> Iterator[str]:
-        """Yield the keys of all users of whom there is anything, in ascending order."""
-        if self.root.vault is None:
-            yield from self.log.user_keys()
-            return
-        for user_key, _ in groupby(merge(self.log.user_keys(), self.log.user_keys(top=KEYS))):
+        """Yield the keys of all users who have anything in the store, in ascending order."""
+        for user_key, _ in groupby(merge(self.log.user_keys(), self.root.vault.user_keys())):
             yield user_key
 
     def version_folders(self, user_key: str) -> list[str]:
-        """Return the versions of a user of which something lies there, listed or not."""
-        return [
-            name for name in self.backend.list_folder(versions_folder(user_key)) if is_version(name)
-        ]
+        """Return the versions of a user that have a folder, listed or not."""
+        names = self.backend.list_folder(versions_folder(user_key))
+        return [name for name in names if is_version(name)]
 
     def key_for(self, head: UserHead) -> str | None:
-        """Return the encryption key that a user's next things are sealed with, made where there is none yet."""
-        if self.root.vault is None:
-            return None
+        """Return the encryption key to seal a user's next things with, made where it has none yet.
+
+        None where the store is not encrypted.
+        """
         return head.key or self.root.vault.add(head.user_key, since_seq=head.seq)
 
     def drop_unused_key(self, head: UserHead, key: str | None) -> None:
         """Shred a key that `key_for(head)` made, where nothing was sealed with it in the end."""
-        if self.root.vault is not None and key is not None and head.key is None:
+        if key is not None and head.key is None:
             self.root.vault.remove(head.user_key, key)

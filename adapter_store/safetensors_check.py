@@ -1,7 +1,8 @@
 """A strict check of a safetensors file, without the library and without reading the tensors.
 
-The format: eight bytes with the header's length (little-endian), a JSON header, then the tensors' bytes. The header
-maps each tensor's name to its dtype, shape and [begin, end) in those bytes; `__metadata__` maps strings to strings.
+The format: eight bytes with the header's length (little-endian), a JSON header, then the tensors'
+bytes. The header maps each tensor's name to its dtype, shape and [begin, end) in those bytes;
+`__metadata__` maps strings to strings.
 """
 
 import math
@@ -20,7 +21,7 @@ _DTYPE_BYTES = {
 
 
 def check_safetensors(data: bytes) -> None:
-    """Raise ValueError, saying what is wrong, unless `data` is a whole safetensors file with at least one tensor.
+    """Raise ValueError unless `data` is a whole safetensors file with at least one tensor.
 
     The tensors must tile the bytes after the header exactly: no overlap, no hole, no rest.
     """
@@ -36,24 +37,27 @@ def check_safetensors(data: bytes) -> None:
     try:
         header = parse_json_object(data[8 : 8 + header_bytes])
     except ValueError as error:
-        raise ValueError(f"its header is no JSON object ({error})") from None
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise ValueError("its __metadata__ does not map text to text")
+        raise ValueError(f"its header is not a JSON object ({error})") from None
+    _check_metadata(header.pop("__metadata__", {}))
     if not header:
         raise ValueError("it holds no tensor")
-    _check_tiling(
-        [_span(name, facts) for name, facts in header.items()], len(data) - 8 - header_bytes
+    spans = [_span(name, entry) for name, entry in header.items()]
+    _check_tiling(spans, len(data) - 8 - header_bytes)
+
+
+def _check_metadata(metadata: Any) -> None:
+    is_text = isinstance(metadata, dict) and all(
+        isinstance(value, str) for value in metadata.values()
     )
+    if not is_text:
+        raise ValueError("its __metadata__ does not map text to text")
 
 
-def _span(name: str, facts: Any) -> tuple[int, int, str]:
+def _span(name: str, entry: Any) -> tuple[int, int, str]:
     """Return (begin, end, name) of one header entry, checked against its dtype and shape."""
-    if not isinstance(facts, dict) or set(facts) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {shorten(name)} needs exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         raise ValueError(f"tensor {shorten(name)} has the unknown dtype {shorten(dtype)}")
     if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
@@ -81,7 +85,8 @@ def _check_tiling(spans: list[tuple[int, int, str]], num_bytes: int) -> None:
     for begin, end, name in sorted(spans):
         if begin != position:
             raise ValueError(
-                f"tensor {shorten(name)} begins at {begin}, not at {position} where the one before ends"
+                f"tensor {shorten(name)} begins at {begin}, "
+                f"not at {position} where the one before ends"
             )
         position = end
     if position != num_bytes:

@@ -1,7 +1,8 @@
-"""Plain folders for versions whose store has none: temporary, in this process, removed at exit.
+"""Plain folders for versions of stores that have none: temporary, of this process, removed at exit.
 
-A long-lived server asks for many: beyond a GiB the longest unused go, so a folder is for reading now, not for keeping.
-What a killed process left is removed by the next one: each locks its folder for as long as it lives.
+A long-lived server asks for many: beyond a GiB the longest unused go, so a folder is for reading
+now, not for keeping. What a killed process left is removed by the next one: each locks its folder
+for as long as it lives.
 """
 
 import atexit
@@ -23,14 +24,16 @@ _MIN_FOLDERS = 16  # whatever their size
 
 _lock = Lock()
 _folders: dict[int, Path] = {}  # by process, since a forked child must not remove its parent's
-_locks: list[int] = []  # held, and never let go
-_sizes: OrderedDict[tuple[int, str], int] = (
-    OrderedDict()
-)  # by process and name, the longest unused first
+_locks: list[int] = []  # held, and never released
+# By process and name, the longest unused first.
+_sizes: OrderedDict[tuple[int, str], int] = OrderedDict()
 
 
 def write_scratch(name: str, files: Mapping[str, bytes]) -> Path:
-    """Return a folder of that name with exactly these files. Equal content may be written again at any time."""
+    """Return a folder of that name with exactly these files.
+
+    Equal content may be written again at any time.
+    """
     _make_room(name, sum(map(len, files.values())))
     try:
         folder = _root() / name
@@ -41,13 +44,14 @@ def write_scratch(name: str, files: Mapping[str, bytes]) -> Path:
             part.replace(folder / file)  # a reader of the same version never sees half a file
     except OSError as error:
         raise BackendError(
-            f"cannot write an adapter to the temporary folder ({error}): free some space, or point TMPDIR elsewhere"
+            f"cannot write an adapter to the temporary folder ({error}): free some space, "
+            "or point TMPDIR elsewhere"
         ) from error
     return folder
 
 
 def scratch_names(prefix: str) -> list[str]:
-    """Return the names of this process's folders that begin so."""
+    """Return the names of this process's folders that begin with `prefix`."""
     root = _folders.get(os.getpid())
     return [] if root is None else [folder.name for folder in root.glob(f"{prefix}*")]
 
@@ -56,12 +60,16 @@ def remove_scratch(name: str) -> None:
     """Remove this process's folder of that name."""
     with _lock:
         _sizes.pop((os.getpid(), name), None)
-    if (root := _folders.get(os.getpid())) is not None:
+    root = _folders.get(os.getpid())
+    if root is not None:
         remove_tree(root / name, ignore_errors=True)
 
 
 def remove_scratch_everywhere(prefix: str) -> None:
-    """Remove all folders whose names begin so, of every process of this user with the same temporary folder."""
+    """Remove all folders that begin with `prefix`, of every process of this user.
+
+    Processes with another temporary folder are not seen.
+    """
     import tempfile  # slow to import, and rarely needed
 
     for name in scratch_names(prefix):
@@ -89,21 +97,29 @@ def _make_room(name: str, num_bytes: int) -> None:
 def _root() -> Path:
     with _lock:
         process = os.getpid()
-        if (
-            process not in _folders or not _folders[process].is_dir()
-        ):  # a cleaner of temporary files may have come
-            import tempfile  # slow to import, and rarely needed
-
-            _remove_abandoned(Path(tempfile.gettempdir()))
-            while not _hold(folder := Path(tempfile.mkdtemp(prefix=_PREFIX))):
-                pass
-            _folders[process] = folder
+        root = _folders.get(process)
+        if root is None or not root.is_dir():  # a cleaner of temporary files may have come
+            root = _new_root()
+            _folders[process] = root
             atexit.register(_remove_all, process)
-        return _folders[process]
+        return root
+
+
+def _new_root() -> Path:
+    import tempfile  # slow to import, and rarely needed
+
+    _remove_abandoned(Path(tempfile.gettempdir()))
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        if _hold(folder):
+            return folder
 
 
 def _hold(folder: Path) -> bool:
-    """Lock a folder until this process ends; False where another took it for an abandoned one in between."""
+    """Lock a folder until this process ends; return False where another has removed it meanwhile.
+
+    That one took it for an abandoned folder.
+    """
     try:
         _locks.append(_locked(folder, os.O_CREAT))
     except OSError:
@@ -113,7 +129,7 @@ def _hold(folder: Path) -> bool:
 
 def _remove_abandoned(temporary: Path) -> None:
     for folder in _ours(temporary):
-        with contextlib.suppress(OSError):  # one whose process lives
+        with contextlib.suppress(OSError):  # its process lives
             lock = _locked(folder)
             try:
                 remove_tree(folder, ignore_errors=True)
@@ -122,9 +138,10 @@ def _remove_abandoned(temporary: Path) -> None:
 
 
 def _locked(folder: Path, flags: int = 0) -> int:
-    """Return the descriptor of a folder's lock file, which holds it; OSError where another process does.
+    """Return the descriptor of a folder's lock file, which holds the lock.
 
-    Not a FileLock: one that a forked child inherits lets go of its parent's lock, when the child ends.
+    OSError where another process holds it. Not a FileLock: one that a forked child inherits
+    releases its parent's lock when the child ends.
     """
     import fcntl  # not on every system
 
@@ -138,14 +155,14 @@ def _locked(folder: Path, flags: int = 0) -> int:
 
 
 def _ours(temporary: Path) -> list[Path]:
-    """Return the folders of all processes of this user; what others put there under such a name is not touched."""
-    found = []
+    """Return the folders of all processes of this user, and none of what others put there."""
+    folders = []
     for folder in temporary.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             status = folder.lstat()
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
-                found.append(folder)
-    return found
+                folders.append(folder)
+    return folders
 
 
 def _remove_all(process: int) -> None:

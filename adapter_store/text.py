@@ -1,4 +1,4 @@
-"""Text in and out: values shortened for messages, URLs without their secrets, JSON that is strict both ways."""
+"""Text in and out: values shortened for messages, URLs without secrets, JSON strict both ways."""
 
 import json
 from collections.abc import Mapping
@@ -40,16 +40,20 @@ def without_secrets(url: str) -> str:
 
 
 def location(url: str, key: str) -> str:
-    """Return where `key` lies, for a message: a plain path for a local store, else a URL without secrets."""
+    """Return where `key` lies, for a message: a plain path, or for other storage a URL.
+
+    The URL is without secrets.
+    """
     if url.startswith("file://"):
         return f"{unquote(url.removeprefix('file://'))}/{key}"
     return f"{without_secrets(url).partition('?')[0].rstrip('/')}/{key}"
 
 
 def to_json(content: Mapping[str, object]) -> bytes:
-    """Return `content` as UTF-8 JSON for people and machines: sorted, no NaN, a line a name, a line a row of a table.
+    """Return `content` as UTF-8 JSON for people and machines: sorted, without NaN, a line a name.
 
-    Raises ValueError, TypeError. Deeper levels stay in their line: indenting them would take most of a publish's time.
+    A list of objects has a line for each. Deeper levels stay in their line: indenting them would
+    take most of a publish's time. Raises ValueError, TypeError.
     """
     lines = ",\n ".join(f"{_compact(name)}: {_rows(content[name])}" for name in sorted(content))
     return f"{{\n {lines}\n}}\n".encode()
@@ -72,7 +76,7 @@ def _rows(value: object) -> str:
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
-    """Parse UTF-8 JSON whose top level is an object; ValueError says why it is none."""
+    """Return the object that UTF-8 JSON holds; ValueError says what is wrong with it."""
     try:
         value = _DECODER.decode(data.decode())
     except RecursionError:
@@ -86,10 +90,10 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # Two readers may each take another one of two equal names, so neither is taken.
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    content = dict(pairs)
+    if len(content) != len(pairs):
         raise ValueError("a name occurs twice in one object")
-    return found
+    return content
 
 
 def _refuse_constant(constant: str) -> Any:

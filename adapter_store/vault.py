@@ -1,42 +1,89 @@
-"""The keys of an encrypted store: one or a few a user, each wrapped by a master key; erasing a user shreds them.
+"""The keys of an encrypted store: one or a few a user, each wrapped by a master key.
 
-Adapters and log entries are sealed with AES-256-GCM under a key of their user. What a seal is made for (store, user,
-version and file, or place in the log) is part of it, so that nothing sealed can be moved elsewhere. Keys lie under
-keys/, apart from what they open: a backup without that folder is worth nothing once a key is shredded.
+Adapters and log entries are sealed with AES-256-GCM under a key of their user; erasing the user
+shreds it. What a seal is made for (store, user, version and file, or number in the log) is part of
+it, so that nothing sealed can be moved elsewhere. Keys lie under keys/, apart from what they open:
+a backup without that folder is worth nothing once a key is shredded. A store without encryption
+has a `NoVault`, which does the same without a key.
 """
 
 import base64
 import contextlib
+import math
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from adapter_store import layout
+from adapter_store.backends.protocol import Backend
 from adapter_store.errors import AdapterStoreError, BackendError, IntegrityError
 from adapter_store.keys import KEY_BYTES, NONCE_BYTES, KeyProvider, cipher
+from adapter_store.listing import user_keys
 from adapter_store.text import location, parse_json_object, to_json
 
-if TYPE_CHECKING:
-    from adapter_store.backends.protocol import Backend
-
 STORE: Final = "store"
-"""Stands in the place of a user key for the store's own secret, its pepper."""
+"""Stands where a user key would be, for the store's own secret, its pepper."""
 _MAGIC = b"ASE1"
 _KEY_ID_BYTES = 8
 OVERHEAD_BYTES: Final = len(_MAGIC) + _KEY_ID_BYTES + NONCE_BYTES + 16
-"""By how much sealed bytes are longer than plain ones."""
-MAX_SEALED_BYTES: Final = 2**31 - 1 - OVERHEAD_BYTES
+_MAX_SEALED_BYTES = 2**31 - 1 - OVERHEAD_BYTES
 _MAX_RECORD_BYTES = 64 * 1024
 _MAX_KNOWN = 4096
 _MAX_TRIES = 5
 
 
+class NoVault:
+    """What a store without encryption has for a vault: nothing is sealed, and no key exists."""
+
+    is_encrypted: Final = False
+    overhead_bytes: Final = 0
+    """By how much sealed bytes are longer than plain ones."""
+    max_bytes: Final = math.inf
+    """How many bytes can be sealed at once."""
+
+    def add(self, user_key: str, secret: bytes | None = None, since_seq: int = 0) -> str | None:
+        """Make no key."""
+        return None
+
+    def seal(self, user_key: str, key: str | None, purpose: str, data: bytes) -> bytes:
+        """Return `data` as it is."""
+        return data
+
+    def unseal(self, user_key: str, purpose: str, sealed: bytes) -> bytes:
+        """Return `sealed` as it is."""
+        return sealed
+
+    def remove(self, user_key: str, key: str) -> None:
+        """Do nothing."""
+
+    def user_keys(self) -> Iterator[str]:
+        """Yield nothing."""
+        return iter(())
+
+    def made_before(self, user_key: str, before_seq: int, *, or_damaged: bool = False) -> list[str]:
+        """Return no key."""
+        return []
+
+    def written_until(self, user_key: str, time: float) -> list[str]:
+        """Return no key."""
+        return []
+
+    def rewrap(
+        self, user_key: str, problems: list[AdapterStoreError], keys: Sequence[str] | None = None
+    ) -> int:
+        """Wrap nothing."""
+        return 0
+
+
 @dataclass(frozen=True)
 class _Record:
-    """A wrapped key as it lies in the store. `since_seq`: where its user's log was when the key was made."""
+    """A wrapped key as it lies in the store.
+
+    `since_seq` is where its user's log was when the key was made.
+    """
 
     number: int
     master: str
@@ -45,9 +92,15 @@ class _Record:
 
 
 class Vault:
-    """The keys of one store. Thread-safe."""
+    """The keys of one encrypted store. Thread-safe."""
 
-    def __init__(self, backend: "Backend", store_id: str, keys: KeyProvider) -> None:
+    is_encrypted: Final = True
+    overhead_bytes: Final = OVERHEAD_BYTES
+    """By how much sealed bytes are longer than plain ones."""
+    max_bytes: Final = _MAX_SEALED_BYTES
+    """How many bytes can be sealed at once."""
+
+    def __init__(self, backend: Backend, store_id: str, keys: KeyProvider) -> None:
         self._backend = backend
         self._store_id = store_id
         self._keys = keys
@@ -55,40 +108,49 @@ class Vault:
         self._lock = Lock()
 
     def add(self, user_key: str, secret: bytes | None = None, since_seq: int = 0) -> str:
-        """Make a key (or keep the `secret` given) for a user whose log is at `since_seq`; return its id."""
-        key, made = os.urandom(_KEY_ID_BYTES).hex(), secret or os.urandom(KEY_BYTES)
-        with contextlib.suppress(
-            FileExistsError
-        ):  # said of our own write, where its first answer was lost
-            self._write(user_key, key, _Record(1, *self._wrap(user_key, key, made), since_seq))
-        self._remember(user_key, key, made)
+        """Make a key for a user whose log is at `since_seq`, and return its id.
+
+        With `secret`, that is kept in place of a new key.
+        """
+        key, content = os.urandom(_KEY_ID_BYTES).hex(), secret or os.urandom(KEY_BYTES)
+        record = _Record(1, *self._wrap(user_key, key, content), since_seq)
+        # FileExistsError is said of our own write, where its first answer was lost.
+        with contextlib.suppress(FileExistsError):
+            self._write(user_key, key, record)
+        self._remember(user_key, key, content)
         return key
 
     def secret(self, user_key: str, key: str) -> bytes:
-        """Return a key. FileNotFoundError where it was shredded; KeyMismatchError, IntegrityError."""
+        """Return a key. FileNotFoundError if it was shredded; KeyMismatchError, IntegrityError."""
         with self._lock:
-            if (known := self._known.get((user_key, key))) is not None:
+            known = self._known.get((user_key, key))
+            if known is not None:
                 self._known.move_to_end((user_key, key))
                 return known
         record = self._newest(user_key, key)
-        found = self._keys.unwrap(record.master, record.wrapped, self._context(user_key, key))
-        self._remember(user_key, key, found)
-        return found
+        secret = self._keys.unwrap(record.master, record.wrapped, self._context(user_key, key))
+        self._remember(user_key, key, secret)
+        return secret
 
-    def seal(self, user_key: str, key: str, place: str, data: bytes) -> bytes:
-        """Return `data` sealed for that user and place."""
+    def seal(self, user_key: str, key: str | None, purpose: str, data: bytes) -> bytes:
+        """Return `data` sealed for that user and purpose. FileNotFoundError if the key is gone."""
+        if key is None:
+            raise ValueError("what lies in an encrypted store needs its user's key")
         nonce = os.urandom(NONCE_BYTES)
         aead = cipher(self.secret(user_key, key))
-        sealed: bytes = aead.encrypt(nonce, data, self._context(user_key, place).encode())
+        sealed: bytes = aead.encrypt(nonce, data, self._context(user_key, purpose).encode())
         return b"".join((_MAGIC, bytes.fromhex(key), nonce, sealed))
 
-    def unseal(self, user_key: str, place: str, sealed: bytes) -> bytes:
-        """Return what was sealed for that user and place. ValueError where it was not; FileNotFoundError: no key."""
+    def unseal(self, user_key: str, purpose: str, sealed: bytes) -> bytes:
+        """Return what was sealed for that user and purpose.
+
+        ValueError where it was not, FileNotFoundError where its key is gone.
+        """
         aead = cipher(self.secret(user_key, key_of(sealed)))
         start = len(_MAGIC) + _KEY_ID_BYTES
         nonce, rest = sealed[start : start + NONCE_BYTES], memoryview(sealed)[start + NONCE_BYTES :]
         try:
-            data: bytes = aead.decrypt(nonce, rest, self._context(user_key, place).encode())
+            data: bytes = aead.decrypt(nonce, rest, self._context(user_key, purpose).encode())
         except Exception as error:  # the library's InvalidTag, or ValueError for what is too short
             raise ValueError("it does not decrypt: it was changed, or belongs elsewhere") from error
         return data
@@ -98,44 +160,49 @@ class Vault:
         with self._lock:
             self._known.pop((user_key, key), None)
         for number in self._numbers(user_key, key):
-            self._backend.delete(f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(number)}")
+            self._backend.delete(_record_key(user_key, key, number))
+
+    def user_keys(self) -> Iterator[str]:
+        """Yield the keys of all users who have encryption keys, in ascending order."""
+        return user_keys(self._backend, layout.KEYS)
 
     def made_before(self, user_key: str, before_seq: int, *, or_damaged: bool = False) -> list[str]:
-        """Return a user's keys that were made before that place in the log."""
-        found = []
+        """Return a user's keys that were made before that number in the log."""
+        old = []
         for key in self._ids(user_key):
             try:
                 is_old = self._newest(user_key, key).since_seq < before_seq
             except (FileNotFoundError, IntegrityError):
                 is_old = or_damaged
             if is_old:
-                found.append(key)
-        return found
+                old.append(key)
+        return old
 
     def written_until(self, user_key: str, time: float) -> list[str]:
-        """Return a user's keys that were written last at that time of the storage's clock, or before."""
-        found = []
+        """Return a user's keys that were last written at that time of the storage's, or before."""
+        old = []
         for key in self._ids(user_key):
-            folder = f"{layout.keys_folder(user_key)}/{key}"
             files = [
-                self._backend.stat(f"{folder}/{layout.numbered(n)}")
-                for n in self._numbers(user_key, key)
+                self._backend.stat(_record_key(user_key, key, number))
+                for number in self._numbers(user_key, key)
             ]
             if all(file is None or file.modified <= time for file in files):
-                found.append(key)
-        return found
+                old.append(key)
+        return old
 
     def rewrap(
         self, user_key: str, problems: list[AdapterStoreError], keys: Sequence[str] | None = None
     ) -> int:
-        """Wrap a user's keys (or only `keys`) with the newest master key where they are not yet; return how many.
+        """Wrap a user's keys (or only `keys`) with the newest master key where they are not yet.
 
-        A key that does not unwrap stays as it is, and what is wrong with it goes to `problems`.
+        Return how many that was. A key that does not unwrap stays as it is, and what is wrong with
+        it goes to `problems`.
         """
-        rewrapped = 0
+        count = 0
         for key in self._ids(user_key) if keys is None else keys:
             try:
-                rewrapped += self._rewrap(user_key, key)
+                if self._rewrap(user_key, key):
+                    count += 1
             except FileNotFoundError:  # shredded a moment ago
                 continue
             except BackendError:
@@ -143,7 +210,7 @@ class Vault:
             except AdapterStoreError as error:
                 where = location(self._backend.url, f"{layout.keys_folder(user_key)}/{key}")
                 problems.append(type(error)(f"{where}: {error}"))
-        return rewrapped
+        return count
 
     def _rewrap(self, user_key: str, key: str) -> bool:
         """Wrap one key with the newest master key; return whether it was not yet."""
@@ -158,41 +225,37 @@ class Vault:
                 record = self._newest(user_key, key)
         for number in self._numbers(user_key, key):
             if number < record.number:
-                self._backend.delete(
-                    f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(number)}"
-                )
+                self._backend.delete(_record_key(user_key, key, number))
         return was_written
 
-    def _context(self, user_key: str, place: str) -> str:
-        return f"{self._store_id}/{user_key}/{place}"
+    def _context(self, user_key: str, purpose: str) -> str:
+        return f"{self._store_id}/{user_key}/{purpose}"
 
     def _wrap(self, user_key: str, key: str, secret: bytes) -> tuple[str, bytes]:
         return self._keys.wrap(secret, self._context(user_key, key))
 
     def _ids(self, user_key: str) -> list[str]:
-        return [
-            name
-            for name in self._backend.list_folder(layout.keys_folder(user_key))
-            if layout.is_key_id(name)
-        ]
+        names = self._backend.list_folder(layout.keys_folder(user_key))
+        return [name for name in names if layout.is_key_id(name)]
 
     def _numbers(self, user_key: str, key: str) -> list[int]:
         names = self._backend.list_folder(f"{layout.keys_folder(user_key)}/{key}")
-        return sorted(number for name in names if (number := layout.number_of(name)) is not None)
+        return sorted(layout.numbers_of(names))
 
     def _newest(self, user_key: str, key: str) -> _Record:
         for _ in range(_MAX_TRIES):
             numbers = self._numbers(user_key, key)
             if not numbers:
                 break
-            place = f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(numbers[-1])}"
+            path = _record_key(user_key, key, numbers[-1])
             try:
-                return _record(numbers[-1], self._backend.get(place, _MAX_RECORD_BYTES))
+                return _record(numbers[-1], self._backend.get(path, _MAX_RECORD_BYTES))
             except FileNotFoundError:  # wrapped anew, or shredded, between the two looks
                 continue
             except ValueError as error:
                 raise IntegrityError(
-                    f"the key {location(self._backend.url, place)} is damaged: {error}; restore it from a backup"
+                    f"the key {location(self._backend.url, path)} is damaged: {error}; "
+                    "restore it from a backup"
                 ) from None
         raise FileNotFoundError(key)
 
@@ -203,8 +266,7 @@ class Vault:
             "wrapped": base64.b64encode(record.wrapped).decode(),
             "since_seq": record.since_seq,
         }
-        place = f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(record.number)}"
-        self._backend.put_if_absent(place, to_json(content))
+        self._backend.put_if_absent(_record_key(user_key, key, record.number), to_json(content))
 
     def _remember(self, user_key: str, key: str, secret: bytes) -> None:
         with self._lock:
@@ -214,19 +276,21 @@ class Vault:
 
 
 def key_of(sealed: bytes) -> str:
-    """Return the id of the key that something was sealed with. ValueError where it is not sealed."""
+    """Return the id of the key that something was sealed with, ValueError where it is not."""
     if len(sealed) < OVERHEAD_BYTES or not sealed.startswith(_MAGIC):
         raise ValueError("it is not encrypted, as everything in this store is")
     return sealed[len(_MAGIC) : len(_MAGIC) + _KEY_ID_BYTES].hex()
 
 
+def _record_key(user_key: str, key: str, number: int) -> str:
+    """Return where record `number` of a key lies."""
+    return f"{layout.keys_folder(user_key)}/{key}/{layout.numbered(number)}"
+
+
 def _record(number: int, data: bytes) -> _Record:
     content = parse_json_object(data)
-    master, wrapped, since_seq = (
-        content.get("master"),
-        content.get("wrapped"),
-        content.get("since_seq"),
-    )
+    master, wrapped = content.get("master"), content.get("wrapped")
+    since_seq = content.get("since_seq")
     if not (isinstance(master, str) and isinstance(wrapped, str) and type(since_seq) is int):
-        raise ValueError("it lacks the master key's name, the wrapped key or its place in the log")
+        raise ValueError("it lacks the master key's name, the wrapped key or its number in the log")
     return _Record(number, master, base64.b64decode(wrapped, validate=True), since_seq)

@@ -1,19 +1,23 @@
 """How fast the adapter store is, and what it costs beside simpler ways of keeping an adapter.
 
-Measured are: publishes and cold resolve + fetch + verify a second, with one process and with several, on a local folder
-(with fsync) and on S3 (a moto server in a process of its own, so its figures are the server's); resolve with 10, 100 and
-1000 log entries, cold (a new store object) and warm; many users: resolve one, list all. Beside it the ways that people use
-without a store, with the same adapter of the bundled base: peft's own (`save_pretrained` into a folder, `load_adapter` from
-it), MLflow's file store (log the two files and their metrics; find the newest run and load them; where mlflow is
-installed), and, to see what the store's care costs, the two bare files written and read with nothing checked.
+Measured are: publishes and cold resolve + fetch + verify a second, with one process and with
+several, on a local folder (with fsync) and on S3 (a moto server in a process of its own, so its
+figures are the server's); resolve with 10, 100 and 1000 log entries, cold (a new store object) and
+warm; many users: resolve one, list all. Beside it the ways that people use without a store, with
+the same adapter of the bundled base: peft's own (`save_pretrained` into a folder, `load_adapter`
+from it), MLflow's file store (log the two files and their metrics; find the newest run and load
+them; where mlflow is installed), and, to see what the store's care costs, the two bare files
+written and read with nothing checked.
 
-Each figure is the median of several turns; the ways take turns with each other, so that a busy machine is busy for all.
-The last line is JSON, with the ratios; below 1 the store is faster:
+Each figure is the median of several rounds; a round makes each way once, so that a busy machine is
+busy for all. The last line is JSON, with the ratios; below 1 the store is faster:
 
-    publish_vs_peft_folder          store.publish (checked, fsynced, atomic) over peft's save_pretrained
-    fetch_vs_peft_folder            resolve + fetch_dir, warm, every byte verified, over peft's load_adapter
-    publish_vs_mlflow, fetch_vs_mlflow                the same over MLflow's file store
-    publish_vs_bare_files, fetch_vs_bare_files        the same over writing the two files with fsync, and reading them
+    publish_vs_peft_folder          store.publish (checked, fsynced, atomic) over save_pretrained
+    fetch_vs_peft_folder            resolve + fetch_dir, warm, every byte checked, over load_adapter
+    publish_vs_mlflow               the same over MLflow's file store
+    fetch_vs_mlflow
+    publish_vs_bare_files           the same over writing the two files with fsync, and reading them
+    fetch_vs_bare_files
     warm_resolve_vs_stat            a warm resolve over os.stat of one file
     cold_resolve_1000_vs_10_entries a cold resolve with 1000 log entries over one with 10
 
@@ -23,6 +27,7 @@ The last line is JSON, with the ratios; below 1 the store is faster:
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -52,22 +57,22 @@ METRICS = {
 Figures = dict[str, Any]
 
 
-def median_seconds(turns: int, *calls: Callable[[], Any], each: int = 1) -> list[float]:
-    """The median time of each call; every turn makes all of them, `each` times in a row."""
+def median_seconds(rounds: int, *calls: Callable[[], Any], each: int = 1) -> list[float]:
+    """Return the median time of each call; a round makes all of them, `each` times in a row."""
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(turns):
+    for _ in range(rounds):
         for index, call in enumerate(calls):
             started = time.perf_counter()
             for _ in range(each):
                 call()
             times[index].append((time.perf_counter() - started) / each)
-    return [statistics.median(found) for found in times]
+    return [statistics.median(seconds) for seconds in times]
 
 
 # ── beside simpler ways ──
 
 
-def side_by_side(folder: Path, turns: int) -> Figures:
+def side_by_side(folder: Path, rounds: int) -> Figures:
     peft_save, peft_load = peft_ways(folder)
     peft_save()
     source = folder / "peft"
@@ -90,9 +95,12 @@ def side_by_side(folder: Path, turns: int) -> Figures:
     mlflow_publish, mlflow_load = mlflow_ways(folder, source)
     publish()
     writes: dict[str, Callable[[], Any] | None] = {
-        "store": publish, "peft_folder": peft_save, "bare_files": write, "mlflow": mlflow_publish,
-    }  # fmt: skip
-    written = medians(turns, writes)
+        "store": publish,
+        "peft_folder": peft_save,
+        "bare_files": write,
+        "mlflow": mlflow_publish,
+    }
+    write_seconds = medians(rounds, writes)
 
     def cold() -> None:
         again = AdapterStore(folder / "store")
@@ -105,16 +113,20 @@ def side_by_side(folder: Path, turns: int) -> Figures:
         "bare_files": lambda: [(source / name).read_bytes() for name in layout.ADAPTER_FILES],
         "mlflow": mlflow_load,
     }
-    return {"write": written, "read": medians(turns, reads), "bytes": sum(map(len, files.values()))}
+    return {
+        "write": write_seconds,
+        "read": medians(rounds, reads),
+        "bytes": sum(map(len, files.values())),
+    }
 
 
-def medians(turns: int, ways: dict[str, Callable[[], Any] | None]) -> dict[str, float]:
-    there = {name: way for name, way in ways.items() if way is not None}
-    return dict(zip(there, median_seconds(turns, *there.values()), strict=True))
+def medians(rounds: int, ways: dict[str, Callable[[], Any] | None]) -> dict[str, float]:
+    installed = {name: way for name, way in ways.items() if way is not None}
+    return dict(zip(installed, median_seconds(rounds, *installed.values()), strict=True))
 
 
 def peft_ways(folder: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Save an adapter of the bundled base with peft, into one folder as people do, and load it beside the others."""
+    """Save an adapter of the bundled base with peft, into one folder as people do; and load it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -141,7 +153,7 @@ def peft_ways(folder: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
 def mlflow_ways(
     folder: Path, source: Path
 ) -> tuple[Callable[[], Any] | None, Callable[[], Any] | None]:
-    """Log the two files as artifacts of a run with its metrics, and load them again, in MLflow's file store."""
+    """Log the two files as artifacts of an MLflow run with its metrics; and load them again."""
     try:
         import mlflow
         from mlflow.tracking import MlflowClient
@@ -171,11 +183,12 @@ def mlflow_ways(
         [run] = client.search_runs(
             [experiment], max_results=1, order_by=["attributes.start_time DESC"]
         )
-        path = Path(mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{run.info.artifact_uri}/adapter", tracking_uri=(folder / "mlflow").as_uri()
-        ))  # fmt: skip
+        path = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{run.info.artifact_uri}/adapter",
+            tracking_uri=(folder / "mlflow").as_uri(),
+        )
         for name in layout.ADAPTER_FILES:
-            (path / name).read_bytes()
+            (Path(path) / name).read_bytes()
 
     return publish, load
 
@@ -183,9 +196,9 @@ def mlflow_ways(
 # ── throughput ──
 
 
-def throughput(place: str, num_bytes: int, seconds: float, processes: int, kind: str) -> float:
-    """Operations a second of so many processes together, each on users of its own."""
-    command = [sys.executable, __file__, "--work", kind, place, str(num_bytes), str(seconds)]
+def throughput(location: str, num_bytes: int, seconds: float, processes: int, kind: str) -> float:
+    """Return operations a second of so many processes together, each on users of its own."""
+    command = [sys.executable, __file__, "--work", kind, location, str(num_bytes), str(seconds)]
     children = [
         subprocess.Popen(
             [*command, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -202,10 +215,10 @@ def throughput(place: str, num_bytes: int, seconds: float, processes: int, kind:
     return sum(float(child.communicate()[0]) for child in children)
 
 
-def work(kind: str, place: str, num_bytes: int, seconds: float, number: int) -> None:
-    """One process of `throughput`: wait for the word, work, print operations a second."""
+def work(kind: str, location: str, num_bytes: int, seconds: float, number: int) -> None:
+    """Be one process of `throughput`: wait for the word, work, print operations a second."""
     files = make_adapter(number, num_bytes)
-    store = AdapterStore(place)
+    store = AdapterStore(location)
     users = [f"user {number} {index}" for index in range(20)]
     if kind != "publish":
         for user in users:
@@ -220,34 +233,33 @@ def work(kind: str, place: str, num_bytes: int, seconds: float, number: int) -> 
         if kind == "publish":
             store.publish(user, files, base=BASE, metrics=METRICS)
         else:
-            reader = AdapterStore(place) if kind == "cold" else store
+            reader = AdapterStore(location) if kind == "cold" else store
             reader.fetch(reader.resolve(user, base=BASE))
         count += 1
     print(count / (time.perf_counter() - started))
 
 
-def throughputs(place: str, num_bytes: int, seconds: float) -> Figures:
-    return {
-        f"{kind}_per_second_{processes}_processes": round(
-            throughput(place, num_bytes, seconds, processes, kind), 1
-        )
-        for kind in ("publish", "cold", "warm")
-        for processes in (1, 4)
-    }
+def throughputs(location: str, num_bytes: int, seconds: float) -> Figures:
+    figures = {}
+    for kind in ("publish", "cold", "warm"):
+        for processes in (1, 4):
+            rate = throughput(location, num_bytes, seconds, processes, kind)
+            figures[f"{kind}_per_second_{processes}_processes"] = round(rate, 1)
+    return figures
 
 
 # ── resolve ──
 
 
-def resolves(folder: Path, turns: int) -> Figures:
-    """Resolve with logs of several lengths, cold and warm, and a look at one file."""
+def resolves(folder: Path, rounds: int) -> Figures:
+    """Time resolve with logs of several lengths, cold and warm, and a look at one file."""
     store = AdapterStore(folder / "logs")
-    found: Figures = {}
+    seconds: Figures = {}
     for num_entries in (10, 100, 1000):
         user = f"user {num_entries}"
         one, other = (
-            store.publish(user, make_adapter(n, 64), base=BASE, metrics=METRICS).version
-            for n in range(2)
+            store.publish(user, make_adapter(seed, 64), base=BASE, metrics=METRICS).version
+            for seed in range(2)
         )
         for number in range(num_entries - 2):
             store.activate(user, (one, other)[number % 2])
@@ -258,33 +270,41 @@ def resolves(folder: Path, turns: int) -> Figures:
         def warm(user: str = user) -> None:
             store.resolve(user)
 
-        found[f"cold_{num_entries}_entries"] = median_seconds(turns, cold, each=20)[0]
-        found[f"warm_{num_entries}_entries"] = median_seconds(turns, warm, each=200)[0]
+        seconds[f"cold_{num_entries}_entries"] = median_seconds(rounds, cold, each=20)[0]
+        seconds[f"warm_{num_entries}_entries"] = median_seconds(rounds, warm, each=200)[0]
     path = str(folder / "logs" / layout.ROOT_FILE)
-    found["stat"] = median_seconds(turns, lambda: os.stat(path), each=1000)[0]  # noqa: PTH116 - what is compared with
-    return found
+
+    def stat() -> None:
+        os.stat(path)  # noqa: PTH116 - what is compared with
+
+    seconds["stat"] = median_seconds(rounds, stat, each=1000)[0]
+    return seconds
 
 
 def many_users(folder: Path, num_users: int) -> Figures:
-    """A store of many users, made without fsync by writing what a publish writes; then resolve some, and list all."""
+    """Make a store of many users, then resolve some, and list all.
+
+    It is made without fsync, by writing what a publish writes.
+    """
     store = AdapterStore(folder / "many")
     store.publish("first", make_adapter(0, 64), base=BASE)
-    opened = store._open()
-    assert opened is not None
+    inside = store._opener.open()
+    assert inside is not None
     started = time.perf_counter()
     for number in range(num_users - 1):
-        head = head_of(opened.log.user_key(f"user {number}"), f"user {number}")
+        head = head_of(inside.log.user_key(f"user {number}"), f"user {number}")
         path = folder / "many" / layout.entry_key(head.user_key, 1)
         path.parent.mkdir(parents=True)
         path.write_bytes(encode(head))
     made = time.perf_counter() - started
-    picks = iter(range(0, num_users - 1, max(1, num_users // 500)))
-    cold = [
-        timed(lambda: AdapterStore(folder / "many").resolve(f"user {next(picks)}"))
-        for _ in range(400)
-    ]
+    picks = itertools.cycle(range(0, num_users - 1, max(1, num_users // 500)))
+
+    def cold() -> None:
+        AdapterStore(folder / "many").resolve(f"user {next(picks)}")
+
+    cold_seconds = [timed(cold) for _ in range(400)]
     started = time.perf_counter()
-    listed = sum(1 for _ in opened.log.user_keys())
+    listed = sum(1 for _ in inside.log.user_keys())
     keys_seconds = time.perf_counter() - started
     started = time.perf_counter()
     heads, cursor = store.list_users()
@@ -297,7 +317,7 @@ def many_users(folder: Path, num_users: int) -> Figures:
     return {
         "users": num_users,
         "made_seconds": round(made, 1),
-        "cold_resolve_us": round(1e6 * statistics.median(cold)),
+        "cold_resolve_us": round(1e6 * statistics.median(cold_seconds)),
         "enumerate_seconds": round(keys_seconds, 2),
         "list_with_heads_seconds": round(heads_seconds, 2),
     }
@@ -305,15 +325,26 @@ def many_users(folder: Path, num_users: int) -> Figures:
 
 def head_of(user_key: str, user_id: str) -> UserHead:
     created = now()
-    facts = {name: FileFacts.of(content) for name, content in make_adapter(0, 64).items()}
     version = AdapterVersion(
-        user_id=user_id, user_key=user_key, version=layout.new_version(created), created_at=created, files=facts,
-        base=BASE, metrics=METRICS,
-    )  # fmt: skip
+        user_id=user_id,
+        user_key=user_key,
+        version=layout.new_version(created),
+        created_at=created,
+        files={name: FileFacts.of(content) for name, content in make_adapter(0, 64).items()},
+        base=BASE,
+        metrics=METRICS,
+    )
     return UserHead(
-        user_id=user_id, user_key=user_key, seq=1, commit="c", updated_at=created, operation="publish",
-        operation_version=version.version, active=version.version, versions=(version,),
-    )  # fmt: skip
+        user_id=user_id,
+        user_key=user_key,
+        seq=1,
+        commit="c",
+        updated_at=created,
+        operation="publish",
+        operation_version=version.version,
+        active=version.version,
+        versions=(version,),
+    )
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -333,8 +364,8 @@ def working_folder(where: str | None) -> Iterator[Path]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--work"]:
-        kind, place, num_bytes, seconds, number = sys.argv[2:]
-        work(kind, place, int(num_bytes), float(seconds), int(number))
+        kind, location, num_bytes, seconds, number = sys.argv[2:]
+        work(kind, location, int(num_bytes), float(seconds), int(number))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -342,27 +373,29 @@ def main() -> None:
     parser.add_argument(
         "--bytes", type=int, default=1_200_000, help="of the adapters in operations a second"
     )
-    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument(
+        "--turns", type=int, default=30, dest="rounds", help="rounds of each median"
+    )
     parser.add_argument("--seconds", type=float, default=5, help="of each throughput")
     parser.add_argument("--users", type=int, default=10_000, help="of the store with many users")
     parser.add_argument("--folder", help="where the files lie; default: the temporary folder")
     parser.add_argument("--no-s3", action="store_true")
-    given = parser.parse_args()
+    options = parser.parse_args()
     print(f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} CPUs")
-    with working_folder(given.folder) as folder:
-        beside = side_by_side(folder, given.turns)
-        resolve = resolves(folder, given.turns)
-        local = throughputs(str(folder / "throughput"), given.bytes, given.seconds)
-        many = many_users(folder, given.users)
+    with working_folder(options.folder) as folder:
+        beside = side_by_side(folder, options.rounds)
+        resolve = resolves(folder, options.rounds)
+        local = throughputs(str(folder / "throughput"), options.bytes, options.seconds)
+        many = many_users(folder, options.users)
         remote: Figures = {}
-        if not given.no_s3:
+        if not options.no_s3:
             with s3() as url:
-                remote = throughputs(url, given.bytes, given.seconds)
-    ratios = {
-        f"{what}_vs_{way}": found["store"] / found[way] if way in found else None
-        for what, found in (("publish", beside["write"]), ("fetch", beside["read"]))
-        for way in ("peft_folder", "mlflow", "bare_files")
-    }
+                remote = throughputs(url, options.bytes, options.seconds)
+    ratios = {}
+    for what, seconds in (("publish", beside["write"]), ("fetch", beside["read"])):
+        for way in ("peft_folder", "mlflow", "bare_files"):
+            ratio = seconds["store"] / seconds[way] if way in seconds else None
+            ratios[f"{what}_vs_{way}"] = ratio
     ratios["warm_resolve_vs_stat"] = resolve["warm_100_entries"] / resolve["stat"]
     ratios["cold_resolve_1000_vs_10_entries"] = (
         resolve["cold_1000_entries"] / resolve["cold_10_entries"]
@@ -377,7 +410,8 @@ def main() -> None:
         "many_users": many,
     }
     print(
-        f"an adapter of {beside['bytes']} bytes beside the others; {given.bytes} bytes for operations a second"
+        f"an adapter of {beside['bytes']} bytes beside the others; "
+        f"{options.bytes} bytes for operations a second"
     )
     for name, rows in figures.items():
         print(f"\n{name}")

@@ -1,6 +1,7 @@
-"""Damaged and hostile input: entries, root files, weights, user ids and archives. `store_torture.py fuzz` runs it.
+"""Damaged and hostile input: entries, root files, weights, user ids and archives.
 
-Only the store's own errors may come out, nothing outside the store may be touched, memory stays bounded.
+Only the store's own errors may come out, nothing outside the store may be touched, memory stays
+bounded. `store_torture.py fuzz` runs it.
 """
 
 import json
@@ -20,7 +21,7 @@ BASE = {"weights": "w"}
 
 
 def fuzz(minutes: float, seed: int = 0) -> dict[str, Any]:
-    """Damage what lies in a store, hand in what nobody should, and look what comes out."""
+    """Damage what lies in a store, pass hostile arguments, and look what comes out."""
     chance = random.Random(seed)
     counts: dict[str, int] = {}
     deadline = time.monotonic() + 60 * minutes
@@ -44,9 +45,10 @@ def fuzz(minutes: float, seed: int = 0) -> dict[str, Any]:
             try:
                 kind(folder, chance, archive)
             except AdapterStoreError:
-                counts[f"{kind.__name__} refused"] = counts.get(f"{kind.__name__} refused", 0) + 1
+                outcome = f"{kind.__name__} refused"
             else:
-                counts[f"{kind.__name__} taken"] = counts.get(f"{kind.__name__} taken", 0) + 1
+                outcome = f"{kind.__name__} taken"
+            counts[outcome] = counts.get(outcome, 0) + 1
         assert snapshot(folder, "store", "fuzzed.tar") == outside, (
             "something outside the store was touched"
         )
@@ -69,14 +71,15 @@ def snapshot(folder: Path, *left_out: str) -> dict[str, bytes]:
     }
 
 
-VALUES: list[Any] = [
-    None, True, -1, 0, 2**70, 1e308, "", "x", "../../../x", "/etc/passwd", "\0", "\ud800", "a" * 5000, [], {}, [[]], {"x": None},
-    "20260101T000000Z-000000000000", "0" * 64, "2026-01-01T00:00:00+00:00",
-]  # fmt: skip
+NUMBERS = [True, -1, 0, 2**70, 1e308]
+TEXTS = ["", "x", "../../../x", "/etc/passwd", "\0", "\ud800", "a" * 5000, "0" * 64]
+TIMES = ["20260101T000000Z-000000000000", "2026-01-01T00:00:00+00:00"]
+VALUES: list[Any] = [None, *NUMBERS, *TEXTS, *TIMES, [], {}, [[]], {"x": None}]
+LETTERS = ["a", "/", "..", "\\", "\0", "\n", "é", "😀", "\ud800", "%2e", "~", " ", ".", "\u202e"]
 
 
 def damaged_json(content: Any, chance: random.Random) -> bytes:
-    """JSON with a value changed somewhere, or bytes changed, or cut."""
+    """Return JSON with a value changed somewhere, or bytes changed, or cut."""
     holder, key = content, None
     while isinstance(holder, dict | list) and holder:
         key = chance.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
@@ -113,8 +116,8 @@ def damaged_bytes(data: bytes, chance: random.Random) -> bytes:
 def fuzz_entry(folder: Path, chance: random.Random, _: bytes) -> None:
     log = next((folder / "store").rglob("log"))
     path = sorted(log.iterdir())[-1]
-    kept = path.read_bytes()
-    path.write_bytes(damaged_json(json.loads(kept), chance))
+    content = path.read_bytes()
+    path.write_bytes(damaged_json(json.loads(content), chance))
     try:
         store = AdapterStore(folder / "store")
         for version in store.versions("alice"):
@@ -123,17 +126,17 @@ def fuzz_entry(folder: Path, chance: random.Random, _: bytes) -> None:
         store.list_users()
         store.history("alice")
     finally:
-        path.write_bytes(kept)
+        path.write_bytes(content)
 
 
 def fuzz_root(folder: Path, chance: random.Random, _: bytes) -> None:
     path = folder / "store" / layout.ROOT_FILE
-    kept = path.read_bytes()
-    path.write_bytes(damaged_json(json.loads(kept), chance))
+    content = path.read_bytes()
+    path.write_bytes(damaged_json(json.loads(content), chance))
     try:
         AdapterStore(folder / "store").versions("alice")
     finally:
-        path.write_bytes(kept)
+        path.write_bytes(content)
 
 
 def fuzz_weights(folder: Path, chance: random.Random, _: bytes) -> None:
@@ -153,24 +156,7 @@ def fuzz_weights(folder: Path, chance: random.Random, _: bytes) -> None:
 
 
 def fuzz_user_id(folder: Path, chance: random.Random, _: bytes) -> None:
-    alphabet = [
-        "a",
-        "/",
-        "..",
-        "\\",
-        "\0",
-        "\n",
-        "é",
-        "😀",
-        "\ud800",
-        "%2e",
-        "~",
-        " ",
-        ".",
-        "\u202e",
-        "CON",
-        "a" * 300,
-    ]
+    alphabet = [*LETTERS, "CON", "a" * 300]
     user_id = "".join(chance.choices(alphabet, k=chance.randrange(0, 8)))
     store = AdapterStore(folder / "store")
     version = store.publish(user_id, make_adapter(1, 64), base=BASE)

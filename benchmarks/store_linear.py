@@ -1,8 +1,9 @@
-"""Whether a store is linearizable, that is, whether an order of concurrent calls explains every answer.
+"""Whether a store is linearizable: whether an order of concurrent calls explains every answer.
 
-The model of a user is a few lines: which versions there are, which one is active, and the way back. The checker is the
-well-known search (Wing and Gong, with the memory of Lowe): of the calls that are left, one that began before any other
-had ended may come next, if the model can give its answer. `store_torture.py linear` runs it.
+The model of a user is a few lines: which versions exist, which one is active, and the stack of
+earlier active ones. The checker is the well-known search (Wing and Gong, with the memory of Lowe):
+of the calls that are left, one that began before any other had ended may come next, if the model
+can give its answer. `store_torture.py linear` runs it.
 """
 
 import random
@@ -27,7 +28,7 @@ CALLS = 6  # of each thread in a round: more make the search long, not the test 
 
 @dataclass(frozen=True)
 class Call:
-    """One call as its caller saw it: what was asked, what came of it, and between which moments."""
+    """One call as its caller saw it: what was asked, what came of it, from when until when."""
 
     kind: str
     argument: str | None
@@ -37,28 +38,24 @@ class Call:
 
 
 State = tuple[tuple[str, ...], str | None, tuple[str, ...]]
-"""What the model knows of a user: versions, the active one, the way back."""
+"""What the model knows of a user: versions, the active one, the stack of earlier active ones."""
 
 
 def steps(state: State, call: Call, known: frozenset[str]) -> list[State]:
-    """The states that a call may lead to; none where its result could not have come from this state.
+    """Return the states that a call may lead to, none where its result is impossible here.
 
-    A publish that was refused may have been seen for a moment, before the erasure that it ran into: it may have put a
-    version whose name nobody was told, which stands as UNTOLD.
+    A publish that was refused may have been seen for a moment, before the erasure that it ran into:
+    it may have put a version of a name that was never returned, which stands as UNTOLD.
     """
     if call.kind == "publish" and call.result == "refused":
         return [state, *steps(state, replace(call, result=UNTOLD), known)]
-    result = (
-        call.result
-        if call.result is None or call.result in known or call.result in _WORDS
-        else UNTOLD
-    )
-    following = step(state, replace(call, result=result))
+    is_told = call.result is None or call.result in known or call.result in _WORDS
+    following = step(state, call if is_told else replace(call, result=UNTOLD))
     return [] if following is None else [following]
 
 
 def step(state: State, call: Call) -> State | None:
-    """The state after a call whose effect is certain, None where its result could not have come from this state."""
+    """Return the state after a call of a certain effect, None where its result is impossible."""
     versions, active, back = state
     match call.kind:
         case "resolve":
@@ -66,11 +63,7 @@ def step(state: State, call: Call) -> State | None:
         case "publish":
             assert call.result is not None
             now = (*versions, call.result)
-            return (
-                now,
-                call.result,
-                _way(back if active is None else (*back, active), now, call.result),
-            )
+            return now, call.result, _stack(_pushed(back, active), now, call.result)
         case "activate":
             if call.result == "none":
                 return state if call.argument not in versions else None
@@ -78,11 +71,7 @@ def step(state: State, call: Call) -> State | None:
                 return None
             if active == call.argument:
                 return state
-            return (
-                versions,
-                call.argument,
-                _way(back if active is None else (*back, active), versions, call.argument),
-            )
+            return versions, call.argument, _stack(_pushed(back, active), versions, call.argument)
         case "rollback":
             if call.result == "none":
                 return state if not back else None
@@ -92,18 +81,22 @@ def step(state: State, call: Call) -> State | None:
     raise ValueError(call.kind)
 
 
-def _way(back: tuple[str, ...], versions: tuple[str, ...], active: str | None) -> tuple[str, ...]:
-    way: list[str] = []
+def _pushed(back: tuple[str, ...], active: str | None) -> tuple[str, ...]:
+    return back if active is None else (*back, active)
+
+
+def _stack(back: tuple[str, ...], versions: tuple[str, ...], active: str | None) -> tuple[str, ...]:
+    stack: list[str] = []
     for version in back:
-        if not way or way[-1] != version:
-            way.append(version)
-    if way and way[-1] == active:
-        way.pop()
-    return tuple(way[-max(1, len(versions)) :])
+        if not stack or stack[-1] != version:
+            stack.append(version)
+    if stack and stack[-1] == active:
+        stack.pop()
+    return tuple(stack[-max(1, len(versions)) :])
 
 
 def explains(calls: list[Call]) -> bool:
-    """Whether some order of the calls, each between its start and its end, explains every result."""
+    """Return whether an order of calls, each between its start and end, explains all results."""
     order = sorted(calls, key=lambda call: call.start)
     known = frozenset(str(call.result) for call in calls if call.kind == "publish")
     refused = [call for call in calls if call.result == "refused"]
@@ -123,10 +116,9 @@ def explains(calls: list[Call]) -> bool:
         seen.add((left, state))
         soonest_end = min(order[index].end for index in left)
         for index in left:
-            if order[index].start <= soonest_end:  # nobody else had finished before it began
-                stack += [
-                    (left - {index}, following) for following in steps(state, order[index], known)
-                ]
+            if order[index].start <= soonest_end:  # no other had finished before it began
+                for following in steps(state, order[index], known):
+                    stack.append((left - {index}, following))
     return False
 
 
@@ -145,10 +137,8 @@ def act(store: AdapterStore, kind: str, argument: str | None, seed: int) -> Call
             result = store.rollback("alice").version
         else:
             result = store.erase_user("alice")
-    except (
-        UserErasedError,
-        PublishConflictError,
-    ):  # nothing was published: erased, or collected again and again
+    # Nothing was published: erased, or collected again and again.
+    except (UserErasedError, PublishConflictError):
         result = "refused"
     except AdapterNotFoundError:
         result = None if kind == "resolve" else "none"
@@ -156,7 +146,10 @@ def act(store: AdapterStore, kind: str, argument: str | None, seed: int) -> Call
 
 
 def linear(open_store: Callable[[], AdapterStore], rounds: int, seed: int = 0) -> dict[str, Any]:
-    """Random calls from threads, each with a store object of its own, and a look whether an order explains them."""
+    """Make random calls from threads, and raise AssertionError where no order explains them.
+
+    Each thread has a store object of its own.
+    """
     kinds: dict[str, int] = {}
     for number in range(rounds):
         store = open_store()
@@ -178,7 +171,7 @@ def linear(open_store: Callable[[], AdapterStore], rounds: int, seed: int = 0) -
 
 
 def one_round(store: AdapterStore, seed: str) -> list[Call]:
-    """Let threads work on one user while another collects garbage without grace; return all their calls."""
+    """Let threads work on one user while another collects garbage; return all their calls."""
     known: list[str] = []
     barrier = threading.Barrier(THREADS + 1)
     stop = threading.Event()
@@ -187,8 +180,8 @@ def one_round(store: AdapterStore, seed: str) -> list[Call]:
         chance = random.Random(f"{seed} {thread}")
         mine = again(store)
         barrier.wait()
-        found = []
-        for turn in range(CALLS):
+        calls = []
+        for number in range(CALLS):
             kind = chance.choice(
                 ["resolve", "resolve", "publish", "publish", "activate", "rollback", "erase"]
             )
@@ -196,10 +189,10 @@ def one_round(store: AdapterStore, seed: str) -> list[Call]:
                 kind = "publish"
             argument = chance.choice(known) if kind == "activate" else None
             time.sleep(chance.uniform(0, 0.002))  # so that the threads' calls meet
-            found.append(act(mine, kind, argument, 100 * thread + turn))
-            if kind == "publish" and found[-1].result != "refused":
-                known.append(str(found[-1].result))
-        return found
+            calls.append(act(mine, kind, argument, 100 * thread + number))
+            if kind == "publish" and calls[-1].result != "refused":
+                known.append(str(calls[-1].result))
+        return calls
 
     def collect() -> None:
         mine = again(store)
@@ -220,5 +213,6 @@ def one_round(store: AdapterStore, seed: str) -> list[Call]:
 
 
 def again(store: AdapterStore) -> AdapterStore:
-    """Another store object on the same place, as another process has it."""
-    return AdapterStore(store._backend, keys=store._keys, limits=store._limits)
+    """Return another store object on the same storage, as another process has it."""
+    opener = store._opener
+    return AdapterStore(opener.backend, keys=opener.keys, limits=opener.limits)

@@ -1,17 +1,21 @@
-"""What a store must stand, done to it for as long as you like; each kind prints figures and a last line of JSON.
+"""What a store must stand, done to it for as long as you like.
 
-    kill    writers are killed (-9) at random moments, three at a time: nothing that was acknowledged may be lost, nothing
-            half visible, and a garbage collection leaves what is listed and nothing else
+    kill    writers are killed (-9) at random moments, three at a time: nothing that was
+            acknowledged may be lost, nothing half visible, and a garbage collection leaves what is
+            listed and nothing else
     race    processes publish for one user: every publish is kept, in one order
-    linear  threads publish, activate, roll back, erase, collect and resolve one user; a small checker looks for an order
-            of the calls that explains every answer
-    erase   readers and a publisher work on users that are erased under them: no answer after an erasure has returned
+    linear  threads publish, activate, roll back, erase, collect and resolve one user; a small
+            checker looks for an order of the calls that explains every answer
+    erase   readers and a publisher work on users that are erased under them: no answer after an
+            erasure has returned
     full    publishes until a small file system is full: a clear error each time, an intact store
-    fuzz    hostile entries, root files, weights, user ids and archives: only the store's own errors come out, no path
-            outside the store is touched, memory stays bounded
+    fuzz    hostile entries, root files, weights, user ids and archives: only the store's own errors
+            come out, no path outside the store is touched, memory stays bounded
+
+Each kind prints figures and a last line of JSON.
 
     python benchmarks/store_torture.py kill --rounds 500
-    python benchmarks/store_torture.py kill --rounds 100 --s3      (a moto server in a process of its own)
+    python benchmarks/store_torture.py kill --rounds 100 --s3   # a moto server, its own process
     python benchmarks/store_torture.py linear --rounds 300
     python benchmarks/store_torture.py fuzz --minutes 10
 
@@ -59,9 +63,9 @@ Figures = dict[str, Any]
 # ── kill ──
 
 
-def write_for_ever(place: str, user: str, num_bytes: int) -> None:
-    """A process of its own: publishes until it is killed, and says each version once it is acknowledged."""
-    store = AdapterStore(place, limits=MANY)
+def write_for_ever(location: str, user: str, num_bytes: int) -> None:
+    """Publish until this process is killed, and print each version once it is acknowledged."""
+    store = AdapterStore(location, limits=MANY)
     number = 0
     while True:
         version = store.publish(
@@ -71,21 +75,21 @@ def write_for_ever(place: str, user: str, num_bytes: int) -> None:
         number += 1
 
 
-def start_writer(place: str, user: str, num_bytes: int) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, "write", place, user, str(num_bytes)]
+def start_writer(location: str, user: str, num_bytes: int) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "write", location, user, str(num_bytes)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def kill(
-    place: str, rounds: int, writers: int = 3, longest: float = 0.05, num_bytes: int = 60_000
+    location: str, rounds: int, writers: int = 3, longest: float = 0.05, num_bytes: int = 60_000
 ) -> Figures:
     """Kill writers at random moments and check the store after each round."""
     moments = random.Random(0)
     num_acknowledged = num_listed = 0
-    store = AdapterStore(place, limits=MANY)
+    store = AdapterStore(location, limits=MANY)
     for number in range(rounds):
         user = f"user-{number}"
-        processes = [start_writer(place, user, num_bytes) for _ in range(writers)]
+        processes = [start_writer(location, user, num_bytes) for _ in range(writers)]
         acknowledged = [
             process.stdout.readline().strip() for process in processes if process.stdout
         ]
@@ -94,23 +98,21 @@ def kill(
             process.kill()
         for process in processes:
             acknowledged += process.communicate()[0].split()
-        versions = AdapterStore(place, limits=MANY).versions(user)
+        versions = AdapterStore(location, limits=MANY).versions(user)
         listed = {version.version for version in versions}
         assert set(acknowledged) <= listed, f"round {number}: lost {set(acknowledged) - listed}"
-        assert len(versions) <= len(acknowledged) + writers, (
-            f"round {number}: versions that nobody published"
-        )
+        assert len(versions) <= len(acknowledged) + writers, f"round {number}: too many versions"
         for version in versions:
             store.fetch(version)
         num_acknowledged += len(acknowledged)
         num_listed += len(versions)
         again = store.publish(user, make_adapter(0), base=BASE)
         assert store.resolve(user) == again
-    backend = open_backend(place)
+    backend = open_backend(location)
     done = store.gc(grace=NO_GRACE)
-    found = store.verify()
-    assert found.ok, found.damaged
-    assert found.orphans == 0
+    verified = store.verify()
+    assert verified.ok, verified.damaged
+    assert verified.orphans == 0
     check_only_live_files(backend, store)
     return {
         "rounds": rounds,
@@ -125,7 +127,7 @@ def kill(
 
 
 def check_only_live_files(backend: Any, store: AdapterStore) -> None:
-    """The files below users/ are those of listed versions and log entries; nothing is left of writing and probing."""
+    """Check that users/ holds listed versions and log entries only, and that no probe is left."""
     heads, cursor = store.list_users()
     while cursor is not None:
         page, cursor = store.list_users(cursor)
@@ -144,7 +146,7 @@ def check_only_live_files(backend: Any, store: AdapterStore) -> None:
 # ── race ──
 
 
-def race(place: str, processes: int, each: int) -> Figures:
+def race(location: str, processes: int, each: int) -> Figures:
     """Processes publish for one user at the same time."""
     code = (
         "import sys\nfrom adapter_store import AdapterStore, Limits\n"
@@ -154,7 +156,7 @@ def race(place: str, processes: int, each: int) -> Figures:
         "for n in range(int(sys.argv[2])):\n"
         "    print(store.publish('alice', make_adapter(n, 20_000), base={}).version, flush=True)\n"
     )
-    command = [sys.executable, "-c", code, place, str(each)]
+    command = [sys.executable, "-c", code, location, str(each)]
     children = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(processes)
@@ -170,7 +172,7 @@ def race(place: str, processes: int, each: int) -> Figures:
     outputs = [child.communicate()[0].split() for child in children]
     seconds = time.perf_counter() - started
     assert [child.returncode for child in children] == [0] * processes
-    store = AdapterStore(place)
+    store = AdapterStore(location)
     versions = [version.version for version in store.versions("alice")]
     assert sorted(versions) == sorted(version for output in outputs for version in output)
     for output in outputs:  # each process's publishes stand in the order in which it made them
@@ -190,7 +192,7 @@ def race(place: str, processes: int, each: int) -> Figures:
 # ── erase ──
 
 
-def erase(place: str, folder: Path, seconds: float, readers: int = 2) -> Figures:
+def erase(location: str, folder: Path, seconds: float, readers: int = 2) -> Figures:
     """Erase users under processes that read and publish them."""
     code = (
         "import sys, time\nfrom adapter_store import *\n"
@@ -205,10 +207,10 @@ def erase(place: str, folder: Path, seconds: float, readers: int = 2) -> Figures
         "            continue\n"
         "        print(number, version.version, repr(started), flush=True)\n"
     )
-    store = AdapterStore(place, cache=folder / "cache-here")
+    store = AdapterStore(location, cache=folder / "cache-here")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, place, str(folder / f"cache-{number % 2}")],
+            [sys.executable, "-c", code, location, str(folder / f"cache-{number % 2}")],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -226,7 +228,7 @@ def erase(place: str, folder: Path, seconds: float, readers: int = 2) -> Figures
     def train(stop: threading.Event) -> None:
         nonlocal num_refused
         chance = random.Random(1)
-        mine = AdapterStore(place)
+        mine = AdapterStore(location)
         while not stop.is_set():
             user = f"user-{chance.randrange(8)}"
             data_seq = mine.data_seq(user)
@@ -273,18 +275,18 @@ def erase(place: str, folder: Path, seconds: float, readers: int = 2) -> Figures
         fields = line.split()
         if len(fields) == 3 and line.endswith("\n"):
             num_answers += 1
-            late += float(fields[2]) > erased.get(fields[1], float("inf"))
+            if float(fields[2]) > erased.get(fields[1], float("inf")):
+                late += 1
     assert late == 0, f"{late} answers began after the erasure had returned"
     store.gc(grace=NO_GRACE)
-    left = [key for key in all_keys(open_backend(place), layout.USERS) if "/versions/" in key]
+    left = [key for key in all_keys(open_backend(location), layout.USERS) if "/versions/" in key]
     assert left == [], left
     here = list((folder / "cache-here").rglob("*.safetensors"))
     assert here == [], here
-    elsewhere = AdapterStore(place, cache=AdapterCache(folder / "cache-0"))
+    elsewhere = AdapterStore(location, cache=AdapterCache(folder / "cache-0"))
     elsewhere.gc(grace=NO_GRACE)
-    assert [
-        path for path in (folder / "cache-0").rglob("*.safetensors") if "tmp" not in path.parts
-    ] == []
+    copies = (folder / "cache-0").rglob("*.safetensors")
+    assert [path for path in copies if "tmp" not in path.parts] == []
     return {
         "erasures": num_erased,
         "answers": num_answers,
@@ -328,7 +330,7 @@ def full(folder: Path) -> Figures:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A file system of that size in memory; BackendError where this user may not mount one."""
+    """Mount a file system of that size in memory; BackendError where this user may not."""
     folder.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)],
@@ -348,7 +350,7 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def s3() -> Iterator[str]:
-    """The URL of an empty bucket on a moto server that runs in a process of its own."""
+    """Give the URL of an empty bucket on a moto server that runs in a process of its own."""
     import socket
 
     with socket.socket() as probe:
@@ -384,39 +386,40 @@ def main() -> None:
     parser.add_argument(
         "--s3", action="store_true", help="on a moto server instead of a local folder"
     )
-    given = parser.parse_args()
+    options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        place = stack.enter_context(s3()) if given.s3 else str(folder / "store")
+        location = stack.enter_context(s3()) if options.s3 else str(folder / "store")
         started = time.perf_counter()
-        match given.kind:
+        match options.kind:
             case "kill":
-                figures = kill(place, given.rounds, longest=0.3 if given.s3 else 0.05)
+                figures = kill(location, options.rounds, longest=0.3 if options.s3 else 0.05)
             case "race":
-                figures = race(place, given.processes, given.rounds)
+                figures = race(location, options.processes, options.rounds)
             case "linear":
                 figures = linear(
-                    lambda: fresh_store(folder, given.s3, place), given.rounds, seed=given.seed
+                    lambda: fresh_store(folder, options.s3, location),
+                    options.rounds,
+                    seed=options.seed,
                 )
             case "erase":
-                figures = erase(place, folder, given.seconds)
+                figures = erase(location, folder, options.seconds)
             case "full":
                 with small_disk(folder / "disk", 6_000_000) as disk:
                     figures = full(disk)
             case _:
-                figures = fuzz(given.minutes, given.seed)
-        figures |= {"kind": given.kind, "place": "s3 (moto)" if given.s3 else "local folder"}
+                figures = fuzz(options.minutes, options.seed)
+        figures |= {"kind": options.kind, "place": "s3 (moto)" if options.s3 else "local folder"}
         figures["took_seconds"] = round(time.perf_counter() - started, 1)
     for name, value in figures.items():
         print(f"{name:28} {value}")
     print(json.dumps(figures))
 
 
-def fresh_store(folder: Path, on_s3: bool, place: str) -> AdapterStore:
+def fresh_store(folder: Path, on_s3: bool, location: str) -> AdapterStore:
     name = os.urandom(6).hex()
-    return AdapterStore(
-        place.replace("/store?", f"/{name}?") if on_s3 else folder / name, limits=MANY
-    )
+    own = location.replace("/store?", f"/{name}?") if on_s3 else folder / name
+    return AdapterStore(own, limits=MANY)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Which adapter store is meant, and how it is opened: what is given, else the environment, else the user's data folder.
+"""Which adapter store is meant: the one given, the environment's, or one in a default folder.
 
 COPE_STORE            folder or URL
-COPE_STORE_KEY_FILE   file with the master keys of an encrypted store; or COPE_STORE_KEYS, the keys themselves
+COPE_STORE_KEY_FILE   file with the master keys of an encrypted store
+COPE_STORE_KEYS       the master keys themselves, where no file is named
 COPE_STORE_PEPPER     the pepper in hexadecimal, where the store does not keep its own
 COPE_STORE_CACHE      folder that fetched adapters of a remote store are kept in
 """
@@ -13,7 +14,9 @@ from pathlib import Path
 from platformdirs import user_data_path
 
 from adapter_store import AdapterStore
+from adapter_store.backends.local import local_path
 from adapter_store.errors import KeyMismatchError
+from adapter_store.keys import EnvironmentKeys, FileKeys, KeyProvider
 from adapter_store.root import MIN_PEPPER_BYTES
 
 _SECRETS = ("COPE_STORE_KEY_FILE", "COPE_STORE_KEYS", "COPE_STORE_PEPPER")
@@ -21,29 +24,26 @@ _SETTINGS = (*_SECRETS, "COPE_STORE_CACHE")
 
 
 def open_store(store: "str | os.PathLike[str] | AdapterStore | None" = None) -> AdapterStore:
-    """The store at a folder or URL; an open store as it is.
+    """Return the store at a folder or URL; an open store as it is.
 
-    None takes the environment's ``COPE_STORE``, else ``adapters`` in the user data folder of langchain-cope. The same
-    place gives the same object, with what it remembers, as long as the environment says the same. Nothing is created
-    until something is to be published. KeyMismatchError for keys or a pepper in the environment that are none.
+    None takes the environment's `COPE_STORE`, else `adapters` in the user data folder of
+    langchain-cope. The same location gives the same object, with what it remembers, as long as the
+    environment says the same. Nothing is created until something is to be published.
+    KeyMismatchError where the environment's keys or pepper cannot be used.
     """
     if isinstance(store, AdapterStore):
         return store
-    place = os.fspath(store or os.environ.get("COPE_STORE") or default_folder())
-    if isinstance(place, str) and "://" not in place:
-        from adapter_store.backends.local import local_path
-
-        place = str(
-            local_path(place)
-        )  # what is relative, or the home folder's, may mean another one later
-    return _opened(place, *map(_setting, _SETTINGS))
+    location = os.fspath(store or os.environ.get("COPE_STORE") or default_folder())
+    if isinstance(location, str) and "://" not in location:
+        # What is relative, or the home folder's, may mean another folder later.
+        location = str(local_path(location))
+    return _opened(location, *map(_setting, _SETTINGS))
 
 
 def _setting(name: str) -> str | None:
     value = os.environ.get(name)
-    if (
-        value == "" and name in _SECRETS
-    ):  # as where a secret did not arrive: a plain store shall not be made of that
+    # As where a secret did not arrive: a plain store shall not be made of that.
+    if value == "" and name in _SECRETS:
         raise KeyMismatchError(
             f"the environment's {name} is set and empty: give it a value, or unset it"
         )
@@ -52,16 +52,15 @@ def _setting(name: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def _opened(
-    place: str, key_file: str | None, keys: str | None, pepper: str | None, cache: str | None
+    location: str, key_file: str | None, keys: str | None, pepper: str | None, cache: str | None
 ) -> AdapterStore:
-    from adapter_store.keys import EnvironmentKeys, FileKeys
-
-    provider = (
-        FileKeys(key_file) if key_file else EnvironmentKeys("COPE_STORE_KEYS") if keys else None
-    )
-    return AdapterStore(
-        place, pepper=None if pepper is None else _pepper(pepper), keys=provider, cache=cache
-    )
+    provider: KeyProvider | None = None
+    if key_file:
+        provider = FileKeys(key_file)
+    elif keys:
+        provider = EnvironmentKeys("COPE_STORE_KEYS")
+    secret = None if pepper is None else _pepper(pepper)
+    return AdapterStore(location, pepper=secret, keys=provider, cache=cache)
 
 
 def _pepper(text: str) -> bytes:
@@ -78,5 +77,5 @@ def _pepper(text: str) -> bytes:
 
 
 def default_folder() -> Path:
-    """Where adapters are kept when nobody says otherwise."""
+    """Return the folder where adapters are kept by default."""
     return user_data_path("langchain-cope", appauthor=False) / "adapters"

@@ -1,9 +1,11 @@
-"""A store in object storage (S3, Google Cloud Storage, Azure Blob Storage, and servers that speak S3), through obstore.
+"""A store in object storage, through obstore: S3 and servers that speak it, Google Cloud, Azure.
 
-Of the storage one thing is needed: that a put with mode="create" fails where the key exists; a store probes it before it
-writes. Credentials come from where the vendors' own tools look for them: the environment (AWS_ACCESS_KEY_ID, …), their
-files, the machine's role. A URL may carry options after a "?", by obstore's names: s3://bucket/prefix?endpoint=http://host:9000,
-az://container/prefix?account_name=ours. A bucket that keeps old versions of objects keeps what is erased: let those expire.
+Of the storage one thing is needed: that a put with mode="create" fails where the key exists; a
+store probes it before it writes. Credentials come from where the vendors' own tools look for them:
+the environment (AWS_ACCESS_KEY_ID, …), their files, the machine's role. A URL may carry options
+after a "?", by obstore's names: s3://bucket/prefix?endpoint=http://host:9000,
+az://container/prefix?account_name=ours. A bucket that keeps old versions of objects keeps what is
+erased: let those expire.
 """
 
 import os
@@ -11,7 +13,7 @@ import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from adapter_store.errors import BackendError
 from adapter_store.facts import StoredFile
@@ -25,11 +27,17 @@ _CLIENT: Any = {"connect_timeout": "10s", "timeout": "10min"}  # the whole of a 
 _T = TypeVar("_T")
 
 _used_by: int | None = None
-"""The process that first used obstore: its threads live there only, and a forked child would wait for them for ever."""
+"""The process that first used obstore.
+
+Its threads live there only, and a forked child would wait for them for ever.
+"""
 
 
 class ObjectBackend:
-    """Objects below a prefix of one bucket. `store` is an obstore store, `url` how it is named in messages."""
+    """Objects below a prefix of one bucket.
+
+    `store` is an obstore store, `url` how it is named in messages.
+    """
 
     def __init__(self, store: "ObjectStore", url: str) -> None:
         self._store = store
@@ -39,34 +47,18 @@ class ObjectBackend:
     def from_url(cls, url: str) -> "ObjectBackend":
         """Return the backend of s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.
 
-        Options after "?" go to obstore by its own names (endpoint, region, …). Nothing is asked of the storage yet.
-        BackendError where obstore is missing, or refuses URL or options.
+        Options after "?" go to obstore by its own names (endpoint, region, …). Nothing is asked of
+        the storage yet. BackendError where obstore is missing, or refuses URL or options.
         """
         try:
             from obstore.store import from_url
         except ImportError:
             raise BackendError(
-                f"{without_secrets(url)} needs the package obstore: pip install 'langchain-cope[cloud]'"
+                f"{without_secrets(url)} needs the package obstore: "
+                "pip install 'langchain-cope[cloud]'"
             ) from None
-        try:
-            parts = urlsplit(url)
-        except ValueError:  # its text may hold the secrets
-            raise BackendError(
-                f"{without_secrets(url)} is no URL: write {url.partition(':')[0]}://bucket/prefix, and what is special "
-                "in a name or a password with %, such as %2F"
-            ) from None
-        options = dict(parse_qsl(parts.query))
-        if parts.username or parts.password:
-            if parts.scheme.lower() != "s3":
-                raise BackendError(
-                    f"{without_secrets(url)} holds credentials: give them in the environment instead"
-                )
-            options |= {
-                "access_key_id": unquote(parts.username or ""),
-                "secret_access_key": unquote(parts.password or ""),
-            }
-        if "endpoint_url" in options:
-            options["endpoint"] = options.pop("endpoint_url")
+        parts = _split(url)
+        options = _options(parts, url)
         client = dict(_CLIENT)
         if options.get("endpoint", os.environ.get("AWS_ENDPOINT_URL", "")).startswith("http://"):
             client["allow_http"] = True
@@ -75,16 +67,15 @@ class ObjectBackend:
             raise BackendError(
                 f"{without_secrets(url)} names no bucket: write {parts.scheme}://bucket/prefix"
             )
-        place = f"{parts.scheme.lower()}://{host}{parts.path}"
         settings: Any = {
             "config": options or None,
             "client_options": client,
             "retry_config": _RETRIES,
         }
         try:
-            store = from_url(place, **settings)
+            store = from_url(f"{parts.scheme.lower()}://{host}{parts.path}", **settings)
         except Exception as error:  # obstore's errors and plain ValueErrors
-            raise BackendError(f"cannot open {without_secrets(url)}: {_said(error)}") from None
+            raise BackendError(f"cannot open {without_secrets(url)}: {_reason(error)}") from None
         return cls(store, url)
 
     def __repr__(self) -> str:
@@ -98,38 +89,43 @@ class ObjectBackend:
     def get(self, key: str, max_bytes: int) -> bytes:
         """Return at most the first `max_bytes` bytes of an object."""
 
-        def got() -> bytes:
-            found = self._store.get(key)
-            if found.meta["size"] <= max_bytes:
-                return bytes(found.bytes())
-            return (
-                bytes(self._store.get_range(key, start=0, end=max_bytes)) if max_bytes > 0 else b""
-            )
+        def read() -> bytes:
+            answer = self._store.get(key)
+            if answer.meta["size"] <= max_bytes:
+                return bytes(answer.bytes())
+            if max_bytes <= 0:
+                return b""
+            return bytes(self._store.get_range(key, start=0, end=max_bytes))
 
-        return self._ask("read", key, got)
+        return self._ask("read", key, read)
 
     def stat(self, key: str) -> StoredFile | None:
-        """Return an object's size and time, and a mark of its ETag and time: equal content written anew has the same ETag."""
+        """Return an object's size and time, and a mark of its ETag and time.
+
+        The ETag alone is not enough: equal content written anew has the same one.
+        """
         try:
-            found = self._ask("read", key, lambda: self._store.head(key))
+            meta = self._ask("read", key, lambda: self._store.head(key))
         except FileNotFoundError:
             return None
-        mark = (found.get("e_tag"), found.get("version"), found["last_modified"])
-        return StoredFile(found["size"], found["last_modified"].timestamp(), mark)
+        mark = (meta.get("e_tag"), meta.get("version"), meta["last_modified"])
+        return StoredFile(meta["size"], meta["last_modified"].timestamp(), mark)
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        """Put an object whole, on condition that there is none."""
-        # In parts it would be faster for much, and unconditional.
-        self._ask(
-            "write", key, lambda: self._store.put(key, data, mode="create", use_multipart=False)
-        )
+        """Put an object whole, on condition that the key does not exist."""
+
+        def write() -> Any:
+            # In parts it would be faster for much, and unconditional.
+            return self._store.put(key, data, mode="create", use_multipart=False)
+
+        self._ask("write", key, write)
 
     def list_folder(self, folder: str) -> list[str]:
         """Return the sorted names directly below a prefix."""
-        found = self._ask("list", folder, lambda: self._store.list_with_delimiter(f"{folder}/"))
-        names = [str(prefix) for prefix in found["common_prefixes"]]
-        names += [str(item["path"]) for item in found["objects"]]
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in names)
+        listing = self._ask("list", folder, lambda: self._store.list_with_delimiter(f"{folder}/"))
+        paths = [str(prefix) for prefix in listing["common_prefixes"]]
+        paths += [str(item["path"]) for item in listing["objects"]]
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def delete(self, key: str) -> None:
         """Remove an object."""
@@ -154,12 +150,13 @@ class ObjectBackend:
             if "NoSuchBucket" in str(error):
                 raise self._no_bucket(verb, key) from None
             raise BackendError(
-                f"cannot {verb} {location(self._url, key)}: {_said(error)}{_advice(error)}"
+                f"cannot {verb} {location(self._url, key)}: {_reason(error)}{_advice(error)}"
             ) from None
 
     def _no_bucket(self, verb: str, key: str) -> BackendError:
         return BackendError(
-            f"cannot {verb} {location(self._url, key)}: there is no such bucket; make it, or name another"
+            f"cannot {verb} {location(self._url, key)}: the bucket does not exist; "
+            "make it, or name another"
         )
 
     def _check_process(self) -> None:
@@ -169,13 +166,39 @@ class ObjectBackend:
             _used_by = process
         elif _used_by != process:
             raise BackendError(
-                f"{without_secrets(self._url)} was used before this process was forked, and would hang in it: "
-                "start workers with multiprocessing's 'spawn', or open stores in the children only"
+                f"{without_secrets(self._url)} was used before this process was forked, and would "
+                "hang in it: start workers with multiprocessing's 'spawn', or open stores in the "
+                "children only"
             )
 
 
-def _said(error: Exception) -> str:
-    """Return the first line of what the library said, without the secrets that a URL in it may hold."""
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # its text may hold the secrets
+        raise BackendError(
+            f"{without_secrets(url)} is not a URL: write {url.partition(':')[0]}://bucket/prefix, "
+            "and what is special in a name or a password with %, such as %2F"
+        ) from None
+
+
+def _options(parts: SplitResult, url: str) -> dict[str, str]:
+    """Return the options after "?", and an S3 URL's credentials, by obstore's names."""
+    options = dict(parse_qsl(parts.query))
+    if parts.username or parts.password:
+        if parts.scheme.lower() != "s3":
+            raise BackendError(
+                f"{without_secrets(url)} holds credentials: give them in the environment instead"
+            )
+        options["access_key_id"] = unquote(parts.username or "")
+        options["secret_access_key"] = unquote(parts.password or "")
+    if "endpoint_url" in options:
+        options["endpoint"] = options.pop("endpoint_url")
+    return options
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what the library said, without the secrets of a URL in it."""
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     text = re.sub(r"(https?://[^\s?#]*)[?#][^\s)\"']*", r"\1?***", text)
     text = re.sub(r"//[^\s/@]*@", "//***@", text)
@@ -183,11 +206,13 @@ def _said(error: Exception) -> str:
 
 
 def _advice(error: Exception) -> str:
+    # The address that cloud machines get credentials from, asked when no other place has some.
+    if "169.254.169.254" in str(error):
+        return (
+            "; no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "or what your cloud uses"
+        )
     kind = type(error).__name__
-    if "169.254.169.254" in str(
-        error
-    ):  # where cloud machines get theirs from, asked when there are none elsewhere
-        return "; there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what your cloud uses"
     if kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return "; give credentials that may list, read, write and delete there"
     if kind in ("NotSupportedError", "NotImplementedError"):

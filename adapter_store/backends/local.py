@@ -1,8 +1,9 @@
 """A store in a local folder.
 
-POSIX only: `link(2)` makes a staged, fsynced file appear under its name at once, and fails where the name is taken;
-that is the put-if-absent that commits rest on. The folder's file system needs hard links, and staging and target
-on one device. Files have mode 0600, folders 0700. No lock files: they are silent no-ops on some network file systems.
+POSIX only: `link(2)` makes a staged, fsynced file appear under its name at once, and fails where
+the name is taken; that is the put-if-absent that commits rest on. The folder's file system needs
+hard links, and staging and target on one device. Files have mode 0600, folders 0700. No lock files:
+they silently do nothing on some network file systems.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ _ADVICE = {
     errno.EFBIG: "files of this size are not allowed here: raise the limit",
     errno.EROFS: "it is on a read-only file system: choose a store on a writable one",
     errno.EACCES: "permission denied: give this user access to the folder, or choose another store",
-    errno.EPERM: "not permitted: give this user access, on a file system with hard links, or choose another store",
+    errno.EPERM: "not permitted: give this user access, on a file system with hard links, "
+    "or choose another store",
     errno.EOPNOTSUPP: "the file system has no hard links: choose a store on another one",
     errno.ENOTDIR: "a file stands where a folder is needed: move it away, or choose another store",
     errno.EISDIR: "a folder stands where a file is needed: move it away, or choose another store",
@@ -29,7 +31,7 @@ _ADVICE = {
 
 
 class LocalBackend:
-    """Files below one folder ("~" is expanded). The folder is made at the first write, never by reading."""
+    """Files below one folder ("~" is expanded), which is made at the first write only."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._root = local_path(folder)
@@ -50,7 +52,8 @@ class LocalBackend:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                # A buffer of the asked size is allocated at once: ask for no more than the file can give.
+                # A buffer of the asked size is allocated at once: ask for no more than the file
+                # can give.
                 return _read_all(descriptor, min(os.fstat(descriptor).st_size, max_bytes))
             finally:
                 os.close(descriptor)
@@ -63,19 +66,22 @@ class LocalBackend:
         """Return a file's size, time and inode."""
         path = self._at(key)
         try:
-            found = os.stat(path)  # noqa: PTH116 - a Path would cost more than the look itself
+            status = os.stat(path)  # noqa: PTH116 - a Path would cost more than the look itself
         except FileNotFoundError:
             return None
         except OSError as error:
             raise _refused("read", path, error) from error
-        return StoredFile(found.st_size, found.st_mtime, (found.st_ino, found.st_mtime_ns))
+        return StoredFile(status.st_size, status.st_mtime, (status.st_ino, status.st_mtime_ns))
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        """Stage, fsync, link, fsync the folder: after a crash the file is whole or absent, and there once reported."""
+        """Stage the file, fsync it, link it to its name, fsync the folder.
+
+        After a crash the file is whole or absent, and it is there where this had returned.
+        """
         path = self.path_of(key)
         try:
             for _ in range(_MAX_TRIES):
-                # Whoever empties a folder removes it, at any moment: then it is made again.
+                # Another process may remove a folder that is empty, at any moment: make it again.
                 with contextlib.suppress(FileNotFoundError):
                     return self._put(path, data)
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
@@ -100,14 +106,14 @@ class LocalBackend:
         """Return the sorted names in a folder."""
         path = self.path_of(folder)
         try:
-            return sorted(os.listdir(path))  # noqa: PTH208 - names are all that is wanted, of up to thousands
+            return sorted(os.listdir(path))  # noqa: PTH208 - only names, of up to thousands
         except FileNotFoundError:
             return []
         except OSError as error:
             raise _refused("list", path, error) from error
 
     def delete(self, key: str) -> None:
-        """Remove a file, and its folder where that is now empty, as a version's is after its last file."""
+        """Remove a file, and its folder where that is empty now."""
         path = self.path_of(key)
         try:
             path.unlink(missing_ok=True)
@@ -124,10 +130,10 @@ class LocalBackend:
 
 
 def local_path(folder: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a folder ("~" expanded); BackendError where there can be none of that name."""
+    """Return the absolute path of a folder ("~" expanded); BackendError for an impossible name."""
     text = os.fsdecode(folder)
     if not text or "\0" in text:
-        raise BackendError(f"{text!r} is no path of a folder: give one such as ~/adapters")
+        raise BackendError(f"{text!r} is not a path of a folder: give one such as ~/adapters")
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:
@@ -160,15 +166,15 @@ def _make_folder(folder: Path) -> None:
     while not folder.is_dir():
         missing.append(folder)
         folder = folder.parent
-    for made in reversed(missing):
+    for new in reversed(missing):
         try:
-            made.mkdir(0o700)
+            new.mkdir(0o700)
         except FileExistsError:
-            if made.exists() and not made.is_dir():
+            if new.exists() and not new.is_dir():
                 raise NotADirectoryError(
-                    errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(made)
+                    errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(new)
                 ) from None
-        _sync_folder(made.parent)
+        _sync_folder(new.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -180,8 +186,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _refused(verb: str, path: str | Path, error: OSError) -> BackendError:
-    advice = _ADVICE.get(
-        error.errno or 0, f"{error.strerror or error}: mend that, or choose another store"
-    )
-    # What the operating system says of other errors, such as a network file system's timeout, leaves it open.
+    reason = f"{error.strerror or error}: correct that, or choose another store"
+    advice = _ADVICE.get(error.errno or 0, reason)
+    # Other errors, such as a network file system's timeout, leave it open whether a write lands.
     return BackendError(f"cannot {verb} {path}: {advice}", refused=error.errno in _ADVICE)

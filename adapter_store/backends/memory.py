@@ -1,4 +1,4 @@
-"""A store in this process's memory, for tests and notebooks: gone with the process, invisible to other processes."""
+"""A store in this process's memory, for tests and notebooks: other processes do not see it."""
 
 import itertools
 import threading
@@ -20,9 +20,13 @@ _Tree = dict[str, Union["_Tree", _File]]
 
 
 class MemoryBackend:
-    """A tree of dicts under a lock. `MemoryBackend.shared(name)` gives the same one to all who name it."""
+    """A tree of dicts under a lock, gone with the process.
 
-    _by_name: dict[str, "MemoryBackend"] = {}  # noqa: RUF012 - shared by the process, which is what it is for
+    `MemoryBackend.shared(name)` gives the same one to all who name it.
+    """
+
+    # One dict for the process, which is what it is for.
+    _by_name: dict[str, "MemoryBackend"] = {}  # noqa: RUF012
     _by_name_lock = threading.Lock()
 
     def __init__(self, name: str = "") -> None:
@@ -44,23 +48,15 @@ class MemoryBackend:
 
     def get(self, key: str, max_bytes: int) -> bytes:
         """Return at most the first `max_bytes` bytes of what was put."""
-        folder, name = _split(key)
-        with self._lock:
-            file = self._folder(folder).get(name)
-        if not isinstance(file, _File):
+        file = self._file(key)
+        if file is None:
             raise FileNotFoundError(key)
         return file.content[:max_bytes]
 
     def stat(self, key: str) -> StoredFile | None:
         """Return size and time of what was put, and the number of that put."""
-        folder, name = _split(key)
-        with self._lock:
-            file = self._folder(folder).get(name)
-        return (
-            StoredFile(len(file.content), file.modified, file.number)
-            if isinstance(file, _File)
-            else None
-        )
+        file = self._file(key)
+        return None if file is None else StoredFile(len(file.content), file.modified, file.number)
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Keep `data` under `key`."""
@@ -88,6 +84,12 @@ class MemoryBackend:
             self._folder(folders).pop(name, None)
             while folders and not self._folder(folders):
                 self._folder(folders[:-1]).pop(folders.pop(), None)
+
+    def _file(self, key: str) -> _File | None:
+        folders, name = _split(key)
+        with self._lock:
+            file = self._folder(folders).get(name)
+        return file if isinstance(file, _File) else None
 
     def _folder(self, folders: list[str]) -> _Tree:
         tree = self._tree

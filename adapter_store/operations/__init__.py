@@ -1,1 +1,1 @@
-"""What is done to a store as a whole or to one user: publish, import, export, erase, verify, collect."""
+"""What is done to a store or to one user: publish, import, export, erase, verify, gc, rotate."""

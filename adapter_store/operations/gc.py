@@ -1,8 +1,9 @@
-"""Garbage collection: files that no entry names, log entries that nobody needs, what killed processes left.
+"""Garbage collection: files that no entry names, old entries, what killed processes left.
 
-It is safe beside writers whatever their clocks say or how long they sleep. Before files are removed, an entry in the
-user's log says that what began earlier was collected; a publisher that finds it writes its files again, elsewhere. The
-grace only keeps that rare, and it is measured by the storage's own clock.
+It is safe beside writers whatever their clocks say or how long they sleep. Before files are
+removed, an entry in the user's log says that what began earlier was collected; a publisher that
+finds it writes its files again, elsewhere. The grace only keeps that rare, and it is measured by
+the storage's own clock.
 """
 
 import time
@@ -13,22 +14,19 @@ from dataclasses import dataclass, field, replace
 from adapter_store import layout
 from adapter_store.backends.protocol import Backend
 from adapter_store.cache import AdapterCache
-from adapter_store.errors import (
-    UNREADABLE,
-    AdapterStoreError,
-    BackendError,
-    KeyMismatchError,
-    PublishConflictError,
-)
+from adapter_store.errors import UNREADABLE, BackendError, PublishConflictError
 from adapter_store.facts import UserHead
 from adapter_store.log import ErasedSinceError
-from adapter_store.open_store import Opened
-from adapter_store.vault import OVERHEAD_BYTES, STORE, key_of
+from adapter_store.open_store import OpenStore
+from adapter_store.vault import OVERHEAD_BYTES, key_of
 
 
 @dataclass
 class Collected:
-    """What a garbage collection removed (in a dry run: would remove); `problems` are users that it had to pass over."""
+    """What a garbage collection removed, or in a dry run would remove.
+
+    `problems` are what was wrong with users that it had to skip.
+    """
 
     users: int = 0
     versions: int = 0
@@ -42,7 +40,10 @@ class Collected:
 
 @dataclass(frozen=True)
 class Rules:
-    """What may go: files older than `grace`; entries beyond the newest `keep_entries` and older than `entry_age`, in s."""
+    """What may go, with ages in seconds.
+
+    Files older than `grace`, and entries older than `entry_age` beyond the newest `keep_entries`.
+    """
 
     grace: float
     keep_entries: int
@@ -51,106 +52,85 @@ class Rules:
 
 
 def storage_time(backend: Backend, dry_run: bool) -> float:
-    """Return the storage's time, in seconds since 1970; in a dry run, which writes nothing, this machine's."""
+    """Return the storage's time, in seconds since 1970.
+
+    In a dry run, which writes nothing, it is this machine's.
+    """
     if dry_run:
         return time.time()
-    place = layout.new_probe()
-    with suppress(FileExistsError):  # said of our own write, where its first answer was lost
-        backend.put_if_absent(place, b"")
-    found = backend.stat(place)
-    backend.delete(place)
-    return found.modified if found else 0.0
+    probe = layout.new_probe()
+    # FileExistsError is said of our own write, where its first answer was lost.
+    with suppress(FileExistsError):
+        backend.put_if_absent(probe, b"")
+    file = backend.stat(probe)
+    backend.delete(probe)
+    return file.modified if file else 0.0
 
 
-def collect_user(opened: Opened, user_key: str, rules: Rules, now: float, done: Collected) -> None:
+def collect_user(
+    store: OpenStore, user_key: str, rules: Rules, now: float, done: Collected
+) -> None:
     """Collect the garbage of one user."""
     done.users += 1
     try:
-        head = opened.log.head_or_new(user_key)
-        _finish_erasure(opened, head, rules, done)
-        _orphans(opened, head, rules, now, done)
-        _trim(opened, user_key, rules, now, done)
+        head = store.log.head_or_new(user_key)
+        _finish_erasure(store, head, rules, done)
+        _remove_orphans(store, head, rules, now, done)
+        _trim(store, user_key, rules, now, done)
     except (*UNREADABLE, PublishConflictError) as error:
         done.problems.append(str(error))
 
 
-def collect_unfinished(opened: Opened, rules: Rules, now: float, done: Collected) -> None:
+def collect_unfinished(store: OpenStore, rules: Rules, now: float, done: Collected) -> None:
     """Remove what killed processes left of writing and of probing."""
-    backend = opened.backend
-    places = [f"{layout.STAGING}/{name}" for name in backend.list_folder(layout.STAGING)]
-    places += [
-        f"{layout.PROBES}/{name}/{layout.PROBE}"
-        for name in backend.list_folder(layout.PROBES)
-        if layout.is_probe(name)
-    ]
-    for place in places:
-        found = backend.stat(place)
-        if found is not None and found.modified <= now - rules.grace:
+    backend = store.backend
+    paths = [f"{layout.STAGING}/{name}" for name in backend.list_folder(layout.STAGING)]
+    for name in backend.list_folder(layout.PROBES):
+        if layout.is_probe(name):
+            paths.append(f"{layout.PROBES}/{name}/{layout.PROBE}")
+    for path in paths:
+        file = backend.stat(path)
+        if file is not None and file.modified <= now - rules.grace:
             done.unfinished_files += 1
             if not rules.dry_run:
-                backend.delete(place)
+                backend.delete(path)
 
 
-def collect_cache(opened: Opened, cache: AdapterCache, rules: Rules, done: Collected) -> None:
+def collect_cache(store: OpenStore, cache: AdapterCache, rules: Rules, done: Collected) -> None:
     """Remove from this machine's cache what is no longer listed."""
-    for user_key in cache.users(opened.root.store_id):
+    for user_key in cache.users(store.root.store_id):
         with suppress(*UNREADABLE):
-            kept = cache.versions(opened.root.store_id, user_key)
-            head = opened.log.head(
-                user_key
-            )  # after the look: it lists whatever was fetched until then
-            for version in kept:
+            versions = cache.versions(store.root.store_id, user_key)
+            # After the look: the head lists whatever was fetched until then.
+            head = store.log.head(user_key)
+            for version in versions:
                 if head is None or head.find(version) is None:
                     done.cached_versions += 1
                     if not rules.dry_run:
-                        _forget(opened, user_key, version, done)
+                        _forget(store, user_key, version, done)
     if not rules.dry_run:
         cache.evict()  # what was removed by processes that were killed meanwhile
 
 
-def rotate_pepper(opened: Opened, problems: list[AdapterStoreError]) -> int:
-    """Wrap the store's pepper with the newest master key, not what a killed maker of the store left; return how many."""
-    if opened.root.vault is None:
-        raise KeyMismatchError("this store has no keys to rotate: it was made without encryption")
-    pepper_key = opened.root.pepper_key
-    return opened.root.vault.rewrap(STORE, problems, () if pepper_key is None else (pepper_key,))
-
-
-def rotate_user_keys(opened: Opened, user_key: str, problems: list[AdapterStoreError]) -> int:
-    """Wrap a user's keys with the newest master key; return how many were not yet."""
-    if opened.root.vault is None:
-        return 0
-    rewrapped = opened.root.vault.rewrap(user_key, problems)
-    if rewrapped:
-        # An erasure in between may have missed the copy just written; it has left its entry, so look for that now.
-        with suppress(*UNREADABLE):
-            head = opened.log.head_or_new(user_key)
-            for key in opened.root.vault.made_before(user_key, head.erased_seq):
-                opened.root.vault.remove(user_key, key)
-    return rewrapped
-
-
-def _finish_erasure(opened: Opened, head: UserHead, rules: Rules, done: Collected) -> None:
-    for seq in opened.log.seqs(head.user_key):
+def _finish_erasure(store: OpenStore, head: UserHead, rules: Rules, done: Collected) -> None:
+    for seq in store.log.seqs(head.user_key):
         if seq < head.erased_seq:
             done.entries += 1
             if not rules.dry_run:
-                opened.log.remove(head.user_key, seq)
-    if opened.root.vault is not None and head.erased_seq:
-        # Not the damaged ones, as an erasure does: of those nobody knows whether something is still sealed with them.
-        keys = opened.root.vault.made_before(head.user_key, head.erased_seq)
-        _remove_keys(opened, head.user_key, keys, rules, done)
+                store.log.remove(head.user_key, seq)
+    if head.erased_seq:
+        # Not the damaged keys, as an erasure does: it is unknown what is still sealed with those.
+        keys = store.root.vault.made_before(head.user_key, head.erased_seq)
+        _remove_keys(store, head.user_key, keys, rules, done)
 
 
-def _orphans(opened: Opened, head: UserHead, rules: Rules, now: float, done: Collected) -> None:
+def _remove_orphans(
+    store: OpenStore, head: UserHead, rules: Rules, now: float, done: Collected
+) -> None:
     """Remove the files of versions that are not listed, once the log says so."""
     grace = 0.0 if head.erased_seq and head.is_erased else rules.grace
-    sizes = {
-        version: size
-        for version, size, newest in _unlisted(opened, head)
-        if newest is None or newest <= now - grace
-    }
-    removed, keys = set(sizes), _unused_keys(opened, head, set(sizes), now - grace)
+    sizes = dict(_unlisted(store, head, now - grace))
+    removed, keys = set(sizes), _unused_keys(store, head, set(sizes), now - grace)
     if not removed and not keys:
         return
 
@@ -168,79 +148,76 @@ def _orphans(opened: Opened, head: UserHead, rules: Rules, now: float, done: Col
 
     if not rules.dry_run:
         with suppress(ErasedSinceError):
-            _, head = opened.log.commit(head.user_key, collected)
-        keys &= _unused_keys(
-            opened, head, removed, now - grace
-        )  # of those a publisher may have used one meanwhile
-    _remove_keys(opened, head.user_key, keys, rules, done)
+            _, head = store.log.commit(head.user_key, collected)
+        # A publisher may have used one of them meanwhile.
+        keys &= _unused_keys(store, head, removed, now - grace)
+    _remove_keys(store, head.user_key, keys, rules, done)
     for version in sorted(removed):
         done.versions += 1
         done.version_bytes += sizes[version]
         if not rules.dry_run:
-            opened.blobs.remove_folder(head.user_key, version)
-            _forget(opened, head.user_key, version, done)
+            store.blobs.remove_folder(head.user_key, version)
+            _forget(store, head.user_key, version, done)
 
 
-def _unused_keys(opened: Opened, head: UserHead, removed: Set[str], now: float) -> set[str]:
-    """Return the keys written until `now` that neither entries nor files, but of `removed` versions, are sealed with."""
-    if opened.root.vault is None:
-        return set()
-    unused = set(opened.root.vault.written_until(head.user_key, now)) - {head.key}
+def _unused_keys(store: OpenStore, head: UserHead, removed: Set[str], time: float) -> set[str]:
+    """Return the keys written until `time` that nothing is sealed with but `removed` versions."""
+    unused = set(store.root.vault.written_until(head.user_key, time)) - {head.key}
     if not unused:  # almost always
-        return unused
-    unused.difference_update(
-        opened.root.vault.made_before(head.user_key, head.erased_seq)
-    )  # counted before
-    for version in opened.version_folders(head.user_key):
+        return set()
+    # Those were counted before, as part of an erasure.
+    unused.difference_update(store.root.vault.made_before(head.user_key, head.erased_seq))
+    for version in store.version_folders(head.user_key):
+        if version in removed:
+            continue
         folder = layout.version_folder(head.user_key, version)
-        for name in opened.backend.list_folder(folder) if version not in removed else []:
+        for name in store.backend.list_folder(folder):
             with suppress(FileNotFoundError):
+                start = store.backend.get(f"{folder}/{name}", OVERHEAD_BYTES)
                 try:
-                    unused.discard(key_of(opened.backend.get(f"{folder}/{name}", OVERHEAD_BYTES)))
-                except ValueError:  # damaged: nobody knows what opens it
+                    unused.discard(key_of(start))
+                except ValueError:  # damaged: it is unknown what opens it
                     return set()
     return unused
 
 
 def _remove_keys(
-    opened: Opened, user_key: str, keys: Collection[str], rules: Rules, done: Collected
+    store: OpenStore, user_key: str, keys: Collection[str], rules: Rules, done: Collected
 ) -> None:
     done.keys += len(keys)
-    if opened.root.vault is not None and not rules.dry_run:
+    if not rules.dry_run:
         for key in keys:
-            opened.root.vault.remove(user_key, key)
+            store.root.vault.remove(user_key, key)
 
 
-def _forget(opened: Opened, user_key: str, version: str, done: Collected) -> None:
+def _forget(store: OpenStore, user_key: str, version: str, done: Collected) -> None:
     try:
-        opened.blobs.forget(user_key, version)
-    except BackendError as error:  # this machine's own trouble: no reason to stop
+        store.blobs.forget(user_key, version)
+    except BackendError as error:  # a problem of this machine: no reason to stop
         done.problems.append(str(error))
 
 
-def _unlisted(opened: Opened, head: UserHead) -> Iterator[tuple[str, int, float | None]]:
-    """Yield (version, bytes, time of its newest file) of what lies there and is not listed."""
-    for version in opened.version_folders(head.user_key):
-        if head.find(version) is None:
-            folder = layout.version_folder(head.user_key, version)
-            found = [
-                opened.backend.stat(f"{folder}/{name}")
-                for name in opened.backend.list_folder(folder)
-            ]
-            files = [file for file in found if file is not None]
-            yield (
-                version,
-                sum(file.size for file in files),
-                max((file.modified for file in files), default=None),
-            )
+def _unlisted(store: OpenStore, head: UserHead, time: float) -> Iterator[tuple[str, int]]:
+    """Yield each unlisted version and its bytes, if all of them were written until `time`."""
+    for version in store.version_folders(head.user_key):
+        if head.find(version) is not None:
+            continue
+        folder = layout.version_folder(head.user_key, version)
+        stats = [
+            store.backend.stat(f"{folder}/{name}") for name in store.backend.list_folder(folder)
+        ]
+        files = [file for file in stats if file is not None]
+        if all(file.modified <= time for file in files):
+            yield version, sum(file.size for file in files)
 
 
-def _trim(opened: Opened, user_key: str, rules: Rules, now: float, done: Collected) -> None:
-    seqs = opened.log.seqs(user_key)
+def _trim(store: OpenStore, user_key: str, rules: Rules, now: float, done: Collected) -> None:
+    """Remove old entries beyond the newest."""
+    seqs = store.log.seqs(user_key)
     for seq in seqs[: -rules.keep_entries]:
-        found = opened.backend.stat(layout.entry_key(user_key, seq))
-        if found is not None and found.modified > now - rules.entry_age:
+        file = store.backend.stat(layout.entry_key(user_key, seq))
+        if file is not None and file.modified > now - rules.entry_age:
             break  # in ascending order: the ones after are younger
         done.entries += 1
         if not rules.dry_run:
-            opened.log.remove(user_key, seq)
+            store.log.remove(user_key, seq)

@@ -1,18 +1,18 @@
-"""Verification: every entry and every file of a user read and checked, and said what is wrong."""
+"""Verification: every entry and file of a user read and checked; what is wrong is reported."""
 
 from dataclasses import dataclass, field
 
 from adapter_store.errors import UNREADABLE, IntegrityError, InvalidAdapterError, KeyMismatchError
 from adapter_store.facts import UserHead
-from adapter_store.open_store import Opened
+from adapter_store.open_store import OpenStore
 
 
 @dataclass(frozen=True)
 class UserReport:
-    """What was found of one user: how much was checked, what is wrong, and versions' folders that no entry names.
+    """What was checked of one user, what is wrong, and `orphans`: folders that no entry names.
 
-    `user_id` is "" of an erased user and of one whose head cannot be read. Orphans are no damage: they are publishes
-    under way, or garbage for `gc`.
+    `user_id` is "" of an erased user and where the head cannot be read. Orphans are not damage:
+    they are publishes that are running, or garbage for `gc`.
     """
 
     user_key: str
@@ -26,7 +26,10 @@ class UserReport:
 
 @dataclass
 class Verified:
-    """What was checked of a store; `damaged` are the reports of users with problems, `orphans` counts unlisted versions."""
+    """What was checked of a store.
+
+    `damaged` are the reports of users with problems, `orphans` counts unlisted versions.
+    """
 
     users: int = 0
     entries: int = 0
@@ -51,65 +54,67 @@ class Verified:
             self.damaged.append(report)
 
 
-def verify_user(opened: Opened, user_key: str) -> UserReport:
+def verify_user(store: OpenStore, user_key: str) -> UserReport:
     """Check one user. Damage is reported, not raised; BackendError comes through."""
     problems: list[str] = []
     head = None
     try:
-        head = opened.log.head(user_key)
+        head = store.log.head(user_key)
     except UNREADABLE as error:
         problems.append(str(error))
-    seqs = opened.log.seqs(user_key)
+    is_unreadable = bool(problems)
+    seqs = store.log.seqs(user_key)
+    versions = head.versions if head else ()
     if head is not None:
-        problems += _entry_problems(opened, head, seqs)
-        problems += _file_problems(opened, head)
-    listed = {version.version for version in head.versions} if head else set()
-    there = opened.version_folders(user_key)
+        problems += _entry_problems(store, head, seqs)
+        problems += _file_problems(store, head)
+    orphans = set(store.version_folders(user_key)) - {version.version for version in versions}
     return UserReport(
         user_key=user_key,
         user_id=head.user_id if head else "",
         num_entries=len(seqs),
-        num_versions=len(listed),
-        num_bytes=sum(file.size for version in head.versions for file in version.files.values())
-        if head
-        else 0,
+        num_versions=len(versions),
+        num_bytes=sum(file.size for version in versions for file in version.files.values()),
         problems=tuple(problems),
-        orphans=tuple(name for name in there if name not in listed) if not problems or head else (),
+        orphans=() if is_unreadable else tuple(sorted(orphans)),  # what is listed is unknown then
     )
 
 
-def _entry_problems(opened: Opened, head: UserHead, seqs: list[int]) -> list[str]:
+def _entry_problems(store: OpenStore, head: UserHead, seqs: list[int]) -> list[str]:
     problems = []
     for seq in seqs:
         if seq < head.erased_seq:
             problems.append(
-                f"entry {seq} of user key {head.user_key} is left of an erasure: erase again, or run gc"
+                f"entry {seq} of user key {head.user_key} is left of an erasure: "
+                "erase again, or run gc"
             )
             continue
         try:
-            opened.log.entry(head.user_key, seq)
+            store.log.entry(head.user_key, seq)
         except FileNotFoundError:
             continue  # trimmed or erased meanwhile
         except UNREADABLE as error:
             problems.append(str(error))
-    kept = [seq for seq in seqs if head.erased_seq <= seq <= head.seq]
-    if kept and kept != list(range(kept[0], kept[0] + len(kept))):
+    live = [seq for seq in seqs if head.erased_seq <= seq <= head.seq]
+    if live and live != list(range(live[0], live[0] + len(live))):
         problems.append(
-            f"entries are missing in the log of user key {head.user_key}: restore them from a backup"
+            f"entries are missing in the log of user key {head.user_key}: "
+            "restore them from a backup"
         )
     return problems
 
 
-def _file_problems(opened: Opened, head: UserHead) -> list[str]:
+def _file_problems(store: OpenStore, head: UserHead) -> list[str]:
     problems = []
     for version in head.versions:
         try:
-            opened.blobs.check(version)
+            store.blobs.check(version)
         except FileNotFoundError:
-            current = opened.log.head(head.user_key)
+            current = store.log.head(head.user_key)
             if current is not None and current.find(version.version) is not None:
                 problems.append(
-                    f"a file, or the key, of version {version.version} is missing: restore it from a backup"
+                    f"a file, or the key, of version {version.version} is missing: "
+                    "restore it from a backup"
                 )
         except (IntegrityError, KeyMismatchError, InvalidAdapterError) as error:
             problems.append(str(error))

@@ -11,23 +11,20 @@ import numpy
 import pytest
 from safetensors.numpy import save
 
-from adapter_store import AdapterStore, MemoryBackend
+from adapter_store import AdapterStore, Backend, FileKeys, LocalBackend, MemoryBackend
 
 Files = dict[str, bytes]
 
 
 def make_files(seed: int = 0, num_values: int = 64) -> Files:
-    values = (
-        numpy.random.default_rng(seed).standard_normal(num_values).astype("float32").reshape(4, -1)
-    )
+    values = numpy.random.default_rng(seed).standard_normal(num_values)
+    matrix = values.astype("float32").reshape(4, -1)
     tensors = {
-        "base_model.model.q_proj.lora_A.weight": values,
-        "base_model.model.q_proj.lora_B.weight": values.T,
+        "base_model.model.q_proj.lora_A.weight": matrix,
+        "base_model.model.q_proj.lora_B.weight": numpy.ascontiguousarray(matrix.T),
     }
     return {
-        "adapter_model.safetensors": save(
-            {name: numpy.ascontiguousarray(value) for name, value in tensors.items()}
-        ),
+        "adapter_model.safetensors": save(tensors),
         "adapter_config.json": json.dumps({"peft_type": "LORA", "r": 4}).encode(),
     }
 
@@ -50,19 +47,37 @@ def peft_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> AdapterStore:
-    return AdapterStore(tmp_path / "store")
+def root(tmp_path: Path) -> Path:
+    """The folder of a local store."""
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def local(root: Path) -> AdapterStore:
+    return AdapterStore(root)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> FileKeys:
+    """A key file with one master key."""
+    return FileKeys.create(tmp_path / "keys")
 
 
 @pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | MemoryBackend:
-    """An empty place for a store, on each backend."""
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path | MemoryBackend:
+    """Where an empty store may be, on each backend."""
     return tmp_path / "store" if request.param == "local" else MemoryBackend(request.node.name)
 
 
 @pytest.fixture
+def backend(location: Path | MemoryBackend) -> Backend:
+    """The backend of that location."""
+    return location if isinstance(location, MemoryBackend) else LocalBackend(location)
+
+
+@pytest.fixture
 def unprivileged() -> Callable[[], contextlib.AbstractContextManager[Path]]:
-    """Gives a folder, and runs the block as a user whom permissions bind, which root is not."""
+    """Gives a folder, and runs the block as a user who is bound by permissions, as root is not."""
 
     @contextlib.contextmanager
     def as_nobody() -> Iterator[Path]:
@@ -98,7 +113,6 @@ def s3_server() -> Iterator[str]:
 def s3_url(s3_server: str) -> str:
     """The URL of an empty bucket's prefix on that server."""
     bucket = f"bucket-{os.urandom(6).hex()}"
-    urllib.request.urlopen(
-        urllib.request.Request(f"{s3_server}/{bucket}", method="PUT"), timeout=30
-    ).close()
+    request = urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")
+    urllib.request.urlopen(request, timeout=30).close()
     return f"s3://key:s3cr3t@{bucket}/some/prefix?endpoint={s3_server}&region=us-east-1"

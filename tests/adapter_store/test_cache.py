@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -19,6 +18,7 @@ from adapter_store import (
     MemoryBackend,
 )
 from adapter_store.conformance import all_keys, at_once
+from adapter_store.layout import ADAPTER_FILES
 
 BASE = {"weights": "w"}
 
@@ -29,8 +29,14 @@ class Counting(LocalBackend):
     reads = 0
 
     def get(self, key, max_bytes):
-        self.reads += "/versions/" in key
+        if "/versions/" in key:
+            self.reads += 1
         return super().get(key, max_bytes)
+
+
+def copies(folder):
+    """Return the versions that a cache has."""
+    return {path.parent.name for path in folder.rglob("adapter_model.safetensors")}
 
 
 @pytest.fixture
@@ -53,8 +59,8 @@ def test_a_version_is_read_from_the_storage_once_by_all_processes(store, backend
 def test_many_that_fetch_at_once_read_once(backend, tmp_path, files):
     AdapterStore(backend).publish("alice", files(1), base=BASE)
     stores = [AdapterStore(backend, cache=tmp_path / "cache") for _ in range(8)]
-    found = at_once(8, lambda number: stores[number].fetch(stores[number].resolve("alice")))
-    assert found == [files(1)] * 8
+    fetched = at_once(8, lambda number: stores[number].fetch(stores[number].resolve("alice")))
+    assert fetched == [files(1)] * 8
     assert backend.reads == 2
 
 
@@ -81,9 +87,7 @@ def test_damage_in_the_storage_is_never_kept(store, backend, tmp_path, files):
     assert not list((tmp_path / "cache").rglob("adapter_model.safetensors"))
 
 
-def test_what_is_deleted_or_erased_is_gone_from_here_at_once_and_elsewhere_at_the_next_access(
-    backend, tmp_path, files
-):
+def test_what_is_deleted_is_gone_elsewhere_at_the_next_access(backend, tmp_path, files):
     here = AdapterStore(backend, cache=tmp_path / "here")
     there = AdapterStore(backend, cache=tmp_path / "there")
     first, second = (here.publish("alice", files(n), base=BASE) for n in (1, 2))
@@ -92,41 +96,33 @@ def test_what_is_deleted_or_erased_is_gone_from_here_at_once_and_elsewhere_at_th
         for version in (first, second, bob):
             store.fetch(version)
 
-    def copies(name):
-        return {path.parent.name for path in (tmp_path / name).rglob("adapter_model.safetensors")}
-
     here.delete_version("alice", first.version)
-    assert copies("here") == {second.version, bob.version}
+    assert copies(tmp_path / "here") == {second.version, bob.version}
     with pytest.raises(AdapterNotFoundError):
         there.fetch(first)
-    assert copies("there") == {second.version, bob.version}
+    assert copies(tmp_path / "there") == {second.version, bob.version}
     here.erase_user("alice")
-    assert copies("here") == {bob.version}
+    assert copies(tmp_path / "here") == {bob.version}
     with pytest.raises(AdapterNotFoundError):
         there.resolve("alice")
-    assert copies("there") == {bob.version}
+    assert copies(tmp_path / "there") == {bob.version}
 
 
 @pytest.mark.parametrize("access", ["resolve", "fetch"])
-def test_what_was_erased_is_gone_elsewhere_at_the_next_access_though_the_user_was_published_again(
-    backend, tmp_path, files, access
-):
+def test_what_was_erased_is_gone_elsewhere_after_another_publish(backend, tmp_path, files, access):
     here = AdapterStore(backend, cache=tmp_path / "here")
     there = AdapterStore(backend, cache=tmp_path / "there")
     first = here.publish("alice", files(1), base=BASE)
     there.fetch(first)
     here.erase_user("alice")
     second = here.publish("alice", files(2), base=BASE)
-    assert (
-        there.resolve("alice") == second if access == "resolve" else there.fetch(second) == files(2)
-    )
-    assert first.version not in {
-        path.parent.name for path in (tmp_path / "there").rglob("*.safetensors")
-    }
+    if access == "resolve":
+        assert there.resolve("alice") == second
+    else:
+        assert there.fetch(second) == files(2)
+    assert first.version not in copies(tmp_path / "there")
     assert there.fetch(second) == files(2)
-    assert second.version in {
-        path.parent.name for path in (tmp_path / "there").rglob("*.safetensors")
-    }
+    assert second.version in copies(tmp_path / "there")
 
 
 def test_a_collection_removes_what_a_killed_process_was_removing(backend, tmp_path, files):
@@ -134,7 +130,7 @@ def test_a_collection_removes_what_a_killed_process_was_removing(backend, tmp_pa
     store.fetch(store.publish("alice", files(1), base=BASE))
     left = tmp_path / "cache" / "tmp" / "gone-0"
     left.mkdir(parents=True, exist_ok=True)
-    (left / "adapter_model.safetensors").write_bytes(b"of somebody who was erased")
+    (left / "adapter_model.safetensors").write_bytes(b"of a user who was erased")
     store.gc(dry_run=True)
     assert left.exists()
     store.gc()
@@ -142,22 +138,23 @@ def test_a_collection_removes_what_a_killed_process_was_removing(backend, tmp_pa
 
 
 class Hooked(MemoryBackend):
-    """Calls the first of `act` once, when as many looks at a log are through as there are."""
+    """Acts after looks at a log: each takes the last of `acts`, and calls it if it is one."""
 
     def __init__(self, backend):
         self.__dict__.update(backend.__dict__)
-        self.act = []
+        self.acts = []
 
     def list_folder(self, folder):
-        found = super().list_folder(folder)
-        if folder.endswith("/log") and self.act and (act := self.act.pop()):
-            act()
-        return found
+        names = super().list_folder(folder)
+        if folder.endswith("/log") and self.acts:
+            act = self.acts.pop()
+            if act is not None:
+                act()
+        return names
 
 
-def test_what_is_published_and_handed_out_while_a_head_is_looked_at_is_not_taken_for_something_old(
-    files,
-):
+def test_a_folder_made_while_a_head_is_read_stays(files):
+    """It belongs to a newer version than the head lists."""
     backend = MemoryBackend()
     writer, hooked = AdapterStore(backend), Hooked(backend)
     writer.publish("alice", files(1), base=BASE)
@@ -169,7 +166,7 @@ def test_what_is_published_and_handed_out_while_a_head_is_looked_at_is_not_taken
     def publish():
         folders.append(writer.fetch_dir(writer.publish("alice", files(3), base=BASE)))
 
-    hooked.act = [publish, None]  # at the second look
+    hooked.acts = [publish, None]  # at the second look
     reader.resolve("alice")
     assert len(folders) == 1
     assert folders[0].is_dir()
@@ -185,9 +182,7 @@ def test_stores_with_one_pepper_leave_each_others_folders_alone(files):
     assert folder.is_dir()
 
 
-def test_a_copy_that_cannot_be_removed_keeps_nothing_in_the_storage_and_stops_no_collection(
-    tmp_path, files
-):
+def test_a_copy_that_cannot_be_removed_stops_no_erasure_and_no_collection(tmp_path, files):
     class Stuck(AdapterCache):
         def drop(self, *names):
             raise PermissionError("read-only")
@@ -201,10 +196,11 @@ def test_a_copy_that_cannot_be_removed_keeps_nothing_in_the_storage_and_stops_no
         stuck.erase_user("alice")
     assert [key for key in all_keys(backend, "users") if "/versions/" in key] == []
     assert len(all_keys(backend, "users")) == 1
-    assert [("cannot be removed" in problem) for problem in stuck.gc().problems] == [True]
+    [problem] = stuck.gc().problems
+    assert "cannot be removed" in problem
 
 
-def test_a_collection_empties_the_cache_of_users_nobody_asked_for_since(backend, tmp_path, files):
+def test_a_collection_empties_the_cache_of_users_not_asked_for_since(backend, tmp_path, files):
     there = AdapterStore(backend, cache=tmp_path / "there")
     there.fetch(there.publish("alice", files(1), base=BASE))
     AdapterStore(backend).erase_user("alice")
@@ -216,7 +212,7 @@ def test_a_collection_empties_the_cache_of_users_nobody_asked_for_since(backend,
 def test_the_longest_unused_go_first_and_the_limit_holds(backend, tmp_path, files):
     writer = AdapterStore(backend)
     versions = [writer.publish(f"user-{n}", files(n, num_values=4000), base=BASE) for n in range(6)]
-    size = sum(facts.size for facts in versions[0].files.values())
+    size = sum(file.size for file in versions[0].files.values())
     cache = AdapterCache(tmp_path / "cache", max_bytes=4 * size)
     store = AdapterStore(backend, cache=cache)
     for number, version in enumerate(versions[:4]):
@@ -227,13 +223,13 @@ def test_the_longest_unused_go_first_and_the_limit_holds(backend, tmp_path, file
     for version in versions[4:]:
         store.fetch(version)
         assert cache.num_bytes() <= 4 * size
-    left = {path.parent.name for path in (tmp_path / "cache").rglob("adapter_model.safetensors")}
+    left = copies(tmp_path / "cache")
     assert versions[0].version in left
     assert versions[5].version in left
     assert versions[1].version not in left
 
 
-def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(backend, files, tmp_path):
+def test_a_cache_that_cannot_be_written_fails_nothing(backend, files, tmp_path):
     (tmp_path / "file").write_text("in the way")
     store = AdapterStore(backend, cache=tmp_path / "file" / "cache")
     version = store.publish("alice", files(1), base=BASE)
@@ -287,22 +283,15 @@ while True:
             reader.communicate()
     cache = AdapterCache(tmp_path / "cache", max_bytes=400_000)
     store = AdapterStore(backend, cache=cache)
-    for folder in [
-        path.parent
-        for path in (tmp_path / "cache").rglob("adapter_config.json")
-        if "tmp" not in path.parts
-    ]:
-        assert {path.name for path in folder.iterdir()} == {
-            "adapter_config.json",
-            "adapter_model.safetensors",
-        }
+    for path in (tmp_path / "cache").rglob("adapter_config.json"):
+        if "tmp" not in path.parts:
+            assert {file.name for file in path.parent.iterdir()} == set(ADAPTER_FILES)
     for number in range(20):
         assert store.fetch(store.resolve(f"user-{number}")) == files(number, num_values=20_000)
     cache.evict()
     assert cache.num_bytes() <= 400_000
-    for path in (
-        Path(tmp_path) / "cache" / "tmp"
-    ).iterdir():  # what was being written: an hour later it goes
+    temporary = tmp_path / "cache" / "tmp"
+    for path in temporary.iterdir():  # what was being written: an hour later it goes
         os.utime(path, (0, 0))
     cache.evict()
-    assert list((Path(tmp_path) / "cache" / "tmp").iterdir()) == []
+    assert list(temporary.iterdir()) == []

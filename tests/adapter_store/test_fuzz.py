@@ -1,4 +1,4 @@
-"""Damaged and hostile input, chosen and shrunk by hypothesis; what was found once is kept here as an example.
+"""Damaged and hostile input, chosen and shrunk by hypothesis.
 
 The same damage, for as long as you like and with seeds: benchmarks/store_torture.py fuzz.
 """
@@ -28,7 +28,7 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def place():
+def stored():
     """A folder with a store of one user, and that user's archive."""
     with tempfile.TemporaryDirectory() as name:
         store = AdapterStore(Path(name) / "store")
@@ -42,15 +42,14 @@ def place():
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(chance=st.randoms(use_true_random=False))
-def test_only_the_stores_own_errors_come_out(place, kind, chance):
-    folder, archive = place
+def test_only_the_stores_own_errors_come_out(stored, kind, chance):
+    folder, archive = stored
     before = store_fuzz.snapshot(folder, "store", "fuzzed.tar")
     with contextlib.suppress(AdapterStoreError):
         kind(folder, chance, archive)
     assert store_fuzz.snapshot(folder, "store", "fuzzed.tar") == before
-    assert [version.user_id for version in AdapterStore(folder / "store").versions("alice")] == [
-        "alice"
-    ] * 2
+    versions = AdapterStore(folder / "store").versions("alice")
+    assert [version.user_id for version in versions] == ["alice", "alice"]
 
 
 @settings(max_examples=150, deadline=None)

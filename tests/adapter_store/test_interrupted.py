@@ -1,4 +1,7 @@
-"""Storage that goes away at any step of any operation: what is listed stays whole, and a second call does the rest."""
+"""Storage that goes away at any step of any operation.
+
+What is listed stays whole, and a second call does the rest.
+"""
 
 from datetime import timedelta
 
@@ -11,7 +14,7 @@ BASE = {"weights": "w"}
 
 
 class Failing(MemoryBackend):
-    """Gone for good from the n-th write or removal on, done or not done, until it is mended."""
+    """Gone from the n-th write or removal on, done or not done, until it is repaired."""
 
     def __init__(self):
         super().__init__()
@@ -21,7 +24,7 @@ class Failing(MemoryBackend):
     def fail_after(self, count, done_first):
         self.left, self.done_first = count, done_first
 
-    def mend(self):
+    def repair(self):
         self.left = None
 
     def put_if_absent(self, key, data):
@@ -54,7 +57,7 @@ def archive(tmp_path):
     return other.export_user("alice", tmp_path / "alice.tar")
 
 
-def operations(store, archive, keys, tmp_path):
+def operations(store, archive, keys):
     """Each operation, and what must hold once it has been called again without a failure."""
 
     def rotate():
@@ -68,12 +71,12 @@ def operations(store, archive, keys, tmp_path):
         return len(left) == (0 if keys is None else 2)
 
     first = store.versions("alice")[0].version
-    found = {
+    calls = {
         "publish": (
             lambda: store.publish("alice", make_adapter(5, 64), base=BASE, idempotency_key="job"),
             lambda: len([v for v in store.versions("alice") if v.idempotency_key == "job"]) == 1,
         ),
-        "publish of somebody new": (
+        "publish for a new user": (
             lambda: store.publish("bob", make_adapter(5, 64), base=BASE, idempotency_key="job"),
             lambda: len(store.versions("bob")) == 1,
         ),
@@ -86,19 +89,17 @@ def operations(store, archive, keys, tmp_path):
         "gc": (lambda: store.gc(grace=timedelta(0)), lambda: store.verify().orphans == 0),
     }
     if keys is not None:
-        found["rotate"] = (rotate, lambda: store.rotate_keys() == 0)
-    return found
+        calls["rotate"] = (rotate, lambda: store.rotate_keys() == 0)
+    return calls
 
 
 @pytest.mark.parametrize("done_first", [False, True], ids=["not done", "done and not answered"])
 @pytest.mark.parametrize(
-    "name", ["publish", "publish of somebody new", "activate", "erase", "import", "gc", "rotate"]
+    "name", ["publish", "publish for a new user", "activate", "erase", "import", "gc", "rotate"]
 )
-def test_an_operation_that_fails_at_any_step_harms_nothing_and_can_be_repeated(
-    name, done_first, keys, archive, tmp_path
-):
+def test_an_operation_that_fails_at_any_step_can_be_repeated(name, done_first, keys, archive):
     if name == "rotate" and keys is None:
-        pytest.skip("there is nothing to rotate")
+        pytest.skip("a plain store has nothing to rotate")
     num_steps = 0
     for count in range(100):
         backend = Failing()
@@ -111,7 +112,7 @@ def test_an_operation_that_fails_at_any_step_harms_nothing_and_can_be_repeated(
         backend.put_if_absent(
             f"{folder}/versions/20200101T000000Z-000000000000/adapter_config.json", b"left"
         )
-        call, holds = operations(store, archive, keys, tmp_path)[name]
+        call, holds = operations(store, archive, keys)[name]
         backend.fail_after(count, done_first)
         try:
             call()
@@ -120,7 +121,7 @@ def test_an_operation_that_fails_at_any_step_harms_nothing_and_can_be_repeated(
         else:
             break
         finally:
-            backend.mend()
+            backend.repair()
         for looker in (store, AdapterStore(backend, keys=keys)):
             # An interrupted erasure says so; everything that is listed is whole.
             assert all(

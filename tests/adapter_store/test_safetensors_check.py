@@ -44,11 +44,11 @@ def test_what_the_library_saves_is_accepted(dtype):
         (b"\x80\x04\x95 a pickle", "cut short"),
         (b"PK\x03\x04\0\0\0\0 a zip archive", "cut short"),
         ((2**63).to_bytes(8, "little") + b"{}", "cut short"),
-        (whole(b"{"), "its header is no JSON object"),
-        (whole(b"[]"), "its header is no JSON object"),
-        (whole(b"\xff\xfe"), "its header is no JSON object"),
+        (whole(b"{"), "its header is not a JSON object"),
+        (whole(b"[]"), "its header is not a JSON object"),
+        (whole(b"\xff\xfe"), "its header is not a JSON object"),
         (whole(b'{"a":' * 50_000), "nested too deeply"),
-        (whole(b'{"a":' + b"9" * 10_000 + b"}"), "its header is no JSON object"),
+        (whole(b'{"a":' + b"9" * 10_000 + b"}"), "its header is not a JSON object"),
         (whole({}), "holds no tensor"),
         (whole({"__metadata__": {"format": "pt"}}), "holds no tensor"),
         (whole({"__metadata__": {"format": 1}, "a": tensor(0, 1)}, 1), "does not map text to text"),
@@ -80,7 +80,7 @@ def test_what_the_library_saves_is_accepted(dtype):
         (whole({"a": tensor(0, 3), "b": tensor(2, 4)}, 4), "begins at 2, not at 3"),
     ],
 )
-def test_what_is_no_whole_file_is_refused_with_the_reason(data, said):
+def test_what_is_not_a_whole_file_is_refused_with_the_reason(data, said):
     with pytest.raises(ValueError, match=said) as caught:
         check_safetensors(data)
     assert len(str(caught.value)) < 300

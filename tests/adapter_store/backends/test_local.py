@@ -1,4 +1,4 @@
-"""What a local folder adds: what lies where, other processes, crashes, damage, and disks that refuse."""
+"""What a local folder adds: what lies where, damage, the pepper, and disks that refuse."""
 
 import contextlib
 import json
@@ -31,21 +31,27 @@ def newest_entry(root, version):
     return sorted((user_folder(root, version) / "log").iterdir())[-1]
 
 
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "store"
+def all_files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def with_version(entry, **changes):
+    return entry | {"versions": [entry["versions"][0] | changes]}
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 class TestLayout:
     def test_what_lies_where_and_who_may_read_it(self, local, root, files):
         version = local.publish("alice", files(), base=BASE)
         user = user_folder(root, version)
-        found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-        assert found == {
-            "adapter_store.json",
-            f"{user.relative_to(root)}/log/000000000001.json",
-            f"{user.relative_to(root)}/versions/{version.version}/adapter_model.safetensors",
-            f"{user.relative_to(root)}/versions/{version.version}/adapter_config.json",
+        assert set(all_files(root)) == {
+            root / "adapter_store.json",
+            user / "log" / "000000000001.json",
+            user / "versions" / version.version / "adapter_model.safetensors",
+            user / "versions" / version.version / "adapter_config.json",
         }
         for path in [root, *root.rglob("*")]:
             assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
@@ -63,7 +69,7 @@ class TestLayout:
         assert [row["version"] for row in entry["versions"]] == [first.version, second.version]
         assert entry["versions"][1]["metrics"] == {"nll": 2.5}
 
-    def test_names_that_a_later_release_adds_are_passed_over(self, local, root, files):
+    def test_names_that_a_later_release_adds_are_ignored(self, local, root, files):
         version = local.publish("alice", files(), base=BASE)
         path = newest_entry(root, version)
         entry = json.loads(path.read_text())
@@ -82,7 +88,8 @@ class TestLayout:
         assert local.versions("alice") == []
         with pytest.raises(AdapterNotFoundError):
             local.activate("alice", "x")
-        assert (list(root.iterdir()) if make else root.exists()) == ([] if make else False)
+        assert root.exists() == make
+        assert list(root.rglob("*")) == []
 
     def test_fetch_dir_is_the_stores_own_folder_and_checked(self, local, root, files):
         version = local.publish("alice", files(), base=BASE)
@@ -109,12 +116,12 @@ class TestDamage:
         path = local.fetch_dir(version) / name
         path.write_bytes(damage(path.read_bytes()))
         for call in (
-            local.fetch,
-            local.fetch_dir,
-            lambda _: local.export_peft("alice", tmp_path / "out"),
+            lambda: local.fetch(version),
+            lambda: local.fetch_dir(version),
+            lambda: local.export_peft("alice", tmp_path / "out"),
         ):
             with pytest.raises(IntegrityError, match=f"{path} .*{said}"):
-                call(version)
+                call()
         assert not (tmp_path / "out").exists()
 
     def test_a_huge_file_in_place_of_a_small_one_is_not_read(self, local, files):
@@ -146,18 +153,11 @@ class TestDamage:
             lambda entry: entry | {"updated_at": "2026-01-01T00:00:00"},
             lambda entry: entry | {"format": 0},
             lambda entry: entry | {"format": None},
-            lambda entry: entry | {"versions": [entry["versions"][0] | {"version": "../../../x"}]},
-            lambda entry: (
-                entry
-                | {
-                    "versions": [
-                        entry["versions"][0] | {"files": {"../x": {"sha256": "0", "size": 1}}}
-                    ]
-                }
-            ),
-            lambda entry: entry | {"versions": [entry["versions"][0] | {"files": {"a": 1}}]},
-            lambda entry: entry | {"versions": [entry["versions"][0] | {"base": {"weights": 1}}]},
-            lambda entry: entry | {"versions": [entry["versions"][0] | {"alpha": "0.1"}]},
+            lambda entry: with_version(entry, version="../../../x"),
+            lambda entry: with_version(entry, files={"../x": {"sha256": "0", "size": 1}}),
+            lambda entry: with_version(entry, files={"a": 1}),
+            lambda entry: with_version(entry, base={"weights": 1}),
+            lambda entry: with_version(entry, alpha="0.1"),
         ],
     )
     def test_a_damaged_entry_is_an_integrity_error_with_its_path(self, local, root, files, damage):
@@ -173,15 +173,12 @@ class TestDamage:
             lambda store: store.delete_version("alice", version.version),
         ]
         for call in calls:
-            with pytest.raises(
-                IntegrityError, match=f"{path} is damaged: .*; restore it from a backup"
-            ):
+            said = f"{path} is damaged: .*; restore it from a backup"
+            with pytest.raises(IntegrityError, match=said):
                 call(AdapterStore(root))
         assert len(list((user_folder(root, version) / "versions").iterdir())) == 1
 
-    def test_an_entry_that_can_be_read_but_not_carried_on_stops_the_writer(
-        self, local, root, files
-    ):
+    def test_an_entry_that_cannot_be_written_again_stops_the_writer(self, local, root, files):
         version = local.publish("alice", files(), base=BASE)
         path = newest_entry(root, version)
         path.write_text(path.read_text().replace('"metrics": {}', '"metrics": {"nll": 1e999}'))
@@ -196,32 +193,27 @@ class TestDamage:
     ):
         local.publish("alice", files(), base=BASE)
         (root / "adapter_store.json").write_text(content)
+        said = f"{root}/adapter_store.json is not the root file .*restore it"
         for call in (
             local.resolve,
             local.versions,
             lambda user: local.publish(user, files(), base=BASE),
         ):
-            with pytest.raises(
-                IntegrityError, match=f"{root}/adapter_store.json is no root file .*restore it"
-            ):
+            with pytest.raises(IntegrityError, match=said):
                 call("alice")
 
     def test_a_changed_pepper_in_the_root_file_is_noticed(self, local, root, files):
         local.publish("alice", files(), base=BASE)
-        path = root / "adapter_store.json"
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps(content | {"pepper": "00" * 32}))
+        change_json(root / "adapter_store.json", pepper="00" * 32)
         with pytest.raises(IntegrityError, match="its pepper and its check value differ"):
             local.resolve("alice")
 
     def test_a_lost_root_file_is_never_replaced_by_a_new_one(self, local, root, files):
         local.publish("alice", files(), base=BASE)
         (root / "adapter_store.json").unlink()
+        said = f"{root}/adapter_store.json is missing, but the store has users"
         for call in (local.resolve, lambda user: local.publish(user, files(), base=BASE)):
-            with pytest.raises(
-                IntegrityError,
-                match=f"{root}/adapter_store.json is missing, but the store has users",
-            ):
+            with pytest.raises(IntegrityError, match=said):
                 call("alice")
         assert not (root / "adapter_store.json").exists()
 
@@ -236,16 +228,12 @@ class TestDamage:
     def test_newer_formats_are_refused_by_file(self, local, root, files):
         version = local.publish("alice", files(), base=BASE)
         for path in (newest_entry(root, version), root / "adapter_store.json"):
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
-            with pytest.raises(
-                FormatVersionError,
-                match=f"{path}: it has format 3, this release reads up to 2; upgrade",
-            ):
+            change_json(path, format=3)
+            said = f"{path}: it has format 3, this release reads up to 2; upgrade"
+            with pytest.raises(FormatVersionError, match=said):
                 AdapterStore(root).resolve("alice")
 
-    def test_a_store_of_the_first_format_is_read_and_goes_on_in_the_present_one(
-        self, local, root, files
-    ):
+    def test_a_store_of_the_first_format_goes_on_in_the_present_one(self, local, root, files):
         first = local.publish("alice", files(1), base=BASE)
         second = local.publish("alice", files(2), base=BASE)
         root_file = root / "adapter_store.json"
@@ -255,16 +243,13 @@ class TestDamage:
         )
         added = {"reason", "parent", "previous", "erased_seq", "collected_seq"}
         for path in (user_folder(root, first) / "log").iterdir():
-            entry = json.loads(path.read_text())
-            path.write_text(
-                json.dumps({k: v for k, v in entry.items() if k not in added} | {"format": 1})
-            )
+            entry = json.loads(path.read_text()) | {"format": 1}
+            path.write_text(json.dumps({name: entry[name] for name in entry.keys() - added}))
         store = AdapterStore(root)
         assert store.fetch(store.resolve("alice")) == files(2)
         assert [change.operation for change in store.history("alice")] == ["publish", "publish"]
-        with pytest.raises(
-            AdapterNotFoundError, match="no earlier active version"
-        ):  # which it did not keep
+        # Those the first format did not keep.
+        with pytest.raises(AdapterNotFoundError, match="no earlier active version"):
             store.rollback("alice")
         store.activate("alice", first.version)
         assert json.loads(newest_entry(root, first).read_text())["format"] == 2
@@ -275,8 +260,7 @@ class TestDamage:
 
     def test_an_entry_with_no_user_lists_no_versions(self, local, root, files):
         version = local.publish("alice", files(), base=BASE)
-        path = newest_entry(root, version)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"user_id": ""}))
+        change_json(newest_entry(root, version), user_id="")
         with pytest.raises(IntegrityError, match="it lists versions of no user"):
             AdapterStore(root).resolve("alice")
 
@@ -289,22 +273,21 @@ class TestPepper:
             assert PEPPER not in path.read_bytes()
             assert PEPPER.hex() not in path.read_text()
 
-    def test_another_pepper_or_none_is_an_error_and_never_nobody(self, root, files):
+    def test_another_pepper_or_none_is_an_error_and_never_an_empty_store(self, root, files):
         AdapterStore(root, pepper=PEPPER).publish("alice", files(), base=BASE)
-        for given, said in (
+        for pepper, said in (
             (PEPPER[::-1], "with another pepper than the one given"),
             (None, "pass that one as pepper="),
         ):
-            store = AdapterStore(root, pepper=given)
+            store = AdapterStore(root, pepper=pepper)
             for call in (
                 store.resolve,
                 store.versions,
                 store.active,
                 lambda user, s=store: s.publish(user, files(), base=BASE),
             ):
-                with pytest.raises(
-                    KeyMismatchError, match=f"{root}/adapter_store.json was made .*{said}"
-                ):
+                message = f"{root}/adapter_store.json was made .*{said}"
+                with pytest.raises(KeyMismatchError, match=message):
                     call("alice")
             with pytest.raises(KeyMismatchError):
                 store.list_users()
@@ -325,17 +308,15 @@ class TestPepper:
 class TestRefusingDisks:
     def test_a_file_in_place_of_the_store_is_named(self, tmp_path, files):
         (tmp_path / "store").write_text("a file")
-        for place in (tmp_path / "store", tmp_path / "store" / "below"):
-            store = AdapterStore(place)
+        for folder in (tmp_path / "store", tmp_path / "store" / "below"):
+            store = AdapterStore(folder)
+            said = f"cannot .* {folder}.*: a file stands where a folder is needed"
             for call in (
                 store.resolve,
                 store.versions,
                 lambda user, s=store: s.publish(user, files(), base=BASE),
             ):
-                with pytest.raises(
-                    BackendError,
-                    match=f"cannot .* {place}.*: a file stands where a folder is needed",
-                ):
+                with pytest.raises(BackendError, match=said):
                     call("alice")
         assert (tmp_path / "store").read_text() == "a file"
 
@@ -344,14 +325,12 @@ class TestRefusingDisks:
             store = AdapterStore(folder / "store")
             older = store.publish("alice", files(0), base=BASE)
             version = store.publish("alice", files(1), base=BASE)
-            before = sorted(path for path in folder.rglob("*") if path.is_file())
+            before = all_files(folder)
             closed = [path for path in folder.rglob("*") if path.is_dir()]
             for path in closed:
                 path.chmod(0o500)
-            with pytest.raises(
-                BackendError,
-                match=f"cannot write {folder}/store/.*: permission denied: give this user",
-            ):
+            said = f"cannot write {folder}/store/.*: permission denied: give this user"
+            with pytest.raises(BackendError, match=said):
                 store.publish("alice", files(2), base=BASE)
             with pytest.raises(BackendError, match="permission denied"):
                 store.activate("alice", older.version)
@@ -360,7 +339,7 @@ class TestRefusingDisks:
                 store.delete_version("alice", version.version)
             for path in closed:
                 path.chmod(0o700)
-            assert sorted(path for path in folder.rglob("*") if path.is_file()) == before
+            assert all_files(folder) == before
             store.publish("alice", files(2), base=BASE)
 
     def test_without_permission_to_make_or_read_a_store_it_says_where(self, unprivileged, files):
@@ -370,38 +349,32 @@ class TestRefusingDisks:
                 AdapterStore.prepare,
                 lambda store, user: store.publish(user, files(), base=BASE),
             ):
-                with pytest.raises(
-                    BackendError, match=f"cannot write {folder}/new/.*permission denied"
-                ):
+                said = f"cannot write {folder}/new/.*permission denied"
+                with pytest.raises(BackendError, match=said):
                     call(AdapterStore(folder / "new"), "alice")
             store = AdapterStore(MemoryBackend())
             store.publish("alice", files(), base=BASE)
-            with pytest.raises(
-                BackendError, match=f"cannot write an adapter to {folder}/out .*Permission denied"
-            ):
+            said = f"cannot write an adapter to {folder}/out .*Permission denied"
+            with pytest.raises(BackendError, match=said):
                 store.export_peft("alice", folder / "out")
             folder.chmod(0o000)
             with pytest.raises(BackendError, match=f"cannot read {folder}/new/.*permission denied"):
                 AdapterStore(folder / "new").resolve("alice")
             folder.chmod(0o700)
 
-    def test_a_version_whose_files_cannot_be_removed_is_off_the_list_and_named(
-        self, unprivileged, files
-    ):
+    def test_a_version_with_files_that_cannot_be_removed_is_named(self, unprivileged, files):
         with unprivileged() as folder:
             store = AdapterStore(folder / "store")
             version = store.publish("alice", files(), base=BASE)
             store.fetch_dir(version).chmod(0o500)
-            with pytest.raises(
-                BackendError,
-                match=f"{version.version} of user 'alice' is no longer listed, but its files",
-            ):
+            said = f"{version.version} of user 'alice' is no longer listed, but its files"
+            with pytest.raises(BackendError, match=said):
                 store.delete_version("alice", version.version)
             assert store.versions("alice") == []
 
     def test_a_full_disk_in_mid_publish_leaves_the_store_as_it_was(self, local, root, files):
         version = local.publish("alice", files(1), base=BASE)
-        before = sorted(path for path in root.rglob("*") if path.is_file())
+        before = all_files(root)
         with (
             files_at_most(20_000),
             pytest.raises(BackendError, match=f"cannot write {root}/.*raise the limit"),
@@ -410,14 +383,14 @@ class TestRefusingDisks:
         # The data fits, the entry does not: the last step fails.
         with files_at_most(20_000), pytest.raises(BackendError, match=r"log/000000000002\.json: "):
             local.publish("alice", files(2), base=BASE, metadata={"long": "x" * 30_000})
-        assert sorted(path for path in root.rglob("*") if path.is_file()) == before
+        assert all_files(root) == before
         assert local.versions("alice") == [version]
         local.publish("alice", files(2, num_values=100_000), base=BASE)
 
 
 @contextlib.contextmanager
 def files_at_most(num_bytes):
-    """Writes beyond that size fail half-way, as they do on a full disk, for root too."""
+    """Let writes beyond that size fail half-way, as they do on a full disk, for root too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

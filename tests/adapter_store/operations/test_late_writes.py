@@ -1,9 +1,13 @@
-"""Writes that land late, or whose answer is lost: nothing erased is served again, nothing listed lacks its files."""
+"""Writes that land late, or lose their answer.
+
+Nothing erased is served again, and nothing listed lacks its files.
+"""
 
 import threading
 from datetime import timedelta
 
 import pytest
+from hooked_backend import HookedBackend, once
 
 from adapter_store import (
     AdapterNotFoundError,
@@ -21,42 +25,11 @@ from adapter_store.vault import STORE
 BASE = {"weights": "w"}
 
 
-class Hooked:
-    """A backend that lets a test in around each put."""
-
-    url = "hooked://"
-
-    def __init__(self, backend):
-        self.get, self.stat, self.list_folder, self.delete = (
-            backend.get,
-            backend.stat,
-            backend.list_folder,
-            backend.delete,
-        )
-        self.put = backend.put_if_absent
-        self.before = self.after = lambda key: None
-
-    def put_if_absent(self, key, data):
-        self.before(key)
-        self.put(key, data)
-        self.after(key)
-
-
-def once(act):
-    """Return a hook that acts at the first put of a log entry only."""
-    left = [act]
-
-    def hook(key):
-        if "/log/" in key and left:
-            left.pop()()
-
-    return hook
-
-
 @pytest.mark.parametrize("reads_itself", [True, False], ids=["read", "committed"])
-def test_a_head_in_memory_is_not_taken_for_a_late_entry_in_its_place_after_an_erasure(reads_itself):
+def test_a_remembered_head_is_not_taken_for_a_late_entry(reads_itself):
+    """The late entry lands where the head was, after an erasure."""
     backend = MemoryBackend()
-    writer, slow_backend = AdapterStore(backend), Hooked(backend)
+    writer, slow_backend = AdapterStore(backend), HookedBackend(backend)
     first, second = (writer.publish("alice", make_adapter(n, 64), base=BASE) for n in range(2))
     reader, slow, other = AdapterStore(backend), AdapterStore(slow_backend), AdapterStore(backend)
     seen = []
@@ -79,24 +52,23 @@ def test_a_head_in_memory_is_not_taken_for_a_late_entry_in_its_place_after_an_er
 
 
 @pytest.mark.parametrize("num_entries", [1, 2])
-def test_an_entry_that_lands_late_between_a_listing_and_its_reading_is_not_taken_for_the_one_listed(
-    num_entries,
-):
+def test_a_late_entry_is_not_taken_for_the_one_listed(num_entries):
+    """It lands between the listing and the reading."""
     backend = MemoryBackend()
-    writer, slow_backend = AdapterStore(backend), Hooked(backend)
+    writer, slow_backend = AdapterStore(backend), HookedBackend(backend)
     versions = [writer.publish("alice", make_adapter(n, 64), base=BASE) for n in range(num_entries)]
     key = entry_key(versions[0].user_key, num_entries)
     late = backend.get(key, 10**6)
     acts = ["once"]
 
     def list_folder(folder):
-        found = backend.list_folder(folder)
+        names = backend.list_folder(folder)
         if folder.endswith("/log") and acts:
             acts.pop()
             writer.erase_user("alice")
             writer.erase_user("alice")
             backend.put_if_absent(key, late)
-        return found
+        return names
 
     slow_backend.list_folder = list_folder
     reader = AdapterStore(slow_backend)
@@ -106,16 +78,16 @@ def test_an_entry_that_lands_late_between_a_listing_and_its_reading_is_not_taken
     assert acts == []
 
 
-def test_an_entry_that_an_erasure_overtook_is_taken_back_after_the_older_ones():
-    """Taken back out of turn, it would make a warm reader of the one before believe that nothing came after."""
+def test_an_overtaken_entry_is_taken_back_after_the_older_ones():
+    """Out of order, a warm reader of the one before would believe that nothing came after."""
     backend = MemoryBackend()
-    slow_backend, killed_backend = Hooked(backend), Hooked(backend)
+    slow_backend, killed_backend = HookedBackend(backend), HookedBackend(backend)
     reader = AdapterStore(backend)
     key = reader.publish("alice", make_adapter(1, 64), base=BASE).user_key
     reader.resolve("alice")
 
-    def kill(place):
-        if place.startswith("users/"):
+    def kill(key):
+        if key.startswith("users/"):
             raise KeyboardInterrupt
 
     def erase_and_be_killed():
@@ -131,9 +103,9 @@ def test_an_entry_that_an_erasure_overtook_is_taken_back_after_the_older_ones():
     assert backend.list_folder(log_folder(key)) == [numbered(3)]
 
 
-def test_a_reader_whom_writers_overtake_at_every_look_gets_an_answer():
+def test_a_reader_overtaken_at_every_look_gets_an_answer():
     backend = MemoryBackend()
-    writer, hooked = AdapterStore(backend), Hooked(backend)
+    writer, hooked = AdapterStore(backend), HookedBackend(backend)
     versions = [writer.publish("alice", make_adapter(n, 64), base=BASE).version for n in range(2)]
     looks = []
 
@@ -152,7 +124,7 @@ class Sleeper:
     """A publish in a thread, which sleeps before the put of its log entry, and again after it."""
 
     def __init__(self, backend, seed):
-        self.hooked = Hooked(backend)
+        self.hooked = HookedBackend(backend)
         self.asleep, self.may_put, self.landed, self.may_go_on = (
             threading.Event() for _ in range(4)
         )
@@ -208,7 +180,7 @@ def test_of_two_entries_that_land_after_an_erasure_none_stays():
 
 def test_a_reader_between_two_late_entries_believes_neither():
     backend = MemoryBackend()
-    store, hooked, acts = AdapterStore(backend), Hooked(backend), ["erase", "land"]
+    store, hooked, acts = AdapterStore(backend), HookedBackend(backend), ["erase", "land"]
     store.prepare("alice")
     first = Sleeper(backend, 1)
     store.publish("alice", make_adapter(11, 64), base=BASE)
@@ -216,20 +188,20 @@ def test_a_reader_between_two_late_entries_believes_neither():
     store.publish("alice", make_adapter(21, 64), base=BASE)
 
     def list_folder(folder):
-        found = backend.list_folder(folder)
+        names = backend.list_folder(folder)
         if folder.endswith("/log") and acts[:1] == ["erase"]:
             acts.pop(0)
             store.erase_user("alice")
             store.erase_user("alice")
             second.put()
-        return found
+        return names
 
     def get(key, max_bytes):
-        found = backend.get(key, max_bytes)
+        data = backend.get(key, max_bytes)
         if key.endswith("/log/" + numbered(2)) and acts[:1] == ["land"]:
             acts.pop(0)
             first.put()
-        return found
+        return data
 
     hooked.list_folder, hooked.get = list_folder, get
     reader = AdapterStore(hooked)
@@ -246,10 +218,10 @@ def test_a_reader_between_two_late_entries_believes_neither():
 @pytest.mark.parametrize(
     "is_deleted", [True, False], ids=["in a hole", "before the erasure's entry"]
 )
-def test_a_change_that_never_was_in_the_log_is_not_reported_as_made(is_deleted):
+def test_a_change_that_was_never_logged_is_not_reported_as_made(is_deleted):
     """Another one won against the same state, and the user was erased since."""
     backend = MemoryBackend()
-    other, hooked = AdapterStore(backend), Hooked(backend)
+    other, hooked = AdapterStore(backend), HookedBackend(backend)
     versions = [other.publish("alice", make_adapter(n, 64), base=BASE).version for n in range(3)]
 
     def overtake():
@@ -263,9 +235,9 @@ def test_a_change_that_never_was_in_the_log_is_not_reported_as_made(is_deleted):
         AdapterStore(hooked).activate("alice", versions[1], expected_active=versions[2])
 
 
-def test_of_two_erasures_at_once_none_takes_what_was_published_after_the_other():
+def test_a_late_erasure_takes_nothing_published_after_the_other():
     backend = MemoryBackend()
-    other, hooked = AdapterStore(backend), Hooked(backend)
+    other, hooked = AdapterStore(backend), HookedBackend(backend)
     other.publish("alice", make_adapter(1, 64), base=BASE)
     again = []
 
@@ -279,22 +251,22 @@ def test_of_two_erasures_at_once_none_takes_what_was_published_after_the_other()
     assert other.versions("alice") == again
 
 
-def test_a_change_that_is_followed_by_what_cannot_be_read_says_that_nobody_can_tell():
+def test_a_change_followed_by_damage_says_that_its_fate_is_unknown():
     backend = MemoryBackend()
-    other, hooked = AdapterStore(backend), Hooked(backend)
+    other, hooked = AdapterStore(backend), HookedBackend(backend)
     versions = [other.publish("alice", make_adapter(n, 64), base=BASE) for n in range(2)]
     hooked.after = once(
         lambda: backend.put_if_absent(entry_key(versions[0].user_key, 4), b"damaged")
     )
-    with pytest.raises(BackendError, match="nobody can tell whether it counted"):
+    with pytest.raises(BackendError, match="it is unknown whether it counted"):
         AdapterStore(hooked).activate("alice", versions[0].version)
 
 
 @pytest.mark.parametrize("others", ["activate", "publish"])
-def test_a_change_whose_entry_was_trimmed_while_it_slept_is_not_made_twice(others):
-    """It cannot tell whether it counted, and says so."""
+def test_a_change_with_an_entry_trimmed_meanwhile_is_not_made_twice(others):
+    """It is unknown whether it counted, and the error says so."""
     backend = MemoryBackend()
-    other, hooked = AdapterStore(backend), Hooked(backend)
+    other, hooked = AdapterStore(backend), HookedBackend(backend)
     versions = [other.publish("alice", make_adapter(n, 64), base=BASE).version for n in range(6)]
 
     def change_and_trim():
@@ -306,25 +278,28 @@ def test_a_change_whose_entry_was_trimmed_while_it_slept_is_not_made_twice(other
         other.gc(entry_age=timedelta(0))
 
     hooked.after = once(change_and_trim)
-    call = AdapterStore(hooked).rollback if others == "activate" else AdapterStore(hooked).publish
-    with pytest.raises(BackendError, match="nobody can tell whether it counted"):
-        call("alice") if others == "activate" else call("alice", make_adapter(7, 64), base=BASE)
+    slow = AdapterStore(hooked)
+    call = {
+        "activate": lambda: slow.rollback("alice"),
+        "publish": lambda: slow.publish("alice", make_adapter(7, 64), base=BASE),
+    }[others]
+    with pytest.raises(BackendError, match="it is unknown whether it counted"):
+        call()
     reader = AdapterStore(backend)
     assert reader.verify().ok
     assert reader.fetch(reader.resolve("alice"))
 
 
-@pytest.mark.parametrize("place", ["keys/", "probes/"])
-def test_a_put_whose_first_answer_was_lost_is_told_that_its_file_is_there(place, tmp_path):
+@pytest.mark.parametrize("folder", ["keys/", "probes/"])
+def test_a_put_that_lost_its_first_answer_is_done(folder, keys):
+    """The storage client tries again, and is told that the file exists."""
     backend = MemoryBackend()
-    hooked, keys = Hooked(backend), FileKeys.create(tmp_path / "keys")
 
-    def lost(key):
-        if key.startswith(place):
+    def lose_the_answer(key):
+        if key.startswith(folder):
             raise FileExistsError(key)
 
-    hooked.after = lost
-    store = AdapterStore(hooked, keys=keys)
+    store = AdapterStore(HookedBackend(backend, after=lose_the_answer), keys=keys)
     store.prepare("bob")
     version = store.publish("alice", make_adapter(1, 64), base=BASE)
     store.gc()
@@ -344,9 +319,9 @@ class TestAPublishWithoutAnAnswer:
         params=[BackendError("timeout"), KeyboardInterrupt()], ids=["timeout", "Ctrl-C"]
     )
     def late(self, request, keys):
-        """A store, and the puts of entries that it was not answered."""
+        """The storage, and the puts of entries that were not answered."""
         backend = MemoryBackend()
-        hooked, puts = Hooked(backend), []
+        hooked, puts = HookedBackend(backend), []
         AdapterStore(backend, keys=keys).prepare("bob")
 
         def put(key, data):
@@ -378,46 +353,39 @@ class TestAPublishWithoutAnAnswer:
 
     def test_that_failed_before_leaves_nothing(self, keys):
         backend = MemoryBackend()
-        hooked = Hooked(backend)
 
         def fail(key):
             if key.endswith("adapter_config.json"):
                 raise BackendError("timeout")
 
-        hooked.before = fail
+        failing = HookedBackend(backend, fail)
         with pytest.raises(BackendError):
-            AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
+            AdapterStore(failing, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
         assert not [key for key in all_keys(backend, "users") if "/versions/" in key]
 
 
 class TestAStoreIsMade:
-    @pytest.fixture
-    def keys(self, tmp_path):
-        return FileKeys.create(tmp_path / "keys")
-
-    def test_with_its_pepper_where_the_answer_to_its_root_file_was_lost(self, keys):
-        """The storage client tries again, and is told that the file is there: it is our own."""
+    def test_with_its_pepper_where_the_root_files_answer_was_lost(self, keys):
+        """The storage client tries again, and is told that the file exists: it is our own."""
         backend = MemoryBackend()
-        hooked = Hooked(backend)
 
-        def lost(key):
+        def lose_the_answer(key):
             if key == ROOT_FILE:
                 raise FileExistsError(key)
 
-        hooked.after = lost
+        hooked = HookedBackend(backend, after=lose_the_answer)
         AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
         store = AdapterStore(backend, keys=keys)
         assert store.fetch(store.resolve("alice")) == make_adapter(1, 64)
 
-    def test_without_the_pepper_of_who_came_second(self, keys):
+    def test_without_the_pepper_of_the_maker_that_came_second(self, keys):
         backend = MemoryBackend()
-        hooked = Hooked(backend)
 
-        def overtaken(key):
+        def overtake(key):
             if key == ROOT_FILE:
                 AdapterStore(backend, keys=keys).prepare("bob")
 
-        hooked.before = overtaken
+        hooked = HookedBackend(backend, overtake)
         AdapterStore(hooked, keys=keys).publish("alice", make_adapter(1, 64), base=BASE)
         assert len(all_keys(backend, keys_folder(STORE))) == 1
         assert AdapterStore(backend, keys=keys).versions("alice")

@@ -54,7 +54,7 @@ def test_a_user_goes_out_as_a_file_and_comes_in_elsewhere(
     file.write_bytes(b"no tar" * 1000)
     broken = cope_lc("adapters", "import", file, *other)
     assert broken.code == 2
-    assert "is no tar file that export_user wrote" in broken.error
+    assert "is not a tar file that export_user wrote" in broken.error
 
 
 def test_a_peft_folder_becomes_a_users_version(
@@ -115,7 +115,7 @@ def test_users_that_an_export_skips_are_counted(
     (tmp_path / "file").write_text("no folder")
     outcome = cope_lc("adapters", "export-all", tmp_path / "file")
     assert outcome.code == 1
-    assert "is no folder" in outcome.error
+    assert "is not a folder" in outcome.error
     assert cope_lc("adapters", "export", "alice", tmp_path / "alice.tar.gz").code == 2
 
 
