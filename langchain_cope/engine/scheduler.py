@@ -154,20 +154,26 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Admit from the line, in order, as far as the bounds allow."""
-        with self._lock:
-            waiting = list(self._waiting)
-        for active in waiting:  # whether or not there is room
-            if active.cancelled or active.fail_if_overdue():
-                self._drop_waiting(active)
-            elif active.lease is not None and active.lease.error is not None:
-                active.fail(active.lease.error)
-                self._drop_waiting(active)
-        with self._lock:
-            ready = [active for active in self._waiting if active.ready]
-        for active in ready:
+        for active in self._ready():
             if self._batch.num_rows >= self._max_rows or not self._fits(active):
                 break
             self._admit_one(active)
+
+    def _ready(self) -> list[ActiveRequest]:
+        """Return who could be admitted; drop those who gave up or failed, room or not."""
+        with self._lock:
+            waiting = list(self._waiting)
+        ready = []
+        for active in waiting:
+            is_ready = active.ready  # asked once: an adapter may arrive, or fail to, at any time
+            if active.cancelled or active.fail_if_overdue():
+                self._drop_waiting(active)
+            elif is_ready and active.lease is not None and active.lease.error is not None:
+                active.fail(active.lease.error)
+                self._drop_waiting(active)
+            elif is_ready:
+                ready.append(active)
+        return ready
 
     def _admit_one(self, active: ActiveRequest) -> None:
         if active.lease is not None:

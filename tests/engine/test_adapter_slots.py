@@ -16,6 +16,7 @@ from langchain_cope.engine import (
     Sampling,
     load_base,
 )
+from langchain_cope.engine.answer import ActiveRequest
 from langchain_cope.errors import EngineClosed, ModelError
 
 Tiny = Callable[..., Path]
@@ -144,6 +145,32 @@ def test_an_adapter_that_fails_to_load_fails_alone_and_is_tried_again(
     few_slots.generate([Request(PROMPT, AdapterSource("ann@1", flaky), sampling=SHORT)])
     good.completion()
     wait_until_idle(few_slots)
+
+
+def test_an_adapter_that_fails_during_admission_never_answers_as_the_base(
+    few_slots: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_fail = threading.Event()
+
+    def away() -> Path:
+        assert may_fail.wait(10)
+        raise ConnectionError("the store is away")
+
+    def look_at_deadline(active: ActiveRequest) -> bool:
+        if active.request.deadline is not None:  # the other request: the first was looked at
+            may_fail.set()
+            until = time.monotonic() + 10
+            while not failing._active.ready and time.monotonic() < until:
+                time.sleep(0.001)
+        return fail_if_overdue(active)
+
+    fail_if_overdue = ActiveRequest.fail_if_overdue
+    failing = few_slots.stream(Request(PROMPT, AdapterSource("ann@1", away), sampling=SHORT))
+    monkeypatch.setattr(ActiveRequest, "fail_if_overdue", look_at_deadline)
+    other = few_slots.stream(Request(PROMPT, sampling=SHORT, deadline=time.monotonic() + 60))
+    with pytest.raises(ConnectionError, match="the store is away"):
+        failing.completion()
+    other.completion()
 
 
 def test_deadlines_and_cancelling_hold_while_an_adapter_is_loaded(few_slots: Engine) -> None:
