@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cope_lc.metrics_table import mean_metrics, metrics_table, relative_change
 from cope_lc.options import Device, Dtype, Json, Model, Target
-from cope_lc.progress import DisplayMonitor, display, duration
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.recipe_choice import Paper, TrainingSeed, recipe_choice
-from cope_lc.screen import cell, console, number, say, table
+from cope_lc.screen import console, say
 from cope_lc.text import print_json, shorten
-from langchain_cope.evaluation.ways import BASE, WAYS
 
 if TYPE_CHECKING:
     from langchain_cope.evaluation.comparison import UserEvaluation
@@ -21,9 +18,6 @@ if TYPE_CHECKING:
     from langchain_cope.training.recipe import RecipeChoice
 
 EXAMPLE = "Example: cope-lc evaluate users.jsonl --limit 6"
-_WITH_NLL = [way for way in WAYS if way.has_nll]
-_LEARNT = [way for way in _WITH_NLL if way.adapter is not None]
-_CONTRASTIVE = [way for way in WAYS if way.contrastive]
 
 
 def evaluate(
@@ -76,6 +70,7 @@ def _check(users: "list[UserHistory]", file: Path) -> None:
 def _evaluate_all(
     users: "list[UserHistory]", settings: dict[str, Any], recipe: "RecipeChoice"
 ) -> "list[UserEvaluation]":
+    from cope_lc.progress import DisplayMonitor, progress_display
     from langchain_cope.engine import Engine, load_base
     from langchain_cope.evaluation.comparison import evaluate_user
 
@@ -83,8 +78,8 @@ def _evaluate_all(
     evaluations = []
     for index, user in enumerate(users, 1):
         prefix = f"[{index}/{len(users)}] {_name_of(user, 24)}: "
-        with display(prefix, transient=True) as shown:
-            evaluation = evaluate_user(engine, user, recipe, monitor=DisplayMonitor(shown))
+        with progress_display(prefix, transient=True) as display:
+            evaluation = evaluate_user(engine, user, recipe, monitor=DisplayMonitor(display))
         print(f"{prefix}{_summary(evaluation)}", file=sys.stderr, flush=True)
         evaluations.append(evaluation)
     return evaluations
@@ -95,39 +90,49 @@ def _name_of(user: "UserHistory | UserEvaluation", limit: int) -> str:
 
 
 def _summary(user: "UserEvaluation") -> str:
-    names = " → ".join(way.name for way in _WITH_NLL)
-    figures = " → ".join(f"{user.metrics[way.name]['nll']:.3f}" for way in _WITH_NLL)
+    from cope_lc.metrics_table import WITH_NLL
+    from cope_lc.progress import duration
+
+    names = " → ".join(way.name for way in WITH_NLL)
+    figures = " → ".join(f"{user.metrics[way.name]['nll']:.3f}" for way in WITH_NLL)
     return f"NLL {figures} ({names}) in {duration(sum(user.timings.values()))}"
 
 
 def _facts(evaluations: "list[UserEvaluation]", model: str) -> dict[str, Any]:
+    """Return all figures, as `--json` prints them."""
     from dataclasses import asdict
 
+    from cope_lc.metrics_table import mean_metrics, nll_changes
+
     mean = mean_metrics([user.metrics for user in evaluations])
-    users_better = {}
-    for way in _LEARNT:
-        better = [user for user in evaluations if relative_change(user.metrics, way) < 0]
-        users_better[way.name] = len(better)
+    mean_changes = nll_changes(mean)
+    users = []
+    users_better = dict.fromkeys(mean_changes, 0)
+    for user in evaluations:
+        changes = nll_changes(user.metrics)
+        users.append({**asdict(user), "nll_change": changes})
+        for name, change in changes.items():
+            if change < 0:
+                users_better[name] += 1
     return {
         "model": model,
-        "users": [{**asdict(user), "nll_change": _changes(user.metrics)} for user in evaluations],
+        "users": users,
         "mean": mean,
-        "nll_change": _changes(mean),
+        "nll_change": mean_changes,
         "users_better": users_better,
     }
 
 
-def _changes(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
-    return {way.name: relative_change(metrics, way) for way in _LEARNT}
-
-
 def _show(evaluations: "list[UserEvaluation]") -> None:
+    from cope_lc.metrics_table import metrics_table, user_table
+    from cope_lc.progress import duration
+
     out = console()
     facts = _facts(evaluations, "")
     num_users = len(evaluations)
     seconds = sum(sum(user.timings.values()) for user in evaluations)
     out.print()
-    out.print(_user_table(evaluations))
+    out.print(user_table([(_name_of(user, 30), user.metrics) for user in evaluations]))
     out.print()
     noun = "users" if num_users > 1 else "user"
     out.print(metrics_table(facts["mean"], f"mean of {num_users} {noun}"))
@@ -151,21 +156,3 @@ def _notes(evaluations: "list[UserEvaluation]") -> list[str]:
         about = names[0] if len(names) == 1 else f"{len(names)} users"
         lines.append(f"{about}: {shorten(note, 300)}")
     return lines
-
-
-def _user_table(evaluations: "list[UserEvaluation]") -> Any:
-    """Return a row for each user: NLL, its change against the base, and ROUGE-L."""
-    by_rouge = [BASE, *_CONTRASTIVE]
-    nll_columns = [way.name for way in _WITH_NLL]
-    change_columns = [f"{way.name} %" for way in _LEARNT]
-    rouge_columns = [way.name for way in by_rouge]
-    nll_columns[0] = f"NLL {nll_columns[0]}"
-    rouge_columns[0] = f"ROUGE-L {rouge_columns[0]}"
-    columns = (*nll_columns, *change_columns, *rouge_columns)
-    rows = table("user", *columns, right=columns)
-    for user in evaluations:
-        nll = [number(user.metrics[way.name]["nll"]) for way in _WITH_NLL]
-        changes = [f"{change:+.2%}" for change in _changes(user.metrics).values()]
-        rouge = [number(user.metrics[way.name]["rougeL"]) for way in by_rouge]
-        rows.add_row(cell(_name_of(user, 30)), *nll, *changes, *rouge)
-    return rows

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MEASURES = {"nll": "NLL ↓", "rouge1": "ROUGE-1 ↑", "rougeL": "ROUGE-L ↑"}
+WITH_NLL = [way for way in WAYS if way.has_nll]
+LEARNT = [way for way in WITH_NLL if way.adapter is not None]
+_BY_ROUGE = [BASE, *[way for way in WAYS if way.contrastive]]  # shown for each user
 Metrics = dict[str, dict[str, float]]
 
 
@@ -24,6 +27,23 @@ def metrics_table(metrics: Metrics, first: str = "") -> "Table":
     return rows
 
 
+def user_table(users: "list[tuple[str, Metrics]]") -> "Table":
+    """Return a row for each user, given as (name, metrics): NLL, its changes, and ROUGE-L."""
+    nll_columns = [way.name for way in WITH_NLL]
+    nll_columns[0] = f"NLL {nll_columns[0]}"
+    change_columns = [f"{way.name} %" for way in LEARNT]
+    rouge_columns = [way.name for way in _BY_ROUGE]
+    rouge_columns[0] = f"ROUGE-L {rouge_columns[0]}"
+    columns = (*nll_columns, *change_columns, *rouge_columns)
+    rows = table("user", *columns, right=columns)
+    for name, metrics in users:
+        nll = [number(metrics[way.name]["nll"]) for way in WITH_NLL]
+        changes = [f"{change:+.2%}" for change in nll_changes(metrics).values()]
+        rouge = [number(metrics[way.name]["rougeL"]) for way in _BY_ROUGE]
+        rows.add_row(cell(name), *nll, *changes, *rouge)
+    return rows
+
+
 def mean_metrics(users: "list[Metrics]") -> Metrics:
     """Return the mean over users of every figure, each user counting the same."""
     means: Metrics = {}
@@ -35,9 +55,10 @@ def mean_metrics(users: "list[Metrics]") -> Metrics:
     return means
 
 
-def relative_change(metrics: Metrics, way: Way) -> float:
-    """Return by what share the NLL of `way` is above (below: negative) the base's."""
-    return metrics[way.name]["nll"] / metrics[BASE.name]["nll"] - 1
+def nll_changes(metrics: Metrics) -> dict[str, float]:
+    """Return by what share the NLL of each trained way is above (below: negative) the base's."""
+    base = metrics[BASE.name]["nll"]
+    return {way.name: metrics[way.name]["nll"] / base - 1 for way in LEARNT}
 
 
 def _figure(metrics: Metrics, way: Way, measure: str) -> Any:

@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cope_lc.metrics_table import metrics_table
 from cope_lc.options import Device, Dtype, Json, Model, Store, Target
-from cope_lc.progress import display, duration, listener
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.recipe_choice import Paper, TrainingSeed, recipe_choice
 from cope_lc.screen import console, pairs, say
 from cope_lc.text import name_of, one_line, print_json, shorten
-from langchain_cope.training.progress import Stage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -190,14 +187,15 @@ def _end_dry_run(history: "UserHistory", facts: dict[str, Any], as_json: bool) -
 
 
 def _train(chain: "PersonalizeUser", history: "UserHistory") -> "PersonalizeResult":
+    from cope_lc.progress import listener, progress_display
     from langchain_cope.errors import Cancelled
 
     user = history.user_id or ""
     request = {"user_id": user, "history": history.items, "instruction": history.instruction}
     before = chain.store.active(user)
     try:
-        with display() as shown:
-            return chain.invoke(request, {"callbacks": [listener(shown)]})
+        with progress_display() as display:
+            return chain.invoke(request, {"callbacks": [listener(display)]})
     except KeyboardInterrupt:
         raise Cancelled(_stopped(chain.store, user, before)) from None
 
@@ -211,6 +209,10 @@ def _stopped(store: "AdapterStore", user: str, before: str | None) -> str:
 
 
 def _show_result(result: "PersonalizeResult", history: "UserHistory", store: str | None) -> None:
+    from cope_lc.metrics_table import metrics_table
+    from cope_lc.progress import duration
+    from langchain_cope.training.progress import Stage
+
     out = console()
     user = name_of(result.user_id)
     if result.published:

@@ -29,7 +29,7 @@ class Display(Protocol):
 
 
 @contextmanager
-def display(prefix: str = "", *, transient: bool = False) -> Iterator[Display]:
+def progress_display(prefix: str = "", *, transient: bool = False) -> Iterator[Display]:
     """Yield a display for the time of a block.
 
     `prefix` goes before every stage, and `transient` bars vanish at the end.
@@ -68,24 +68,24 @@ def counted(what: str) -> Iterator[Callable[[int], None]]:
 class DisplayMonitor(Monitor):
     """Shows the stages and steps of an `evaluate_user` on a display."""
 
-    def __init__(self, shown: Display) -> None:
+    def __init__(self, display: Display) -> None:
         super().__init__()
-        self._shown = shown
+        self._display = display
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
         """Run the block as `stage`, and show it."""
-        self._shown.start(stage)
+        self._display.start(stage)
         with super().stage(stage):
             yield
-        self._shown.end(stage)
+        self._display.end(stage)
 
     def report(self, progress: Progress) -> None:
         """Show a step."""
-        self._shown.step(progress)
+        self._display.step(progress)
 
 
-def listener(shown: Display) -> "BaseCallbackHandler":
+def listener(display: Display) -> "BaseCallbackHandler":
     """Return the handler that shows a `PersonalizeUser`'s stages and steps on a display."""
     from langchain_core.callbacks import BaseCallbackHandler
 
@@ -104,16 +104,16 @@ def listener(shown: Display) -> "BaseCallbackHandler":
         ) -> None:
             if name in names:
                 self.stages[run_id] = Stage(name)
-                shown.start(self.stages[run_id])
+                display.start(self.stages[run_id])
 
         def on_chain_end(self, outputs: Any, *, run_id: Any, **_: Any) -> None:
             if run_id in self.stages:
-                shown.end(self.stages.pop(run_id))
+                display.end(self.stages.pop(run_id))
 
         def on_custom_event(self, name: str, data: Any, **_: Any) -> None:
             if name == PROGRESS:
                 facts = {key: value for key, value in data.items() if key != "user_id"}
-                shown.step(Progress(**facts | {"stage": Stage(data["stage"])}))
+                display.step(Progress(**facts | {"stage": Stage(data["stage"])}))
 
     return Listener()
 

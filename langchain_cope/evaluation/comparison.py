@@ -89,8 +89,8 @@ def train_and_evaluate(
 ) -> "tuple[TrainingResult, Evaluation]":
     """Train on the items `trained` in `folder`, then compare the ways on `held_out`.
 
-    A stage whose work `folder` holds is not run again. Raises what `train_user` and `evaluate`
-    raise.
+    A stage that finds its own work in `folder` is not run again. Raises what `train_user` and
+    `evaluate` raise.
     """
     from langchain_cope.evaluation.evaluate import Evaluation, evaluate
     from langchain_cope.training.atomic_files import read_json, write_json

@@ -17,7 +17,7 @@ from langchain_cope.training.encode import Encoded, fit
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
 
-ITEMS_A_BATCH = 16  # items whose generations, one a way, share a batch; a step of the stage
+ITEMS_A_BATCH = 16  # items that are answered together, by every way; a step of the stage
 ROUGE = ("rouge1", "rougeL")
 
 Adapters = Mapping[Stage | None, Adapter | None]

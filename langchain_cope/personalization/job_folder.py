@@ -39,7 +39,7 @@ class Job:
     """
 
     def finished_stages(self) -> list[Stage]:
-        """Return the stages whose work is in the folder, in order."""
+        """Return the stages that have left their work in the folder, in order."""
         return [stage for stage in Stage if stage.file and (self.folder / stage.file).exists()]
 
 
@@ -81,7 +81,7 @@ def resumable_job(job_dir: str | os.PathLike[str], user_id: str, digest: str) ->
     lock = _locked(folder)
     try:
         yield _open_job(folder, digest)
-        # The facts first: what is left of a folder without them is never gone on with.
+        # The facts first: what is left of a folder without them is never resumed.
         (folder / FACTS).unlink()
         shutil.rmtree(folder, ignore_errors=True)
     finally:

@@ -46,7 +46,7 @@ _device_locks_lock = threading.Lock()
 
 
 class Run(Monitor):
-    """One personalization; a `Monitor` whose stages are child runs and whose steps are events."""
+    """One personalization; a `Monitor` with stages as child runs and steps as events."""
 
     result: PersonalizeResult
     _callbacks: CallbackManagerForChainRun

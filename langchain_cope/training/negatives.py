@@ -15,7 +15,7 @@ from langchain_cope.training.encode import Encoded, common_prefix, encode, encod
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 
-ITEMS_A_BATCH = 16  # items whose candidates are sampled together; a step of the stage
+ITEMS_A_BATCH = 16  # items of which candidates are sampled together; a step of the stage
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def make_pairs(
     """
     unpaired = [example for example in examples if not example.item.rejected]
     mined, mining_notes = mine_negatives(engine, unpaired, recipe, sft, monitor)
-    given, given_notes = given_pairs(engine.base, examples, recipe)
-    pairs = sorted([*mined, *given], key=lambda pair: pair.index)
-    return pairs, [*mining_notes, *given_notes]
+    ready, notes = given_pairs(engine.base, examples, recipe)
+    pairs = sorted([*mined, *ready], key=lambda pair: pair.index)
+    return pairs, [*mining_notes, *notes]
 
 
 def given_pairs(

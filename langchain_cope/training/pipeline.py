@@ -66,8 +66,8 @@ def train_user(
         engine: The engine of the base, which also samples and scores the negatives.
         items: The history, oldest first.
         recipe: The numbers of all stages.
-        folder: Where the stages leave their work. A stage whose work it holds is not run again:
-            that must be of the same base, items and recipe.
+        folder: Where the stages leave their work. A stage that finds its own work there is not
+            run again: it must be of the same base, items and recipe.
         monitor: Times the stages SFT, negatives and DPO, hears of their steps and may stop them.
 
     Raises:

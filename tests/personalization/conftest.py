@@ -11,7 +11,7 @@ from langchain_cope import PersonalizeUser
 
 @pytest.fixture(scope="session")
 def base(tiny: Callable[..., Path]) -> Path:
-    """The folder of a base whose random weights are small enough to learn quickly."""
+    """The folder of a base with random weights that are small enough to learn quickly."""
     return tiny("llama", initializer_range=0.05)
 
 

@@ -27,7 +27,7 @@ REQUEST = {"user_id": "alice", "history": ROWS}
 HASHED = traced_user("alice", "hashed")
 
 
-class Kept:
+class InMemory:
     """A history store in memory, of which the first calls may fail."""
 
     def __init__(self, num_failures: int = 0) -> None:
@@ -79,12 +79,12 @@ async def test_it_is_mapped_over_users_in_an_asynchronous_chain(
 
 
 def test_a_retry_starts_again_after_a_passing_failure(personalize: PersonalizeUser) -> None:
-    kept = Kept(num_failures=1)
-    retried = personalize.model_copy(update={"history": kept}).with_retry(
+    histories = InMemory(num_failures=1)
+    retried = personalize.model_copy(update={"history": histories}).with_retry(
         retry_if_exception_type=(BackendError,), wait_exponential_jitter=False
     )
     assert retried.invoke({"user_id": "alice"}).published
-    assert kept.users == ["alice", "alice"]
+    assert histories.users == ["alice", "alice"]
     with pytest.raises(HistoryError):  # for good, and not tried again
         retried.invoke({"user_id": "alice", "history": ROWS[:2]})
 
@@ -114,12 +114,12 @@ def test_an_unauthorized_caller_is_refused_before_anything_is_read(
         if user != config["configurable"].get("session_user"):
             raise PermissionError(f"not for {user}")
 
-    kept, recorder = Kept(), Recorder()
-    guarded = personalize.model_copy(update={"authorize": only_oneself, "history": kept})
+    histories, recorder = InMemory(), Recorder()
+    guarded = personalize.model_copy(update={"authorize": only_oneself, "history": histories})
     config: RunnableConfig = {"configurable": {"session_user": "alice"}, "callbacks": [recorder]}
     with pytest.raises(PermissionError, match="not for bob"):
         guarded.invoke({"user_id": "bob"}, config)
-    assert (kept.users, recorder.started) == ([], [])
+    assert (histories.users, recorder.started) == ([], [])
     assert guarded.invoke({"user_id": "alice"}, config).published
 
 
@@ -160,12 +160,12 @@ def calling(tool: str, **arguments: Any) -> Scripted:
 
 
 def test_an_agent_personalizes_the_user_of_the_config(personalize: PersonalizeUser) -> None:
-    tool = personalize.model_copy(update={"history": Kept()}).as_tool(Nothing)
+    tool = personalize.model_copy(update={"history": InMemory()}).as_tool(Nothing)
     agent = create_agent(calling(tool.name), [tool])
     config: RunnableConfig = {"configurable": {"user_id": "alice"}}
     chunks = list(agent.stream({"messages": "learn"}, config, stream_mode=["custom", "values"]))
-    (told,) = [m for m in chunks[-1][1]["messages"] if isinstance(m, ToolMessage)]
-    assert told.content.startswith("published version")
+    (reply,) = [m for m in chunks[-1][1]["messages"] if isinstance(m, ToolMessage)]
+    assert reply.content.startswith("published version")
     assert {chunk["user_id"] for mode, chunk in chunks if mode == "custom"} == {"alice"}
     assert AdapterStore(personalize.store).active("alice") is not None
 
@@ -190,11 +190,11 @@ def test_it_is_a_node_and_its_progress_a_custom_stream(personalize: PersonalizeU
     builder.add_node("learn", personalize)
     builder.add_edge(START, "learn")
     chunks = list(builder.compile().stream(REQUEST, stream_mode=["custom", "values"]))
-    told = [chunk for mode, chunk in chunks if mode == "custom"]
-    stages = list(dict.fromkeys(chunk["stage"] for chunk in told))
+    events = [chunk for mode, chunk in chunks if mode == "custom"]
+    stages = list(dict.fromkeys(chunk["stage"] for chunk in events))
     assert stages == ["sft", "negatives", "dpo", "evaluate"]
-    assert {(chunk["event"], chunk["user_id"]) for chunk in told} == {("cope.progress", "alice")}
-    assert [chunk["step"] for chunk in told if chunk["stage"] == "sft"][-1] == 6
+    assert {(chunk["event"], chunk["user_id"]) for chunk in events} == {("cope.progress", "alice")}
+    assert [chunk["step"] for chunk in events if chunk["stage"] == "sft"][-1] == 6
     assert chunks[-1][1]["published"]
     assert "better" in chunks[-1][1]["reason"]
 
@@ -246,7 +246,7 @@ def test_a_failure_ends_a_batch_before_the_next_user(personalize: PersonalizeUse
     assert AdapterStore(personalize.store).active("alice") is None
 
 
-def test_each_of_a_batch_is_told_as_it_is_done_with_a_config_each(
+def test_results_of_a_batch_come_one_by_one_with_a_config_each(
     personalize: PersonalizeUser,
 ) -> None:
     configs: list[RunnableConfig] = [

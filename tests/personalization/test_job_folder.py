@@ -16,6 +16,8 @@ from personal import FOUR_STEPS, ROWS, Recorder
 from adapter_store import AdapterStore
 from langchain_cope import PersonalizeUser
 from langchain_cope.errors import InputError
+from langchain_cope.evaluation.ways import WAYS, Way
+from langchain_cope.personalization import job_folder
 from langchain_cope.personalization.job_folder import resumable_job
 from langchain_cope.training.atomic_files import atomic_folder, write_json
 from langchain_cope.training.progress import Stage
@@ -174,9 +176,15 @@ def test_after_a_failure_it_goes_on_too(stopped: PersonalizeUser) -> None:
     assert invoke(stopped)[1].stages == ["history", "load", "dpo", "evaluate", "publish"]
 
 
-@pytest.mark.parametrize("change", ["history", "held out", "recipe", "base"])
+CHANGES = ["history", "held out", "recipe", "base", "ways", "format"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_input_starts_anew(
-    stopped: PersonalizeUser, tiny: Callable[..., Path], change: str
+    stopped: PersonalizeUser,
+    tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
 ) -> None:
     rows, changed = ROWS, stopped
     if change == "history":
@@ -185,6 +193,10 @@ def test_another_input_starts_anew(
         rows = [*ROWS[:-1], {**ROWS[-1], "completion": "Another text"}]
     elif change == "recipe":
         changed = stopped.model_copy(update={"recipe": replace(FOUR_STEPS, seed=1)})
+    elif change == "ways":
+        monkeypatch.setattr(job_folder, "WAYS", [*WAYS, Way("later")])
+    elif change == "format":
+        monkeypatch.setattr(job_folder, "FORMAT", job_folder.FORMAT + 1)
     else:
         other = tiny("llama", initializer_range=0.05, seed=1)
         changed = stopped.model_copy(update={"model": str(other)})

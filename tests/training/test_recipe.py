@@ -32,7 +32,7 @@ def test_default_recipe_is_the_papers_at_seven_billion_parameters():
     assert replace(recipe, max_new_tokens=100) == Recipe.paper()
 
 
-def test_smaller_models_get_larger_steps_that_end_at_the_ones_seen_to_work():
+def test_smaller_models_get_larger_steps_up_to_those_that_work():
     rates = [
         Recipe.for_model(Sized(n), range(60)).sft.learning_rate
         for n in (10**6, 7_377_152, 10**8, 10**9, 10**10)

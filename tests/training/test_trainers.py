@@ -23,7 +23,7 @@ def encoded(base, items):
     return fit(base, items, 2048, 768)[0]
 
 
-def pair(base, number, rejected="what nobody said"):
+def pair(base, number, rejected="what the user never said"):
     """The pair of `make_item(number)` with an answer that its user did not write."""
     item = make_item(number)
     prompt, chosen = encode(base, item.messages, item.completion)
