@@ -1,4 +1,4 @@
-"""``cope-lc evaluate``: base, SFT, DPO and CoPe side by side, user by user. Nothing is published."""
+"""`cope-lc evaluate`: the ways of answering side by side, user by user. Nothing is published."""
 
 import sys
 from pathlib import Path
@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cope_lc.options import Device, Dtype, Json, Model, Target
+from cope_lc.quiet_libraries import prints_to_stderr
+from cope_lc.recipe_choice import Paper, TrainingSeed, recipe_choice
+from cope_lc.screen import console, say
+from cope_lc.text import print_json, shorten
 
 if TYPE_CHECKING:
     from langchain_cope.evaluation.comparison import UserEvaluation
     from langchain_cope.history import UserHistory
+    from langchain_cope.training.recipe import RecipeChoice
 
 EXAMPLE = "Example: cope-lc evaluate users.jsonl --limit 6"
-_LEARNT = ("sft", "dpo")  # the ways that are trained and have an NLL
 
 
 def evaluate(
@@ -26,148 +30,129 @@ def evaluate(
         typer.Option("--limit", metavar="N", min=1, help="Only the first N users. Default: all."),
     ] = None,
     target: Target = None,
-    paper: Annotated[
-        bool,
-        typer.Option(
-            "--paper", help="Use the paper's settings, chosen for 7B models, as they are."
-        ),
-    ] = False,
-    seed: Annotated[
-        int,
-        typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Same seed, same result."),
-    ] = 0,
+    paper: Paper = False,
+    seed: TrainingSeed = 0,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Compare base, SFT, DPO and CoPe: train on each user's history, judge on the queries, publish nothing."""
-    from cope_lc.quiet_libraries import prints_to_stderr
-    from cope_lc.text import print_json
+    """Compare base, SFT, DPO and CoPe: train on each user's history, judge on the queries.
+
+    Nothing is published.
+    """
     from langchain_cope.history import read_users
 
     with prints_to_stderr():
         users = read_users(file, target=target.value if target else None)[:limit]
         _check(users, file)
-        found = _evaluate_all(
-            users, {"model": model, "device": device, "dtype": dtype}, paper=paper, seed=seed
-        )
+        settings = {"model": model, "device": device, "dtype": dtype}
+        recipe = recipe_choice(paper=paper, seed=seed)
+        evaluations = _evaluate_all(users, settings, recipe)
     if as_json:
-        print_json(_facts(found, model))
+        print_json(_facts(evaluations, model))
     else:
-        _show(found)
+        _show(evaluations)
 
 
 def _check(users: "list[UserHistory]", file: Path) -> None:
-    """Refuse a file with a user who cannot be evaluated before the first one is trained."""
+    """Refuse a file with a user that cannot be evaluated before the first one is trained."""
     from langchain_cope.errors import HistoryError
 
     for index, user in enumerate(users, 1):
         if not user.items or not user.queries:
             raise HistoryError(
-                f"{file}: user {index} ({user.user_id!r:.80}) has {len(user.items)} items to train on and "
-                f"{len(user.queries)} queries to judge by, and both are needed: user_id, history and queries on one line"
+                f"{file}: user {index} ({user.user_id!r:.80}) has {len(user.items)} items to train "
+                f"on and {len(user.queries)} queries to judge by, and both are needed: "
+                "user_id, history and queries on one line"
             )
 
 
 def _evaluate_all(
-    users: "list[UserHistory]", settings: dict[str, Any], *, paper: bool, seed: int
+    users: "list[UserHistory]", settings: dict[str, Any], recipe: "RecipeChoice"
 ) -> "list[UserEvaluation]":
-    from dataclasses import replace
-
-    from cope_lc.progress import display, follower
-    from cope_lc.text import shorten
-    from langchain_cope import Recipe
+    from cope_lc.progress import DisplayMonitor, progress_display
     from langchain_cope.engine import Engine, load_base
     from langchain_cope.evaluation.comparison import evaluate_user
 
-    base = load_base(**settings)
-    found = []
+    engine = Engine.of(load_base(**settings))
+    evaluations = []
     for index, user in enumerate(users, 1):
-        made = Recipe.paper() if paper else Recipe.for_model(base, user.items)
-        prefix = f"[{index}/{len(users)}] {shorten(user.user_id or 'the user', 24)}: "
-        with display(prefix, transient=True) as shown:
-            recipe = replace(made, seed=seed)
-            found.append(evaluate_user(Engine.of(base), user, recipe, on_progress=follower(shown)))
-        print(f"{prefix}{_summary(found[-1])}", file=sys.stderr, flush=True)
-    return found
+        prefix = f"[{index}/{len(users)}] {_name_of(user, 24)}: "
+        with progress_display(prefix, transient=True) as display:
+            evaluation = evaluate_user(engine, user, recipe, monitor=DisplayMonitor(display))
+        print(f"{prefix}{_summary(evaluation)}", file=sys.stderr, flush=True)
+        evaluations.append(evaluation)
+    return evaluations
+
+
+def _name_of(user: "UserHistory | UserEvaluation", limit: int) -> str:
+    return shorten(user.user_id or "the user", limit)
 
 
 def _summary(user: "UserEvaluation") -> str:
+    from cope_lc.metrics_table import WITH_NLL
     from cope_lc.progress import duration
 
-    nll = " → ".join(f"{user.metrics[way]['nll']:.3f}" for way in ("base", *_LEARNT))
-    return f"NLL {nll} (base → sft → dpo) in {duration(sum(user.timings.values()))}"
+    names = " → ".join(way.name for way in WITH_NLL)
+    figures = " → ".join(f"{user.metrics[way.name]['nll']:.3f}" for way in WITH_NLL)
+    return f"NLL {figures} ({names}) in {duration(sum(user.timings.values()))}"
 
 
-def _facts(found: "list[UserEvaluation]", model: str) -> dict[str, Any]:
+def _facts(evaluations: "list[UserEvaluation]", model: str) -> dict[str, Any]:
+    """Return all figures, as `--json` prints them."""
     from dataclasses import asdict
 
-    from cope_lc.metrics_table import mean_metrics, relative_change
+    from cope_lc.metrics_table import mean_metrics, nll_changes
 
-    mean = mean_metrics([user.metrics for user in found])
+    mean = mean_metrics([user.metrics for user in evaluations])
+    mean_changes = nll_changes(mean)
+    users = []
+    users_better = dict.fromkeys(mean_changes, 0)
+    for user in evaluations:
+        changes = nll_changes(user.metrics)
+        users.append({**asdict(user), "nll_change": changes})
+        for name, change in changes.items():
+            if change < 0:
+                users_better[name] += 1
     return {
         "model": model,
-        "users": [{**asdict(user), "nll_change": _changes(user.metrics)} for user in found],
+        "users": users,
         "mean": mean,
-        "nll_change": {way: relative_change(mean, way) for way in _LEARNT},
-        "users_better": {
-            way: sum(relative_change(user.metrics, way) < 0 for user in found) for way in _LEARNT
-        },
+        "nll_change": mean_changes,
+        "users_better": users_better,
     }
 
 
-def _changes(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
-    from cope_lc.metrics_table import relative_change
-
-    return {way: relative_change(metrics, way) for way in _LEARNT}
-
-
-def _show(found: "list[UserEvaluation]") -> None:
-    from cope_lc.metrics_table import metrics_table
+def _show(evaluations: "list[UserEvaluation]") -> None:
+    from cope_lc.metrics_table import metrics_table, user_table
     from cope_lc.progress import duration
-    from cope_lc.screen import console, say
 
     out = console()
-    facts = _facts(found, "")
-    seconds = sum(sum(user.timings.values()) for user in found)
+    facts = _facts(evaluations, "")
+    num_users = len(evaluations)
+    seconds = sum(sum(user.timings.values()) for user in evaluations)
     out.print()
-    out.print(_user_table(found))
+    out.print(user_table([(_name_of(user, 30), user.metrics) for user in evaluations]))
     out.print()
-    out.print(
-        metrics_table(facts["mean"], f"mean of {len(found)} user{'s' if len(found) > 1 else ''}")
-    )
+    noun = "users" if num_users > 1 else "user"
+    out.print(metrics_table(facts["mean"], f"mean of {num_users} {noun}"))
     out.print()
-    for way in _LEARNT:
-        better = f"lower for {facts['users_better'][way]} of {len(found)}"
-        say(out, f"{way}: NLL {facts['nll_change'][way]:+.2%} against the base; {better}")
-    for line in _notes(found):
+    for name, change in facts["nll_change"].items():
+        better = f"lower for {facts['users_better'][name]} of {num_users}"
+        say(out, f"{name}: NLL {change:+.2%} against the base; {better}")
+    for line in _notes(evaluations):
         say(out, f"note: {line}", "dim")
     say(out, f"time: {duration(seconds)}; nothing was published", "dim")
 
 
-def _notes(found: "list[UserEvaluation]") -> list[str]:
-    """What is to be said of the users, once where it is the same for several."""
-    from cope_lc.text import shorten
-
-    about: dict[str, list[str]] = {}
-    for user in found:
+def _notes(evaluations: "list[UserEvaluation]") -> list[str]:
+    """Return the notes of all users, once where a note is the same for several."""
+    users_of: dict[str, list[str]] = {}
+    for user in evaluations:
         for note in user.notes:
-            about.setdefault(note, []).append(shorten(user.user_id or "the user", 30))
-    return [
-        f"{names[0] if len(names) == 1 else f'{len(names)} users'}: {shorten(note, 300)}"
-        for note, names in about.items()
-    ]
-
-
-def _user_table(found: "list[UserEvaluation]") -> Any:
-    from cope_lc.screen import cell, number, table
-    from cope_lc.text import shorten
-
-    figures = ("NLL base", "sft", "dpo", "sft %", "dpo %", "ROUGE-L base", "cope")
-    rows = table("user", *figures, right=figures)
-    for user in found:
-        nll = [number(user.metrics[way]["nll"]) for way in ("base", "sft", "dpo")]
-        changes = [f"{change:+.2%}" for change in _changes(user.metrics).values()]
-        rouge = [number(user.metrics[way]["rougeL"]) for way in ("base", "cope")]
-        rows.add_row(cell(shorten(user.user_id or "the user", 30)), *nll, *changes, *rouge)
-    return rows
+            users_of.setdefault(note, []).append(_name_of(user, 30))
+    lines = []
+    for note, names in users_of.items():
+        about = names[0] if len(names) == 1 else f"{len(names)} users"
+        lines.append(f"{about}: {shorten(note, 300)}")
+    return lines

@@ -1,4 +1,4 @@
-"""How far a training has come, on standard error: bars on a terminal, a line now and then elsewhere."""
+"""How far a training has come, on standard error: bars on a terminal, else a line now and then."""
 
 import sys
 import time
@@ -6,41 +6,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cope_lc.screen import console
+from langchain_cope.training.progress import Monitor, Progress, Stage
+
 if TYPE_CHECKING:
     from langchain_core.callbacks import BaseCallbackHandler
 
-    from langchain_cope.training.progress import Progress
-
 LINE_SECONDS = 10.0  # between two lines of one stage, where there is no terminal
-STAGES = {
-    "history": "history",
-    "load": "base model",
-    "sft": "SFT",
-    "negatives": "negatives",
-    "dpo": "DPO",
-    "evaluate": "evaluation",
-    "publish": "gate",
-}
 
 
 class Display(Protocol):
     """Shows stages; the last one started is the one under way."""
 
-    def start(self, stage: str) -> None:
-        """A stage begins."""
+    def start(self, stage: Stage) -> None:
+        """Show that a stage begins."""
 
-    def step(
-        self, stage: str, step: int, total: int, loss: float | None, seconds_left: float | None
-    ) -> None:
-        """``step`` of ``total`` is done; the loss is the step's, the seconds are the stage's."""
+    def step(self, progress: Progress) -> None:
+        """Show that a step of the stage under way is done."""
 
-    def end(self, stage: str) -> None:
-        """A stage is done."""
+    def end(self, stage: Stage) -> None:
+        """Show that a stage is done."""
 
 
 @contextmanager
-def display(prefix: str = "", *, transient: bool = False) -> Iterator[Display]:
-    """A display for the time of a block; ``prefix`` goes before every stage, and ``transient`` bars vanish at the end."""
+def progress_display(prefix: str = "", *, transient: bool = False) -> Iterator[Display]:
+    """Yield a display for the time of a block.
+
+    `prefix` goes before every stage, and `transient` bars vanish at the end.
+    """
     if not sys.stderr.isatty():
         yield _Lines(prefix)
         return
@@ -50,134 +43,144 @@ def display(prefix: str = "", *, transient: bool = False) -> Iterator[Display]:
 
 @contextmanager
 def counted(what: str) -> Iterator[Callable[[int], None]]:
-    """How many of something are done, told on standard error once it takes a while."""
-    started = told = time.monotonic()
-    ending = "\r" if sys.stderr.isatty() else "\n"
+    """Yield a function that is told how many of something are done.
+
+    It says so on standard error once it takes a while.
+    """
+    started = said = time.monotonic()
+    on_terminal = sys.stderr.isatty()
+    seconds_between = 1.0 if on_terminal else LINE_SECONDS
+    ending = "\r" if on_terminal else "\n"
 
     def count(number: int) -> None:
-        nonlocal told
+        nonlocal said
         now = time.monotonic()
-        if now - told > (1.0 if ending == "\r" else LINE_SECONDS):
-            told = now
-            print(
-                f"{number} {what}, {number / (now - started):.0f} a second",
-                end=ending,
-                file=sys.stderr,
-                flush=True,
-            )
+        if now - said > seconds_between:
+            said = now
+            line = f"{number} {what}, {number / (now - started):.0f} a second"
+            print(line, end=ending, file=sys.stderr, flush=True)
 
     yield count
-    if told != started and ending == "\r":
+    if said != started and on_terminal:
         print(file=sys.stderr)
 
 
-def listener(shown: Display) -> "BaseCallbackHandler":
-    """The handler through which a PersonalizeUser tells ``shown`` of its stages and steps."""
+class DisplayMonitor(Monitor):
+    """Shows the stages and steps of an `evaluate_user` on a display."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self._display = display
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Run the block as `stage`, and show it."""
+        self._display.start(stage)
+        with super().stage(stage):
+            yield
+        self._display.end(stage)
+
+    def report(self, progress: Progress) -> None:
+        """Show a step."""
+        self._display.step(progress)
+
+
+def listener(display: Display) -> "BaseCallbackHandler":
+    """Return the handler that shows a `PersonalizeUser`'s stages and steps on a display."""
     from langchain_core.callbacks import BaseCallbackHandler
+
+    from langchain_cope.personalize import PROGRESS
+
+    names = set(Stage)
 
     class Listener(BaseCallbackHandler):
         run_inline = True  # on the training's thread: order is kept, and Ctrl-C is heard
 
         def __init__(self) -> None:
-            self.stages: dict[Any, str] = {}
+            self.stages: dict[Any, Stage] = {}  # by run
 
         def on_chain_start(
             self, serialized: Any, inputs: Any, *, run_id: Any, name: Any = None, **_: Any
         ) -> None:
-            if name in STAGES:
-                self.stages[run_id] = name
-                shown.start(name)
+            if name in names:
+                self.stages[run_id] = Stage(name)
+                display.start(self.stages[run_id])
 
         def on_chain_end(self, outputs: Any, *, run_id: Any, **_: Any) -> None:
             if run_id in self.stages:
-                shown.end(self.stages.pop(run_id))
+                display.end(self.stages.pop(run_id))
 
         def on_custom_event(self, name: str, data: Any, **_: Any) -> None:
-            if name == "cope.progress":
-                shown.step(
-                    data["stage"], data["step"], data["total"], data["loss"], data["seconds_left"]
-                )
+            if name == PROGRESS:
+                facts = {key: value for key, value in data.items() if key != "user_id"}
+                display.step(Progress(**facts | {"stage": Stage(data["stage"])}))
 
     return Listener()
 
 
-def follower(shown: Display) -> "Callable[[Progress], None]":
-    """An ``on_progress`` for `evaluate_user`, which tells of steps only: where one stage ends, the next begins."""
-    stages = ["sft", "negatives", "dpo", "evaluate"]
-    shown.start(stages[0])
-
-    def follow(progress: "Progress") -> None:
-        if progress.stage != stages[0]:  # one was skipped
-            shown.end(stages.pop(0))
-            shown.start(stages[0])
-        shown.step(
-            progress.stage, progress.step, progress.total, progress.loss, progress.seconds_left
-        )
-        if progress.step >= progress.total and stages[1:]:
-            shown.end(stages.pop(0))
-            shown.start(stages[0])
-
-    return follow
-
-
 def duration(seconds: float) -> str:
-    """A time for people: 4.2 s, 2 min 5 s."""
+    """Return a time for people: 4.2 s, 2 min 5 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
 class _Lines:
+    """Lines on standard error: when a stage begins and ends, and now and then in between."""
+
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._started: dict[str, float] = {}
+        self._started: dict[Stage, float] = {}
         self._said = 0.0
 
-    def start(self, stage: str) -> None:
+    def start(self, stage: Stage) -> None:
         self._started[stage] = self._said = time.monotonic()
-        self._say(f"{STAGES[stage]}: started")
+        self._say(f"{stage.label}: started")
 
-    def step(
-        self, stage: str, step: int, total: int, loss: float | None, seconds_left: float | None
-    ) -> None:
+    def step(self, progress: Progress) -> None:
         if time.monotonic() - self._said < LINE_SECONDS:
             return
         self._said = time.monotonic()
-        left = "" if seconds_left is None else f", about {duration(seconds_left)} left"
-        self._say(f"{STAGES[stage]}: {step} of {total}{_loss(loss)}{left}")
+        line = f"{progress.stage.label}: {progress.step} of {progress.total}"
+        if progress.loss is not None:
+            line += f", loss {progress.loss:.3f}"
+        if progress.seconds_left is not None:
+            line += f", about {duration(progress.seconds_left)} left"
+        self._say(line)
 
-    def end(self, stage: str) -> None:
+    def end(self, stage: Stage) -> None:
         started = self._started.pop(stage, None)
         if started is not None:
-            self._say(f"{STAGES[stage]}: done in {duration(time.monotonic() - started)}")
+            self._say(f"{stage.label}: done in {duration(time.monotonic() - started)}")
 
     def _say(self, line: str) -> None:
         print(f"{self._prefix}{line}", file=sys.stderr, flush=True)
 
 
 class _Bars:
+    """A bar a stage, drawn by rich."""
+
     def __init__(self, bars: Any, prefix: str) -> None:
         self._bars = bars
         self._prefix = prefix
-        self._tasks: dict[str, Any] = {}
-        self._started: dict[str, float] = {}
+        self._tasks: dict[Stage, Any] = {}
+        self._started: dict[Stage, float] = {}
 
-    def start(self, stage: str) -> None:
+    def start(self, stage: Stage) -> None:
         self._started[stage] = time.monotonic()
-        self._tasks[stage] = self._bars.add_task(
-            f"{self._prefix}{STAGES[stage]}", total=None, loss="", left=""
-        )
+        description = f"{self._prefix}{stage.label}"
+        self._tasks[stage] = self._bars.add_task(description, total=None, loss="", left="")
 
-    def step(
-        self, stage: str, step: int, total: int, loss: float | None, seconds_left: float | None
-    ) -> None:
-        left = "" if seconds_left is None else f"{duration(seconds_left)} left"
-        changes = {"total": total, "completed": step, "left": left}
-        if loss is not None:
-            changes["loss"] = f"loss {loss:.3f}"
-        self._bars.update(self._tasks[stage], **changes)
+    def step(self, progress: Progress) -> None:
+        left = ""
+        if progress.seconds_left is not None:
+            left = f"{duration(progress.seconds_left)} left"
+        changes = {"total": progress.total, "completed": progress.step, "left": left}
+        if progress.loss is not None:
+            changes["loss"] = f"loss {progress.loss:.3f}"
+        self._bars.update(self._tasks[progress.stage], **changes)
 
-    def end(self, stage: str) -> None:
+    def end(self, stage: Stage) -> None:
         if stage not in self._started:
             return
         took = duration(time.monotonic() - self._started.pop(stage))
@@ -187,11 +190,10 @@ class _Bars:
 
 
 def _bars(transient: bool) -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
 
-    from cope_lc.screen import console
-
-    return Progress(
+    return Bars(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[loss]}", markup=False),
@@ -200,7 +202,3 @@ def _bars(transient: bool) -> Any:
         redirect_stdout=False,
         transient=transient,
     )
-
-
-def _loss(loss: float | None) -> str:
-    return "" if loss is None else f", loss {loss:.3f}"

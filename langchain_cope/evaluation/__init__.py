@@ -1,1 +1,4 @@
-"""How near each way of answering comes to what the user wrote: the ways side by side, on items that trained nothing."""
+"""How near each way of answering comes to what the user wrote, side by side on held-out items.
+
+Read `ways.py` (what is compared), `evaluate.py` (how), then `comparison.py` (one user, whole).
+"""

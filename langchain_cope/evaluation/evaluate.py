@@ -1,156 +1,170 @@
-"""How near base, SFT, DPO and CoPe come to what the user wrote, on items that were not trained on.
+"""How near each way of answering comes to what the user wrote, on items that were not trained on.
 
-NLL is nats per token of the user's own completions (their sum over the sum of tokens); ROUGE compares greedy generations with them.
-CoPe has no NLL: about half of the true next tokens of a small model lie outside its plausible head.
+NLL is nats per token of the user's own completions (their sum over the sum of tokens), lower is
+better; ROUGE compares greedy generations with them (f-measures, 0 to 1), higher is better.
+`ways.py` says which ways there are, and which of them have an NLL.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, Request, Sampling
 from langchain_cope.errors import HistoryError
-from langchain_cope.training.encode import Encoded, Example, fit
-from langchain_cope.training.progress import Progress, Watch, never, unheard
+from langchain_cope.evaluation.ways import WAYS
+from langchain_cope.history.items import Item
+from langchain_cope.training.encode import Encoded, fit
+from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
 
-ITEMS_A_BATCH = 16  # whose four generations share a batch
+ITEMS_A_BATCH = 16  # items that are answered together, by every way; a step of the stage
+ROUGE = ("rouge1", "rougeL")
+
+Adapters = Mapping[Stage | None, Adapter | None]
+"""The adapters that answer, by the stage that trained each; under None the base, which has none."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics and the texts that they were computed from."""
+    """Metrics, and the texts that they were computed from."""
 
     metrics: dict[str, dict[str, float]]
-    """``["base" | "sft" | "dpo" | "cope"]`` holds ``rouge1``, ``rougeL`` (f-measures, 0 to 1) and, except for cope, ``nll``."""
+    """By the name of each of `WAYS`: `rouge1`, `rougeL` and, where it has one, `nll`."""
     indices: list[int]
-    """Place of each evaluated item among the examples given: one that fits no context is left out."""
+    """Index of each evaluated item in `held_out`: one that fits no context is left out."""
     texts: list[dict[str, str]]
-    """Per item its ``reference`` and what ``base``, ``sft``, ``dpo`` and ``cope`` wrote."""
+    """For each evaluated item its `reference`, and under the name of each way what it wrote."""
     notes: list[str]
-    """What was cut or dropped."""
+    """In words for people: what was cut or dropped."""
 
 
 def evaluate(
-    engine: Engine,
-    examples: Sequence[Example],
-    recipe: Recipe,
-    *,
-    sft: Path,
-    dpo: Path,
-    on_progress: Callable[[Progress], None] = unheard,
-    should_stop: Callable[[], bool] = never,
+    engine: Engine, held_out: Sequence[Item], recipe: Recipe, folder: Path, monitor: Monitor
 ) -> Evaluation:
-    """Compare the base, the adapters in the folders ``sft`` and ``dpo``, and CoPe on ``examples``, which were not trained on.
+    """Compare all `WAYS` on the items `held_out`.
 
-    ``recipe`` is the one as used (``TrainingResult.recipe``). Raises ``Cancelled`` within one forward of the model
-    after ``should_stop`` says so, ``HistoryError`` where no example is left to evaluate on.
+    The adapters are those that a training left in `folder`, and `recipe` is the one as used
+    (`TrainingResult.recipe`). Raises `Cancelled` within one forward of the model after `monitor`
+    asks for a stop, and `HistoryError` where no item is left to evaluate on.
     """
-    watch = Watch("evaluate", on_progress, should_stop)
-    items, notes = _encode(engine, examples, recipe)
-    adapters = {"base": None, "sft": engine.load_adapter(sft), "dpo": engine.load_adapter(dpo)}
-    likelihoods = {
-        name: negative_log_likelihood(engine, items, adapter, should_stop)
-        for name, adapter in adapters.items()
-    }
-    texts = _generate(engine, items, recipe, adapters, watch)
+    examples, notes = _encode(engine, held_out, recipe)
+    adapters = _load_adapters(engine, folder)
+    likelihoods = {}
+    for way in WAYS:
+        if way.has_nll:
+            likelihoods[way.name] = negative_log_likelihood(
+                engine, examples, adapters[way.adapter], monitor.should_stop
+            )
+    texts = _generate(engine, examples, recipe, adapters, monitor)
     metrics = _rouge(texts)
     for name, nll in likelihoods.items():
         metrics[name]["nll"] = nll
-    return Evaluation(metrics, [item.index for item in items], texts, notes)
+    return Evaluation(metrics, [example.index for example in examples], texts, notes)
 
 
 def mean_nll(
     engine: Engine,
-    examples: Sequence[Example],
+    held_out: Sequence[Item],
     recipe: Recipe,
     adapter: Adapter | None = None,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] | None = None,
 ) -> float:
-    """Nats per completion token of ``examples`` under the base, or under ``adapter``: what the gate compares.
+    """Return the nats per completion token of `held_out` under the base, or under `adapter`.
 
-    Raises ``HistoryError`` where no example is left to evaluate on, ``Cancelled``.
+    This is what the gate compares. Raises `HistoryError` where no item is left to evaluate on, and
+    `Cancelled`.
     """
-    return negative_log_likelihood(
-        engine, _encode(engine, examples, recipe)[0], adapter, should_stop
-    )
+    examples, _ = _encode(engine, held_out, recipe)
+    return negative_log_likelihood(engine, examples, adapter, should_stop)
 
 
 def negative_log_likelihood(
     engine: Engine,
-    items: Sequence[Encoded],
+    examples: Sequence[Encoded],
     adapter: Adapter | None = None,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] | None = None,
 ) -> float:
-    """Nats per completion token over all ``items`` together."""
-    scored = engine.score(
-        [(item.prompt_ids, item.completion_ids) for item in items], adapter, should_stop
-    )
-    return -sum(float(logps.double().sum()) for logps in scored) / sum(
-        len(logps) for logps in scored
-    )
+    """Return the nats per completion token over all `examples` together."""
+    sequences = [(example.prompt_ids, example.completion_ids) for example in examples]
+    log_probs = engine.score(sequences, adapter, should_stop)
+    total = sum(float(of_tokens.double().sum()) for of_tokens in log_probs)
+    return -total / sum(len(of_tokens) for of_tokens in log_probs)
 
 
 def _encode(
-    engine: Engine, examples: Sequence[Example], recipe: Recipe
+    engine: Engine, held_out: Sequence[Item], recipe: Recipe
 ) -> tuple[list[Encoded], list[str]]:
-    items, notes = fit(engine.base, examples, recipe.max_length, recipe.max_words)
-    if not items:
+    examples, notes = fit(engine.base, held_out, recipe.max_length, recipe.max_words)
+    if not examples:
         raise HistoryError(
-            f"none of {len(examples)} items can be evaluated on: {'; '.join(notes) or 'there are none'}"
+            f"none of {len(held_out)} items can be evaluated on: "
+            f"{'; '.join(notes) or 'there are none'}"
         )
-    return items, notes
+    return examples, notes
+
+
+def _load_adapters(engine: Engine, folder: Path) -> Adapters:
+    adapters: dict[Stage | None, Adapter | None] = {None: None}
+    for way in WAYS:
+        if way.adapter is not None and way.adapter not in adapters:
+            adapters[way.adapter] = engine.load_adapter(folder / way.adapter.file)
+    return adapters
 
 
 def _generate(
     engine: Engine,
-    items: Sequence[Encoded],
+    examples: Sequence[Encoded],
     recipe: Recipe,
-    adapters: dict[str, Adapter | None],
-    watch: Watch,
+    adapters: Adapters,
+    monitor: Monitor,
 ) -> list[dict[str, str]]:
-    """Greedy answers; CoPe is the DPO adapter with the contrast on, the others have it off."""
-    ways = [(name, adapter, ADAPTER_ALONE) for name, adapter in adapters.items()] + [
-        ("cope", adapters["dpo"], recipe.contrast)
-    ]
+    """Return for each example its reference and the greedy answer of each way."""
+    longest = max(len(example.completion_ids) for example in examples)
+    sampling = Sampling(
+        max_tokens=recipe.max_new_tokens or longest,
+        repetition_penalty=recipe.repetition_penalty,
+    )
     texts: list[dict[str, str]] = []
-    limit = recipe.max_new_tokens or max(len(item.completion_ids) for item in items)
-    sampling = Sampling(max_tokens=limit, repetition_penalty=recipe.repetition_penalty)
-    for start in range(0, len(items), ITEMS_A_BATCH):
-        watch.raise_if_stopped()
-        batch = items[start : start + ITEMS_A_BATCH]
-        requests = [
-            Request(
-                engine.base.prompt_ids(item.example.prompt),
-                adapter=adapter,
-                contrast=contrast,
-                sampling=sampling,
-                keep_for_reuse=False,
-            )
-            for item in batch
-            for _, adapter, contrast in ways
-        ]
-        answers = iter(engine.generate(requests, watch.should_stop))
-        for item in batch:
-            texts.append(
-                {
-                    "reference": item.example.completion,
-                    **{name: next(answers).text for name, _, _ in ways},
-                }
-            )
-        watch.report(start + len(batch), len(items))
+    for start in range(0, len(examples), ITEMS_A_BATCH):
+        monitor.raise_if_stopped()
+        batch = examples[start : start + ITEMS_A_BATCH]
+        requests = []
+        for example in batch:
+            prompt = engine.base.prompt_ids(example.item.messages)
+            requests += _requests(prompt, recipe, adapters, sampling)
+        answers = iter(engine.generate(requests, monitor.should_stop))
+        for example in batch:
+            answer_of_way = {way.name: next(answers).text for way in WAYS}
+            texts.append({"reference": example.item.completion, **answer_of_way})
+        monitor.step_done(start + len(batch), len(examples))
     return texts
+
+
+def _requests(
+    prompt: list[int], recipe: Recipe, adapters: Adapters, sampling: Sampling
+) -> list[Request]:
+    """Return the question put to each way."""
+    return [
+        Request(
+            prompt,
+            adapter=adapters[way.adapter],
+            contrast=recipe.contrast if way.contrastive else ADAPTER_ALONE,
+            sampling=sampling,
+            keep_for_reuse=False,
+        )
+        for way in WAYS
+    ]
 
 
 def _rouge(texts: Sequence[dict[str, str]]) -> dict[str, dict[str, float]]:
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
     metrics = {}
-    for name in ("base", "sft", "dpo", "cope"):
-        scores = [scorer.score(text["reference"], text[name]) for text in texts]
-        metrics[name] = {
-            kind: sum(score[kind].fmeasure for score in scores) / len(scores)
-            for kind in ("rouge1", "rougeL")
+    for way in WAYS:
+        scores = [scorer.score(text["reference"], text[way.name]) for text in texts]
+        metrics[way.name] = {
+            measure: sum(score[measure].fmeasure for score in scores) / len(scores)
+            for measure in ROUGE
         }
     return metrics

@@ -1,1 +1,5 @@
-"""What one run of `PersonalizeUser` is made of: held-out items, the job folder and the gate."""
+"""What one call of `PersonalizeUser` is made of.
+
+Read `run.py` first, the whole path; then `held_out.py` (what is judged by), `job_folder.py` (how it
+goes on after a crash) and `gate.py` (whether to publish).
+"""

@@ -1,6 +1,6 @@
-"""The gate, and what is written behind it: a version goes to the store where it is better than what is active there."""
+"""The gate: a version is published where it is better than the active one, else nothing is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -13,35 +13,36 @@ from adapter_store.errors import (
     PublishConflictError,
 )
 from langchain_cope.errors import Cancelled, ModelError
-from langchain_cope.history import Item
-from langchain_cope.personalization import held_out
+from langchain_cope.evaluation.ways import BASE, DPO
+from langchain_cope.history.items import Item
+from langchain_cope.personalization.held_out import count_trained_on, fingerprint_items
+from langchain_cope.training.progress import Monitor
 
 if TYPE_CHECKING:
     from langchain_cope.engine import Engine
     from langchain_cope.evaluation.evaluate import Evaluation
-    from langchain_cope.training.encode import Example
     from langchain_cope.training.pipeline import TrainingResult
 
 REASON_CHARACTERS = 200  # of why it was published, kept in the user's history
-PUBLISH_TRIES = 3  # when someone else publishes for the same user meanwhile
+PUBLISH_TRIES = 3  # when another process publishes for the same user meanwhile
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the gate said."""
+    """What the gate decided."""
 
     version: AdapterVersion | None
-    """None where it refused."""
+    """The version published; None where the gate refused."""
     reason: str
     published_now: bool = False
     """False also where this job had published it before it was interrupted."""
     replaced: str | None = None
-    """What was active before, where it was published now."""
+    """The version that was active before, where one was published now."""
 
 
 @dataclass(frozen=True)
 class Publisher:
-    """Judges what one training made, and publishes it."""
+    """Judges the result of one training, and publishes it."""
 
     store: AdapterStore
     user: str
@@ -49,82 +50,92 @@ class Publisher:
     training: "TrainingResult"
     evaluation: "Evaluation"
     trained: Sequence[Item]
-    judged: Sequence[Item]
-    examples: "Sequence[Example]"
-    """``judged`` as the training chain takes them."""
+    held_out: Sequence[Item]
     instruction: str | None
     """Kept in the version's metadata."""
     gate: Literal["improve", "always"]
     min_gain: float
-    job: str | None
+    """Nats per token by which the new version must be better."""
+    job_key: str | None
     """A version published under this key came of this very training."""
     data_seq: int
-    """Where the store's log of the user stood before the history was read: what was erased since is not published."""
-    should_stop: Callable[[], bool]
+    """Where the store's log of the user stood before the history was read.
+
+    What was erased since is not published.
+    """
+    monitor: Monitor
+    """Asked whether to stop, before publishing and while the active version is scored."""
 
     def publish_if_better(self) -> Outcome:
-        """Raises ``Cancelled``, ``UserErasedError``, ``PublishConflictError`` and other errors of the store."""
-        if (earlier := self._published_earlier()) is not None:
-            return Outcome(
-                earlier, f"published as {earlier.version} just before the job was interrupted"
-            )
+        """Publish the adapter where the gate lets it pass, and return what the gate decided.
+
+        Raises `Cancelled`, and `UserErasedError`, `PublishConflictError` and other errors of the
+        store.
+        """
+        earlier = self._published_earlier()
+        if earlier is not None:
+            reason = f"published as {earlier.version} just before the job was interrupted"
+            return Outcome(earlier, reason)
         for _ in range(PUBLISH_TRIES):
             active = self.store.active(self.user)
-            better, reason = self._judge(active)
-            if not better:
+            is_better, reason = self._judge(active)
+            if not is_better:
                 return Outcome(None, reason)
-            if self.should_stop():
+            if self.monitor.should_stop():
                 raise Cancelled("stopped on request before publishing; nothing was published")
             try:
-                return Outcome(
-                    self._publish(active, reason), reason, published_now=True, replaced=active
-                )
+                version = self._publish(active, reason)
             except PublishConflictError:
-                continue  # someone published meanwhile: judge against that one
+                continue  # another process published meanwhile: judge against that version
+            return Outcome(version, reason, published_now=True, replaced=active)
         raise PublishConflictError(
-            f"user {self.user!r} was published by others {PUBLISH_TRIES} times while this version was; personalize again"
+            f"other processes published for user {self.user!r} {PUBLISH_TRIES} times while this "
+            "version was about to be: personalize again"
         )
 
     def withdraw(self, outcome: Outcome) -> None:
-        """Take back what was published now, and make active again what was before, unless somebody has come since."""
+        """Take back what was published now, and make active again what was before.
+
+        Another version that became active since stays active.
+        """
         if outcome.version is None or not outcome.published_now:
             return
+        version = outcome.version.version
         if outcome.replaced is not None:
-            # Somebody published or activated since, or what was before is no longer kept.
+            # Another version became active since, or the one before is no longer kept.
             with suppress(PublishConflictError, AdapterNotFoundError):
-                self.store.activate(
-                    self.user, outcome.replaced, expected_active=outcome.version.version
-                )
-        self.store.delete_version(self.user, outcome.version.version)
+                self.store.activate(self.user, outcome.replaced, expected_active=version)
+        self.store.delete_version(self.user, version)
 
     def _published_earlier(self) -> AdapterVersion | None:
-        if self.job is None:
+        if self.job_key is None:
             return None
-        return next(
-            (v for v in self.store.versions(self.user) if v.idempotency_key == self.job), None
-        )
+        for version in self.store.versions(self.user):
+            if version.idempotency_key == self.job_key:
+                return version
+        return None
 
     def _judge(self, active: str | None) -> tuple[bool, str]:
-        """Whether to publish, and why."""
-        new = self.evaluation.metrics["dpo"]["nll"]
+        """Return whether to publish, and why."""
+        new = self.evaluation.metrics[DPO.name]["nll"]
         if self.gate == "always":
-            base = self.evaluation.metrics["base"]["nll"]
-            return (
-                True,
-                f"published as asked (gate 'always'): held-out NLL {new:.4f} nats a token against {base:.4f} of the base",
+            base = self.evaluation.metrics[BASE.name]["nll"]
+            return True, (
+                f"published as asked (gate 'always'): held-out NLL {new:.4f} nats a token "
+                f"against {base:.4f} of the base"
             )
-        old, against = self._reference(active)
-        numbers = f"held-out NLL {new:.4f} nats a token against {old:.4f} of {against}"
-        needed = f" by more than {self.min_gain:g}" if self.min_gain else ""
+        old, rival = self._reference(active)
+        numbers = f"held-out NLL {new:.4f} nats a token against {old:.4f} of {rival}"
+        by_how_much = f" by more than {self.min_gain:g}" if self.min_gain else ""
         if new < old - self.min_gain:
-            return True, f"better{needed}: {numbers}"
-        return False, f"not better{needed}: {numbers}; what is active stays as it is"
+            return True, f"better{by_how_much}: {numbers}"
+        return False, f"not better{by_how_much}: {numbers}; what is active stays as it is"
 
     def _reference(self, active: str | None) -> tuple[float, str]:
-        """The NLL to beat, and whose it is."""
+        """Return the NLL to beat, and which model it is of."""
         from langchain_cope.evaluation.evaluate import mean_nll
 
-        base_nll = self.evaluation.metrics["base"]["nll"]
+        base_nll = self.evaluation.metrics[BASE.name]["nll"]
         if active is None:
             return base_nll, "the base"
         try:
@@ -133,20 +144,20 @@ class Publisher:
             return base_nll, f"the base (the active version {active} was trained on another base)"
         except AdapterNotFoundError:
             return base_nll, "the base"  # deleted a moment ago
-        seen = held_out.overlap(version.metadata.get("trained_on"), self.judged)
-        if seen:
-            return (
-                base_nll,
-                f"the base (the active version {active} was trained on {seen} of the held-out items)",
+        num_seen = count_trained_on(version.metadata.get("trained_on"), self.held_out)
+        if num_seen:
+            return base_nll, (
+                f"the base (the active version {active} was trained on {num_seen} of the "
+                "held-out items)"
             )
         try:
             adapter = self.engine.load_adapter(self.store.fetch_dir(version))
-        except (
-            IntegrityError,
-            ModelError,
-        ) as error:  # a damaged version must not keep its user from a new one
+        except (IntegrityError, ModelError) as error:
+            # A damaged version must not keep its user from a new one.
             return base_nll, f"the base (the active version {active} cannot be used: {error})"
-        nll = mean_nll(self.engine, self.examples, self.training.recipe, adapter, self.should_stop)
+        nll = mean_nll(
+            self.engine, self.held_out, self.training.recipe, adapter, self.monitor.should_stop
+        )
         return nll, f"the active version {active}"
 
     def _publish(self, active: str | None, reason: str) -> AdapterVersion:
@@ -161,11 +172,11 @@ class Publisher:
             metadata={
                 "instruction": self.instruction,
                 "num_trained": len(self.trained),
-                "num_held_out": len(self.judged),
+                "num_held_out": len(self.held_out),
                 "recipe": recipe.as_dict(),
-                "trained_on": held_out.mark(self.trained),
+                "trained_on": fingerprint_items(self.trained),
             },
-            idempotency_key=self.job,
+            idempotency_key=self.job_key,
             expected_active=active,
             data_seq=self.data_seq,
             reason=reason[:REASON_CHARACTERS].encode("utf-8", "replace").decode(),

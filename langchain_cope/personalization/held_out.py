@@ -9,51 +9,67 @@ from langchain_cope.history.items import Item
 
 MIN_ITEMS = 5
 MIN_TRAINED = 3  # what 5 items leave when 2 are held out
-_MAX_MARKED = 30_000  # items; the newest, which are the likeliest to be held out another time
-_MARK_BYTES = 4  # of each item's digest: enough to recognise it, too little to guess it from
+_MAX_FINGERPRINTS = 30_000  # of the newest items, the likeliest to be held out another time
+_FINGERPRINT_BYTES = 4  # of an item's digest: enough to recognise it, too little to guess it from
 
 
 def split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """(to train on, held out), both oldest first. The held-out ones are the newest ``max(2, round(0.2 n))``.
+    """Return the items to train on and the held-out ones, both oldest first.
 
-    All items of a conversation fall on one side, so that more are held out where the border would cut one.
-    Raises ``HistoryError`` for fewer than 5 items, and where conversations leave fewer than 3 to train on.
+    Held out are the newest `max(2, round(0.2 n))` of n items. All items of a conversation fall on
+    one side, so that more are held out where the border would cut one.
+
+    Raises `HistoryError` for fewer than 5 items, and where conversations leave fewer than 3 to
+    train on.
     """
     if len(items) < MIN_ITEMS:
+        noun = "item" if len(items) == 1 else "items"
         raise HistoryError(
-            f"the history holds {len(items)} different item{'' if len(items) == 1 else 's'}, and at least {MIN_ITEMS} are needed "
+            f"the history holds {len(items)} different {noun}, and at least {MIN_ITEMS} are needed "
             f"({MIN_TRAINED} to train on and 2 to judge by): collect more"
         )
-    num_held_out = max(2, round(0.2 * len(items)))
-    newest = {id(item) for item in items[-num_held_out:]}
-    cut = {item.conversation for item in items[-num_held_out:]} - {None}
-    held_out = [item for item in items if id(item) in newest or item.conversation in cut]
-    trained = [item for item in items if id(item) not in newest and item.conversation not in cut]
+    num_newest = max(2, round(0.2 * len(items)))
+    border = len(items) - num_newest
+    cut = {item.conversation for item in items[border:]} - {None}
+    trained, held_out = [], []
+    for index, item in enumerate(items):
+        if index >= border or item.conversation in cut:
+            held_out.append(item)
+        else:
+            trained.append(item)
     if len(trained) < MIN_TRAINED:
         raise HistoryError(
-            f"all but {len(trained)} of the history's {len(items)} items belong to the newest conversations, which are held out "
-            f"whole; at least {MIN_TRAINED} items of other conversations are needed to train on"
+            f"all but {len(trained)} of the history's {len(items)} items belong to the newest "
+            f"conversations, which are held out whole; at least {MIN_TRAINED} items of other "
+            "conversations are needed to train on: collect more"
         )
     return trained, held_out
 
 
-def mark(items: Iterable[Item]) -> str:
-    """What a version keeps of the items it was trained on: a few bytes of each one's digest, as base64."""
-    newest = list(items)[-_MAX_MARKED:]
-    return base64.b64encode(b"".join(_digest(item) for item in newest)).decode()
+def fingerprint_items(items: Iterable[Item]) -> str:
+    """Return what a version keeps of the items it was trained on.
+
+    These are a few bytes of each one's digest, as base64.
+    """
+    newest = list(items)[-_MAX_FINGERPRINTS:]
+    return base64.b64encode(b"".join(_fingerprint(item) for item in newest)).decode()
 
 
-def overlap(marked: object, items: Iterable[Item]) -> int:
-    """How many of ``items`` a version with that mark was trained on."""
-    if not isinstance(marked, str):
+def count_trained_on(fingerprints: object, items: Iterable[Item]) -> int:
+    """Return how many of `items` a version with those fingerprints was trained on.
+
+    It is 0 where they are not of `fingerprint_items` but, say, another program's metadata.
+    """
+    if not isinstance(fingerprints, str):
         return 0
     try:
-        data = base64.b64decode(marked)
-    except ValueError:  # another program's metadata
+        data = base64.b64decode(fingerprints)
+    except ValueError:
         return 0
-    known = {data[start : start + _MARK_BYTES] for start in range(0, len(data), _MARK_BYTES)}
-    return sum(_digest(item) in known for item in items)
+    starts = range(0, len(data), _FINGERPRINT_BYTES)
+    known = {data[start : start + _FINGERPRINT_BYTES] for start in starts}
+    return len([item for item in items if _fingerprint(item) in known])
 
 
-def _digest(item: Item) -> bytes:
-    return hashlib.sha256(item.key.encode()).digest()[:_MARK_BYTES]
+def _fingerprint(item: Item) -> bytes:
+    return hashlib.sha256(item.key.encode()).digest()[:_FINGERPRINT_BYTES]

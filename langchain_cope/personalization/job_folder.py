@@ -1,8 +1,9 @@
-"""The folder in which one personalization does its work, so that after a crash it goes on from the last finished stage.
+"""The folder in which one personalization works, so that it can go on after a crash.
 
-A job folder belongs to one user and one input: ``job.json`` holds the input's digest, and where that differs the folder is emptied
-and the job starts anew. It holds what the user wrote (negatives, the evaluation's texts), readable by its owner alone, and
-is removed when the job is done.
+It goes on after the last finished stage. A job folder belongs to one user and one input: `job.json`
+holds the input's digest, and where that differs the folder is emptied and the job starts anew. It
+holds what the user wrote (negatives, the evaluation's texts), readable by its owner alone, and is
+removed when the job is done.
 """
 
 import hashlib
@@ -12,20 +13,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from langchain_cope.errors import InputError
+from langchain_cope.evaluation.ways import WAYS
+from langchain_cope.history.items import Item
 from langchain_cope.training.atomic_files import read_json, write_json
+from langchain_cope.training.progress import Stage
 from langchain_cope.training.recipe import Recipe
 
-if TYPE_CHECKING:
-    from langchain_cope.training.encode import Example
-
-FORMAT = 1  # of what the stages leave behind; another one starts anew
+FORMAT = 2  # of what the stages leave; a job in another one starts anew
 FACTS = "job.json"
-STAGES = {"sft": "sft", "negatives.json": "negatives", "dpo": "dpo", "evaluation.json": "evaluate"}
 
 
 @dataclass(frozen=True)
@@ -34,54 +33,63 @@ class Job:
 
     folder: Path
     key: str | None = None
-    """Names the job to the store: what was published under it was published by this very job. None: it cannot be resumed."""
+    """Names the job to the store: a version published under it came of this very job.
 
-    def finished(self) -> list[str]:
-        """The stages whose work is there, in order."""
-        return [stage for name, stage in STAGES.items() if (self.folder / name).exists()]
+    None: it cannot be resumed.
+    """
+
+    def finished_stages(self) -> list[Stage]:
+        """Return the stages that have left their work in the folder, in order."""
+        return [stage for stage in Stage if stage.file and (self.folder / stage.file).exists()]
 
 
-def digest_of(
-    base: Mapping[str, str],
-    recipe: Recipe,
-    trained: "Sequence[Example]",
-    judged: "Sequence[Example]",
+def input_digest(
+    base: Mapping[str, str], recipe: Recipe, trained: Sequence[Item], held_out: Sequence[Item]
 ) -> str:
-    """sha256 over all that the stages' work depends on: base, recipe, what is trained on and what is judged by."""
-    examples = [[asdict(example) for example in examples] for examples in (trained, judged)]
-    whole = json.dumps([FORMAT, dict(base), recipe.as_dict(), *examples], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()
+    """Return a sha256 over all that the stages' work depends on.
+
+    That is the base, the recipe, what is trained on, what is judged by, and the ways that are
+    compared.
+    """
+    ways = [way.name for way in WAYS]
+    parts = [FORMAT, dict(base), recipe.as_dict(), ways, _texts(trained), _texts(held_out)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _texts(items: Sequence[Item]) -> list[list[object]]:
+    return [[item.messages, item.completion, item.rejected] for item in items]
 
 
 @contextmanager
-def passing_job() -> Iterator[Job]:
-    """A job in a temporary folder, which is gone afterwards whatever happened."""
+def temporary_job() -> Iterator[Job]:
+    """Yield a job in a temporary folder, which is removed after the block in any case."""
     with tempfile.TemporaryDirectory(prefix="cope-") as folder:
         yield Job(Path(folder))
 
 
 @contextmanager
-def kept_job(job_dir: str | os.PathLike[str], user_id: str, digest: str) -> Iterator[Job]:
-    """The user's job below ``job_dir``; where the block raises, what its stages finished stays.
+def resumable_job(job_dir: str | os.PathLike[str], user_id: str, digest: str) -> Iterator[Job]:
+    """Yield the user's job below `job_dir`; where the block raises, what its stages finished stays.
 
-    Raises ``InputError`` where the folder cannot be written, and while another process works on this user's job.
+    Raises `InputError` where the folder cannot be written, and while another process works on this
+    user's job.
     """
-    # Not the id itself: it is no name of a file, and the folder's listing need not tell who is trained.
+    # Not the id itself, which may hold any character; and the folder's listing need not tell
+    # which users are trained.
     name = hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
     folder = Path(job_dir).expanduser() / name
     lock = _locked(folder)
     try:
-        yield _opened(folder, digest)
-        (
-            folder / FACTS
-        ).unlink()  # first: what is left of a folder without it is never gone on with
+        yield _open_job(folder, digest)
+        # The facts first: what is left of a folder without them is never resumed.
+        (folder / FACTS).unlink()
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)  # which unlocks it, as the end of a killed process does
 
 
 def _locked(folder: Path) -> int:
-    """Make the folder, for its owner alone, and lock it; the descriptor holds the lock."""
+    """Make the folder, for its owner alone, and lock it; the descriptor returned holds the lock."""
     import fcntl  # POSIX alone has it, and only this needs it
 
     while True:
@@ -92,7 +100,8 @@ def _locked(folder: Path) -> int:
             continue  # another process was done with it just now
         except OSError as error:
             raise InputError(
-                f"job_dir: cannot use {folder} ({error.strerror}): name a folder that can be written"
+                f"job_dir: cannot use {folder} ({error.strerror}): "
+                "name a folder that can be written"
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,25 +110,25 @@ def _locked(folder: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise InputError(
-                f"job_dir: another process works on {folder}: wait for it, or give each its own job_dir"
+                f"job_dir: another process works on {folder}: "
+                "wait for it, or give each its own job_dir"
             ) from None
         except FileNotFoundError:
             pass
         os.close(descriptor)
 
 
-def _opened(folder: Path, digest: str) -> Job:
-    facts = folder / FACTS
-    kept = read_json(facts) if facts.exists() else {}
-    resumed = kept.get("digest") == digest
-    if not resumed:
-        facts.unlink(missing_ok=True)
+def _open_job(folder: Path, digest: str) -> Job:
+    facts_file = folder / FACTS
+    facts = read_json(facts_file) if facts_file.exists() else {}
+    is_same = facts.get("digest") == digest
+    if not is_same:
+        facts_file.unlink(missing_ok=True)
     for path in folder.iterdir():
-        if (
-            path.name.startswith(".") or not resumed
-        ):  # left by a process that was killed, or of another input
+        # Left by a process that was killed, or of another input.
+        if path.name.startswith(".") or not is_same:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not resumed:
-        kept = {"digest": digest, "key": os.urandom(16).hex()}
-        write_json(facts, kept)
-    return Job(folder, kept["key"])
+    if not is_same:
+        facts = {"digest": digest, "key": os.urandom(16).hex()}
+        write_json(facts_file, facts)
+    return Job(folder, facts["key"])

@@ -1,1 +1,4 @@
-"""The training chain: TRL and peft on the engine's base. It knows no LangChain and no store; it returns a folder."""
+"""The training chain: TRL and peft on the engine's base; the result is a folder.
+
+Read `pipeline.py` first. Knows no LangChain and no store.
+"""

@@ -1,4 +1,4 @@
-"""What a stage leaves behind appears whole or not at all: a crash leaves nothing half done under a stage's name.
+"""Files that appear whole or not at all: a crash leaves no half-written work under a stage's name.
 
 Names that begin with a dot are unfinished work.
 """
@@ -13,29 +13,32 @@ from typing import Any
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill with files; it becomes ``folder`` when the block ends, and is gone where the block raises."""
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to fill with files, which becomes `folder` when the block ends.
+
+    Where the block raises, what was written is removed and `folder` does not appear.
+    """
     with TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
-        part = Path(scratch) / folder.name
-        part.mkdir()
-        yield part
-        for path in (*part.iterdir(), part):
+        unfinished = Path(scratch) / folder.name
+        unfinished.mkdir()
+        yield unfinished
+        for path in (*unfinished.iterdir(), unfinished):
             _sync(path)
-        part.rename(folder)
+        unfinished.rename(folder)
     _sync(folder.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON to ``path``, over what is there."""
-    part = path.with_name(f".{path.name}")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    _sync(part)
-    part.replace(path)
+    """Write `value` as JSON to `path`, in place of what is there."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(value), encoding="utf-8")
+    _sync(unfinished)
+    unfinished.replace(path)
     _sync(path.parent)
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
+    """Return what `write_json` wrote to `path`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 

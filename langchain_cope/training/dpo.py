@@ -1,4 +1,4 @@
-"""Preference optimization from the SFT adapter; the reference is the base with the adapter off."""
+"""Preference optimization (DPO) of the SFT adapter; the reference is the base, adapter off."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer
 from langchain_cope.engine import Base
 from langchain_cope.training.adapter import load_weights, lora_config, save_adapter
 from langchain_cope.training.negatives import Pair
-from langchain_cope.training.progress import Watch
+from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 from langchain_cope.training.trainer import (
     arguments,
@@ -23,39 +23,45 @@ from langchain_cope.training.trainer import (
 
 
 def train_dpo(
-    base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, folder: Path, watch: Watch
+    base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, folder: Path, monitor: Monitor
 ) -> None:
-    """Train the adapter of the folder ``sft`` on ``pairs`` and leave the result in ``folder``. Base and ``sft`` are not changed.
+    """Train the adapter in the folder `sft` on `pairs` and leave the result in `folder`.
 
-    Raises ``Cancelled`` at the next step after ``watch`` says so; ``folder`` is not written then.
+    Neither the base nor `sft` is changed. Raises `Cancelled` at the next step after `monitor` asks
+    for a stop; `folder` is then not written.
     """
     with random_state_kept(), TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
         trainer = dpo_trainer(base, pairs, recipe, sft, scratch)
-        train(trainer, watch)
+        train(trainer, monitor)
         save_adapter(trainer.model, base.name, folder)
 
 
 def dpo_trainer(
     base: Base, pairs: Sequence[Pair], recipe: Recipe, sft: Path, scratch: str
 ) -> DPOTrainer:
-    """TRL's trainer on a skeleton of the base, its adapter filled from ``sft``; seeds the process's random states.
+    """Return TRL's trainer on a skeleton of the base, its adapter filled from `sft`.
 
-    The order is what makes the base the reference. Given a model that already carries an adapter, DPOTrainer copies it under the
-    name "ref" and takes that for the reference. Given the bare tree and a configuration, it makes none and switches its own adapter
-    off instead; the weights of SFT go in afterwards.
+    It minimizes `−log σ(β · (r(x, chosen) − r(x, rejected)))`, where r is the log-ratio
+    `log π_user(y|x) − log π_base(y|x)` of the whole completion, in nats (Rafailov et al., 2023).
+    Seeds the process's random states.
+
+    The order is what makes the base the reference. Given a model that already carries an adapter,
+    `DPOTrainer` copies it under the name "ref" and takes that for the reference. Given the bare
+    tree and a configuration, it makes none and switches its own adapter off instead; the weights of
+    SFT go in afterwards.
     """
     skeleton = base.skeleton()
+    config = DPOConfig(
+        **arguments(base, recipe.dpo, len(pairs), recipe.seed, scratch),
+        beta=recipe.dpo.beta,
+        loss_type=["sigmoid"],
+        # Each pair is seen once in the paper's one epoch: to precompute would run the same
+        # forwards, and hash the model.
+        precompute_ref_log_probs=False,
+    )
     trainer = _PairTrainer(
         model=skeleton,
-        args=on_one_device(
-            DPOConfig(
-                **arguments(base, recipe.dpo, len(pairs), recipe.seed, scratch),
-                beta=recipe.dpo.beta,
-                loss_type=["sigmoid"],
-                # Each pair is seen once in the paper's one epoch: precomputing would run the same forwards, and hash the model.
-                precompute_ref_log_probs=False,
-            )
-        ),
+        args=on_one_device(config),
         train_dataset=Dataset.from_list([_row(pair) for pair in pairs]),
         processing_class=tokenizer_copy(base),
         peft_config=lora_config(skeleton, recipe.sft),
@@ -65,7 +71,11 @@ def dpo_trainer(
 
 
 class _PairTrainer(DPOTrainer):  # type: ignore[misc]
-    """DPOTrainer on token ids: unlike SFTTrainer it would tokenize anew, and could not leave a cut answer without its end."""
+    """DPOTrainer on token ids.
+
+    Unlike SFTTrainer, TRL's own would tokenize anew, and could not leave a cut answer without its
+    end of turn.
+    """
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset

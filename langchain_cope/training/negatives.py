@@ -1,8 +1,9 @@
-"""The pairs that DPO trains on: what the user wrote, and an answer that the user rejected or would not have written.
+"""The pairs that DPO trains on: what the user wrote, and an answer unlike the user.
 
-Where the history says what was rejected, that is taken as it is. For all other items it is mined: of a few answers that the base
-gives, the one least like the user. The reward of an answer is the mean over its tokens of ``log π_SFT − log π_base``; the lowest
-becomes the rejected side of a pair.
+Where the history says what was rejected, that is taken as it is. For all other items it is mined:
+of a few answers that the base samples, the one least like the user. The reward of an answer y to a
+prompt x is the mean over its tokens of `log π_SFT(y|x) − log π_base(y|x)`, in nats (Bu et al.,
+EMNLP 2025, with α = 1); the lowest becomes the rejected side.
 """
 
 import hashlib
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 
 from langchain_cope.engine import Adapter, Base, Completion, Engine, Request, Sampling
 from langchain_cope.training.encode import Encoded, common_prefix, encode, encode_candidate
-from langchain_cope.training.progress import Watch
+from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 
-ITEMS_A_BATCH = 16  # whose candidates are sampled together; between two batches progress is said
+ITEMS_A_BATCH = 16  # items of which candidates are sampled together; a step of the stage
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,17 @@ class Pair:
     """An item with its negative, as DPO trains on it."""
 
     index: int
-    """Place of the item in the history."""
+    """Index of the item in the history."""
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     rejected: str
     """The negative as text."""
     reward: float | None = None
-    """Of a mined negative: mean nats a token by which SFT finds it likelier than the base does."""
+    """Mean nats a token by which SFT finds the mined negative likelier than the base does.
+
+    The lowest of the item's candidates; None where the history itself says what was rejected.
+    """
 
 
 @dataclass(frozen=True)
@@ -40,138 +44,163 @@ class _Candidate:
 
 
 def make_pairs(
-    engine: Engine, items: Sequence[Encoded], recipe: Recipe, sft: Adapter, watch: Watch
+    engine: Engine, examples: Sequence[Encoded], recipe: Recipe, sft: Adapter, monitor: Monitor
 ) -> tuple[list[Pair], list[str]]:
-    """The pairs of all items, in order: those that are given, and a mined one for every item of which none is."""
-    unpaired = [item for item in items if not item.example.rejected]
-    mined, notes = mine_negatives(engine, unpaired, recipe, sft, watch)
-    given, also = given_pairs(engine.base, items, recipe)
-    return sorted([*mined, *given], key=lambda pair: pair.index), [*notes, *also]
+    """Return the pairs of all items in order, and in words for people what was left out.
+
+    They are the pairs that the history gives, and a mined one for every item without any.
+    """
+    unpaired = [example for example in examples if not example.item.rejected]
+    mined, mining_notes = mine_negatives(engine, unpaired, recipe, sft, monitor)
+    ready, notes = given_pairs(engine.base, examples, recipe)
+    pairs = sorted([*mined, *ready], key=lambda pair: pair.index)
+    return pairs, [*mining_notes, *notes]
 
 
 def given_pairs(
-    base: Base, items: Sequence[Encoded], recipe: Recipe
+    base: Base, examples: Sequence[Encoded], recipe: Recipe
 ) -> tuple[list[Pair], list[str]]:
-    """A pair for every answer that the items say was rejected, in order, and in words for people what was left out.
+    """Return a pair for every answer that the history says was rejected, in order, and notes.
 
     A rejected answer is cut like a completion: where it fills the room, it has no end of the turn.
     """
     limit = min(recipe.max_length, base.context)
+    num_given = 0
     pairs = []
-    for item in items:
-        for text in item.example.rejected:
-            prompt_ids, whole = encode(base, item.example.prompt, text)
-            completion_ids = whole[: max(0, limit - len(prompt_ids))]
+    for example in examples:
+        for text in example.item.rejected:
+            num_given += 1
+            prompt_ids, answer_ids = encode(base, example.item.messages, text)
+            completion_ids = answer_ids[: max(0, limit - len(prompt_ids))]
             if completion_ids:
-                pairs.append(_pair(item, _Candidate(text, prompt_ids, completion_ids)))
-    num_given = sum(len(item.example.rejected) for item in items)
-    said = [
-        f"{num_given} pairs of a chosen and a rejected answer were given; no negative is mined for their items"
-    ]
-    dropped = [
-        f"{num_given - len(pairs)} of them dropped: the prompt leaves no room for the rejected answer"
-    ]
-    return pairs, said * (num_given > 0) + dropped * (len(pairs) < num_given)
+                pairs.append(_pair(example, _Candidate(text, prompt_ids, completion_ids)))
+    notes = []
+    if num_given:
+        notes.append(
+            f"{num_given} pairs of a chosen and a rejected answer were given; "
+            "no negative is mined for their items"
+        )
+    if len(pairs) < num_given:
+        notes.append(
+            f"{num_given - len(pairs)} of them dropped: "
+            "the prompt leaves no room for the rejected answer"
+        )
+    return pairs, notes
 
 
 def mine_negatives(
-    engine: Engine, items: Sequence[Encoded], recipe: Recipe, sft: Adapter, watch: Watch
+    engine: Engine, examples: Sequence[Encoded], recipe: Recipe, sft: Adapter, monitor: Monitor
 ) -> tuple[list[Pair], list[str]]:
-    """A pair for every item that has a usable candidate, in order, and in words for people what was left out.
+    """Return a pair for every item with a usable candidate, in order, and notes.
 
-    Sampled from the base, scored against the adapter ``sft``. Empty candidates and copies of the user's own text are dropped;
-    one cut at the limit is scored, and trained on, without the end of the turn. Needs ``recipe.max_new_tokens``.
-    Raises ``Cancelled`` within one forward of the model after ``watch`` says so.
+    Candidates are sampled from the base and scored against the adapter `sft`. Empty ones and copies
+    of the user's own text are dropped; one cut at the limit is scored, and trained on, without the
+    end of the turn. `recipe.max_new_tokens` must be set. Raises `Cancelled` within one forward of
+    the model after `monitor` asks for a stop.
     """
     pairs: list[Pair] = []
-    num_dropped = 0
-    for start in range(0, len(items), ITEMS_A_BATCH):
-        watch.raise_if_stopped()
-        batch = items[start : start + ITEMS_A_BATCH]
-        candidates = _sample(engine, batch, recipe, watch)
-        num_dropped += recipe.negatives.candidates * len(batch) - sum(map(len, candidates))
-        pairs += _least_like_user(engine, batch, candidates, sft, watch)
-        watch.report(start + len(batch), len(items))
-    said = [
-        f"{num_dropped} of {recipe.negatives.candidates * len(items)} candidates dropped: empty or the user's own text"
-    ]
-    skipped = [f"{len(items) - len(pairs)} of {len(items)} items skip DPO: no usable candidate"]
-    return pairs, said * (num_dropped > 0) + skipped * (len(pairs) < len(items))
+    num_usable = 0
+    for start in range(0, len(examples), ITEMS_A_BATCH):
+        monitor.raise_if_stopped()
+        batch = examples[start : start + ITEMS_A_BATCH]
+        candidates = _sample(engine, batch, recipe, monitor)
+        num_usable += sum(len(of_item) for of_item in candidates)
+        pairs += _least_like_user(engine, batch, candidates, sft, monitor)
+        monitor.step_done(start + len(batch), len(examples))
+    num_sampled = recipe.negatives.candidates * len(examples)
+    notes = []
+    if num_usable < num_sampled:
+        notes.append(
+            f"{num_sampled - num_usable} of {num_sampled} candidates dropped: "
+            "empty or the user's own text"
+        )
+    if len(pairs) < len(examples):
+        num_skipped = len(examples) - len(pairs)
+        notes.append(f"{num_skipped} of {len(examples)} items skip DPO: no usable candidate")
+    return pairs, notes
 
 
 def _sample(
-    engine: Engine, items: Sequence[Encoded], recipe: Recipe, watch: Watch
+    engine: Engine, examples: Sequence[Encoded], recipe: Recipe, monitor: Monitor
 ) -> list[list[_Candidate]]:
-    """Usable candidates of each item."""
+    """Return the usable candidates of each item."""
     number = recipe.negatives.candidates
-    requests = [_request(engine, item, recipe, draw) for item in items for draw in range(number)]
-    answers = engine.generate(requests, watch.should_stop)
+    requests = [
+        _request(engine, example, recipe, draw) for example in examples for draw in range(number)
+    ]
+    answers = engine.generate(requests, monitor.should_stop)
     limit = min(recipe.max_length, engine.base.context)
-    found = []
-    for place, item in enumerate(items):
-        usable = [a for a in answers[place * number : (place + 1) * number] if _usable(a, item)]
-        encoded = [
-            encode_candidate(engine.base, item, a.text, limit, closed=a.finish_reason == "stop")
-            for a in usable
-        ]
-        found.append(
-            [_Candidate(a.text, *ids) for a, ids in zip(usable, encoded, strict=True) if ids[1]]
-        )
-    return found
+    candidates = []
+    for index, example in enumerate(examples):
+        usable = []
+        for answer in answers[index * number : (index + 1) * number]:
+            if not _is_usable(answer, example):
+                continue
+            closed = answer.finish_reason == "stop"
+            prompt_ids, completion_ids = encode_candidate(
+                engine.base, example, answer.text, limit, closed=closed
+            )
+            if completion_ids:
+                usable.append(_Candidate(answer.text, prompt_ids, completion_ids))
+        candidates.append(usable)
+    return candidates
 
 
-def _request(engine: Engine, item: Encoded, recipe: Recipe, draw: int) -> Request:
-    # A seed of its own for every draw: the candidates do not depend on how items are batched.
-    seed = int.from_bytes(
-        hashlib.sha256(f"{recipe.seed} {item.index} {draw}".encode()).digest()[:7], "big"
-    )
+def _request(engine: Engine, example: Encoded, recipe: Recipe, draw: int) -> Request:
+    # A seed for every draw: the candidates do not depend on how items are batched.
+    digest = hashlib.sha256(f"{recipe.seed} {example.index} {draw}".encode()).digest()
     sampling = Sampling(
         max_tokens=recipe.max_new_tokens or engine.base.context,
         temperature=recipe.negatives.temperature,
         top_p=recipe.negatives.top_p,
-        seed=seed,
+        seed=int.from_bytes(digest[:7], "big"),
     )
-    return Request(
-        prompt=engine.base.prompt_ids(item.example.prompt), sampling=sampling, keep_for_reuse=False
-    )
+    prompt = engine.base.prompt_ids(example.item.messages)
+    return Request(prompt=prompt, sampling=sampling, keep_for_reuse=False)
 
 
-def _usable(answer: Completion, item: Encoded) -> bool:
+def _is_usable(answer: Completion, example: Encoded) -> bool:
     text = answer.text.strip()
-    return bool(text) and text != item.example.completion.strip()
+    return bool(text) and text != example.item.completion.strip()
 
 
 def _least_like_user(
     engine: Engine,
-    items: Sequence[Encoded],
+    examples: Sequence[Encoded],
     candidates: Sequence[Sequence[_Candidate]],
     sft: Adapter,
-    watch: Watch,
+    monitor: Monitor,
 ) -> list[Pair]:
-    sequences = [(c.prompt_ids, c.completion_ids) for several in candidates for c in several]
+    """Return a pair with the candidate of the lowest reward for each item that has candidates."""
+    sequences = [
+        (candidate.prompt_ids, candidate.completion_ids)
+        for of_item in candidates
+        for candidate in of_item
+    ]
     if not sequences:
         return []
-    scored = zip(
-        *(engine.score(sequences, adapter, watch.should_stop) for adapter in (sft, None)),
-        strict=True,
+    by_sft = engine.score(sequences, sft, monitor.should_stop)
+    by_base = engine.score(sequences, None, monitor.should_stop)
+    rewards = iter(
+        [float((user - base).mean()) for user, base in zip(by_sft, by_base, strict=True)]
     )
-    rewards = iter([float((user - base).mean()) for user, base in scored])
     pairs = []
-    for item, several in zip(items, candidates, strict=True):
-        ranked = [(next(rewards), candidate) for candidate in several]
+    for example, of_item in zip(examples, candidates, strict=True):
+        ranked = [(next(rewards), candidate) for candidate in of_item]
         if ranked:
-            reward, lowest = min(ranked, key=lambda pair: pair[0])
-            pairs.append(_pair(item, lowest, reward))
+            reward, candidate = min(ranked, key=lambda pair: pair[0])
+            pairs.append(_pair(example, candidate, reward))
     return pairs
 
 
-def _pair(item: Encoded, negative: _Candidate, reward: float | None = None) -> Pair:
-    # Where a template renders two answers' prompts differently, DPO's prompt is what the two share, as in TRL.
-    shared = common_prefix(item.prompt_ids, negative.prompt_ids)
+def _pair(example: Encoded, negative: _Candidate, reward: float | None = None) -> Pair:
+    # Where a template renders two answers' prompts differently, DPO's prompt is what the two
+    # share, as in TRL.
+    shared = common_prefix(example.prompt_ids, negative.prompt_ids)
     return Pair(
-        index=item.index,
-        prompt_ids=item.prompt_ids[:shared],
-        chosen_ids=item.prompt_ids[shared:] + item.completion_ids,
+        index=example.index,
+        prompt_ids=example.prompt_ids[:shared],
+        chosen_ids=example.prompt_ids[shared:] + example.completion_ids,
         rejected_ids=negative.prompt_ids[shared:] + negative.completion_ids,
         rejected=negative.text,
         reward=reward,

@@ -1,26 +1,26 @@
-"""Every number of the training chain, in one place: what the paper used, and what suits a smaller model.
+"""Every number of the training chain: what the paper used, and what suits a smaller model.
 
-``Recipe.paper()`` is the paper ("the paper": Bu et al., EMNLP 2025, arXiv 2506.12109, and its authors' scripts; 7B models);
-``Recipe.for_model(base, history)`` scales it to the base and to the length of the history, and is the default. The strength
-of personalization follows from one dial: the learning rate of SFT; the one of DPO keeps the paper's distance to it.
-Nothing heavy is imported here, so that a recipe can be built before torch is.
+`Recipe.paper()` is the paper ("the paper": Bu et al., EMNLP 2025, arXiv 2506.12109, and its
+authors' scripts; 7B models); `Recipe.for_model(base, history)` scales it to the base and to the
+length of the history, and is the default. The strength of personalization follows from one dial:
+the learning rate of SFT; the one of DPO keeps the paper's distance to it. Nothing heavy is imported
+here, so that a recipe can be built before torch is.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from langchain_cope.engine import Contrast
+from langchain_cope.engine import Contrast, check_option, is_number, is_whole
 
-PAPER_PARAMETERS = (
-    7e9  # the size that the paper's learning rates, epochs and targets were chosen for
-)
+# The size that the paper's learning rates, epochs and targets were chosen for.
+PAPER_PARAMETERS = 7e9
 LEAST_STEPS = 12  # of SFT: fewer leave an adapter that has hardly moved
 
 
 class Sized(Protocol):
-    """What the recipe wants to know of a base: how many parameters it has."""
+    """What the recipe reads of a base: how many parameters it has."""
 
     @property
     def num_parameters(self) -> int:
@@ -28,36 +28,26 @@ class Sized(Protocol):
         ...
 
 
-def _check(name: str, value: Any, expected: str, fits: bool) -> None:
-    if not fits:
-        raise ValueError(f"{name} is {value!r}, expected {expected}")
+def _check_number(name: str, value: Any) -> None:
+    check_option(name, value, "a number ≥ 0", is_number(value, least=0))
 
 
-def _check_number(
-    name: str, value: Any, low: float, high: float = math.inf, *, low_excluded: bool = False
-) -> None:
-    number = (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    )
-    inside = number and (low < value if low_excluded else low <= value) and value <= high
-    expected = f"a number {'>' if low_excluded else '>='} {low:g}" + (
-        "" if high == math.inf else f" and <= {high:g}"
-    )
-    _check(name, value, expected, inside)
+def _check_positive(name: str, value: Any) -> None:
+    check_option(name, value, "a number > 0", is_number(value, above=0))
 
 
-def _check_count(name: str, value: Any, low: int = 1) -> None:
-    _check(
-        name,
-        value,
-        f"a whole number >= {low}",
-        isinstance(value, int) and not isinstance(value, bool) and value >= low,
-    )
+def _check_share(name: str, value: Any, of_what: str) -> None:
+    expected = f"a share of {of_what}, ≥ 0 and below 1"
+    check_option(name, value, expected, is_number(value, least=0) and value < 1)
+
+
+def _check_count(name: str, value: Any, least: int = 1) -> None:
+    check_option(name, value, f"a whole number ≥ {least}", is_whole(value, least=least))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How one of the two trainers steps: AdamW with a linear schedule, as the paper has it for both."""
+    """How one of the two trainers steps: AdamW with a linear schedule, as the paper has it."""
 
     learning_rate: float
     epochs: float
@@ -71,18 +61,17 @@ class Schedule:
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
-        _check_number(f"{kind}.learning_rate", self.learning_rate, 0, low_excluded=True)
-        _check_number(f"{kind}.epochs", self.epochs, 0, low_excluded=True)
+        _check_positive(f"{kind}.learning_rate", self.learning_rate)
+        _check_positive(f"{kind}.epochs", self.epochs)
         _check_count(f"{kind}.batch_size", self.batch_size)
-        _check_number(f"{kind}.weight_decay", self.weight_decay, 0)
-        _check_number(f"{kind}.max_grad_norm", self.max_grad_norm, 0, low_excluded=True)
-        _check_number(f"{kind}.warmup", self.warmup, 0)
-        _check(f"{kind}.warmup", self.warmup, "a share of the steps, below 1", self.warmup < 1)
+        _check_number(f"{kind}.weight_decay", self.weight_decay)
+        _check_positive(f"{kind}.max_grad_norm", self.max_grad_norm)
+        _check_share(f"{kind}.warmup", self.warmup, "the steps")
 
 
 @dataclass(frozen=True)
 class SFT(Schedule):
-    """Supervised fine-tuning of the user's LoRA adapter on what the user wrote, loss on the completion only."""
+    """Supervised fine-tuning of the user's LoRA adapter, with the loss on the completion only."""
 
     learning_rate: float = 1e-4
     """Peak; the paper."""
@@ -93,31 +82,28 @@ class SFT(Schedule):
     rank: int = 8
     """Of the adapter; the paper."""
     lora_alpha: float = 8
-    """The adapter's product is scaled by lora_alpha / rank; the paper."""
+    """The adapter's product is scaled by `lora_alpha / rank`; the paper."""
     dropout: float = 0.05
     """On the adapter's input, in SFT only (TRL switches it off in DPO); the paper."""
     targets: str | tuple[str, ...] = "attention"
-    """Layers that get the adapter. "attention": the paper's q_proj and v_proj where they exist, else what peft maps the
-    architecture to; "linear": every linear layer but the output head; or names of modules."""
+    """Layers that get the adapter: "attention", "linear" or a tuple of module names.
+
+    "attention": the paper's q_proj and v_proj where they exist, else what peft maps the
+    architecture to; "linear": every linear layer but the output head.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_count("SFT.rank", self.rank)
-        _check_number("SFT.lora_alpha", self.lora_alpha, 0, low_excluded=True)
-        _check_number("SFT.dropout", self.dropout, 0)
-        _check("SFT.dropout", self.dropout, "a share, below 1", self.dropout < 1)
-        named = (
-            isinstance(self.targets, tuple)
-            and self.targets
-            and all(isinstance(t, str) and t for t in self.targets)
-        )
+        _check_positive("SFT.lora_alpha", self.lora_alpha)
+        _check_share("SFT.dropout", self.dropout, "the inputs")
+        if isinstance(self.targets, tuple):
+            fits = all(isinstance(name, str) and name for name in self.targets)
+            fits = fits and len(self.targets) > 0
+        else:
+            fits = self.targets in ("attention", "linear")
         expected = '"attention", "linear" or a tuple of module names'
-        _check(
-            "SFT.targets",
-            self.targets,
-            expected,
-            self.targets in ("attention", "linear") or bool(named),
-        )
+        check_option("SFT.targets", self.targets, expected, fits)
 
 
 @dataclass(frozen=True)
@@ -133,13 +119,14 @@ class Negatives:
 
     def __post_init__(self) -> None:
         _check_count("Negatives.candidates", self.candidates)
-        _check_number("Negatives.temperature", self.temperature, 0, low_excluded=True)
-        _check_number("Negatives.top_p", self.top_p, 0, 1, low_excluded=True)
+        _check_positive("Negatives.temperature", self.temperature)
+        fits = is_number(self.top_p, above=0, most=1)
+        check_option("Negatives.top_p", self.top_p, "a number > 0 and ≤ 1", fits)
 
 
 @dataclass(frozen=True)
 class DPO(Schedule):
-    """Preference optimization from the SFT adapter; the reference is the base with the adapter off."""
+    """Preference optimization from the SFT adapter; the reference is the base, adapter off."""
 
     learning_rate: float = 5e-6
     """Peak; the paper."""
@@ -152,7 +139,7 @@ class DPO(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("DPO.beta", self.beta, 0, low_excluded=True)
+        _check_positive("DPO.beta", self.beta)
 
 
 @dataclass(frozen=True)
@@ -167,12 +154,16 @@ class Recipe:
     tau: float = Contrast.tau
     """Plausibility threshold of contrastive decoding; the paper."""
     repetition_penalty: float = 1.0
-    """In the generations of the evaluation; the paper: 1.0 for short texts, 1.2 to 1.3 for long ones."""
+    """In the generations of the evaluation; the paper: 1.0 for short texts, 1.2 to 1.3 for long."""
     max_new_tokens: int | None = None
-    """Limit of a candidate and of a generation in the evaluation; the paper: 100 for titles and headlines, 600 for long
-    texts. None: as long as the longest completion that is trained on."""
+    """Tokens of a candidate and of a generation in the evaluation, at most.
+
+    The paper: 100 for titles and headlines, 600 for long texts. None: as long as the longest
+    completion that is trained on.
+    """
     max_length: int = 2048
-    """Tokens of prompt and completion together, where the base's context is not shorter; the paper."""
+    """Tokens of prompt and completion together, where the base's context is not shorter; the paper.
+    """
     max_words: int = 768
     """Words that are kept of each field of an item (a message, the completion); the paper."""
     seed: int = 0
@@ -180,18 +171,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, kind in (("sft", SFT), ("negatives", Negatives), ("dpo", DPO)):
-            value = getattr(self, name)
-            _check(
-                f"Recipe.{name}", value, f"an instance of {kind.__name__}", isinstance(value, kind)
-            )
-        _ = self.contrast
-        _check_number("Recipe.repetition_penalty", self.repetition_penalty, 0, low_excluded=True)
+            stage = getattr(self, name)
+            expected = f"an instance of {kind.__name__}"
+            check_option(f"Recipe.{name}", stage, expected, isinstance(stage, kind))
+        try:
+            Contrast(self.alpha, self.tau)
+        except ValueError as error:
+            raise ValueError(f"Recipe.{error}") from None
+        _check_positive("Recipe.repetition_penalty", self.repetition_penalty)
         if self.max_new_tokens is not None:
             _check_count("Recipe.max_new_tokens", self.max_new_tokens)
         _check_count("Recipe.max_length", self.max_length, 2)
         _check_count("Recipe.max_words", self.max_words)
         _check_count("Recipe.seed", self.seed, 0)
-        _check("Recipe.seed", self.seed, "below 2**32", self.seed < 2**32)
+        check_option("Recipe.seed", self.seed, "below 2**32", self.seed < 2**32)
 
     @property
     def contrast(self) -> Contrast:
@@ -200,24 +193,27 @@ class Recipe:
 
     @classmethod
     def paper(cls, *, long_form: bool = False) -> "Recipe":
-        """The authors' settings for 7B models; ``long_form``: those of their three long tasks (abstracts, reviews, posts)."""
-        return (
-            cls(max_new_tokens=600, repetition_penalty=1.2)
-            if long_form
-            else cls(max_new_tokens=100)
-        )
+        """Return the authors' settings for 7B models.
+
+        `long_form`: those of their three long tasks (abstracts, reviews, posts).
+        """
+        if long_form:
+            return cls(max_new_tokens=600, repetition_penalty=1.2)
+        return cls(max_new_tokens=100)
 
     @classmethod
     def for_model(cls, base: Sized, history: Sequence[Any], *, seed: int = 0) -> "Recipe":
-        """The paper's settings scaled to the size of ``base`` and the number of items in ``history``.
+        """Return the paper's settings scaled to the size of `base` and the items in `history`.
 
-        A smaller model needs larger steps: at the paper's 1e-4 one of 7 million parameters learns nothing; at 1e-3 to 2e-3 it
-        learns the user, at 5e-3 it overfits. Between that size and the paper's the rate follows a power law. A small model also
-        gets the adapter, of the paper's rank, on every linear layer. A history too short for 12 steps in the paper's two epochs
-        gets more epochs, for as many steps. At 7B and above, from 21 items on, this is the paper.
+        A smaller model needs larger steps: at the paper's 1e-4 one of 7 million parameters learns
+        nothing; at 1e-3 to 2e-3 it learns the user, at 5e-3 it overfits. Between that size and the
+        paper's the rate follows a power law. A small model also gets the adapter, of the paper's
+        rank, on every linear layer. A history too short for 12 steps in the paper's two epochs gets
+        more epochs, for as many steps. At 7B and above, from 21 items on, this is the paper.
         """
         shrunk = max(1.0, PAPER_PARAMETERS / max(1, base.num_parameters))
-        # 15 at 7.4 million parameters, 1e-4 becomes 1.5e-3, and no more below; two digits, as nobody can tell more apart.
+        # 15 at 7.4 million parameters, where 1e-4 becomes 1.5e-3, and no more below. Two digits:
+        # finer differences cannot be told apart.
         growth = float(f"{min(15.0, shrunk**0.395):.2g}")
         targets = "linear" if base.num_parameters < 1e9 else "attention"
         steps_an_epoch = math.ceil(len(history) / SFT.batch_size) or 1
@@ -226,8 +222,24 @@ class Recipe:
         return cls(sft=sft, dpo=DPO(learning_rate=5e-6 * growth), seed=seed)
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe as plain data that JSON can hold."""
+        """Return the recipe as plain data that JSON can hold."""
         plain = asdict(self)
         if isinstance(self.sft.targets, tuple):
             plain["sft"]["targets"] = list(self.sft.targets)
         return plain
+
+
+RecipeChoice = Recipe | Callable[[Sized, Sequence[Any]], Recipe] | None
+"""A recipe, a function that makes one for a base and the items to train on, or None: the default.
+
+The default is `Recipe.for_model`.
+"""
+
+
+def recipe_for(choice: RecipeChoice, base: Sized, items: Sequence[Any]) -> Recipe:
+    """Return the recipe of that choice for `base` and the `items` to train on."""
+    if choice is None:
+        return Recipe.for_model(base, items)
+    if isinstance(choice, Recipe):
+        return choice
+    return choice(base, items)

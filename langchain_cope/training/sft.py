@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from langchain_cope.engine import Base
 from langchain_cope.training.adapter import lora_config, save_adapter
 from langchain_cope.training.encode import Encoded
-from langchain_cope.training.progress import Watch
+from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 from langchain_cope.training.trainer import (
     arguments,
@@ -22,35 +22,37 @@ from langchain_cope.training.trainer import (
 
 
 def train_sft(
-    base: Base, items: Sequence[Encoded], recipe: Recipe, folder: Path, watch: Watch
+    base: Base, examples: Sequence[Encoded], recipe: Recipe, folder: Path, monitor: Monitor
 ) -> None:
-    """Train an adapter on ``items`` and leave it in ``folder`` as a plain peft folder. The base is not changed.
+    """Train an adapter on `examples` and leave it in `folder` as a plain peft folder.
 
-    Raises ``Cancelled`` at the next step after ``watch`` says so; ``folder`` is not written then.
+    The base is not changed. Raises `Cancelled` at the next step after `monitor` asks for a stop;
+    `folder` is then not written.
     """
     with random_state_kept(), TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
-        trainer = sft_trainer(base, items, recipe, scratch)
-        train(trainer, watch)
+        trainer = sft_trainer(base, examples, recipe, scratch)
+        train(trainer, monitor)
         save_adapter(trainer.model, base.name, folder)
 
 
-def sft_trainer(base: Base, items: Sequence[Encoded], recipe: Recipe, scratch: str) -> SFTTrainer:
-    """TRL's trainer on a skeleton of the base; seeds the process's random states."""
+def sft_trainer(
+    base: Base, examples: Sequence[Encoded], recipe: Recipe, scratch: str
+) -> SFTTrainer:
+    """Return TRL's trainer on a skeleton of the base; seeds the process's random states."""
     skeleton = base.skeleton()
+    config = SFTConfig(**arguments(base, recipe.sft, len(examples), recipe.seed, scratch))
     return SFTTrainer(
         model=skeleton,
-        args=on_one_device(
-            SFTConfig(**arguments(base, recipe.sft, len(items), recipe.seed, scratch))
-        ),
-        train_dataset=Dataset.from_list([_row(item) for item in items]),
+        args=on_one_device(config),
+        train_dataset=Dataset.from_list([_row(example) for example in examples]),
         processing_class=tokenizer_copy(base),
         peft_config=lora_config(skeleton, recipe.sft),
     )
 
 
-def _row(item: Encoded) -> dict[str, list[int]]:
-    # TRL takes ready token ids and labels as they are; -100 marks what bears no loss
+def _row(example: Encoded) -> dict[str, list[int]]:
+    # TRL takes ready token ids and labels as they are; -100 marks what bears no loss.
     return {
-        "input_ids": item.prompt_ids + item.completion_ids,
-        "labels": [-100] * len(item.prompt_ids) + item.completion_ids,
+        "input_ids": example.prompt_ids + example.completion_ids,
+        "labels": [-100] * len(example.prompt_ids) + example.completion_ids,
     }

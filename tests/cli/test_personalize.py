@@ -15,6 +15,11 @@ PROGRESS = re.compile(
 AsNobody = Callable[..., contextlib.AbstractContextManager[Path]]
 
 
+def started_stages(stderr: str) -> list[str]:
+    lines = [line for line in stderr.splitlines() if line.endswith(": started")]
+    return [line.partition(":")[0] for line in lines]
+
+
 @pytest.fixture
 def personalize(cope_lc: Callable, tiny: Callable[..., Path]) -> Callable:
     """Personalizes on the tiny Llama."""
@@ -38,22 +43,16 @@ def test_a_history_is_learnt_published_and_shown(
     assert text.count("the user wrote") == 3 + 2
     assert "It is 7, friend." in text
     assert text.endswith("next: cope-lc chat --user alice\n")
-    stages = [
-        line.partition(":")[0] for line in outcome.stderr.splitlines() if line.endswith(": started")
-    ]
+    stages = started_stages(outcome.stderr)
     assert stages == ["history", "base model", "SFT", "negatives", "DPO", "evaluation", "gate"]
     assert all(stage in text.partition("time: ")[2] for stage in stages)
 
 
-def test_a_process_prints_one_json_object_and_progress_without_the_noise_of_libraries(
+def test_a_process_prints_one_json_object_and_no_noise_of_libraries(
     process: Callable, history: Callable[..., Path], tiny: Callable[..., Path], store: AdapterStore
 ) -> None:
-    rows = [
-        {
-            "user_id": "alice",
-            "history": [{"prompt": f"p{n}", "completion": f"c{n} ü"} for n in range(6)],
-        }
-    ]
+    items = [{"prompt": f"p{n}", "completion": f"c{n} ü"} for n in range(6)]
+    rows = [{"user_id": "alice", "history": items}]
     run = process("personalize", history(rows), "--model", tiny(), "--always", "--json")
     printed, said = run.communicate(timeout=100)
     assert run.returncode == 0, said
@@ -98,12 +97,20 @@ def test_the_same_command_goes_on_from_its_job_folder(
         assert personalize(history(), *words).code == 1
     outcome = personalize(history(), *words)
     assert outcome.code == 0, outcome.stderr
-    stages = [
-        line.partition(":")[0] for line in outcome.stderr.splitlines() if line.endswith(": started")
-    ]
+    stages = started_stages(outcome.stderr)
     assert stages == ["history", "base model", "DPO", "evaluation", "gate"]
     assert "note: done before and not run again: sft, negatives" in outcome.stdout
     assert list((tmp_path / "jobs").iterdir()) == []
+
+
+def test_seed_and_paper_choose_the_recipe(
+    personalize: Callable, history: Callable[..., Path]
+) -> None:
+    words = ("--user", "alice", "--always", "--json", "--seed", "3")
+    scaled = personalize(history(), *words).json["recipe"]
+    paper = personalize(history(), *words, "--paper").json["recipe"]
+    assert (scaled["seed"], scaled["sft"]["learning_rate"]) == (3, 1.5e-3)
+    assert (paper["seed"], paper["sft"]["learning_rate"]) == (3, 1e-4)
 
 
 def test_dry_run_needs_no_model_and_touches_no_store(
@@ -127,25 +134,15 @@ def test_preview_names_the_format_the_target_and_the_pairs_with_samples(
     pairs = [
         {"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"{n}!"} for n in range(6)
     ]
-    words = [
-        "personalize",
-        history(pairs),
-        "--user",
-        "alice",
-        "--model",
-        "no-such-model",
-        "--preview",
-    ]
+    file = history(pairs)
+    words = ["personalize", file, "--user", "alice", "--model", "no-such-model", "--preview"]
     outcome = cope_lc(*words)
     assert (outcome.code, outcome.stderr) == (0, "")
     assert "found: chosen and rejected (6 rows); 6 preference pairs for DPO\n" in outcome.stdout
     assert re.search(r"the user wrote +It is 0\. *\nrejected +0! *\n", outcome.stdout)
     facts = cope_lc(*words, "--json").json
-    assert (facts["formats"], facts["target"], facts["num_pairs"]) == (
-        {"chosen and rejected": 6},
-        None,
-        6,
-    )
+    assert facts["formats"] == {"chosen and rejected": 6}
+    assert (facts["target"], facts["num_pairs"]) == (None, 6)
     assert facts["samples"][0]["rejected"] == ["0!"]
     turns = [
         {"type": "human", "content": "Well, hello."},
@@ -192,9 +189,8 @@ def test_the_target_decides_whose_turns_are_learnt(
     ]
     file = history(rows)
     for target, said in [("assistant", "How may I help?"), ("user", "Well, hello 0.")]:
-        facts = cope_lc(
-            "personalize", file, "--user", "a", "--target", target, "--dry-run", "--json"
-        ).json
+        words = ("--target", target, "--dry-run", "--json")
+        facts = cope_lc("personalize", file, "--user", "a", *words).json
         assert facts["samples"][0]["completion"] == said
 
 
@@ -203,10 +199,8 @@ def test_a_fixed_instruction_is_kept_in_the_version(
 ) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("".join(f"Text number {n}, friend.\n" for n in range(6)))
-    assert (
-        personalize(file, "--user", "a", "--instruction", "Write on.", "--always", "--json").code
-        == 0
-    )
+    words = ("--instruction", "Write on.", "--always", "--json")
+    assert personalize(file, "--user", "a", *words).code == 0
     assert store.resolve("a").metadata["instruction"] == "Write on."
     assert personalize(file, "--user", "b", "--always", "--json").code == 0
     assert store.resolve("b").metadata["instruction"]
@@ -244,7 +238,7 @@ def test_bad_input_is_one_line_that_names_its_place(
     assert not store_folder.exists()
 
 
-def test_a_file_that_names_nobody_or_several_needs_user(
+def test_a_file_that_names_no_user_or_several_needs_user(
     cope_lc: Callable, history: Callable[..., Path]
 ) -> None:
     for rows in (8, [{"user_id": name, "prompt": "p", "completion": "c"} for name in "ab"]):
@@ -266,7 +260,7 @@ def test_an_impossible_user_id_is_refused_before_training(
 
 
 @pytest.mark.parametrize("user", ["../x 🙂", "\x1b]0;title\x07[bold]"])
-def test_hostile_user_ids_and_texts_are_learnt_and_do_not_reach_the_terminal(
+def test_hostile_ids_and_texts_are_learnt_but_not_printed(
     personalize: Callable, history: Callable[..., Path], store: AdapterStore, user: str
 ) -> None:
     rows = [

@@ -7,6 +7,7 @@ import pytest
 from adapter_store import AdapterStore, AdapterVersion, Limits, MemoryBackend
 from adapter_store.conformance import make_adapter
 from langchain_cope.personalization.gate import Outcome, Publisher
+from langchain_cope.training.progress import Monitor
 
 
 def publish(store: AdapterStore, seed: int) -> AdapterVersion:
@@ -22,14 +23,13 @@ def publisher(store: AdapterStore) -> Publisher:
         training=unused,
         evaluation=unused,
         trained=(),
-        judged=(),
-        examples=(),
+        held_out=(),
         instruction=None,
         gate="always",
         min_gain=0.0,
-        job=None,
+        job_key=None,
         data_seq=0,
-        should_stop=lambda: False,
+        monitor=Monitor(),
     )
 
 
@@ -45,7 +45,9 @@ def test_the_version_before_is_active_again() -> None:
     assert store.active("alice") == first.version
 
 
-def test_what_somebody_publishes_in_between_stays_active(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_process_publishes_in_between_stays_active(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     backend = MemoryBackend()
     store, other = AdapterStore(backend), AdapterStore(backend)
     first, second = publish(store, 1), publish(store, 2)

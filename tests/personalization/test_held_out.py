@@ -20,9 +20,9 @@ def items(count: int, conversations: dict[int, str] | None = None) -> list[Item]
     ("count", "expected"), [(5, 2), (10, 2), (12, 2), (13, 3), (50, 10), (74, 15)]
 )
 def test_the_newest_fifth_is_held_out_and_at_least_two(count: int, expected: int) -> None:
-    trained, judged = held_out.split(items(count))
-    assert len(judged) == expected
-    assert [*trained, *judged] == items(count)
+    trained, newest = held_out.split(items(count))
+    assert len(newest) == expected
+    assert [*trained, *newest] == items(count)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
@@ -32,8 +32,8 @@ def test_fewer_than_five_items_are_refused_with_the_count_needed(count: int) -> 
 
 
 def test_a_conversation_falls_on_one_side() -> None:
-    trained, judged = held_out.split(items(10, {1: "a", 8: "a", 5: "b", 6: "b"}))
-    assert [item.prompt for item in judged] == ["p1", "p8", "p9"]
+    trained, newest = held_out.split(items(10, {1: "a", 8: "a", 5: "b", 6: "b"}))
+    assert [item.prompt for item in newest] == ["p1", "p8", "p9"]
     assert len(trained) == 7
 
 
@@ -46,17 +46,17 @@ def test_one_conversation_alone_cannot_be_split() -> None:
 def test_every_item_is_on_exactly_one_side(count: int, conversations: dict[int, str]) -> None:
     history = items(count, conversations)
     try:
-        trained, judged = held_out.split(history)
+        trained, newest = held_out.split(history)
     except HistoryError:
         return
-    assert sorted([*trained, *judged], key=history.index) == history
-    assert {i.conversation for i in trained} & {i.conversation for i in judged} <= {None}
-    assert len(judged) >= max(2, round(0.2 * count))
+    assert sorted([*trained, *newest], key=history.index) == history
+    assert {i.conversation for i in trained} & {i.conversation for i in newest} <= {None}
+    assert len(newest) >= max(2, round(0.2 * count))
 
 
 def test_a_version_recognises_what_it_was_trained_on() -> None:
     history = items(20)
-    mark = held_out.mark(history[:15])
-    assert held_out.overlap(mark, history[15:]) == 0
-    assert held_out.overlap(mark, history[10:]) == 5
-    assert held_out.overlap(None, history) == 0
+    fingerprints = held_out.fingerprint_items(history[:15])
+    assert held_out.count_trained_on(fingerprints, history[15:]) == 0
+    assert held_out.count_trained_on(fingerprints, history[10:]) == 5
+    assert held_out.count_trained_on(None, history) == 0

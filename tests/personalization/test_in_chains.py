@@ -1,10 +1,8 @@
-"""PersonalizeUser as a LangChain citizen: in chains, as a tool, in graphs, in batches, and what traces show of it."""
+"""PersonalizeUser in chains, as a tool, in graphs and in batches, and what traces show of it."""
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypedDict
 
 import pytest
@@ -14,32 +12,22 @@ from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.tracers.langchain import LangChainTracer
 from langgraph.graph import START, StateGraph
-from personal import QUICK, ROWS, Recorder
+from personal import ROWS, Recorder
 from pydantic import BaseModel
 
 from adapter_store import AdapterStore, BackendError
 from langchain_cope import PersonalizeResult, PersonalizeUser
 from langchain_cope.errors import Cancelled, HistoryError, InputError
 from langchain_cope.history import UserHistory, as_history
-from langchain_cope.personalization.turns import turn_on
+from langchain_cope.personalization.run import reserved_device
 from langchain_cope.tracing import TracedError, TraceUserId, traced_user
-from langchain_cope.training.progress import never
+from langchain_cope.training.progress import Monitor
 
 REQUEST = {"user_id": "alice", "history": ROWS}
 HASHED = traced_user("alice", "hashed")
 
 
-@pytest.fixture(scope="module")
-def base(tiny: Callable[..., Path]) -> Path:
-    return tiny("llama", initializer_range=0.05)
-
-
-@pytest.fixture
-def personalize(base: Path, store_folder: Path) -> PersonalizeUser:
-    return PersonalizeUser(model=str(base), store=store_folder, recipe=QUICK)
-
-
-class Kept:
+class InMemory:
     """A history store in memory, of which the first calls may fail."""
 
     def __init__(self, num_failures: int = 0) -> None:
@@ -69,16 +57,13 @@ def test_it_stands_in_a_chain(personalize: PersonalizeUser) -> None:
     parents = {name: names.get(parent) for name, _, parent in recorder.started}
     assert parents["learn"] == "RunnableSequence"
     assert parents["sft"] == parents["publish"] == "learn"
-    metadata = dict(zip([name for name, _, _ in recorder.started], recorder.metadata, strict=True))
-    assert {
-        "tenant": "blue",
-        "base_model": personalize.model,
-        "gate": "improve",
-        "user_id": "alice",
-    }.items() <= (metadata["dpo"].items())
+    names_in_order = [name for name, _, _ in recorder.started]
+    metadata = dict(zip(names_in_order, recorder.metadata, strict=True))
+    ours = {"base_model": personalize.model, "gate": "improve", "user_id": "alice"}
+    assert {"tenant": "blue", **ours}.items() <= metadata["dpo"].items()
 
 
-async def test_it_stands_in_an_asynchronous_chain_and_is_mapped_over_users(
+async def test_it_is_mapped_over_users_in_an_asynchronous_chain(
     personalize: PersonalizeUser,
 ) -> None:
     chain: Runnable[list[str], list[PersonalizeResult]] = (
@@ -94,12 +79,12 @@ async def test_it_stands_in_an_asynchronous_chain_and_is_mapped_over_users(
 
 
 def test_a_retry_starts_again_after_a_passing_failure(personalize: PersonalizeUser) -> None:
-    kept = Kept(num_failures=1)
-    retried = personalize.model_copy(update={"history": kept}).with_retry(
+    histories = InMemory(num_failures=1)
+    retried = personalize.model_copy(update={"history": histories}).with_retry(
         retry_if_exception_type=(BackendError,), wait_exponential_jitter=False
     )
     assert retried.invoke({"user_id": "alice"}).published
-    assert kept.users == ["alice", "alice"]
+    assert histories.users == ["alice", "alice"]
     with pytest.raises(HistoryError):  # for good, and not tried again
         retried.invoke({"user_id": "alice", "history": ROWS[:2]})
 
@@ -122,17 +107,19 @@ def test_the_user_comes_from_the_config_where_the_request_names_none(
         personalize.invoke({"history": ROWS})
 
 
-def test_who_may_not_is_refused_before_anything_is_read(personalize: PersonalizeUser) -> None:
+def test_an_unauthorized_caller_is_refused_before_anything_is_read(
+    personalize: PersonalizeUser,
+) -> None:
     def only_oneself(user: str, config: RunnableConfig) -> None:
         if user != config["configurable"].get("session_user"):
             raise PermissionError(f"not for {user}")
 
-    kept, recorder = Kept(), Recorder()
-    guarded = personalize.model_copy(update={"authorize": only_oneself, "history": kept})
+    histories, recorder = InMemory(), Recorder()
+    guarded = personalize.model_copy(update={"authorize": only_oneself, "history": histories})
     config: RunnableConfig = {"configurable": {"session_user": "alice"}, "callbacks": [recorder]}
     with pytest.raises(PermissionError, match="not for bob"):
         guarded.invoke({"user_id": "bob"}, config)
-    assert (kept.users, recorder.started) == ([], [])
+    assert (histories.users, recorder.started) == ([], [])
     assert guarded.invoke({"user_id": "alice"}, config).published
 
 
@@ -172,13 +159,13 @@ def calling(tool: str, **arguments: Any) -> Scripted:
     return Scripted(messages=iter([AIMessage("", tool_calls=[call]), AIMessage("Done.")]))
 
 
-def test_an_agent_personalizes_whom_the_config_names(personalize: PersonalizeUser) -> None:
-    tool = personalize.model_copy(update={"history": Kept()}).as_tool(Nothing)
+def test_an_agent_personalizes_the_user_of_the_config(personalize: PersonalizeUser) -> None:
+    tool = personalize.model_copy(update={"history": InMemory()}).as_tool(Nothing)
     agent = create_agent(calling(tool.name), [tool])
     config: RunnableConfig = {"configurable": {"user_id": "alice"}}
     chunks = list(agent.stream({"messages": "learn"}, config, stream_mode=["custom", "values"]))
-    (told,) = [m for m in chunks[-1][1]["messages"] if isinstance(m, ToolMessage)]
-    assert told.content.startswith("published version")
+    (reply,) = [m for m in chunks[-1][1]["messages"] if isinstance(m, ToolMessage)]
+    assert reply.content.startswith("published version")
     assert {chunk["user_id"] for mode, chunk in chunks if mode == "custom"} == {"alice"}
     assert AdapterStore(personalize.store).active("alice") is not None
 
@@ -203,15 +190,11 @@ def test_it_is_a_node_and_its_progress_a_custom_stream(personalize: PersonalizeU
     builder.add_node("learn", personalize)
     builder.add_edge(START, "learn")
     chunks = list(builder.compile().stream(REQUEST, stream_mode=["custom", "values"]))
-    told = [chunk for mode, chunk in chunks if mode == "custom"]
-    assert list(dict.fromkeys(chunk["stage"] for chunk in told)) == [
-        "sft",
-        "negatives",
-        "dpo",
-        "evaluate",
-    ]
-    assert {(chunk["event"], chunk["user_id"]) for chunk in told} == {("cope.progress", "alice")}
-    assert [chunk["step"] for chunk in told if chunk["stage"] == "sft"][-1] == 6
+    events = [chunk for mode, chunk in chunks if mode == "custom"]
+    stages = list(dict.fromkeys(chunk["stage"] for chunk in events))
+    assert stages == ["sft", "negatives", "dpo", "evaluate"]
+    assert {(chunk["event"], chunk["user_id"]) for chunk in events} == {("cope.progress", "alice")}
+    assert [chunk["step"] for chunk in events if chunk["stage"] == "sft"][-1] == 6
     assert chunks[-1][1]["published"]
     assert "better" in chunks[-1][1]["reason"]
 
@@ -263,17 +246,16 @@ def test_a_failure_ends_a_batch_before_the_next_user(personalize: PersonalizeUse
     assert AdapterStore(personalize.store).active("alice") is None
 
 
-def test_each_of_a_batch_is_told_as_it_is_done_with_a_config_each(
+def test_results_of_a_batch_come_one_by_one_with_a_config_each(
     personalize: PersonalizeUser,
 ) -> None:
     configs: list[RunnableConfig] = [
         {"configurable": {"user_id": user}} for user in ("alice", "bob")
     ]
     done: list[str] = []
-    for place, result in personalize.batch_as_completed([{"history": ROWS}] * 2, configs):
-        done.append(
-            f"{place} {result.user_id} {AdapterStore(personalize.store).active('bob') is None}"
-        )
+    for index, result in personalize.batch_as_completed([{"history": ROWS}] * 2, configs):
+        bob_waits = AdapterStore(personalize.store).active("bob") is None
+        done.append(f"{index} {result.user_id} {bob_waits}")
     assert done == ["0 alice True", "1 bob False"]
 
 
@@ -297,14 +279,11 @@ async def test_a_cancelled_abatch_stops_the_training_and_starts_no_other(
     store = AdapterStore(personalize.store)
     assert store.active("alice") is not None
     assert (store.active("bob"), store.active("carol")) == (None, None)
-    assert not [
-        thread.name
-        for thread in threading.enumerate()
-        if thread.name.startswith("cope-personalize")
-    ]
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("cope-personalize")]
 
 
-async def test_trainings_of_one_device_take_turns_wherever_they_were_started(
+async def test_trainings_on_one_device_wait_for_each_other(
     personalize: PersonalizeUser,
 ) -> None:
     spans: dict[str, list[float]] = {}
@@ -343,7 +322,8 @@ def test_a_stop_event_is_heard_while_waiting_for_another_training(
 ) -> None:
     stop = threading.Event()
     threading.Timer(0.3, stop.set).start()
-    with turn_on("cpu", never), pytest.raises(Cancelled, match="waiting for another training"):
+    waiting = pytest.raises(Cancelled, match="waiting for another training")
+    with reserved_device("cpu", Monitor()), waiting:
         personalize.invoke(REQUEST, stop_event=stop)
 
 
@@ -362,9 +342,9 @@ class Client:
 def trace_of(chain: PersonalizeUser, config: RunnableConfig | None) -> str:
     """All that a callback handler and a LangSmith tracer are told, as text."""
     recorder, client = Recorder(), Client()
-    chain.invoke(
-        REQUEST, {**(config or {}), "callbacks": [recorder, LangChainTracer(client=client)]}
-    )  # type: ignore[arg-type, typeddict-item]
+    tracer = LangChainTracer(client=client)  # type: ignore[arg-type]
+    callbacks: RunnableConfig = {"callbacks": [recorder, tracer]}
+    chain.invoke(REQUEST, {**(config or {}), **callbacks})
     assert recorder.started
     assert client.runs
     return f"{vars(recorder)} {client.runs}"
@@ -392,7 +372,7 @@ def test_a_trace_holds_no_text_and_the_user_as_asked(
 
 
 @pytest.mark.parametrize("how", ["hashed", "omitted"])
-def test_an_error_that_names_the_user_is_traced_by_its_class_and_raised_as_it_is(
+def test_an_error_that_names_the_user_is_traced_by_its_class(
     personalize: PersonalizeUser, how: TraceUserId
 ) -> None:
     cause = ValueError("a cause")

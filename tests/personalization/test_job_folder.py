@@ -16,11 +16,14 @@ from personal import FOUR_STEPS, ROWS, Recorder
 from adapter_store import AdapterStore
 from langchain_cope import PersonalizeUser
 from langchain_cope.errors import InputError
-from langchain_cope.personalization.job_folder import kept_job
-from langchain_cope.training.atomic_files import whole_folder, write_json
+from langchain_cope.evaluation.ways import WAYS, Way
+from langchain_cope.personalization import job_folder
+from langchain_cope.personalization.job_folder import resumable_job
+from langchain_cope.training.atomic_files import atomic_folder, write_json
+from langchain_cope.training.progress import Stage
 
 REQUEST = {"user_id": "alice", "history": ROWS}
-ALL = ["history", "load", "sft", "negatives", "dpo", "evaluate", "publish"]
+ALL = [stage.value for stage in Stage]
 
 # Personalizes alice, telling each step; where told to it waits to be killed.
 CHILD = """
@@ -51,11 +54,6 @@ PersonalizeUser(recipe=FOUR_STEPS, **settings).invoke(asked["request"], {"callba
 """
 
 
-@pytest.fixture(scope="module")
-def base(tiny: Callable[..., Path]) -> Path:
-    return tiny("llama", initializer_range=0.05)
-
-
 @pytest.fixture
 def personalize(base: Path, store_folder: Path, tmp_path: Path) -> PersonalizeUser:
     return PersonalizeUser(
@@ -64,7 +62,7 @@ def personalize(base: Path, store_folder: Path, tmp_path: Path) -> PersonalizeUs
 
 
 def killed_at(moment: str, personalize: PersonalizeUser) -> list[str]:
-    """Personalize alice in a process of its own, kill -9 it at that moment, and return what it had told by then."""
+    """Personalize alice in a process, kill it at that moment, and return what it had told."""
     asked = {"wait_at": moment, "request": REQUEST}
     asked |= {key: getattr(personalize, key) for key in ("model", "store", "job_dir")}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -91,14 +89,12 @@ def killed_at(moment: str, personalize: PersonalizeUser) -> list[str]:
 def job_files(personalize: PersonalizeUser) -> dict[str, tuple[int, int]]:
     """Inode and time of each finished file: another one, or the same written again, differs."""
     (job,) = Path(str(personalize.job_dir)).iterdir()
-    facts = {
-        path: path.stat()
-        for path in job.rglob("*")
-        if path.is_file() and not path.parent.name.startswith(".")
-    }
-    return {
-        str(path.relative_to(job)): (stat.st_ino, stat.st_mtime_ns) for path, stat in facts.items()
-    }
+    files = {}
+    for path in job.rglob("*"):
+        if path.is_file() and not path.parent.name.startswith("."):
+            stat = path.stat()
+            files[str(path.relative_to(job))] = (stat.st_ino, stat.st_mtime_ns)
+    return files
 
 
 def invoke(personalize: PersonalizeUser, request: Any = REQUEST) -> tuple[Any, Recorder]:
@@ -106,7 +102,7 @@ def invoke(personalize: PersonalizeUser, request: Any = REQUEST) -> tuple[Any, R
     return personalize.invoke(request, {"callbacks": [recorder]}), recorder
 
 
-def test_killed_in_the_middle_of_dpo_it_goes_on_without_sft_to_the_same_adapter(
+def test_killed_in_dpo_it_goes_on_to_the_same_adapter(
     personalize: PersonalizeUser, tmp_path: Path
 ) -> None:
     told = killed_at("dpo 2", personalize)
@@ -163,7 +159,7 @@ def test_killed_just_after_the_publish_it_is_not_published_twice(
 
 @pytest.fixture
 def stopped(personalize: PersonalizeUser, monkeypatch: pytest.MonkeyPatch) -> PersonalizeUser:
-    """One whose first run failed in DPO."""
+    """A `PersonalizeUser` of which the first run failed in DPO."""
 
     def broken(*_: Any) -> None:
         raise RuntimeError("the disk burnt")
@@ -180,9 +176,15 @@ def test_after_a_failure_it_goes_on_too(stopped: PersonalizeUser) -> None:
     assert invoke(stopped)[1].stages == ["history", "load", "dpo", "evaluate", "publish"]
 
 
-@pytest.mark.parametrize("change", ["history", "held out", "recipe", "base"])
+CHANGES = ["history", "held out", "recipe", "base", "ways", "format"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_input_starts_anew(
-    stopped: PersonalizeUser, tiny: Callable[..., Path], change: str
+    stopped: PersonalizeUser,
+    tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
 ) -> None:
     rows, changed = ROWS, stopped
     if change == "history":
@@ -191,10 +193,13 @@ def test_another_input_starts_anew(
         rows = [*ROWS[:-1], {**ROWS[-1], "completion": "Another text"}]
     elif change == "recipe":
         changed = stopped.model_copy(update={"recipe": replace(FOUR_STEPS, seed=1)})
+    elif change == "ways":
+        monkeypatch.setattr(job_folder, "WAYS", [*WAYS, Way("later")])
+    elif change == "format":
+        monkeypatch.setattr(job_folder, "FORMAT", job_folder.FORMAT + 1)
     else:
-        changed = stopped.model_copy(
-            update={"model": str(tiny("llama", initializer_range=0.05, seed=1))}
-        )
+        other = tiny("llama", initializer_range=0.05, seed=1)
+        changed = stopped.model_copy(update={"model": str(other)})
     result, recorder = invoke(changed, {"user_id": "alice", "history": rows})
     assert recorder.stages == ALL
     assert not [note for note in result.notes if "done before" in note]
@@ -230,7 +235,7 @@ def test_a_job_folder_is_private(stopped: PersonalizeUser) -> None:
 
 def test_two_processes_do_not_work_on_one_job(personalize: PersonalizeUser) -> None:
     with (
-        kept_job(str(personalize.job_dir), "alice", "digest"),
+        resumable_job(str(personalize.job_dir), "alice", "digest"),
         pytest.raises(InputError, match="another process works on"),
     ):
         personalize.invoke(REQUEST)
@@ -242,17 +247,16 @@ def test_a_job_folder_that_cannot_be_written_is_refused_before_training(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     recorder = Recorder()
+    impossible = personalize.model_copy(update={"job_dir": tmp_path / "file"})
     with pytest.raises(InputError, match="job_dir: cannot use"):
-        personalize.model_copy(update={"job_dir": tmp_path / "file"}).invoke(
-            REQUEST, {"callbacks": [recorder]}
-        )
+        impossible.invoke(REQUEST, {"callbacks": [recorder]})
     assert recorder.stages == ["history", "load"]
 
 
 def test_what_fails_half_way_leaves_nothing_under_its_name(tmp_path: Path) -> None:
     def half() -> None:
-        with whole_folder(tmp_path / "made") as part:
-            (part / "file").write_text("half")
+        with atomic_folder(tmp_path / "folder") as unfinished:
+            (unfinished / "file").write_text("half")
             raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):

@@ -19,21 +19,13 @@ from adapter_store import AdapterStore, BackendError, InvalidAdapterError
 from langchain_cope import ChatCoPe, ChromaHistory, PersonalizeResult, PersonalizeUser
 from langchain_cope.engine import Engine, load_base
 from langchain_cope.errors import HistoryError, InputError, ModelError
-from langchain_cope.evaluation.comparison import as_examples
+from langchain_cope.evaluation.ways import WAYS
 from langchain_cope.history import as_history
-from langchain_cope.personalization.turns import turn_on
+from langchain_cope.personalization.result import Sample
+from langchain_cope.personalization.run import reserved_device
 from langchain_cope.training.pipeline import train_user
-from langchain_cope.training.progress import never
-
-
-@pytest.fixture(scope="module")
-def base(tiny: Callable[..., Path]) -> Path:
-    return tiny("llama", initializer_range=0.05)
-
-
-@pytest.fixture
-def personalize(base: Path, store_folder: Path) -> PersonalizeUser:
-    return PersonalizeUser(model=str(base), store=store_folder, recipe=QUICK)
+from langchain_cope.training.progress import Monitor, Stage
+from langchain_cope.training.recipe import Recipe
 
 
 def test_from_history_to_a_published_version_that_chats(
@@ -44,21 +36,15 @@ def test_from_history_to_a_published_version_that_chats(
     assert isinstance(result, PersonalizeResult)
     assert result.published, result.reason
     assert (result.num_trained, result.num_held_out) == (8, 2)
-    assert set(result.metrics) == {"base", "sft", "dpo", "cope"}
+    assert list(result.metrics) == ["base", "sft", "dpo", "cope"] == [way.name for way in WAYS]
     assert set(result.metrics["cope"]) == {"rouge1", "rougeL"}
     assert result.metrics["dpo"]["nll"] < result.metrics["base"]["nll"]
-    assert set(result.timings) == {
-        "history",
-        "load",
-        "sft",
-        "negatives",
-        "dpo",
-        "evaluate",
-        "publish",
-    }
+    assert list(result.timings) == [stage.value for stage in Stage]
     assert [sample.reference for sample in result.samples] == [
         row["completion"] for row in ROWS[-2:]
     ]
+    fields = ["prompt", "reference", *[way.name for way in WAYS]]
+    assert list(result.samples[0].model_dump()) == fields
 
     store = AdapterStore(store_folder)
     version = store.resolve("alice", base=load_base(base).fingerprint())
@@ -77,7 +63,7 @@ def test_from_history_to_a_published_version_that_chats(
     assert plain.active_adapter == "default"
 
 
-def test_a_version_that_is_no_better_is_refused_and_the_active_one_stays(
+def test_a_version_that_is_no_better_is_refused(
     personalize: PersonalizeUser, store_folder: Path
 ) -> None:
     first = personalize.invoke({"user_id": "alice", "history": ROWS})
@@ -94,7 +80,7 @@ def test_a_version_that_is_no_better_is_refused_and_the_active_one_stays(
     assert forced.metrics == first.metrics, "the same seed gives the same result"
 
 
-def test_a_damaged_active_version_does_not_keep_its_user_from_a_new_one(
+def test_a_damaged_active_version_is_replaced(
     personalize: PersonalizeUser, store_folder: Path
 ) -> None:
     personalize.invoke({"user_id": "alice", "history": ROWS})
@@ -107,6 +93,24 @@ def test_a_damaged_active_version_does_not_keep_its_user_from_a_new_one(
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_a_sample_takes_the_answers_of_ways_to_come() -> None:
+    answers = {way.name: way.name for way in WAYS} | {"later": "text"}
+    assert Sample(prompt=[], reference="r", **answers).model_dump()["later"] == "text"
+
+
+def test_the_recipe_may_be_a_function_of_base_and_items(personalize: PersonalizeUser) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def recipe(base: Any, items: Any) -> Recipe:
+        asked.append((base.num_parameters, len(items)))
+        return replace(QUICK, seed=5)
+
+    chain = personalize.model_copy(update={"recipe": recipe})
+    result = chain.invoke({"user_id": "alice", "history": ROWS})
+    assert asked == [(load_base(personalize.model).num_parameters, 8)]
+    assert result.recipe["seed"] == 5
 
 
 def test_the_gain_asked_for_counts(personalize: PersonalizeUser) -> None:
@@ -155,7 +159,7 @@ def test_training_one_user_leaves_the_other_and_the_base_bit_for_bit(
     assert ChatCoPe(model=str(base), store=store, user_id="alice").invoke("Hello").content == answer
 
 
-def test_a_user_is_trained_as_if_nobody_had_been_trained_before(
+def test_a_user_is_trained_as_if_no_other_had_been_before(
     personalize: PersonalizeUser, tmp_path: Path
 ) -> None:
     first = AdapterStore(personalize.store)
@@ -182,15 +186,8 @@ def test_every_stage_is_a_child_run_and_progress_is_told(personalize: Personaliz
     assert result.samples
     (_, root, none), *children = recorder.started
     assert none is None
-    assert [name for name, _, _ in children] == [
-        "history",
-        "load",
-        "sft",
-        "negatives",
-        "dpo",
-        "evaluate",
-        "publish",
-    ]
+    names = ["history", "load", "sft", "negatives", "dpo", "evaluate", "publish"]
+    assert [name for name, _, _ in children] == names
     assert {parent for _, _, parent in children} == {root}
     assert len(recorder.outputs) == len(recorder.started)
     assert "fox" not in str([recorder.inputs, recorder.outputs, recorder.progress])
@@ -215,10 +212,10 @@ async def test_progress_reaches_astream_events(personalize: PersonalizeUser) -> 
     assert {event["data"]["stage"] for event in events} == {"sft", "negatives", "dpo", "evaluate"}
 
 
-async def test_waiting_trainings_leave_the_event_loops_threads_to_others(
+async def test_waiting_trainings_leave_the_event_loops_threads_free(
     personalize: PersonalizeUser,
 ) -> None:
-    with turn_on("cpu", never):
+    with reserved_device("cpu", Monitor()):
         waiting = [
             asyncio.create_task(personalize.ainvoke({"user_id": "alice", "history": ROWS}))
             for _ in range(40)
@@ -233,7 +230,7 @@ async def test_waiting_trainings_leave_the_event_loops_threads_to_others(
     assert AdapterStore(personalize.store).active("alice") is None
 
 
-async def test_a_cancelled_training_stops_at_the_next_step_and_leaves_nothing(
+async def test_a_cancelled_training_stops_at_the_next_step(
     personalize: PersonalizeUser, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     temporary = tmp_path / "temporary"
@@ -312,7 +309,7 @@ def test_a_store_that_cannot_be_written_is_refused_before_training(
 def test_training_on_a_quantized_base_is_refused(base: Path, tmp_path: Path) -> None:
     quantized = replace(load_base(base), quantization="int8")
     with pytest.raises(ModelError, match="is quantized"):
-        train_user(Engine(quantized), as_examples(as_history(ROWS).items), QUICK, tmp_path)
+        train_user(Engine(quantized), as_history(ROWS).items, QUICK, tmp_path)
 
 
 def test_a_failure_in_a_stage_is_traced_and_publishes_nothing(
@@ -325,7 +322,6 @@ def test_a_failure_in_a_stage_is_traced_and_publishes_nothing(
     recorder = Recorder()
     with pytest.raises(RuntimeError, match="the disk burnt"):
         personalize.invoke({"user_id": "alice", "history": ROWS}, {"callbacks": [recorder]})
-    assert [str(error) for error in recorder.errors] == [
-        "the disk burnt"
-    ] * 2  # the stage's run, then the whole
+    # The stage's run, then the whole.
+    assert [str(error) for error in recorder.errors] == ["the disk burnt", "the disk burnt"]
     assert AdapterStore(personalize.store).active("alice") is None

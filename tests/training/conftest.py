@@ -1,14 +1,14 @@
-"""Tiny real bases, recipes and examples for the training tests."""
+"""Tiny real bases, recipes and items for the training tests."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from training.tiny import example, write_model
+from training.tiny import make_item, write_model
 
 from langchain_cope.engine import Base, Engine, load_base
-from langchain_cope.training.encode import Example
-from langchain_cope.training.progress import Watch, never, unheard
+from langchain_cope.history.items import Item
+from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import DPO, SFT, Negatives, Recipe
 
 MakeBase = Callable[..., Base]
@@ -16,7 +16,7 @@ MakeBase = Callable[..., Base]
 
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
-    """Build, or find again, a tiny base: ``make_base("gpt2", "plain", context=256)``."""
+    """Build, or find again, a tiny base: `make_base("gpt2", "plain", context=256)`."""
     folders: dict[tuple[str, str, int], Path] = {}
 
     def make(architecture: str = "llama", template: str = "plain", context: int = 256) -> Base:
@@ -42,8 +42,8 @@ def engine(base: Base) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def examples() -> list[Example]:
-    return [example(number) for number in range(6)]
+def items() -> list[Item]:
+    return [make_item(number) for number in range(6)]
 
 
 @pytest.fixture
@@ -58,5 +58,8 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture
-def watch() -> Watch:
-    return Watch("test", unheard, never)
+def monitor() -> Iterator[Monitor]:
+    """Give a silent monitor in the middle of a stage."""
+    monitor = Monitor()
+    with monitor.stage(Stage.SFT):
+        yield monitor

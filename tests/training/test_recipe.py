@@ -2,10 +2,11 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 
-from langchain_cope.training.recipe import DPO, SFT, Negatives, Recipe
+from langchain_cope.training.recipe import DPO, SFT, Negatives, Recipe, recipe_for
 
 
 @dataclass
@@ -20,26 +21,18 @@ def test_paper_recipe_holds_the_papers_numbers():
     )
     assert paper.negatives == Negatives(candidates=3, temperature=1.0, top_p=0.95)
     assert paper.dpo == DPO(5e-6, 1, 8, 0.01, 0.3, 0.1, beta=0.01)
-    assert (paper.alpha, paper.tau, paper.max_length, paper.max_words, paper.max_new_tokens) == (
-        0.1,
-        0.1,
-        2048,
-        768,
-        100,
-    )
-    assert Recipe.paper(long_form=True) == replace(
-        paper, max_new_tokens=600, repetition_penalty=1.2
-    )
+    assert (paper.alpha, paper.tau) == (0.1, 0.1)
+    assert (paper.max_length, paper.max_words, paper.max_new_tokens) == (2048, 768, 100)
+    long_form = replace(paper, max_new_tokens=600, repetition_penalty=1.2)
+    assert Recipe.paper(long_form=True) == long_form
 
 
 def test_default_recipe_is_the_papers_at_seven_billion_parameters():
-    assert (
-        replace(Recipe.for_model(Sized(7_000_000_000), range(60)), max_new_tokens=100)
-        == Recipe.paper()
-    )
+    recipe = Recipe.for_model(Sized(7_000_000_000), range(60))
+    assert replace(recipe, max_new_tokens=100) == Recipe.paper()
 
 
-def test_smaller_models_get_larger_steps_that_end_at_the_ones_seen_to_work():
+def test_smaller_models_get_larger_steps_up_to_those_that_work():
     rates = [
         Recipe.for_model(Sized(n), range(60)).sft.learning_rate
         for n in (10**6, 7_377_152, 10**8, 10**9, 10**10)
@@ -59,32 +52,45 @@ def test_short_histories_get_more_epochs(num_items, epochs):
 @pytest.mark.parametrize(
     ("kind", "option", "value", "message"),
     [
-        (SFT, "learning_rate", 0, r"SFT.learning_rate is 0, expected a number > 0"),
-        (SFT, "learning_rate", float("nan"), "SFT.learning_rate is nan"),
-        (SFT, "rank", 2.5, "SFT.rank is 2.5, expected a whole number >= 1"),
-        (SFT, "rank", True, "SFT.rank is True"),
-        (SFT, "dropout", 1.0, "SFT.dropout is 1.0, expected a share, below 1"),
+        (SFT, "learning_rate", 0, "SFT.learning_rate must be a number > 0, not 0$"),
+        (SFT, "learning_rate", float("nan"), "SFT.learning_rate must be a number > 0, not nan"),
+        (SFT, "rank", 2.5, "SFT.rank must be a whole number ≥ 1, not 2.5"),
+        (SFT, "rank", True, "SFT.rank must be .*, not True"),
+        (
+            SFT,
+            "dropout",
+            1.0,
+            "SFT.dropout must be a share of the inputs, ≥ 0 and below 1, not 1.0",
+        ),
         (
             SFT,
             "targets",
-            "everything",
-            'SFT.targets is \'everything\', expected "attention", "linear" or a tuple',
+            "all",
+            'SFT.targets must be "attention", "linear" or a tuple of .*, not \'all\'',
         ),
-        (SFT, "targets", (), r"SFT.targets is \(\)"),
-        (DPO, "beta", -1, "DPO.beta is -1"),
-        (DPO, "warmup", 1, "DPO.warmup is 1, expected a share of the steps"),
-        (Negatives, "candidates", 0, "Negatives.candidates is 0"),
-        (Negatives, "top_p", 1.5, "Negatives.top_p is 1.5, expected a number > 0 and <= 1"),
-        (Recipe, "alpha", -0.1, "alpha must be a finite number ≥ 0, not -0.1"),
-        (Recipe, "tau", 0, "tau must be a number > 0 and ≤ 1, not 0:"),
-        (Recipe, "max_new_tokens", "many", "Recipe.max_new_tokens is 'many'"),
-        (Recipe, "seed", 2**32, "Recipe.seed is 4294967296"),
-        (Recipe, "sft", {"rank": 8}, "Recipe.sft is .*, expected an instance of SFT"),
+        (SFT, "targets", (), r"SFT.targets must be .*, not \(\)"),
+        (DPO, "beta", -1, "DPO.beta must be a number > 0, not -1"),
+        (DPO, "warmup", 1, "DPO.warmup must be a share of the steps, .*, not 1$"),
+        (Negatives, "candidates", 0, "Negatives.candidates must be a whole number ≥ 1, not 0"),
+        (Negatives, "top_p", 1.5, "Negatives.top_p must be a number > 0 and ≤ 1, not 1.5"),
+        (Recipe, "alpha", -0.1, "^Recipe.alpha must be a finite number ≥ 0, not -0.1: 0 is"),
+        (Recipe, "tau", 0, "^Recipe.tau must be a number > 0 and ≤ 1, not 0: 0.1 is"),
+        (Recipe, "max_new_tokens", "many", "Recipe.max_new_tokens must be .*, not 'many'"),
+        (Recipe, "seed", 2**32, "Recipe.seed must be below .*, not 4294967296"),
+        (Recipe, "sft", {"rank": 8}, "Recipe.sft must be an instance of SFT, not "),
     ],
 )
-def test_wrong_numbers_are_refused_with_what_was_given_and_expected(kind, option, value, message):
+def test_a_wrong_number_is_refused_with_what_was_expected(kind, option, value, message):
     with pytest.raises(ValueError, match=message):
         kind(**{option: value})
+
+
+def test_a_choice_of_recipe_is_a_recipe_a_function_or_the_default():
+    base, items = Sized(10**8), range(9)
+    assert recipe_for(None, base, items) == Recipe.for_model(base, items)
+    assert recipe_for(Recipe.paper(), base, items) == Recipe.paper()
+    seeded = recipe_for(partial(Recipe.for_model, seed=3), base, items)
+    assert seeded == replace(Recipe.for_model(base, items), seed=3)
 
 
 def test_unknown_options_are_refused():
@@ -99,7 +105,8 @@ def test_recipe_as_plain_data_survives_json():
 
 
 def test_recipe_and_pipeline_import_without_torch():
-    code = "import sys, langchain_cope.training.recipe, langchain_cope.training.pipeline; print('torch' in sys.modules)"
+    modules = "langchain_cope.training.recipe, langchain_cope.training.pipeline"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -6,27 +6,28 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from training.tiny import TEMPLATES, example
+from training.tiny import TEMPLATES, Heard, make_item
 from transformers import AutoModelForCausalLM
 
 from langchain_cope.errors import Cancelled, ModelError
 from langchain_cope.training.dpo import dpo_trainer, train_dpo
 from langchain_cope.training.encode import encode, fit
 from langchain_cope.training.negatives import Pair
-from langchain_cope.training.progress import Watch, never
+from langchain_cope.training.progress import Stage
 from langchain_cope.training.recipe import DPO
 from langchain_cope.training.sft import sft_trainer, train_sft
 from langchain_cope.training.trainer import arguments, random_state_kept
 
 
-def encoded(base, examples):
-    return fit(base, examples, 2048, 768)[0]
+def encoded(base, items):
+    return fit(base, items, 2048, 768)[0]
 
 
-def pair(base, number, rejected="what nobody said"):
-    """The pair of ``example(number)`` with an answer that its user did not write."""
-    prompt, chosen = encode(base, example(number).prompt, example(number).completion)
-    _, negative = encode(base, example(number).prompt, rejected)
+def pair(base, number, rejected="what the user never said"):
+    """The pair of `make_item(number)` with an answer that its user did not write."""
+    item = make_item(number)
+    prompt, chosen = encode(base, item.messages, item.completion)
+    _, negative = encode(base, item.messages, rejected)
     return Pair(number, prompt, chosen, negative, rejected, -0.1)
 
 
@@ -46,29 +47,26 @@ def unpadded(ids, keep):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_batches_of_sft_are_what_encode_returns(make_base, examples, recipe, tmp_path, template):
+def test_batches_of_sft_are_what_encode_returns(make_base, items, recipe, tmp_path, template):
     base = make_base(template=template)
     with random_state_kept():
-        batches = list(
-            sft_trainer(base, encoded(base, examples), recipe, str(tmp_path)).get_train_dataloader()
-        )
-    rows = [
-        row for batch in batches for row in unpadded(batch["input_ids"], batch["attention_mask"])
-    ]
-    learned = [
-        row for batch in batches for row in unpadded(batch["labels"], batch["labels"] != -100)
-    ]
-    expected = [encode(base, e.prompt, e.completion) for e in examples]
+        trainer = sft_trainer(base, encoded(base, items), recipe, str(tmp_path))
+        batches = list(trainer.get_train_dataloader())
+    rows, learned = [], []
+    for batch in batches:
+        rows += unpadded(batch["input_ids"], batch["attention_mask"])
+        learned += unpadded(batch["labels"], batch["labels"] != -100)
+    expected = [encode(base, item.messages, item.completion) for item in items]
     assert sorted(rows) == sorted(prompt + completion for prompt, completion in expected)
     assert sorted(learned) == sorted(completion for _, completion in expected)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_batches_of_dpo_are_what_encode_returns(
-    make_base, examples, recipe, watch, tmp_path, template
+    make_base, items, recipe, monitor, tmp_path, template
 ):
     base = make_base(template=template)
-    train_sft(base, encoded(base, examples), recipe, tmp_path / "sft", watch)
+    train_sft(base, encoded(base, items), recipe, tmp_path / "sft", monitor)
     pairs = [pair(base, number) for number in range(6)]
     with random_state_kept():
         trainer = dpo_trainer(base, pairs, recipe, tmp_path / "sft", str(tmp_path))
@@ -97,20 +95,18 @@ def test_batches_of_dpo_are_what_encode_returns(
     ],
 )
 def test_every_adapter_tensor_moves_and_the_base_does_not(
-    make_base, examples, recipe, watch, tmp_path, architecture, targets, layers
+    make_base, items, recipe, monitor, tmp_path, architecture, targets, layers
 ):
     base = make_base(architecture)
     before = bits(base.model)
     recipe = replace(recipe, sft=replace(recipe.sft, targets=targets))
     with random_state_kept():
-        fresh = bits(sft_trainer(base, encoded(base, examples), recipe, str(tmp_path)).model)
-    train_sft(base, encoded(base, examples), recipe, tmp_path / "sft", watch)
-    train_dpo(
-        base, [pair(base, n) for n in range(6)], recipe, tmp_path / "sft", tmp_path / "dpo", watch
-    )
-    sft, dpo = (
-        load_file(tmp_path / stage / "adapter_model.safetensors") for stage in ("sft", "dpo")
-    )
+        fresh = bits(sft_trainer(base, encoded(base, items), recipe, str(tmp_path)).model)
+    train_sft(base, encoded(base, items), recipe, tmp_path / "sft", monitor)
+    pairs = [pair(base, number) for number in range(6)]
+    train_dpo(base, pairs, recipe, tmp_path / "sft", tmp_path / "dpo", monitor)
+    sft = load_file(tmp_path / "sft" / "adapter_model.safetensors")
+    dpo = load_file(tmp_path / "dpo" / "adapter_model.safetensors")
     assert sft.keys() == dpo.keys()
     assert {name.split(".")[-3] for name in sft} == layers
     for name in sft:
@@ -122,43 +118,36 @@ def test_every_adapter_tensor_moves_and_the_base_does_not(
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
 def test_folder_is_a_plain_peft_folder_that_loads_without_a_network(
-    make_base, examples, recipe, watch, tmp_path, architecture
+    make_base, items, recipe, monitor, tmp_path, architecture
 ):
     base = make_base(architecture)
-    items = encoded(base, examples)
-    train_sft(base, items, recipe, tmp_path / "sft", watch)
+    examples = encoded(base, items)
+    train_sft(base, examples, recipe, tmp_path / "sft", monitor)
     assert sorted(file.name for file in (tmp_path / "sft").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    plain = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base.name), tmp_path / "sft"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(base.name)
+    plain = PeftModel.from_pretrained(model, tmp_path / "sft").eval()
     assert plain.peft_config["default"].base_model_name_or_path == base.name
     with random_state_kept():
-        trained = dpo_trainer(
-            base, [pair(base, 0)], recipe, tmp_path / "sft", str(tmp_path)
-        ).model.eval()
-    ids = torch.tensor([items[0].prompt_ids])
+        trainer = dpo_trainer(base, [pair(base, 0)], recipe, tmp_path / "sft", str(tmp_path))
+    trained = trainer.model.eval()
+    ids = torch.tensor([examples[0].prompt_ids])
     with torch.no_grad():
         assert torch.allclose(plain(input_ids=ids).logits, trained(input_ids=ids).logits, atol=1e-5)
 
 
-def test_same_seed_gives_the_same_bytes_even_after_another_user_was_trained(
-    base, examples, recipe, watch, tmp_path
+def test_the_same_seed_gives_the_same_bytes_after_another_user_too(
+    base, items, recipe, monitor, tmp_path
 ):
-    items = encoded(base, examples)
-    train_sft(base, items, recipe, tmp_path / "first", watch)
-    train_sft(
-        base,
-        encoded(base, [example(n, "never") for n in range(9)]),
-        recipe,
-        tmp_path / "other user",
-        watch,
-    )
+    examples = encoded(base, items)
+    train_sft(base, examples, recipe, tmp_path / "first", monitor)
+    others = [make_item(number, "never") for number in range(9)]
+    train_sft(base, encoded(base, others), recipe, tmp_path / "other user", monitor)
     torch.rand(3)
-    train_sft(base, items, recipe, tmp_path / "again", watch)
-    train_sft(base, items, replace(recipe, seed=1), tmp_path / "other seed", watch)
+    train_sft(base, examples, recipe, tmp_path / "again", monitor)
+    train_sft(base, examples, replace(recipe, seed=1), tmp_path / "other seed", monitor)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     weights = [
@@ -169,63 +158,59 @@ def test_same_seed_gives_the_same_bytes_even_after_another_user_was_trained(
 
 
 def test_training_leaves_random_state_and_tokenizer_as_they_were(
-    base, examples, recipe, watch, tmp_path
+    base, items, recipe, monitor, tmp_path
 ):
     padding, fingerprint = base.tokenizer.padding_side, base.fingerprint()
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     expected = random.random(), numpy.random.rand(), torch.rand(1).item()
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
-    train_sft(base, encoded(base, examples), recipe, tmp_path / "sft", watch)
-    train_dpo(base, [pair(base, 0)], recipe, tmp_path / "sft", tmp_path / "dpo", watch)
+    train_sft(base, encoded(base, items), recipe, tmp_path / "sft", monitor)
+    train_dpo(base, [pair(base, 0)], recipe, tmp_path / "sft", tmp_path / "dpo", monitor)
     assert (random.random(), numpy.random.rand(), torch.rand(1).item()) == expected
     base._fingerprint = None
     assert (base.tokenizer.padding_side, base.fingerprint()) == (padding, fingerprint)
 
 
-def test_progress_is_reported_and_nothing_is_printed(base, examples, recipe, tmp_path, capfd):
-    heard = []
-    train_sft(
-        base, encoded(base, examples), recipe, tmp_path / "sft", Watch("sft", heard.append, never)
-    )
-    assert [(p.stage, p.step, p.total) for p in heard] == [("sft", step, 6) for step in range(1, 7)]
-    assert all(p.loss > 0 for p in heard)
-    assert heard[-1].loss < heard[0].loss
-    assert heard[0].seconds_left > heard[-1].seconds_left == 0
+def test_progress_is_reported_and_nothing_is_printed(base, items, recipe, tmp_path, capfd):
+    monitor = Heard()
+    with monitor.stage(Stage.SFT):
+        train_sft(base, encoded(base, items), recipe, tmp_path / "sft", monitor)
+    steps = monitor.steps
+    assert [(p.stage, p.step, p.total) for p in steps] == [("sft", n, 6) for n in range(1, 7)]
+    assert all(progress.loss > 0 for progress in steps)
+    assert steps[-1].loss < steps[0].loss
+    assert steps[0].seconds_left > steps[-1].seconds_left == 0
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_stop_is_heard_at_the_next_step_and_leaves_no_folder(base, examples, recipe, tmp_path):
-    heard = []
-    watch = Watch("sft", heard.append, lambda: len(heard) >= 2)
-    with pytest.raises(Cancelled, match="stopped on request in the stage 'sft'"):
-        train_sft(base, encoded(base, examples), recipe, tmp_path / "sft", watch)
-    assert len(heard) <= 3 < 6
+def test_a_stop_is_heard_at_the_next_step_and_leaves_no_folder(base, items, recipe, tmp_path):
+    monitor = Heard(stop=lambda steps: len(steps) >= 2)
+    stopped = pytest.raises(Cancelled, match="stopped on request in the stage 'sft'")
+    with stopped, monitor.stage(Stage.SFT):
+        train_sft(base, encoded(base, items), recipe, tmp_path / "sft", monitor)
+    assert len(monitor.steps) <= 3 < 6
     assert not (tmp_path / "sft").exists()
 
 
-def test_modules_that_the_base_lacks_are_refused_by_name(base, examples, recipe, watch, tmp_path):
+def test_modules_that_the_base_lacks_are_refused_by_name(base, items, recipe, monitor, tmp_path):
     recipe = replace(recipe, sft=replace(recipe.sft, targets=("q_proj", "qkv")))
-    with pytest.raises(
-        ValueError,
-        match=r"SFT.targets names \['qkv'\], but this base's linear layers are \['down_proj'",
-    ):
-        train_sft(base, encoded(base, examples), recipe, tmp_path / "sft", watch)
+    expected = r"SFT.targets names \['qkv'\], but this base's linear layers are \['down_proj'"
+    with pytest.raises(ValueError, match=expected):
+        train_sft(base, encoded(base, items), recipe, tmp_path / "sft", monitor)
 
 
 def test_bfloat16_base_is_trained_in_bfloat16_and_not_cast(
-    make_base, examples, recipe, watch, tmp_path
+    make_base, items, recipe, monitor, tmp_path
 ):
     base = make_base()
     low = replace(base, model=base.skeleton().to(torch.bfloat16), _fingerprint=None)
     before = bits(low.model)
-    train_sft(low, encoded(low, examples), recipe, tmp_path / "sft", watch)
-    train_dpo(low, [pair(low, 0)], recipe, tmp_path / "sft", tmp_path / "dpo", watch)
+    train_sft(low, encoded(low, items), recipe, tmp_path / "sft", monitor)
+    train_dpo(low, [pair(low, 0)], recipe, tmp_path / "sft", tmp_path / "dpo", monitor)
     assert same(bits(low.model), before)
     assert low.dtype == torch.bfloat16
-    assert {
-        tensor.dtype
-        for tensor in load_file(tmp_path / "dpo" / "adapter_model.safetensors").values()
-    } == {torch.float32}
+    adapter = load_file(tmp_path / "dpo" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
 
 
 def test_base_on_a_second_gpu_is_refused_with_what_to_do(base, recipe):

@@ -1,5 +1,10 @@
-"""Tiny real models: a tokenizer of one token a byte with a chat template, random weights, real architectures."""
+"""Tiny real models and items: one token a byte, a chat template, real architectures.
 
+Their weights are random.
+"""
+
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from langchain_cope.training.encode import Example
+from langchain_cope.history.items import Item
+from langchain_cope.training.negatives import Pair
+from langchain_cope.training.progress import Monitor, Progress, Stage
 
 PLAIN = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>{% endfor %}"
@@ -23,7 +30,8 @@ PLAIN = (
 NEWLINE_AFTER_END = PLAIN.replace("<|end|>", "<|end|>\n")
 EMPTY_THINK_BLOCK = (  # as Qwen3 does: the generation prompt has none, the last answer has
     "{% for m in messages %}<|start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 PROMPT_ENDS_OTHERWISE = PLAIN.replace(
@@ -91,12 +99,34 @@ def _tokenizer(template: str, context: int) -> PreTrainedTokenizerFast:
 
 
 def write_model(folder: Path, architecture: str, template: str, context: int) -> None:
-    """Write a tiny model, the same every time, as a folder that ``from_pretrained`` reads."""
+    """Write a tiny model, the same every time, as a folder that `from_pretrained` reads."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         ARCHITECTURES[architecture](context).save_pretrained(folder)
     _tokenizer(TEMPLATES[template], context).save_pretrained(folder)
 
 
-def example(number: int, answer: str = "so be it") -> Example:
-    return Example([{"role": "user", "content": f"question {number}?"}], f"{answer}, {number * 7}.")
+def make_item(number: int, answer: str = "so be it") -> Item:
+    prompt = [{"role": "user", "content": f"question {number}?"}]
+    return Item(prompt=prompt, completion=f"{answer}, {number * 7}.")
+
+
+def pairs_in(folder: Path) -> list[Pair]:
+    """Return the pairs that a training left in `folder` for DPO."""
+    facts = json.loads((folder / Stage.NEGATIVES.file).read_text())
+    return [Pair(**pair) for pair in facts["pairs"]]
+
+
+class Heard(Monitor):
+    """Keeps every step it hears of, and stops once `stop` is true of them."""
+
+    def __init__(self, stop: Callable[[list[Progress]], bool] = lambda steps: False) -> None:
+        super().__init__()
+        self.steps: list[Progress] = []
+        self._stop = stop
+
+    def should_stop(self) -> bool:
+        return self._stop(self.steps)
+
+    def report(self, progress: Progress) -> None:
+        self.steps.append(progress)

@@ -1,0 +1,79 @@
+"""What goes into a personalization, and what comes out of it."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class PersonalizeRequest(BaseModel):
+    """The user to personalize, and what to learn from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: str | None = None
+    """None: the `user_id` in the config's `configurable`; where both name one, they must agree."""
+    history: list[Any] | None = None
+    """Items, or rows of the forms in `langchain_cope.history.formats`, oldest first.
+
+    None: fetched from `PersonalizeUser.history`.
+    """
+    instruction: str | None = None
+    """Stands in where an item has no prompt (plain text, a conversation's first turn).
+
+    It is kept in the version's metadata.
+    """
+
+
+class Sample(BaseModel):
+    """One held-out item: what was asked, what the user wrote, and what each way of answering wrote.
+
+    Each of `langchain_cope.evaluation.ways.WAYS` has a field of its name; one that is not declared
+    here is an extra field.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: list[dict[str, str]]
+    reference: str
+    """What the user wrote."""
+    base: str
+    """What the base wrote, without an adapter."""
+    sft: str
+    """What the adapter wrote after SFT."""
+    dpo: str
+    """What the adapter wrote after DPO, without the contrast."""
+    cope: str
+    """What the adapter wrote after DPO with the contrast: the personalized answer."""
+
+
+class PersonalizeResult(BaseModel):
+    """What became of a personalization."""
+
+    user_id: str
+    published: bool
+    version: str | None
+    """The version published; None where the gate refused."""
+    reason: str
+    """Why it was published or refused, with the numbers."""
+    metrics: dict[str, dict[str, float]]
+    """By the name of each way, base, sft, dpo and cope, its figures on the held-out items.
+
+    They are `rouge1` and `rougeL` (f-measures, 0 to 1) and, except for cope, `nll` (nats per
+    completion token).
+    """
+    timings: dict[str, float]
+    """Seconds of each stage, by its name."""
+    num_trained: int
+    num_held_out: int
+    notes: list[str] = []
+    """In words for people: what was cut, dropped, skipped or taken for granted."""
+    samples: list[Sample] = []
+    """The held-out items with every way's answer; none where `PersonalizeUser.samples` is False."""
+    recipe: dict[str, Any] = {}
+    """The recipe as used, as plain data."""
+
+    def __str__(self) -> str:
+        """Return what a model that used this as a tool is told."""
+        if self.published:
+            return f"published version {self.version} for {self.user_id!r}: {self.reason}"
+        return f"nothing was published for {self.user_id!r}: {self.reason}"

@@ -1,0 +1,62 @@
+"""The options of a personalization, as `PersonalizeUser` takes them and a run reads them."""
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+from langchain_core.runnables import RunnableConfig
+from pydantic import Field
+
+from langchain_cope.history.items import Target
+from langchain_cope.settings import BaseSettings
+from langchain_cope.tracing import TraceUserId
+from langchain_cope.training.recipe import RecipeChoice
+
+
+class PersonalizeSettings(BaseSettings):
+    """How a user is personalized, and where the result goes."""
+
+    store: Any = None
+    """As for `ChatCoPe`."""
+    recipe: RecipeChoice = None
+    """A `Recipe`, or a function that is called with the base and the items to train on.
+
+    None: `Recipe.for_model(base, items)`.
+    """
+    history: Any = None
+    """A `ChromaHistory` that a request without a history is filled from."""
+    target: Target | None = None
+    """The side of a conversation that is learnt, where the rows of a request are conversations.
+
+    None: as is usual for their format. What Chroma holds was divided when it was added.
+    """
+    gate: Literal["improve", "always"] = "improve"
+    """When to publish: `improve` or `always`.
+
+    `improve`: where the mean held-out NLL is lower than the active version's, else the base's.
+    """
+    min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Nats per token by which it must be lower."""
+    job_dir: str | os.PathLike[str] | None = None
+    """A folder for unfinished runs, each user's in a folder of its own.
+
+    It holds what users wrote: keep it private.
+    """
+    samples: bool = True
+    """Whether the result holds the held-out items with every way's answer.
+
+    A tool's result never does.
+    """
+    authorize: Callable[[str, RunnableConfig], None] | None = Field(
+        default=None, exclude=True, repr=False
+    )
+    """Called with the user and the configuration of every call, before anything else is done.
+
+    Nothing is read, trained or traced for the user before. What it raises, the call raises: check
+    here that the caller may have that user personalized.
+    """
+    trace_user_id: TraceUserId = "plain"
+    """How runs, metadata and events name the user: `plain`, `hashed` or `omitted`.
+
+    Error messages may name the user: unless it is plain, a trace shows of an error its class alone.
+    """
