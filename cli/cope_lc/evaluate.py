@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cope_lc.options import Device, Dtype, Json, Model, Target
+from cope_lc.output import Output
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.recipe_choice import Paper, TrainingSeed, recipe_choice
 from cope_lc.screen import console, say
-from cope_lc.text import print_json, shorten
+from cope_lc.text import plural, shorten
 
 if TYPE_CHECKING:
     from langchain_cope.evaluation.comparison import UserEvaluation
     from langchain_cope.history import UserHistory
     from langchain_cope.training.recipe import RecipeChoice
-
-EXAMPLE = "Example: cope-lc evaluate users.jsonl --limit 6"
 
 
 def evaluate(
@@ -48,10 +47,8 @@ def evaluate(
         settings = {"model": model, "device": device, "dtype": dtype}
         recipe = recipe_choice(paper=paper, seed=seed)
         evaluations = _evaluate_all(users, settings, recipe)
-    if as_json:
-        print_json(_facts(evaluations, model))
-    else:
-        _show(evaluations)
+    facts = _facts(evaluations, model)
+    Output(as_json).show(facts, lambda: _show(evaluations, facts))
 
 
 def _check(users: "list[UserHistory]", file: Path) -> None:
@@ -123,19 +120,17 @@ def _facts(evaluations: "list[UserEvaluation]", model: str) -> dict[str, Any]:
     }
 
 
-def _show(evaluations: "list[UserEvaluation]") -> None:
+def _show(evaluations: "list[UserEvaluation]", facts: dict[str, Any]) -> None:
     from cope_lc.metrics_table import metrics_table, user_table
     from cope_lc.progress import duration
 
     out = console()
-    facts = _facts(evaluations, "")
     num_users = len(evaluations)
     seconds = sum(sum(user.timings.values()) for user in evaluations)
     out.print()
     out.print(user_table([(_name_of(user, 30), user.metrics) for user in evaluations]))
     out.print()
-    noun = "users" if num_users > 1 else "user"
-    out.print(metrics_table(facts["mean"], f"mean of {num_users} {noun}"))
+    out.print(metrics_table(facts["mean"], f"mean of {plural(num_users, 'user')}"))
     out.print()
     for name, change in facts["nll_change"].items():
         better = f"lower for {facts['users_better'][name]} of {num_users}"
@@ -153,6 +148,6 @@ def _notes(evaluations: "list[UserEvaluation]") -> list[str]:
             users_of.setdefault(note, []).append(_name_of(user, 30))
     lines = []
     for note, names in users_of.items():
-        about = names[0] if len(names) == 1 else f"{len(names)} users"
+        about = names[0] if len(names) == 1 else plural(len(names), "user")
         lines.append(f"{about}: {shorten(note, 300)}")
     return lines

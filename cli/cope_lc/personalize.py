@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cope_lc.options import Device, Dtype, Json, Model, Store, Target
+from cope_lc.output import Output
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.recipe_choice import Paper, TrainingSeed, recipe_choice
 from cope_lc.screen import console, pairs, say
-from cope_lc.text import name_of, one_line, print_json, shorten
+from cope_lc.text import name_of, one_line, plural, shorten
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from langchain_cope.history import UserHistory
     from langchain_cope.personalize import PersonalizeResult, PersonalizeUser
 
-EXAMPLE = "Example: cope-lc personalize user.jsonl --user alice"
 SHOWN_ITEMS, SHOWN_ANSWERS = 3, 3
 _TEXT_LIMIT = 240  # characters of a text in a comparison
 
@@ -106,10 +106,8 @@ def personalize(
             job_dir=job_dir,
         )
         result = _train(chain, history)
-    if as_json:
-        print_json({"store": chain.store.url, **result.model_dump(mode="json")})
-    else:
-        _show_result(result, history, store)
+    outcome = {"store": chain.store.url, **result.model_dump(mode="json")}
+    Output(as_json).show(outcome, lambda: _show_result(result, history, store))
 
 
 def _facts(history: "UserHistory") -> dict[str, Any]:
@@ -153,9 +151,7 @@ def _show_history(history: "UserHistory", facts: dict[str, Any]) -> None:
 
 def _what_was_read(history: "UserHistory") -> str:
     """Return the formats that were recognised, and what of them is learnt."""
-    formats = []
-    for name, number in history.formats.items():
-        formats.append(f"{name} ({number} {'row' if number == 1 else 'rows'})")
+    formats = [f"{name} ({plural(number, 'row')})" for name, number in history.formats.items()]
     line = f"found: {', '.join(formats)}"
     if history.target:
         line += f"; learnt are the {history.target}'s turns"
@@ -171,19 +167,16 @@ def _ending(prompt: list[dict[str, str]], limit: int) -> str:
 
 
 def _end_dry_run(history: "UserHistory", facts: dict[str, Any], as_json: bool) -> None:
-    if not as_json:
-        print("nothing was trained or published; leave out --preview to do so")
-        return
-    print_json(
-        {
-            "dry_run": True,
-            "user_id": history.user_id,
-            **facts,
-            "notes": history.notes,
-            "instruction": history.instruction,
-            "samples": [item.model_dump(mode="json") for item in history.items[:SHOWN_ITEMS]],
-        }
-    )
+    preview = {
+        "dry_run": True,
+        "user_id": history.user_id,
+        **facts,
+        "notes": history.notes,
+        "instruction": history.instruction,
+        "samples": [item.model_dump(mode="json") for item in history.items[:SHOWN_ITEMS]],
+    }
+    line = "nothing was trained or published; leave out --preview to do so"
+    Output(as_json).show(preview, line)
 
 
 def _train(chain: "PersonalizeUser", history: "UserHistory") -> "PersonalizeResult":

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from adapter_store import AdapterVersion, HistoryEntry
+    from langchain_cope.evaluation.ways import Way
 
 _BAR_CELLS = 30
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -16,7 +17,11 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 def version_table(versions: list["AdapterVersion"], active: str | None) -> "Table":
     """Return a table of the versions, the newest first, with what they were measured at."""
-    columns = ("", "version", "created", "NLL\nbase → dpo", "ROUGE-L\nbase → cope")
+    from langchain_cope.evaluation.ways import BASE, COPE, DPO
+
+    nll = f"NLL\n{BASE.name} → {DPO.name}"
+    rouge = f"ROUGE-L\n{BASE.name} → {COPE.name}"
+    columns = ("", "version", "created", nll, rouge)
     rows = table(*columns, whole=("", "created"), right=columns[3:])
     # A model's path may be folded, a version's id not.
     rows.columns[1].min_width = max(len(version.version) for version in versions)
@@ -28,21 +33,23 @@ def version_table(versions: list["AdapterVersion"], active: str | None) -> "Tabl
             cell("●" if version.version == active else "", "green"),
             cell(f"{version.version}\n  {model}\n"),
             cell(f"{local_time(version.created_at)}\n{contrast}"),
-            _change(version.metrics, "nll", "dpo"),
-            _change(version.metrics, "rougeL", "cope"),
+            _change(version.metrics, "nll", BASE, DPO),
+            _change(version.metrics, "rougeL", BASE, COPE),
         )
     return rows
 
 
 def history_table(history: list["HistoryEntry"]) -> "Table":
     """Return a table of the changes, the newest first: what was served since when, and why."""
+    from langchain_cope.evaluation.ways import DPO
+
     rows = table("since", "active", "NLL", "by", "why", whole=("since", "active"), right=("NLL",))
     for change in reversed(history):
         is_of_active = change.version == change.active
         operation = change.operation
         if change.version and not is_of_active:
             operation += f" of {change.version}"
-        nll = _figure(change.metrics, "dpo", "nll") if is_of_active else None
+        nll = _figure(change.metrics, DPO, "nll") if is_of_active else None
         rows.add_row(
             local_time(change.at),
             change.active or "none",
@@ -86,20 +93,22 @@ def bar(share: float) -> str:
 
 def _gain(version: "AdapterVersion") -> float | None:
     """Return the share by which a version's NLL is below the base's; None without figures."""
-    base = _figure(version.metrics, "base", "nll")
-    personal = _figure(version.metrics, "dpo", "nll")
+    from langchain_cope.evaluation.ways import BASE, DPO
+
+    base = _figure(version.metrics, BASE, "nll")
+    personal = _figure(version.metrics, DPO, "nll")
     return 1 - personal / base if base and personal is not None else None
 
 
-def _figure(metrics: dict[str, Any], way: str, measure: str) -> float | None:
-    figures = metrics.get(way)
+def _figure(metrics: dict[str, Any], way: "Way", measure: str) -> float | None:
+    figures = metrics.get(way.name)
     value = figures.get(measure) if isinstance(figures, dict) else None
     return value if isinstance(value, int | float) else None
 
 
-def _change(metrics: dict[str, Any], measure: str, way: str) -> str:
-    base, personal = _figure(metrics, "base", measure), _figure(metrics, way, measure)
-    return f"{number(base)} → {number(personal)}"
+def _change(metrics: dict[str, Any], measure: str, before: "Way", after: "Way") -> str:
+    old, new = _figure(metrics, before, measure), _figure(metrics, after, measure)
+    return f"{number(old)} → {number(new)}"
 
 
 def _plain(value: float | None) -> str:
