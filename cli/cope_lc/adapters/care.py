@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cope_lc.adapters.counting import counted
 from cope_lc.adapters.stored import existing_store_at, location_of
 from cope_lc.options import Json, Store
 from cope_lc.output import Output
-from cope_lc.progress import counted
 from cope_lc.screen import console, say, say_skipped
 from cope_lc.text import clean, name_of, plural
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cope_lc.adapters.counting import counted
 from cope_lc.adapters.stored import existing_store_at, location_of, store_at
 from cope_lc.options import Json, Model, Store, UserId
 from cope_lc.output import Output
-from cope_lc.progress import counted
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.screen import say_skipped
 from cope_lc.text import clean, name_of, plural
