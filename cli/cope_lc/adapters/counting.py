@@ -1,4 +1,4 @@
-"""How many users a long command on a store has done, said on standard error once it takes a while."""
+"""How many users a long command on a store has done, said on standard error after a while."""
 
 import sys
 import time
