@@ -35,24 +35,19 @@ __all__ = [
     "read_history",
 ]
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "ChatCoPe": "chat_models",
-        "ChromaHistory": "history.chroma",
-        "CoPeUserMiddleware": "middleware",
-        "EngineOptions": "engine.options",
-        "Item": "history",
-        "PersonalizeResult": "personalize",
-        "PersonalizeUser": "personalize",
-        "Recipe": "training.recipe",
-        "RecordedChatHistory": "history.recorded",
-        "UserHistory": "history",
-        "as_history": "history",
-        "read_history": "history",
-    },
-)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+_MODULES = {
+    "ChatCoPe": "chat_models",
+    "ChromaHistory": "history.chroma",
+    "CoPeUserMiddleware": "middleware",
+    "EngineOptions": "engine.options",
+    "Item": "history",
+    "PersonalizeResult": "personalize",
+    "PersonalizeUser": "personalize",
+    "Recipe": "training.recipe",
+    "RecordedChatHistory": "history.recorded",
+    "UserHistory": "history",
+    "as_history": "history",
+    "read_history": "history",
+}
+if not TYPE_CHECKING:  # type checkers read the imports above instead
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)

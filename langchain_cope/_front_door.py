@@ -1,14 +1,18 @@
 """Lazy front doors: a package offers names that are imported from its modules when first used."""
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 
-def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's `__getattr__`, which imports the name asked for.
+def lazy_names(
+    package: str, modules: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return a package's `__getattr__`, which imports the name asked for, and its `__dir__`.
 
-    For a name that is not on offer it raises AttributeError with those that are.
+    For a name that is not on offer the former raises AttributeError with those that are. Assign
+    both where `TYPE_CHECKING` is false: else type checkers take every name for a good one.
 
     Args:
         package: the package that offers the names.
@@ -21,6 +25,11 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
             raise AttributeError(
                 f"module {package!r} has no attribute {name!r}; it offers {offered}"
             )
-        return getattr(import_module(f"{package}.{modules[name]}"), name)
+        value = getattr(import_module(f"{package}.{modules[name]}"), name)
+        setattr(sys.modules[package], name, value)  # the next use finds it without a call
+        return value
 
-    return load
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *modules})
+
+    return load, names

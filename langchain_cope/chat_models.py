@@ -28,6 +28,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from langchain_cope.chat.call import (
     SAMPLING_OPTIONS,
@@ -91,10 +92,13 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     alpha: float | None = None
     """Weight of the base that is contrasted away, ≥ 0; 0 is the adapter alone.
 
-    None: what the adapter version recommends, else the paper's value.
+    None: what the adapter version recommends, else 0.1, the paper's value.
     """
     tau: float | None = None
-    """Tokens below this share of the likeliest one's probability are out, 0 < τ ≤ 1; None: as α."""
+    """Tokens below this share of the likeliest one's probability are out, 0 < τ ≤ 1.
+
+    None: what the adapter version recommends, else 0.1, the paper's value.
+    """
     adapter_version: str | None = None
     """None: the user's active version."""
     authorize: Callable[[str | None, RunnableConfig], None] | None = Field(
@@ -150,7 +154,11 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     def _check_contrast(cls, value: float | None, info: ValidationInfo) -> float | None:
         check = check_alpha if info.field_name == "alpha" else check_tau
         if value is not None:
-            check(value)
+            try:
+                check(value)
+            except ValueError as error:  # as pydantic's own, so that its errors() stay plain data
+                reason = {"reason": str(error)}
+                raise PydanticCustomError("out_of_range", "{reason}", reason) from None
         return value
 
     # ── what LangChain asks about the model ──
@@ -201,6 +209,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         options = self._pin(kwargs)
         user: PinnedUser = options[PINNED]
         base = user.engine.base
+        others = {name: value for name, value in options.items() if name != "model"}
         key = {
             "model": base.fingerprint(),
             "revision": self.revision,
@@ -210,7 +219,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             "tau": self.tau,
             "stop": self._stops(stop),
             **{name: getattr(self, name) for name in SAMPLING_OPTIONS},
-            **options,
+            **others,
             PINNED: user.key,
         }
         return json.dumps(key, sort_keys=True, default=str)
@@ -435,7 +444,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         call = self._prepare(messages, stop, kwargs)
-        pieces = call.user.engine.stream(call.request)
+        pieces = call.engine.stream(call.request)
         try:
             for piece in pieces:
                 yield from call.chunks(piece)
@@ -452,7 +461,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         call = await asyncio.to_thread(self._prepare, messages, stop, kwargs)
-        pieces = call.user.engine.astream(call.request)
+        pieces = call.engine.astream(call.request)
         try:
             async for piece in pieces:
                 for chunk in call.chunks(piece):
@@ -466,7 +475,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
     ) -> Call:
         """Return the call of these messages and keywords, ready to run."""
-        from langchain_cope.engine import Request
+        from langchain_cope.engine import Engine, Request
 
         check_options(kwargs)
         timeout = kwargs.get("timeout", self.timeout)
@@ -488,7 +497,8 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             grammar=grammar,
             logprobs=bool(options.get("logprobs")),
         )
-        return Call(user, request, reply_to(base, use, prefix))
+        engine = Engine.of(base, self.engine_options)  # a new one, where it was closed meanwhile
+        return Call(user, engine, request, reply_to(base, use, prefix))
 
     def _contrast(self, user: PinnedUser, options: dict[str, Any]) -> "Contrast":
         """Return the call's α and τ, else the model's, else the version's, else the paper's."""

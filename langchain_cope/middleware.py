@@ -23,8 +23,8 @@ class CoPeUserMiddleware(AgentMiddleware[Any, Any]):
     class Context:
         user_id: str
 
-    user = CoPeUserMiddleware()
-    agent = create_agent(ChatCoPe(), tools, middleware=[user], context_schema=Context)
+    of_user = CoPeUserMiddleware()
+    agent = create_agent(ChatCoPe(), tools, middleware=[of_user], context_schema=Context)
     agent.invoke({"messages": [("user", "…")]}, context=Context(user_id="alice"))
     ```
 

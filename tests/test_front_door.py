@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -23,6 +24,15 @@ def test_everything_listed_is_there_and_named_in_dir() -> None:
     for name in langchain_cope.__all__:
         assert getattr(langchain_cope, name).__name__ == name
         assert name in dir(langchain_cope)
+
+
+@pytest.mark.parametrize("package", ["", ".engine", ".history"])
+def test_a_front_door_lists_just_what_it_offers(package: str) -> None:
+    door = import_module(f"langchain_cope{package}")
+    assert set(door.__all__) == set(door._MODULES)
+    for name in door.__all__:
+        assert getattr(door, name) is not None
+        assert name in dir(door)
 
 
 def test_a_wrong_name_says_what_there_is() -> None:

@@ -20,7 +20,7 @@ from langchain_cope.engine import Contrast
 from langchain_cope.errors import ContextOverflow, InputError, ModelNotFound
 
 if TYPE_CHECKING:
-    from langchain_cope.engine import Base, Completion, Piece, Request, TokenLogprobs
+    from langchain_cope.engine import Base, Completion, Engine, Piece, Request, TokenLogprobs
 
 SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
@@ -55,6 +55,7 @@ class Call:
     """One call, ready to run."""
 
     user: PinnedUser
+    engine: "Engine"
     request: "Request"
     reply: ReplyStream
 
@@ -65,11 +66,12 @@ class Call:
         """
         from langchain_cope.engine import Piece
 
-        is_text = isinstance(piece, Piece)
-        messages = self.reply.push(piece.text) if is_text else self.reply.finish()
-        for message in messages:
-            yield ChatGenerationChunk(message=message)
-        if not isinstance(piece, Piece):
+        if isinstance(piece, Piece):
+            for message in self.reply.push(piece.text):
+                yield ChatGenerationChunk(message=message)
+        else:
+            for message in self.reply.finish():
+                yield ChatGenerationChunk(message=message)
             yield self._last_chunk(piece)
 
     def _last_chunk(self, answer: "Completion") -> ChatGenerationChunk:
@@ -90,7 +92,7 @@ class Call:
     def _metadata(self, answer: "Completion") -> dict[str, Any]:
         made_calls = answer.finish_reason == "stop" and self.reply.num_calls > 0
         metadata: dict[str, Any] = {
-            "model_name": self.user.engine.base.name,
+            "model_name": self.engine.base.name,
             "model_provider": "cope",
             "user_id": self.user.shown,
             "adapter_version": self.user.version_id,
@@ -116,7 +118,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def contrast_of(*levels: tuple[float | None, float | None]) -> Contrast:
-    """Return the contrast whose α and τ come from the first level that gives them, else the paper.
+    """Return the contrast whose α and τ come from the first level that gives them, else 0.1.
 
     Args:
         levels: (α, τ) of the call, the model and the version, for example; each may be None.

@@ -1,8 +1,8 @@
 """LangChain's messages as a chat template takes them.
 
-`template_messages` is the one place that reshapes a conversation: messages become turns,
-instructions go to the end of the system turn, and for templates without tools calls and results
-become text.
+`template_messages` turns messages into a template's turns: instructions go to the end of the system
+turn, and for templates without tools calls and results become text. What a template refuses beyond
+that, a system turn for example, the engine merges (`engine/base/chat_template.py`).
 """
 
 import json

@@ -6,9 +6,7 @@ from typing import Any
 
 from langchain_core.language_models import ModelProfile
 
-from langchain_cope.engine import can_constrain, context_of
-
-_STARTER = Path(__file__).parents[1] / "starter"
+from langchain_cope.engine import STARTER, can_constrain, context_of
 
 
 def profile_of(model: str, revision: str | None, max_tokens: int) -> ModelProfile | None:
@@ -47,7 +45,7 @@ def profile_of(model: str, revision: str | None, max_tokens: int) -> ModelProfil
 
 def _read(model: str, revision: str | None, name: str) -> dict[str, Any] | None:
     """Return the JSON object in a file of the base; None if it cannot be read."""
-    folder = _STARTER if model == "starter" else Path(model).expanduser()
+    folder = STARTER if model == "starter" else Path(model).expanduser()
     path = folder / name if folder.is_dir() else _cached(model, revision, name)
     if path is None:
         return None

@@ -95,8 +95,8 @@ def find_version(
 class PinnedUser:
     """The user of one call with the version that answers, fixed before anything else happens.
 
-    Tracers write down a call's keywords and take a dataclass among them apart. This is a plain
-    class, so that they show `to_dict` and nothing else; copying it never copies the engine.
+    It travels among a call's keywords. A tracer that writes these down would take a dataclass
+    apart: this is a plain class, which shows `to_dict` alone; copying it never copies the engine.
     """
 
     def __init__(

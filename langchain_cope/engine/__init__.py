@@ -1,9 +1,9 @@
-"""The contrastive engine: torch and transformers only. It knows no LangChain and no store.
+"""The contrastive engine: token ids and a peft folder in, text out.
 
-It is handed token ids and a peft folder, and answers with text. This is its front door: what lies
-above imports nothing past it. Read `engine.py` (who may call), `scheduler.py` (who is in the batch)
-and `batch.py` (one step) first, then `next_token.py` and `decoding/contrast.py` (the rule). Names
-are loaded when first used, so that importing costs nothing.
+It knows no LangChain and no store. This is its front door: what lies above imports nothing past it.
+Read `engine.py` (who may call), `scheduler.py` (who is in the batch) and `batch.py` (one step)
+first, then `next_token.py` and `decoding/contrast.py` (the rule). Names are loaded when first used,
+so that importing costs nothing.
 """
 
 from typing import TYPE_CHECKING
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from langchain_cope.engine.adapter import CONFIG, WEIGHTS, Adapter
     from langchain_cope.engine.answer import Completion, Piece, Stream, TokenLogprobs
     from langchain_cope.engine.base.base import Base
+    from langchain_cope.engine.base.bundled import STARTER
     from langchain_cope.engine.base.chat_template import Message
     from langchain_cope.engine.base.context import context_of
-    from langchain_cope.engine.base.loading import STARTER, load_base
+    from langchain_cope.engine.base.loading import load_base
     from langchain_cope.engine.base.reply_format import (
         ANSWER,
         CALLS,
@@ -87,46 +88,45 @@ __all__ = [
     "overlap",
 ]
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "ADAPTER_ALONE": "options",
-        "ANSWER": "base.reply_format",
-        "Adapter": "adapter",
-        "AdapterSource": "request",
-        "Base": "base.base",
-        "CALLS": "base.reply_format",
-        "CALL_BEGIN": "grammar.schema",
-        "CALL_END": "grammar.schema",
-        "CONFIG": "adapter",
-        "Completion": "answer",
-        "Contrast": "options",
-        "Engine": "engine",
-        "EngineOptions": "options",
-        "Grammar": "grammar.schema",
-        "JsonScan": "grammar.json_scan",
-        "Message": "base.chat_template",
-        "Piece": "answer",
-        "ReplyFormat": "base.reply_format",
-        "Request": "request",
-        "STARTER": "base.loading",
-        "Sampling": "decoding.sampling",
-        "Statistics": "engine",
-        "Stream": "answer",
-        "THOUGHT": "base.reply_format",
-        "TokenLogprobs": "answer",
-        "WEIGHTS": "adapter",
-        "can_constrain": "grammar.schema",
-        "check_alpha": "options",
-        "check_option": "checks",
-        "check_tau": "options",
-        "closed_schema": "grammar.schema",
-        "context_of": "base.context",
-        "give_back": "device",
-        "is_number": "checks",
-        "is_whole": "checks",
-        "load_base": "base.loading",
-        "only_answer": "base.reply_format",
-        "overlap": "decoding.text",
-    },
-)
+_MODULES = {
+    "ADAPTER_ALONE": "options",
+    "ANSWER": "base.reply_format",
+    "Adapter": "adapter",
+    "AdapterSource": "request",
+    "Base": "base.base",
+    "CALLS": "base.reply_format",
+    "CALL_BEGIN": "grammar.schema",
+    "CALL_END": "grammar.schema",
+    "CONFIG": "adapter",
+    "Completion": "answer",
+    "Contrast": "options",
+    "Engine": "engine",
+    "EngineOptions": "options",
+    "Grammar": "grammar.schema",
+    "JsonScan": "grammar.json_scan",
+    "Message": "base.chat_template",
+    "Piece": "answer",
+    "ReplyFormat": "base.reply_format",
+    "Request": "request",
+    "STARTER": "base.bundled",
+    "Sampling": "decoding.sampling",
+    "Statistics": "engine",
+    "Stream": "answer",
+    "THOUGHT": "base.reply_format",
+    "TokenLogprobs": "answer",
+    "WEIGHTS": "adapter",
+    "can_constrain": "grammar.schema",
+    "check_alpha": "options",
+    "check_option": "checks",
+    "check_tau": "options",
+    "closed_schema": "grammar.schema",
+    "context_of": "base.context",
+    "give_back": "device",
+    "is_number": "checks",
+    "is_whole": "checks",
+    "load_base": "base.loading",
+    "only_answer": "base.reply_format",
+    "overlap": "decoding.text",
+}
+if not TYPE_CHECKING:  # type checkers read the imports above instead
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -83,7 +83,7 @@ class ActiveRequest:
         """Tokens of prompt and answer, at most."""
         self.tokens = list(request.prompt)
         """Prompt and answer."""
-        self.answer: list[int] = []
+        self.answer_ids: list[int] = []
         """Tokens of the answer alone."""
         self.adapter = request.adapter if isinstance(request.adapter, Adapter) else None
         """Set before the request joins the batch, where its adapter comes from a slot."""
@@ -125,7 +125,7 @@ class ActiveRequest:
     def push(self, chosen: NextToken) -> None:
         """Append a token and send what it adds; `finished` tells whether it was the last one."""
         token = chosen.token
-        self.answer.append(token)
+        self.answer_ids.append(token)
         self.tokens.append(token)
         if chosen.changed:
             self._num_changed += 1
@@ -189,9 +189,9 @@ class ActiveRequest:
         self._sink(
             Completion(
                 text="".join(self._text),
-                token_ids=tuple(self.answer),
+                token_ids=tuple(self.answer_ids),
                 finish_reason=reason,
-                contrast_changed=self._num_changed / len(self.answer),
+                contrast_changed=self._num_changed / len(self.answer_ids),
                 logprobs=tuple(self._logprobs),
             )
         )

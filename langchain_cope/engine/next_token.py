@@ -37,7 +37,7 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
         [*choice.active.tokens, *choice.drafted] if sampling.repetition_penalty != 1 else []
         for choice, sampling in zip(choices, samplings, strict=True)
     ]
-    steps = [len(choice.active.answer) + len(choice.drafted) for choice in choices]
+    steps = [len(choice.active.answer_ids) + len(choice.drafted) for choice in choices]
     tokens = choose_tokens(scores, samplings, seen, steps)
     differs = scores.argmax(-1) != personal.argmax(-1)
     # The step's one wait for the device.

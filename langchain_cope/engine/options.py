@@ -54,14 +54,12 @@ ADAPTER_ALONE = Contrast(alpha=0.0)
 
 
 def _accept_stall(options_class: Class) -> Class:
-    """Let the constructor take `stall`, the former name of `prefill_pause`."""
+    """Let the constructor take `stall`, the former name of `prefill_pause`; it wins over that."""
     construct = options_class.__init__
 
     @functools.wraps(construct)
     def __init__(self: Any, *values: Any, **named: Any) -> None:  # noqa: N807
         if "stall" in named:
-            if "prefill_pause" in named:
-                raise TypeError("stall is the former name of prefill_pause: give one of them")
             named["prefill_pause"] = named.pop("stall")
         construct(self, *values, **named)
 
@@ -75,7 +73,10 @@ class EngineOptions:
     """Bounds of one engine, which is one base. Raises ValueError for a value out of range."""
 
     # So that `ChatCoPe(engine_options={"stall": …})` is read as well: pydantic goes by the fields.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"validate_by_name": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "populate_by_name": True,
+        "extra": "forbid",
+    }
 
     max_rows: int = 64
     """Rows decoded together; a contrastive request takes two. Further requests wait in order."""
@@ -102,23 +103,30 @@ class EngineOptions:
     """Seconds, about, that prompts may delay running answers at a time. Formerly named `stall`."""
 
     def __post_init__(self) -> None:
-        rows, tokens, memory = self.max_rows, self.max_tokens, self.kv_memory
-        slots, cache, pause = self.adapter_slots, self.prefix_cache, self.prefill_pause
+        memory = self.kv_memory
         is_share = isinstance(memory, float) and 0 < memory <= 1
-        is_bytes = is_whole(memory) and memory > 0
-
-        rows_fit = is_whole(rows) and rows >= 2
-        check_option("max_rows", rows, "an integer ≥ 2", rows_fit, "a contrastive request has two")
-        tokens_fit = tokens is None or (is_whole(tokens) and tokens > 0)
-        check_option("max_tokens", tokens, "an integer > 0 or None", tokens_fit)
-        expected = "bytes as an integer > 0, or a share as a float in 0 to 1"
-        check_option("kv_memory", memory, expected, is_share or is_bytes)
-        check_option("adapter_slots", slots, "an integer ≥ 1", is_whole(slots) and slots >= 1)
-        expected = "bytes as an integer ≥ 0; 0 keeps none"
-        check_option("prefix_cache", cache, expected, is_whole(cache) and cache >= 0)
-        is_switch = isinstance(self.speculation, bool)
-        check_option("speculation", self.speculation, "True or False", is_switch)
-        check_option("prefill_pause", pause, "seconds > 0", is_number(pause) and pause > 0)
+        tokens_fit = self.max_tokens is None or is_whole(self.max_tokens, least=1)
+        checks = (
+            ("max_tokens", "an integer > 0 or None", tokens_fit),
+            (
+                "kv_memory",
+                "bytes as an integer > 0, or a share as a float in 0 to 1",
+                is_share or is_whole(memory, least=1),
+            ),
+            ("adapter_slots", "an integer ≥ 1", is_whole(self.adapter_slots, least=1)),
+            (
+                "prefix_cache",
+                "bytes as an integer ≥ 0; 0 keeps none",
+                is_whole(self.prefix_cache, least=0),
+            ),
+            ("speculation", "True or False", isinstance(self.speculation, bool)),
+            ("prefill_pause", "seconds > 0", is_number(self.prefill_pause, above=0)),
+        )
+        hint = "a contrastive request has two"
+        rows_fit = is_whole(self.max_rows, least=2)
+        check_option("max_rows", self.max_rows, "an integer ≥ 2", rows_fit, hint)
+        for name, expected, fits in checks:
+            check_option(name, getattr(self, name), expected, fits)
 
     @property
     def stall(self) -> float:

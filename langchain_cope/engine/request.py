@@ -1,4 +1,4 @@
-"""What is asked of the engine."""
+"""What is asked of the engine. Its state on the way to the answer is `answer.ActiveRequest`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

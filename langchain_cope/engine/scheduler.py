@@ -21,6 +21,7 @@ from langchain_cope.engine.device import give_back, is_out_of_memory
 from langchain_cope.engine.options import EngineOptions
 from langchain_cope.engine.request import AdapterSource
 from langchain_cope.errors import InputError, ModelError
+from langchain_cope.text import count
 
 MAX_PROMPT_TOKENS = 4096  # of prompts, padding included, in one forward
 FIRST_RATE = 640.0  # tokens of prompts a second, before it was measured
@@ -43,14 +44,14 @@ class Scheduler:
         slots: AdapterSlots,
         options: EngineOptions,
         device: torch.device,
-        lock: threading.Condition,
+        wake: threading.Condition,
     ) -> None:
-        """Start with an empty line; `lock` is held while it changes."""
+        """Start with an empty line; `wake` is held while it changes."""
         self._batch = batch
         self._slots = slots
         self._options = options
         self._device = device
-        self._lock = lock
+        self._lock = wake
         self._waiting: deque[ActiveRequest] = deque()
         self._prefill_rate = FIRST_RATE
         # Both are lowered where memory runs out.
@@ -66,7 +67,7 @@ class Scheduler:
         num_rows = active.request.num_rows
         num_bytes, max_bytes = self._batch.num_bytes([active]), self._batch.kv_bytes
         num_tokens, max_tokens = num_rows * active.limit, self._options.max_tokens
-        what = f"{num_rows} row{'s' if num_rows > 1 else ''} of up to {active.limit} tokens"
+        what = f"{count(num_rows, 'row')} of up to {active.limit} tokens"
         if num_bytes > max_bytes:
             raise InputError(
                 f"the request needs {num_bytes:,} bytes for keys and values ({what}), "
@@ -256,7 +257,7 @@ class Scheduler:
         for active in requests:
             if active.finished and active.adapter is not None:
                 newest = active.request.prompt[-RECENT_PROMPT:]
-                active.adapter.recent.extend([*newest, *active.answer])
+                active.adapter.recent.extend([*newest, *active.answer_ids])
         self._batch.drop(requests)
         for active in requests:
             self._release(active)

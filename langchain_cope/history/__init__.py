@@ -27,17 +27,16 @@ __all__ = [
     "read_users",
 ]
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "ChromaHistory": "chroma",
-        "Item": "items",
-        "Message": "items",
-        "RecordedChatHistory": "recorded",
-        "Target": "items",
-        "UserHistory": "items",
-        "as_history": "read",
-        "read_history": "read",
-        "read_users": "read",
-    },
-)
+_MODULES = {
+    "ChromaHistory": "chroma",
+    "Item": "items",
+    "Message": "items",
+    "RecordedChatHistory": "recorded",
+    "Target": "items",
+    "UserHistory": "items",
+    "as_history": "read",
+    "read_history": "read",
+    "read_users": "read",
+}
+if not TYPE_CHECKING:  # type checkers read the imports above instead
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -15,6 +15,7 @@ from langchain_core.load import dumps, load
 from langchain_core.messages import AIMessage, HumanMessage, RemoveMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import RunnableLambda, ensure_config
 from pydantic import ValidationError
 
@@ -164,6 +165,24 @@ def test_the_engines_bounds_are_named_once_and_hold_for_everyone(
     with pytest.raises(ValidationError, match="max_rows must be an integer"):
         ChatCoPe(model=str(copy), engine_options={"max_rows": 1})
     chat._engine().close()
+    with pytest.raises(ValidationError, match="max_rowz"):
+        ChatCoPe(model=str(copy), engine_options={"max_rowz": 8})
+
+
+def test_an_engine_closed_between_pin_and_request_is_opened_again(chat: ChatCoPe) -> None:
+    closed = []
+
+    class ClosingLimiter(InMemoryRateLimiter):
+        def acquire(self, *, blocking: bool = True) -> bool:
+            engine = chat._engine()
+            engine.close()
+            closed.append(engine)
+            return super().acquire(blocking=blocking)
+
+    answer = chat.invoke(QUESTION).content
+    limiter = ClosingLimiter(requests_per_second=1000)
+    assert chat.model_copy(update={"rate_limiter": limiter}).invoke(QUESTION).content == answer
+    assert closed
 
 
 def test_keyword_beats_configurable_beats_constructor(chat: ChatCoPe) -> None:

@@ -40,9 +40,10 @@ def test_copies_keep_a_pause_given_as_stall() -> None:
     assert copy.deepcopy(options) == pickle.loads(pickle.dumps(options)) == options
 
 
-def test_both_names_at_once_are_refused() -> None:
-    with pytest.raises(TypeError, match="stall is the former name of prefill_pause"):
-        EngineOptions(stall=0.3, prefill_pause=0.3)  # type: ignore[call-arg]
+def test_stall_wins_where_both_names_are_given() -> None:
+    both = EngineOptions(stall=0.3, prefill_pause=0.2)  # type: ignore[call-arg]
+    assert both.prefill_pause == 0.3
+    assert dataclasses.replace(EngineOptions(), stall=0.3) == both  # type: ignore[call-arg]
 
 
 def test_an_unknown_option_is_refused_by_name() -> None:

@@ -19,16 +19,16 @@ from transformers.utils import logging as transformers_logging
 
 from langchain_cope.engine.adapter import CONFIG, WEIGHTS
 from langchain_cope.engine.base.base import Base
+from langchain_cope.engine.base.bundled import STARTER
 from langchain_cope.engine.base.chat_template import ensure_chat_template
 from langchain_cope.engine.base.context import context_of
 from langchain_cope.engine.forward.fused_weights import fuse_weights
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
 
-STARTER = Path(__file__).parents[2] / "starter"
 """Folder of the bundled base model."""
 LARGE_CHECKPOINT = 1 << 30
 """Bytes of a checkpoint above which a CPU computes in bfloat16 where it can."""
-_NO_LIMIT = 10**6  # context of a base whose configuration names none
+_DEFAULT_CONTEXT = 10**6  # context of a base whose configuration names none
 _log = logging.getLogger(__name__)
 _loaded: dict[tuple[Any, ...], Base] = {}
 _locks: dict[tuple[Any, ...], threading.Lock] = {}
@@ -144,7 +144,7 @@ def _load(arguments: _Arguments) -> Base:
         revision=revision,
         tokenizer=tokenizer,
         model=model,
-        context=limit or _NO_LIMIT,
+        context=limit or _DEFAULT_CONTEXT,
         task_adapter=adapter_folder,
         quantization=_quantization_text(quantization),
     )
