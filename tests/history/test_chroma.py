@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import chromadb
 import pytest
-from chromadb.api.types import DefaultEmbeddingFunction
+from chromadb.utils.embedding_functions import DefaultEmbeddingFunction
 from chromadb.config import Settings
 from langchain_core.messages import AIMessage, HumanMessage
 
