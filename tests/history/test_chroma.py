@@ -14,8 +14,8 @@ from urllib.request import urlopen
 
 import chromadb
 import pytest
-from chromadb.utils.embedding_functions import DefaultEmbeddingFunction
 from chromadb.config import Settings
+from chromadb.utils.embedding_functions import DefaultEmbeddingFunction
 from langchain_core.messages import AIMessage, HumanMessage
 
 from langchain_cope.errors import HistoryError
