@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import pytest
 
+import adapter_store
+import langchain_cope
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "docs", "examples", "langchain_cope")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for f in FOLDERS for page in (ROOT / f).rglob("*.md"))])
@@ -124,6 +127,15 @@ def files_of_tree() -> Iterator[str]:
             folders[depth:] = [name]
         else:
             yield "".join(folders[:depth]) + name
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/api").glob("*.md"))
+    named = set(re.findall(r"^::: ([\w.]+)|^ +- (\w+)$", pages, re.M))
+    names = {(one or other).split(".")[-1] for one, other in named}
+    public = {*langchain_cope.__all__, *adapter_store.__all__}
+    errors = {name for name in public if name.endswith("Error")}  # the page of their module
+    assert sorted(public - errors - names) == []
 
 
 def test_every_module_that_the_architecture_mentions_exists() -> None:
