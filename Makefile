@@ -1,5 +1,6 @@
-# Two commands: `make demo` personalizes one user and shows the difference; `make test` runs every check.
-# Each sets up what it needs in .venv. Another torch: make demo TORCH_SPEC="torch --index-url …" (see README).
+# `make demo` personalizes one user and shows the difference, `make test` runs every check, and
+# `make docs` builds the site. Each sets up what it needs in .venv.
+# Another torch: make demo TORCH_SPEC="torch --index-url …" (see README).
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= -c constraints.txt torch
@@ -7,7 +8,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs-cli clean
+.PHONY: demo test lint docs docs-cli clean
 
 demo: $(VENV)/.installed
 	@rm -rf .demo
@@ -26,11 +27,16 @@ lint: $(VENV)/.installed-dev
 docs-cli: $(VENV)/.installed
 	$(BIN)/python docs/generate_cli.py
 
+# The site, into site/; any warning is an error. The setting hushes a notice of Material's own.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) .demo dist build
+	rm -rf $(VENV) .demo dist build site
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and by itself: whatever else asks for it then finds it there.
@@ -44,4 +50,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --editable '.[docs]'
 	@touch $@ $(VENV)/.installed

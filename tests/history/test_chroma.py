@@ -15,8 +15,8 @@ from urllib.request import urlopen
 
 import chromadb
 import pytest
-from chromadb.api.types import DefaultEmbeddingFunction
 from chromadb.config import Settings
+from chromadb.utils.embedding_functions import DefaultEmbeddingFunction
 from langchain_core.messages import AIMessage, HumanMessage
 
 from langchain_cope.errors import HistoryError
