@@ -11,6 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from langchain_cope.errors import HistoryError
 from langchain_cope.history.chatgpt import chatgpt_rows
+from langchain_cope.history.fields import hand_down, unread, unread_note, with_system
 from langchain_cope.history.items import Target
 from langchain_cope.history.lamp import LAMP_USER_KEYS, lamp_queries, lamp_rows
 from langchain_cope.history.messages import (
@@ -61,12 +62,21 @@ class Format:
     """Where a row in a file may name its user."""
     target: Target | None = None
     """The side that is learnt by default; None for a format without conversations."""
+    other_keys: tuple[str, ...] | None = ()
+    """Fields that are read besides, or say nothing new; None where other programs' fields abound.
+    A field with text that is neither named nor known to all formats is named in a note."""
     is_log: bool = False
     """Whether a row without a turn of the target is left out; made for training, it is an error."""
 
     def matches(self, row: Row) -> bool:
         """Tell whether a row has this format."""
         return row.value.keys() >= set(self.keys) and self.condition(row)
+
+    def unread(self, row: Row) -> list[str]:
+        """Return the fields of a row that hold text and are not read."""
+        if self.other_keys is None:
+            return []
+        return unread(row, (*self.keys, *self.optional_keys, *self.other_keys))
 
 
 def _conversation(key: str) -> Callable[[Row], list[Row]]:
@@ -80,7 +90,9 @@ def _conversation(key: str) -> Callable[[Row], list[Row]]:
 
 # The simplest come last: a row of a format further up may have their fields too.
 FORMATS = (
-    Format("ChatGPT export", ("mapping",), chatgpt_rows, target="user", is_log=True),
+    Format(
+        "ChatGPT export", ("mapping",), chatgpt_rows, target="user", other_keys=None, is_log=True
+    ),
     Format(
         "LaMP profile",
         ("profile",),
@@ -88,8 +100,14 @@ FORMATS = (
         optional_keys=("user_id",),
         queries=lamp_queries,
         user_keys=LAMP_USER_KEYS,
+        other_keys=(*LAMP_USER_KEYS, "query", "input", "output", "gold"),
     ),
-    Format("Alpaca", ("instruction", "output"), alpaca_rows),
+    Format(
+        "Alpaca",
+        ("instruction", "output"),
+        alpaca_rows,
+        other_keys=("input", "history", "text"),  # the text is instruction and output once more
+    ),
     Format(
         "OpenAI preference pairs",
         ("input", "preferred_output", "non_preferred_output"),
@@ -100,11 +118,17 @@ FORMATS = (
         ("chosen", "rejected"),
         preference_rows,
         optional_keys=("prompt",),
+        other_keys=("messages",),  # UltraFeedback's: the prompt and the chosen answer once more
     ),
-    Format("feedback", ("prompt", "answer", "correction"), feedback_rows),
+    Format("feedback", ("prompt", "answer", "correction"), feedback_rows, other_keys=("score",)),
     Format("feedback", ("prompt", "answer", "score"), feedback_rows),
-    Format("feedback on traced runs", ("inputs", "outputs", "correction"), traced_rows),
-    Format("feedback on traced runs", ("inputs", "outputs", "score"), traced_rows),
+    Format(
+        "feedback on traced runs",
+        ("inputs", "outputs", "correction"),
+        traced_rows,
+        other_keys=None,
+    ),
+    Format("feedback on traced runs", ("inputs", "outputs", "score"), traced_rows, other_keys=None),
     Format("ShareGPT", ("conversations",), _conversation("conversations"), target="assistant"),
     Format(
         "LangChain messages",
@@ -115,7 +139,13 @@ FORMATS = (
         is_log=True,
     ),
     Format("OpenAI messages", ("messages",), _conversation("messages"), target="assistant"),
-    Format("prompt and completion", ("completion",), pair_rows, optional_keys=("prompt",)),
+    Format(
+        "prompt and completion",
+        ("completion",),
+        pair_rows,
+        optional_keys=("prompt",),
+        other_keys=("rejected",),
+    ),
     Format("plain text", ("text",), text_rows),
 )
 
@@ -134,6 +164,7 @@ def _expected() -> str:
 
 
 _EXPECTED = _expected()
+_USER_LINE_KEYS = ("history", "queries")
 
 
 @dataclass
@@ -176,10 +207,11 @@ def unpack(line: Row) -> tuple[list[Row], list[Row]]:
 
     A line with `history` holds the rows of a user; any other line is one row itself.
     """
-    if "history" in line and "instruction" not in line:  # with both, it is a row of Alpaca's
+    if _is_user_line(line):
         history = _nested(line.field("history"))
-        return history, _nested(line.field("queries")) if line.get("queries") else []
-    return [line], format_of(line).queries(line)
+        queries = _nested(line.field("queries")) if line.get("queries") else []
+        return hand_down(line, history), hand_down(line, queries)
+    return [line], hand_down(line, format_of(line).queries(line))
 
 
 def convert(rows: Sequence[Row], target: Target | None = None) -> Converted:
@@ -197,7 +229,9 @@ def convert(rows: Sequence[Row], target: Target | None = None) -> Converted:
         if target is None:
             converted.notes.append(_target_note(converted.target, recognised))
     num_empty: Counter[str] = Counter()
+    unread_fields: Counter[str] = Counter()
     for row, kind in recognised:
+        unread_fields.update(kind.unread(row))
         plain_rows = _plain_rows(row, kind, converted.target)
         converted.rows += plain_rows
         if not plain_rows:
@@ -208,7 +242,20 @@ def convert(rows: Sequence[Row], target: Target | None = None) -> Converted:
                 f"rows left out, as nothing in them can be learnt: "
                 f"{num_empty[name]} of {number} ({name})"
             )
+    converted.notes += unread_note(unread_fields)
     return converted
+
+
+def unread_in_lines(lines: Sequence[Row]) -> list[str]:
+    """Return a note on fields with text that are not read in the lines that hold a user each."""
+    names = [
+        name for line in lines if _is_user_line(line) for name in unread(line, _USER_LINE_KEYS)
+    ]
+    return unread_note(Counter(names))
+
+
+def _is_user_line(line: Row) -> bool:
+    return "history" in line and "instruction" not in line  # with both, it is a row of Alpaca's
 
 
 def _match(row: Row) -> Format | None:
@@ -226,7 +273,7 @@ def _nested(rows: Located) -> list[Row]:
 def _plain_rows(row: Row, kind: Format, target: Target | None) -> list[Row]:
     """Return a row in the forms that `reader` reads."""
     try:
-        rows = kind.rows(row)
+        rows = with_system(row, kind.rows(row))
     except RecursionError:  # from comparing two sides of a pair, say
         raise HistoryError(f"{row.where}: nested too deeply") from None
     if kind.is_log:

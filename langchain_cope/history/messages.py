@@ -111,7 +111,7 @@ def content_text(content: Located) -> tuple[str, int]:
     for part in content.entries():
         if isinstance(part.value, str):
             texts.append(part.text())
-        elif part.row().get("type") in _TEXT_PARTS:
+        elif part.row().get("type", "text" if "text" in part.row() else None) in _TEXT_PARTS:
             texts.append(part.row().field("text").text())
     return "\n".join(texts), len(content.value) - len(texts)
 

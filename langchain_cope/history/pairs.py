@@ -42,8 +42,6 @@ def alpaca_rows(row: Row) -> list[Row]:
     """Return the instruction, the input after it where there is one, and the output."""
     asked = [row.field(key).text() for key in ("instruction", "input") if row.get(key)]
     earlier: list[dict[str, Any]] = []
-    if row.get("system"):
-        earlier.append({"role": "system", "content": row["system"]})
     if row.get("history"):
         for turns in row.field("history").entries():
             earlier += _alpaca_turns(turns)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history.formats import convert, unpack, user_of
+from langchain_cope.history.formats import convert, unpack, unread_in_lines, user_of
 from langchain_cope.history.items import Item, Target, UserHistory, settle
 from langchain_cope.history.messages import is_conversation
 from langchain_cope.history.reader import RowReader
@@ -155,7 +155,7 @@ def _read_user(
     queries = convert(query_rows, target or history.target)
     reader = RowReader(history.target or queries.target or "assistant", instruction)
     items = reader.read_all(history.rows)
-    notes = [*history.notes, *reader.notes()]
+    notes = [*history.notes, *unread_in_lines(lines), *reader.notes()]
     queried_items = reader.read_all(queries.rows)
     return settle(
         user_id,

@@ -223,6 +223,79 @@ def test_an_unknown_row_is_refused_with_the_fields_of_every_format() -> None:
         assert all(key in str(caught.value) for key in kind.keys), kind.name
 
 
+# What a row says beside its format
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "systemPrompt", "system_instructions"])
+@pytest.mark.parametrize(("name", "row", "expected"), FORMATS, ids=range(len(FORMATS)))
+def test_a_system_prompt_beside_a_row_leads_in_every_format(
+    name: str, row: dict[str, Any], expected: list[Any], key: str
+) -> None:
+    led = as_history([{**row, key: "Answer like a pirate."}])
+    plain = as_history([row])
+    assert len(led.items) == len(plain.items) == len(expected)
+    for item, before in zip(led.items, plain.items, strict=True):
+        first, *others = item.messages
+        texts = first["content"].split("\n\n")
+        assert first["role"] == "system"
+        assert "Answer like a pirate." in texts, name
+        kept = [message for message in before.messages if message["role"] != "system"]
+        assert others == kept
+        assert (item.completion, item.rejected) == (before.completion, before.rejected)
+    assert not [note for note in led.notes if "not read" in note]
+
+
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [
+        ("Be kind.", "Be kind."),
+        ([{"text": "Be"}, {"type": "text", "text": "kind."}], "Be\nkind."),
+        ({"role": "system", "content": "Be kind."}, "Be kind."),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_system_prompt_may_be_text_parts_or_a_message(system: Any, expected: str | None) -> None:
+    row = {"messages": [user("q"), assistant("a")], "system": system}
+    (item,) = as_history([row]).items
+    first = item.messages[0]
+    assert first == ({"role": "system", "content": expected} if expected else user("q"))
+
+
+def test_the_same_system_prompt_is_not_said_twice() -> None:
+    said = {"role": "system", "content": "Be kind."}
+    row = {"messages": [said, user("q"), assistant("a")], "system": "Be kind."}
+    assert as_history([row]).items[0].messages == [said, user("q")]
+    both = {"prompt": "q", "completion": "a", "system": "Be kind.", "system_prompt": "Be brief."}
+    assert as_history([both]).items[0].messages[0]["content"] == "Be kind.\n\nBe brief."
+
+
+def test_a_system_prompt_of_a_line_leads_in_all_its_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": "a"}, {"text": "b", "system": "Be brief."}]
+    line = {"user_id": "ann", "system": "Be kind.", "history": rows, "persona": "old"}
+    path = tmp_path / "users.jsonl"
+    path.write_text(json.dumps({**line, "queries": [{"prompt": "r", "completion": "c"}]}))
+    history = read_history(path)
+    said = [item.messages[0]["content"] for item in [*history.items, *history.queries]]
+    assert said == ["Be kind.", "Be brief.", "Be kind."]
+    assert "fields with text that are not read, and their rows: 'persona' (1)" in history.notes
+    lamp = {"user_id": "ann", "profile": [{"input": "q", "output": "a"}], "system": "Be kind."}
+    lamp |= {"query": {"input": "r", "gold": "c"}}
+    (item, query) = [*(read := as_history([lamp])).items, *read.queries]
+    assert item.messages[0] == query.messages[0] == {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize("value", ["be a pirate", ["a"], {"b": {"c": "d"}}])
+def test_fields_with_text_that_nobody_reads_are_named(value: Any) -> None:
+    quiet = {"tools": [], "score_chosen": 9.5, "prompt_id": "x1", "blank": " ", "id": "7"}
+    rows = [{"messages": [user("q"), assistant("a")], **quiet}, {"text": "b", "style": value}]
+    history = as_history([*rows, {"text": "c", "style": value, "tone": "x"}])
+    assert (
+        "fields with text that are not read, and their rows: 'style' (2), 'tone' (1)"
+        in history.notes
+    )
+
+
 # Targets
 
 
