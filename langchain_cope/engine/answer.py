@@ -101,10 +101,11 @@ class ActiveRequest:
         """True once its reader has gone. Any thread may set it."""
         self._num_changed = 0
         self._base = base
-        self._eos_ids = base.eos_ids
+        stops = request.sampling.stop
+        self._eos_ids = base.eos_ids | base.stop_ids(stops) if stops else base.eos_ids
         self._sink = sink
         self._detokenizer = Detokenizer(base.tokenizer, base.hidden_ids)
-        self._stops = StopStrings(request.sampling.stop)
+        self._stops = StopStrings([*stops, *base.turn_end.texts])
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         if request.grammar is not None:

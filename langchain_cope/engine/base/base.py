@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from langchain_cope.engine.base.chat_template import Message, render
 from langchain_cope.engine.base.fingerprint import fingerprint_of
 from langchain_cope.engine.base.reply_format import ReplyFormat, reply_format_of
+from langchain_cope.engine.base.turn_end import TurnEnd, turn_end_of
 from langchain_cope.engine.grammar.vocabulary import Vocabulary, make_vocabulary
 
 
@@ -59,11 +60,21 @@ class Base:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Every token that ends an answer: those of `generation_config` and the tokenizer's own."""
+        """Every token that ends an answer.
+
+        Those of `generation_config`, the tokenizer's own and the one that closes the assistant's
+        turn in the chat template.
+        """
         settings = self.model.generation_config
         ids: Any = settings.eos_token_id if settings else None
         listed = ids if isinstance(ids, list) else [ids]
-        return frozenset(i for i in [*listed, self.tokenizer.eos_token_id] if i is not None)
+        own = [*listed, self.tokenizer.eos_token_id]
+        return self.turn_end.ids | {token for token in own if token is not None}
+
+    @cached_property
+    def turn_end(self) -> TurnEnd:
+        """What ends the assistant's turn in the chat template."""
+        return turn_end_of(self.tokenizer)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -86,6 +97,12 @@ class Base:
             if self.reply_format.uses(text):
                 markers.add(token)
         return frozenset(markers)
+
+    def stop_ids(self, stops: Sequence[str]) -> frozenset[int]:
+        """Return the tokens that are not shown and that `stops` name: no text ever holds them."""
+        named = {stop.strip() for stop in stops}
+        texts = {token: self.tokenizer.convert_ids_to_tokens(token) for token in self.hidden_ids}
+        return frozenset(token for token, text in texts.items() if text in named)
 
     @cached_property
     def hidden_ids(self) -> frozenset[int]:

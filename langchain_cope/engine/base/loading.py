@@ -29,6 +29,9 @@ from langchain_cope.errors import InputError, ModelError, ModelNotFound
 LARGE_CHECKPOINT = 1 << 30
 """Bytes of a checkpoint above which a CPU computes in bfloat16 where it can."""
 _DEFAULT_CONTEXT = 10**6  # context of a base whose configuration names none
+# A base's own Python code is never run, and nobody is asked whether it may: unless told so,
+# transformers reads an answer from standard input.
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 _log = logging.getLogger(__name__)
 _loaded: dict[tuple[Any, ...], Base] = {}
 _locks: dict[tuple[Any, ...], threading.Lock] = {}
@@ -60,7 +63,8 @@ def load_base(
     Raises:
         ModelNotFound: there is no model of that name or at that path.
         InputError: this machine cannot compute on that device or in that dtype.
-        ModelError: the files are there but cannot be used.
+        ModelError: the files are there but cannot be used, or only with Python code of their own,
+            which is never run.
     """
     chosen_device = _choose_device(device)
     named_dtype = _named_dtype(dtype, chosen_device)
@@ -115,8 +119,8 @@ def _load(arguments: _Arguments) -> Base:
     # In inference mode the tensors could never be trained through.
     with _quiet_transformers(), torch.inference_mode(False):
         try:
-            config = AutoConfig.from_pretrained(source, revision=revision)
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision, **_NO_CODE)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **_NO_CODE)
             quantization = arguments.quantization_config
             quantization = quantization or getattr(config, "quantization_config", None)
             model = _read_weights(arguments, config, quantized=quantization is not None)
@@ -159,6 +163,7 @@ def _read_weights(arguments: _Arguments, config: Any, *, quantized: bool) -> Any
         dtype=_choose_dtype(arguments, config),
         quantization_config=arguments.quantization_config,
         device_map=device_map,
+        **_NO_CODE,
     )
     return model if quantized else model.to(arguments.device)
 
@@ -269,6 +274,12 @@ def _merge(model: Any, task_adapter: Path, quantization: Any) -> Any:
 def _explain(name: str, source: str, error: Exception) -> Exception:
     """Return the error of ours that says why `source` could not be loaded."""
     text = str(error).strip()
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"the base model {name!r} needs Python code of its own (`auto_map` in its files), "
+            "which is never run here: give a base of an architecture and a tokenizer that "
+            "transformers itself has"
+        )
     reason = text.splitlines()[0] if text else type(error).__name__
     exists = _exists(Path(source))
     has_config = _exists(Path(source) / "config.json")

@@ -33,7 +33,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Above 1 makes tokens of the prompt and of the answer so far less likely."""
     stop: tuple[str, ...] = ()
-    """The answer ends before the first of these strings."""
+    """The answer ends before the first of these strings; a special token's text stands for it."""
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     """A seeded answer depends neither on its batch nor on what ran before."""
 

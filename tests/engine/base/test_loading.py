@@ -1,9 +1,11 @@
 """One base in memory: loaded once, refused with a reason, shared without being changed."""
 
 import copy
+import io
 import json
 import logging
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +108,55 @@ def test_a_damaged_config_is_an_error_of_ours(damage: str, tiny: Tiny, tmp_path:
     (folder / "config.json").write_text(damage)
     with pytest.raises(CopeError, match="cannot be loaded"):
         load_base(folder, device="cpu")
+
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+Path("ran").touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+OWN_CONFIG = {
+    "model_type": "own",
+    "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+}
+OWN_TOKENIZER = {
+    "tokenizer_class": "OwnTokenizer",
+    "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
+}
+REMOTE_CODE: dict[str, dict[str, dict[str, object]]] = {
+    "config and model": {"config.json": OWN_CONFIG},
+    "model": {"config.json": {"model_type": "vit", "auto_map": OWN_CONFIG["auto_map"]}},
+    "tokenizer": {"tokenizer_config.json": OWN_TOKENIZER},
+    "everything": {"config.json": OWN_CONFIG, "tokenizer_config.json": OWN_TOKENIZER},
+}
+
+
+@pytest.mark.parametrize("changes", REMOTE_CODE.values(), ids=REMOTE_CODE)
+def test_a_bases_own_code_never_runs_and_nobody_is_asked(
+    changes: dict[str, dict[str, object]],
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    (folder / "own.py").write_text(CODE)
+    for name, fields in changes.items():
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    monkeypatch.chdir(tmp_path)
+    answers = io.StringIO("y\n" * 9)
+    monkeypatch.setattr(sys, "stdin", answers)
+    with pytest.raises(ModelError, match=r"Python code of its own .* never run here: give a base"):
+        load_base(folder, device="cpu")
+    assert answers.tell() == 0, "standard input is not read"
+    assert not list(tmp_path.rglob("ran"))
 
 
 def test_truncated_weights_are_an_error_of_ours(tiny: Tiny, tmp_path: Path) -> None:
