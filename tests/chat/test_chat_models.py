@@ -229,7 +229,7 @@ async def test_version_3_events_know_the_user(chat: ChatCoPe) -> None:
     assert str(await stream.text) == expected
 
 
-def test_alpha_and_tau_are_the_calls_the_models_the_versions_or_the_papers(
+def test_alpha_and_tau_come_from_call_model_version_or_paper(
     chat: ChatCoPe,
 ) -> None:
     def contrast(model: ChatCoPe, **options: Any) -> tuple[float, float]:

@@ -177,7 +177,7 @@ def test_content_blocks_of_other_providers_are_read() -> None:
         template_messages([HumanMessage([{"type": "image", "url": "x"}])])
 
 
-def test_a_thought_is_no_part_of_an_answer_and_forced_answers_have_none(
+def test_thoughts_are_not_answers_and_forced_answers_have_none(
     tiny: Callable[..., Path],
 ) -> None:
     chat = chat_on(tiny("llama", context=4096, template=THINKS_FIRST), max_tokens=40)
