@@ -89,12 +89,12 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     """The user who is answered; None: the base alone."""
     store: Any = None
     """Folder, URL or `AdapterStore`; None: the environment's `COPE_STORE`, else the data folder."""
-    alpha: float | None = None
+    alpha: float | None = Field(default=None, json_schema_extra={"minimum": 0})
     """Weight of the base that is contrasted away, ≥ 0; 0 is the adapter alone.
 
     None: what the adapter version recommends, else 0.1, the paper's value.
     """
-    tau: float | None = None
+    tau: float | None = Field(default=None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})
     """Tokens below this share of the likeliest one's probability are out, 0 < τ ≤ 1.
 
     None: what the adapter version recommends, else 0.1, the paper's value.

@@ -121,7 +121,7 @@ class ActiveRequest:
     def overdue(self) -> bool:
         """True once its deadline is over."""
         deadline = self.request.deadline
-        return deadline is not None and time.monotonic() >= deadline
+        return deadline is not None and not time.monotonic() < deadline  # NaN is over, too
 
     def push(self, chosen: NextToken) -> None:
         """Append a token and send what it adds; `finished` tells whether it was the last one."""

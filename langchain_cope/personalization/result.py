@@ -77,3 +77,8 @@ class PersonalizeResult(BaseModel):
         if self.published:
             return f"published version {self.version} for {self.user_id!r}: {self.reason}"
         return f"nothing was published for {self.user_id!r}: {self.reason}"
+
+
+# The public address of these classes, by which checkpoints and pickles name them.
+for _class in (PersonalizeRequest, Sample, PersonalizeResult):
+    _class.__module__ = "langchain_cope.personalize"

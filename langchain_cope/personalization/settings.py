@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from langchain_core.runnables import RunnableConfig
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from langchain_cope.history.items import Target
 from langchain_cope.settings import BaseSettings
@@ -60,3 +60,10 @@ class PersonalizeSettings(BaseSettings):
 
     Error messages may name the user: unless it is plain, a trace shows of an error its class alone.
     """
+
+    @field_validator("recipe")
+    @classmethod
+    def _check_recipe(cls, value: RecipeChoice) -> RecipeChoice:
+        if isinstance(value, type):
+            raise ValueError(f"recipe is the class {value.__name__}: give an instance, Recipe()")
+        return value

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from langchain_cope.engine import Contrast, check_option, is_number, is_whole
+from langchain_cope.errors import InputError
 
 # The size that the paper's learning rates, epochs and targets were chosen for.
 PAPER_PARAMETERS = 7e9
@@ -237,9 +238,15 @@ The default is `Recipe.for_model`.
 
 
 def recipe_for(choice: RecipeChoice, base: Sized, items: Sequence[Any]) -> Recipe:
-    """Return the recipe of that choice for `base` and the `items` to train on."""
+    """Return the recipe of that choice for `base` and the `items` to train on.
+
+    Raises InputError where a function does not return a `Recipe`.
+    """
     if choice is None:
         return Recipe.for_model(base, items)
     if isinstance(choice, Recipe):
         return choice
-    return choice(base, items)
+    recipe = choice(base, items)
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"the function given as recipe returned {recipe!r:.80}, not a Recipe")
+    return recipe

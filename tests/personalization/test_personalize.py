@@ -13,6 +13,7 @@ import torch
 from langchain_core.callbacks import BaseCallbackHandler
 from peft import PeftModel
 from personal import QUICK, ROWS, Recorder
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from adapter_store import AdapterStore, BackendError, InvalidAdapterError
@@ -304,6 +305,14 @@ def test_a_store_that_cannot_be_written_is_refused_before_training(
         personalize.model_copy(update={"store": tmp_path / "file" / "store"}).invoke(
             {"user_id": "alice", "history": ROWS}
         )
+
+
+def test_a_recipe_that_is_none_is_refused_by_name(personalize: PersonalizeUser) -> None:
+    with pytest.raises(ValidationError, match="give an instance"):
+        PersonalizeUser(recipe=Recipe)
+    mistaken = personalize.model_copy(update={"recipe": lambda base, items: {"rank": 8}})
+    with pytest.raises(InputError, match="not a Recipe"):
+        mistaken.invoke({"user_id": "alice", "history": ROWS})
 
 
 def test_training_on_a_quantized_base_is_refused(base: Path, tmp_path: Path) -> None:
