@@ -101,8 +101,13 @@ class Base:
     def stop_ids(self, stops: Sequence[str]) -> frozenset[int]:
         """Return the tokens that are not shown and that `stops` name: no text ever holds them."""
         named = {stop.strip() for stop in stops}
-        texts = {token: self.tokenizer.convert_ids_to_tokens(token) for token in self.hidden_ids}
-        return frozenset(token for token, text in texts.items() if text in named)
+        return frozenset(token for text, token in self._hidden_tokens.items() if text in named)
+
+    @cached_property
+    def _hidden_tokens(self) -> dict[str, int]:
+        """The tokens that are not shown, by their text."""
+        convert = self.tokenizer.convert_ids_to_tokens
+        return {str(convert(token)): token for token in self.hidden_ids}
 
     @cached_property
     def hidden_ids(self) -> frozenset[int]:
