@@ -184,7 +184,9 @@ def _packed(values: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray, Kin
     """Return the bytes, the values that they hold, and the kind; vectors stay float32."""
     if values.ndim == 1 or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = Kind.F32
-    packed = _random_blocks(values.shape, kind) if _only_unpacks(kind) else gguf.quantize(values, kind)
+    packed = (
+        _random_blocks(values.shape, kind) if _only_unpacks(kind) else gguf.quantize(values, kind)
+    )
     return packed, np.array(gguf.dequantize(packed, kind)).reshape(values.shape), kind
 
 

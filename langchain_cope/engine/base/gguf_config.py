@@ -36,10 +36,8 @@ def save_config_and_tokenizer(path: Path, header: GgufHeader, folder: Path) -> N
     Raises ModelError where transformers cannot read them.
     """
     try:
-        config = AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False
-        )
-        # Not AutoTokenizer: it would read the configuration, which takes seconds, once more.
+        config = _config(header, folder)
+        # Not AutoTokenizer: it would read the configuration with all tokens for nothing.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # odd metadata raises any of a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -54,6 +52,21 @@ def save_config_and_tokenizer(path: Path, header: GgufHeader, folder: Path) -> N
     _generation(tokenizer, header).save_pretrained(folder)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _config(header: GgufHeader, folder: Path) -> Any:
+    """Return the configuration as transformers reads it."""
+    # transformers makes Python objects of all tokens first: seconds, and 100 MB.
+    short = folder / "short.gguf"
+    header.write_short(short)
+    try:
+        config = AutoConfig.from_pretrained(folder, gguf_file=short.name, trust_remote_code=False)
+    finally:
+        short.unlink()
+    for tensor in header.tensors:
+        if tensor.name == "token_embd.weight":
+            config.vocab_size = tensor.shape[0]
+    return config
 
 
 def _check_kind(path: Path, config: Any) -> None:

@@ -75,9 +75,7 @@ def _frequencies(path: Path, header: GgufHeader) -> list[float]:
     return []
 
 
-def _llama3(
-    path: Path, header: GgufHeader, divisors: list[float], base: float
-) -> dict[str, Any]:
+def _llama3(path: Path, header: GgufHeader, divisors: list[float], base: float) -> dict[str, Any]:
     """Return the parameters of Llama 3's scaling that make these divisors."""
     factor = round(max(divisors), 3)
     trained = header.own("rope.scaling.original_context_length") or _LLAMA3_CONTEXT

@@ -1,6 +1,5 @@
 """GGUF files of several architectures and quantizations give the answers of their sources."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import Written, permute, unpermute, write_gguf
 
-from langchain_cope.engine import Base, Contrast, Engine, Request, Sampling, load_base
+from langchain_cope.engine import Base, load_base
 from langchain_cope.engine.base.gguf_header import read_header
-from langchain_cope.errors import ModelError, ModelNotFound
+from langchain_cope.errors import ModelError
 
 Tiny = Callable[..., Path]
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
@@ -81,7 +80,9 @@ def test_heads_are_permuted_back_as_numpy_does_it(tiny: Tiny, tmp_path: Path) ->
     state = loaded(written.path).model.state_dict()
     for layer in range(2):
         attention = f"model.layers.{layer}.self_attn"
-        assert not np.array_equal(state[f"{attention}.q_proj.weight"], tensors[f"blk.{layer}.attn_q.weight"])
+        assert not np.array_equal(
+            state[f"{attention}.q_proj.weight"], tensors[f"blk.{layer}.attn_q.weight"]
+        )
         for part, heads in {"q": 4, "k": 2}.items():
             expected = unpermute(tensors[f"blk.{layer}.attn_{part}.weight"], heads)
             assert np.array_equal(state[f"{attention}.{part}_proj.weight"], expected)
@@ -109,7 +110,10 @@ def test_a_file_with_another_value_gives_other_logits(
 
 
 def test_another_ending_token_in_the_file_ends_answers(tiny: Tiny, tmp_path: Path) -> None:
-    folder, ends = tiny("llama"), {"tokenizer.ggml.eos_token_id": 0, "tokenizer.chat_template": None}
+    folder, ends = (
+        tiny("llama"),
+        {"tokenizer.ggml.eos_token_id": 0, "tokenizer.chat_template": None},
+    )
     other = loaded(write_gguf(tmp_path / "other.gguf", folder, fields=ends).path)
     assert other.eos_ids == {0}
     turn = {"tokenizer.ggml.eot_token_id": 1, "tokenizer.chat_template": None}
@@ -188,7 +192,10 @@ OTHER_FILES: dict[str, tuple[dict[str, object], str]] = {
         {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0},
         "are scaled by 'longrope'",
     ),
-    "half a turn": ({"llama.rope.dimension_count": 4, "llama.attention.key_length": 8}, "turns 4 of 8"),
+    "half a turn": (
+        {"llama.rope.dimension_count": 4, "llama.attention.key_length": 8},
+        "turns 4 of 8",
+    ),
     "another width": ({"llama.feed_forward_length": 64}, "but its configuration asks for"),
     "more layers": ({"llama.block_count": 3}, "missing"),
     "fewer layers": ({"llama.block_count": 1}, "left over"),
