@@ -248,7 +248,7 @@ def _num_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
         raise _DamagedError(
             f"its tensor {name} has the quantization {kind}, which the package gguf does not know"
         ) from None
-    if shape[-1] % block:
+    if not all(shape) or shape[-1] % block:
         raise _DamagedError(
             f"its tensor {name} of shape {shape} does not divide into blocks of {block}"
         )

@@ -20,6 +20,7 @@ from langchain_cope.engine.base.gguf_rope import FREQUENCIES
 from langchain_cope.errors import ModelError
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_PIECE = 1 << 20  # weights that are converted at once
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -77,8 +78,8 @@ class Unpacking:
                         f"the weight {name} in {self._path} has the shape {tuple(values.shape)}, "
                         f"but its configuration asks for {tuple(weight.shape)}"
                     )
-                bits = values.to(dtype).contiguous().view(_BITS[dtype])
-                bits.numpy().tofile(file)
+                for piece in values.contiguous().view(-1).split(_PIECE):
+                    piece.to(dtype).view(_BITS[dtype]).numpy().tofile(file)
 
     def _parts_of_weights(self, header: GgufHeader) -> dict[str, list[PackedTensor]]:
         """Return the tensors of the file that make each weight."""
@@ -142,16 +143,22 @@ def _dequantized(packed: IO[bytes], tensor: PackedTensor) -> Any:
     import gguf
 
     packed.seek(tensor.start)
-    # Read, not mapped: pages of a mapped file would count as memory of this process.
-    data = np.fromfile(packed, dtype=np.uint8, count=tensor.num_bytes)
     kind = gguf.GGMLQuantizationType(tensor.kind)
-    rows = data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, kind))
-    try:
-        return gguf.dequantize(rows, kind)
-    except NotImplementedError as error:
-        raise ModelError(
-            f"the package gguf cannot unpack the quantization {kind.name} of {tensor.name}"
-        ) from error
+    width = tensor.shape[-1]
+    row_bytes = tensor.num_bytes // (tensor.num_elements // width)
+    values = np.empty((tensor.num_elements // width, width), np.float32)
+    step = max(1, _PIECE // width)
+    for start in range(0, len(values), step):
+        rows = values[start : start + step]
+        # Read, not mapped: pages of a mapped file would count as memory of this process.
+        data = np.fromfile(packed, np.uint8, len(rows) * row_bytes).reshape(len(rows), row_bytes)
+        try:
+            rows[:] = gguf.dequantize(data, kind)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"the package gguf cannot unpack the quantization {kind.name} of {tensor.name}"
+            ) from error
+    return values.reshape(tensor.shape)
 
 
 def _safetensors_header(weights: dict[str, Tensor], dtype: torch.dtype) -> bytes:

@@ -28,6 +28,7 @@ SERVER = """
 import json, os, signal, sys, time
 from pathlib import Path
 import torch, transformers, gguf
+import transformers.modeling_gguf_pytorch_utils, transformers.models.llama.modeling_llama
 import langchain_cope.engine.base.gguf_config as config
 import langchain_cope.engine.base.gguf_tensors as tensors
 from langchain_cope.engine.base.gguf_cache import GgufFile
