@@ -283,7 +283,7 @@ class BoundChat(TakesTools, BoundOptions):  # type: ignore[no-redef]
     """A chat with options or a configuration, which tools and schemas join."""
 
 
-class PreparesChat(Generates, DynamicRunnable):
+class PreparesChat(Generates, DynamicRunnable):  # type: ignore[type-arg]
     """A chat that is settled by the configuration of a call."""
 
     def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
@@ -299,9 +299,7 @@ class PreparesChat(Generates, DynamicRunnable):
         return chat.astream_events(input, config, **kwargs)
 
 
-class ConfigurableChat(
-    PreparesChat, BindsTools, RunnableConfigurableFields
-):
+class ConfigurableChat(PreparesChat, BindsTools, RunnableConfigurableFields):  # type: ignore[type-arg]
     """A chat with fields that the configuration of a call can set."""
 
     @classmethod
@@ -310,9 +308,7 @@ class ConfigurableChat(
         return [*cls.get_lc_namespace(), "RunnableConfigurableFields"]
 
 
-class ChatAlternatives(
-    PreparesChat, Binds, Together, RunnableConfigurableAlternatives
-):
+class ChatAlternatives(PreparesChat, Binds, Together, RunnableConfigurableAlternatives):  # type: ignore[type-arg]
     """Chats of which the configuration of a call chooses one. Tools are bound to each of them."""
 
     @classmethod
@@ -344,7 +340,7 @@ def _later(make: Callable[[], Any], changed: Callable[[Any], Any]) -> Callable[[
     return lambda: changed(make())
 
 
-class ChatWithFallbacks(Binds, RunnableWithFallbacks):
+class ChatWithFallbacks(Binds, RunnableWithFallbacks):  # type: ignore[type-arg]
     """A chat with others that answer when it fails. Core binds tools to each of them."""
 
     @classmethod
