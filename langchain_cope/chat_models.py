@@ -40,6 +40,8 @@ from langchain_cope.chat.call import (
     contrast_of,
     prompt_of,
     reply_to,
+    tokens_in,
+    without_none,
 )
 from langchain_cope.chat.profile import profile_of
 from langchain_cope.chat.tools import ToolUse
@@ -234,9 +236,12 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
     ) -> int:
-        """Return how many tokens the prompt of `messages` and `tools` has."""
-        prompt, _ = prompt_of(self._engine().base, messages, ToolUse.of({"tools": tools}))
-        return len(prompt)
+        """Return how many tokens the prompt of `messages` and `tools` has.
+
+        A part of a conversation has a count, too, also where the base's template refuses it as a
+        prompt: that of the part between empty turns of the user, or of its texts. None has 0.
+        """
+        return tokens_in(self._engine().base, messages, ToolUse.of({"tools": tools}))
 
     # ── the ways in, each of which fixes the user of its call ──
 
@@ -336,6 +341,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         """Return `kwargs` with the call's `PinnedUser` in them; one that is there already stays."""
         if isinstance(kwargs.get(PINNED), PinnedUser):
             return kwargs
+        kwargs = without_none(kwargs)
         config = ensure_config(config)
         user_id = user_of_call(kwargs, config.get("configurable") or {}, self.user_id)
         if self.authorize is not None:
@@ -423,6 +429,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         """Return the call of these messages and keywords, ready to run."""
         from langchain_cope.engine import Engine, Request
 
+        kwargs = without_none(kwargs)
         check_options(kwargs)
         timeout = kwargs.get("timeout", self.timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
