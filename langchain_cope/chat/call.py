@@ -171,7 +171,8 @@ def tokens_in(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> in
     """
     if not messages:
         return 0
-    texts = [turn["content"] for turn in template_messages(messages)]
+    turns = template_messages(messages)
+    texts = [f"{turn['content']}{turn.get('tool_calls', '')}" for turn in turns]
     empty = HumanMessage("")
     parts = (messages, [*messages, empty], [empty, *messages], [empty, *messages, empty])
     for part in parts:
