@@ -140,16 +140,30 @@ def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tu
 
     That part is the mark of a thought where the chat template opens one, else nothing.
     """
-    native = base.reply_format.native_tools
-    instructions = use.instructions(native_tools=native)
-    turns = template_messages(messages, instructions, native_tools=native)
-    ids = base.prompt_ids(turns, use.tools if native else ())
+    ids = _prompt_ids(base, messages, use)
     end = str(base.tokenizer.decode(ids[-_END_OF_PROMPT:])).rstrip()
     if not end.endswith(_THOUGHT):
         return ids, ""
     if use.forced:  # what the answer is held to leaves no room for thoughts
         return [*ids, *base.tokenizer.encode(_NO_THOUGHT, add_special_tokens=False)], ""
     return ids, _THOUGHT
+
+
+def _prompt_ids(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> list[int]:
+    native = base.reply_format.native_tools
+    instructions = use.instructions(native_tools=native)
+    tools = use.tools if native else ()
+
+    def ids(thought_names: Sequence[str]) -> list[int]:
+        turns = template_messages(
+            messages, instructions, native_tools=native, thought_names=thought_names
+        )
+        return base.prompt_ids(turns, tools)
+
+    try:
+        return ids(base.reply_format.thought_names)
+    except InputError:  # some templates refuse a thought beside text and calls
+        return ids(())
 
 
 def reply_to(base: "Base", use: ToolUse, prefix: str) -> ReplyStream:

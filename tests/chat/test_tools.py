@@ -1,6 +1,7 @@
 """Tools as LangChain users bind them: every form, every choice, streamed, and refused if wrong."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
@@ -188,6 +189,70 @@ def test_thoughts_are_not_answers_and_forced_answers_have_none(
     forced = chat.bind_tools([multiply], tool_choice="any").invoke("Do", max_tokens=200)
     assert forced.tool_calls
     assert "reasoning_content" not in forced.additional_kwargs
+
+
+REASONS = TOOLS.replace("{{ m['content'] }}", "{{ m.KEY or '' }}{{ m['content'] }}")
+"""A template that prints a turn's thought under one name."""
+STRICT = REASONS.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m.KEY and m['content'] %}"
+    "{{ raise_exception('not both') }}{% endif %}",
+)
+
+
+def called(thought: str, **fields: Any) -> AIMessage:
+    calls = [{"name": "weather", "args": {"city": "Kiel"}, "id": "1"}]
+    kwargs = {"additional_kwargs": {"reasoning_content": thought}, **fields}
+    return AIMessage(**{"content": "", "tool_calls": calls, **kwargs})
+
+
+def as_block(kind: str, thought: str) -> AIMessage:
+    return called("", content=[{"type": kind, kind: thought}], additional_kwargs={})
+
+
+RESULT = ToolMessage("sun", tool_call_id="1")
+ASKED = HumanMessage("Weather?")
+RUNNING = [ASKED, called("Hm1."), RESULT, called("Hm2."), RESULT]
+THOUGHTS: dict[str, tuple[list[Any], list[str]]] = {
+    "the running turn": (RUNNING, ["Hm1.", "Hm2."]),
+    "after the next question": ([*RUNNING, AIMessage("Sun."), HumanMessage("And now?")], []),
+    "a new running turn": ([*RUNNING, ASKED, called("Hm3."), RESULT], ["Hm3."]),
+    "a result in a human message": (
+        [ASKED, called("Hm1."), HumanMessage([{"type": "tool_result", "content": "sun"}])],
+        ["Hm1."],
+    ),
+    "a thought in blocks": (
+        [ASKED, as_block("reasoning", "Hm1."), RESULT, as_block("thinking", "Hm2."), RESULT],
+        ["Hm1.", "Hm2."],
+    ),
+    "no thought": ([ASKED, called(""), RESULT], []),
+}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [REASONS, NO_SYSTEM.replace("{{ m['content'] }}", "{{ m.KEY or '' }}{{ m['content'] }}")],
+)
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_of_the_running_turn_are_given_back(
+    key: str, template: str, tiny: Callable[..., Path]
+) -> None:
+    base = load_base(
+        tiny("llama", context=4096, template=template.replace("KEY", key)), device="cpu"
+    )
+    for talk, expected in THOUGHTS.values():
+        prompt, _ = prompt_of(base, talk, ToolUse.of({"tools": [weather]}))
+        assert re.findall(r"Hm\d\.", base.tokenizer.decode(prompt)) == expected
+
+
+def test_a_template_that_refuses_a_thought_beside_text_gets_none(tiny: Callable[..., Path]) -> None:
+    base = load_base(
+        tiny("llama", context=4096, template=STRICT.replace("KEY", "thinking")), device="cpu"
+    )
+    talk = [ASKED, called("Hm1.", content="Let me see."), RESULT]
+    text = base.tokenizer.decode(prompt_of(base, talk, ToolUse.of({"tools": [weather]}))[0])
+    assert "Let me see." in text
+    assert "Hm1." not in text
 
 
 def test_tools_count_as_tokens(chat: ChatCoPe) -> None:
