@@ -75,11 +75,6 @@ def reply_format_of(tokenizer: PreTrainedTokenizerBase) -> ReplyFormat:
     return ReplyFormat({**anchors, "fields": fields}, native, names)
 
 
-def only_answer() -> dict[str, Any]:
-    """Return a template for replies that are nothing but an answer, whatever marks they hold."""
-    return {"start_anchor": "\0", "fields": {ANSWER: _ANSWER}}
-
-
 def _as_text(field: dict[str, Any]) -> dict[str, Any]:
     """Return where the field begins and ends, and none of its parsing, which could fail."""
     marks = {key: field[key] for key in _MARKS if key in field}
