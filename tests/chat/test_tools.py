@@ -1,5 +1,6 @@
 """Tools as LangChain users bind them: every form, every choice, streamed, and refused if wrong."""
 
+import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -60,6 +61,10 @@ ALL = [weather, multiply, Search, Note, RAW]
 NAMES = ["weather", "multiply", "Search", "Note", "ping"]
 
 
+CLOSING = '"]}'
+"""Likely for a model whose random JSON is to close."""
+
+
 def chat_on(folder: Path, **settings: Any) -> ChatCoPe:
     fields = {"max_tokens": 300, "temperature": 1.0, "seed": 0, **settings}
     return ChatCoPe(model=str(folder), store="memory://tools", device="cpu", **fields)
@@ -67,7 +72,7 @@ def chat_on(folder: Path, **settings: Any) -> ChatCoPe:
 
 @pytest.fixture(scope="module")
 def chat(tiny: Callable[..., Path]) -> ChatCoPe:
-    return chat_on(tiny("llama", context=4096))
+    return chat_on(tiny("llama", context=4096, likely=CLOSING))
 
 
 @pytest.mark.parametrize("template", [None, TOOLS, NO_SYSTEM])
@@ -75,7 +80,7 @@ def test_a_forced_call_is_one_of_the_tools_with_arguments_that_fit(
     template: Any, tiny: Callable[..., Path]
 ) -> None:
     changes = {} if template is None else {"template": template}
-    chat = chat_on(tiny("llama", context=4096, **changes))
+    chat = chat_on(tiny("llama", context=4096, likely=CLOSING, **changes))
     for seed in range(6):
         message = chat.bind_tools(ALL, tool_choice="any").invoke("Do something", seed=seed)
         assert not message.invalid_tool_calls
@@ -118,12 +123,37 @@ def test_calls_stream_name_and_id_first(chat: ChatCoPe) -> None:
     assert whole.chunk_position == "last"
 
 
-async def test_a_call_that_the_budget_cuts_is_invalid_and_no_exception(chat: ChatCoPe) -> None:
-    bound = chat.bind_tools([Search], tool_choice="any")
-    message = await bound.ainvoke("Do something", max_tokens=30)
-    assert message.tool_calls == []
-    assert message.invalid_tool_calls
-    assert message.response_metadata["finish_reason"] == "length"
+async def test_calls_that_the_budget_cuts_are_invalid_and_whole_ones_stay(chat: ChatCoPe) -> None:
+    bound = chat.bind_tools([Search, multiply], tool_choice="any")
+
+    async def ask(seed: int, budget: int) -> AIMessage:
+        return await bound.ainvoke("Do something", max_tokens=budget, seed=seed)
+
+    answers = await asyncio.gather(*(ask(seed, 200) for seed in range(16)))
+    seed, whole = next(pair for pair in enumerate(answers) if len(whole_calls(pair[1])) > 1)
+    size = whole.usage_metadata["output_tokens"]  # type: ignore[index]
+    budgets = [*range(1, size, 3), size - 1, size, size + 50]
+    messages = await asyncio.gather(*(ask(seed, budget) for budget in budgets))
+    for budget, message in zip(budgets, messages, strict=True):
+        assert calls_of(message) == calls_of(whole)[: len(message.tool_calls)]
+        is_cut = message.response_metadata["finish_reason"] == "length"
+        assert is_cut == (budget < size)
+        assert is_cut or calls_of(message) == calls_of(whole)
+        assert len(message.invalid_tool_calls) <= is_cut
+    assert {len(message.tool_calls) for message in messages} >= {0, 1, 2}
+    cut = messages[len(messages) // 2]
+    chunks = list(bound.stream("Do something", max_tokens=budgets[len(messages) // 2], seed=seed))
+    streamed: Any = sum(chunks[1:], chunks[0])
+    assert calls_of(streamed) == calls_of(cut)
+    assert len(streamed.invalid_tool_calls) == len(cut.invalid_tool_calls)
+
+
+def whole_calls(message: AIMessage) -> list[Any]:
+    return message.tool_calls if message.response_metadata["finish_reason"] == "tool_calls" else []
+
+
+def calls_of(message: AIMessage) -> list[tuple[str, dict[str, Any]]]:
+    return [(call["name"], call["args"]) for call in message.tool_calls]
 
 
 PARTS_OF_PROMPT = (
@@ -181,7 +211,8 @@ def test_content_blocks_of_other_providers_are_read() -> None:
 def test_thoughts_are_not_answers_and_forced_answers_have_none(
     tiny: Callable[..., Path],
 ) -> None:
-    chat = chat_on(tiny("llama", context=4096, template=THINKS_FIRST), max_tokens=40)
+    folder = tiny("llama", context=4096, template=THINKS_FIRST, likely=CLOSING)
+    chat = chat_on(folder, max_tokens=40)
     message = chat.invoke("Think")
     assert message.content == ""  # a random model never ends its thought
     assert message.additional_kwargs["reasoning_content"]

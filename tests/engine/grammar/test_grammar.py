@@ -216,7 +216,7 @@ def test_answers_are_the_same_alone_in_a_batch_and_with_drafts(
         for seed, grammar in enumerate(grammars):
             temperature = 0.7 if seed % 2 else 0.0
             requests.append(
-                constrained(seed, grammar, user, max_tokens=700, temperature=temperature)
+                constrained(seed, grammar, user, max_tokens=250, temperature=temperature)
             )
         return requests
 
@@ -237,7 +237,7 @@ def test_forced_calls_are_valid(marks: tuple[str, ...], tiny: Tiny) -> None:
     calls = (("add", ONE_NUMBER), ("find_person", closed_schema(PERSON)))
     single, several = Grammar(calls, several=False), Grammar(calls)
     ones = [constrained(seed, single, max_tokens=200) for seed in range(8)]
-    many = [constrained(seed, several, max_tokens=600) for seed in range(16)]
+    many = [constrained(seed, several, max_tokens=250) for seed in range(16)]
     answers = engine.generate([*ones, *many])
     engine.close()
     closed = [each.finish_reason == "stop" for each in answers]
