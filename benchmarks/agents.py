@@ -3,12 +3,12 @@
 Every run is LangChain's own `create_agent` loop with three tools; the runs sample, so that they
 differ, and are decoded together. A question is answered by a call (`tool_choice="any"`), since a
 small base hardly ever calls a tool by itself (`--free` leaves it the choice); after the result it
-calls again or answers, as it likes. Counted are calls that the token budget cuts (none else can be
-invalid:
-calls are held to their schemas), calls that a run repeats although their result is in the
-conversation, and runs that end by the recursion limit. How often the right tool was called with the
-right arguments says what the base understands; it is reported and not promised. The last line is
-one JSON object.
+calls again or answers, as it likes.
+
+Counted are calls that are invalid, which only those are that the token budget cuts; calls that a
+run repeats although their result is in the conversation; and runs that end by the recursion limit.
+How often the right tool was called with the right arguments says what the base understands; it is
+reported and not promised. The last line is one JSON object.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--recursion-limit", type=int, default=25)
     parser.add_argument("--free", action="store_true", help="calls are the model's own idea")
     parser.add_argument("--show", type=int, default=0, help="print so many conversations")
