@@ -18,8 +18,23 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 from langchain_cope import ChatCoPe
 
 OTHER_MODEL = os.environ.get("COPE_TEST_MODEL")
-# Few tokens, for time. Sampled: its likeliest joke is "A cat is a cat, a cat is a cat, a cat …".
-FOR_SMOLLM2 = {"dtype": "bfloat16", "max_tokens": 64, "temperature": 0.7, "seed": 0}
+
+
+def for_smollm2(test: str) -> dict[str, Any]:
+    """Settings with few tokens, for time.
+
+    Answers are sampled, for its likeliest joke is "A cat is a cat, a cat is a cat, a cat …"; but a
+    name has to be copied, and one in Japanese takes it many tokens.
+    """
+    if "unicode" in test:
+        return {"dtype": "bfloat16", "max_tokens": 128, "temperature": 0.0}
+    is_long = any(word in test for word in ("structured", "json", "tool", "agent"))
+    return {
+        "dtype": "bfloat16",
+        "max_tokens": 64 if is_long else 16,
+        "temperature": 0.7,
+        "seed": 0,
+    }
 
 
 class TestChatCoPeUnit(ChatModelUnitTests):
@@ -40,7 +55,8 @@ class TestChatCoPeUnit(ChatModelUnitTests):
 
 class TestChatCoPeIntegration(ChatModelIntegrationTests):
     @pytest.fixture(autouse=True)
-    def _other_base(self, tiny: Callable[..., Path]) -> None:
+    def _settings(self, request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> None:
+        self._options = {"max_tokens": 512} if OTHER_MODEL else for_smollm2(request.node.name)
         self._other = str(tiny("llama", context=8192))
 
     @property
@@ -49,8 +65,7 @@ class TestChatCoPeIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        settings = {"max_tokens": 512} if OTHER_MODEL else FOR_SMOLLM2
-        return {"model": OTHER_MODEL or "smollm2", "store": "memory://standard", **settings}
+        return {"model": OTHER_MODEL or "smollm2", "store": "memory://standard", **self._options}
 
     @property
     def model_override_value(self) -> str:
@@ -71,8 +86,3 @@ class TestChatCoPeIntegration(ChatModelIntegrationTests):
     )
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)
-
-    def test_unicode_tool_call_integration(self, model: BaseChatModel, **options: Any) -> None:
-        # A name is to be copied, not varied, and one in Japanese takes a small model many tokens.
-        copying = model.model_copy(update={"temperature": 0.0, "max_tokens": 128})
-        super().test_unicode_tool_call_integration(copying, **options)
