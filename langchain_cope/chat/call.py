@@ -142,7 +142,7 @@ def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tu
     """
     native = base.reply_format.native_tools
     instructions = use.instructions(native_tools=native)
-    turns = template_messages(messages, instructions, native_tools=native)
+    turns = template_messages(messages, instructions)
     ids = base.prompt_ids(turns, use.tools if native else ())
     end = str(base.tokenizer.decode(ids[-_END_OF_PROMPT:])).rstrip()
     if not end.endswith(_THOUGHT):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from langchain_cope.engine.answer import Completion, Piece, Stream, TokenLogprobs
     from langchain_cope.engine.base.base import Base
     from langchain_cope.engine.base.bundled import STARTER
-    from langchain_cope.engine.base.chat_template import Message
     from langchain_cope.engine.base.context import context_of
+    from langchain_cope.engine.base.forms import Message
     from langchain_cope.engine.base.loading import load_base
     from langchain_cope.engine.base.reply_format import (
         ANSWER,
@@ -104,7 +104,7 @@ _MODULES = {
     "EngineOptions": "options",
     "Grammar": "grammar.schema",
     "JsonScan": "grammar.json_scan",
-    "Message": "base.chat_template",
+    "Message": "base.forms",
     "Piece": "answer",
     "ReplyFormat": "base.reply_format",
     "Request": "request",
