@@ -188,8 +188,9 @@ def test_logits_that_are_none_end_their_request_in_the_middle(
     own: Engine, tiny: Tiny, adapter: Tiny, value: float, row: int, named: str
 ) -> None:
     loaded = own.load_adapter(adapter(tiny("llama"), seed=1))
-    request = Request(PROMPT, loaded, contrast=Contrast(alpha=0.5), sampling=LONG)
-    other = Request([60, 61], sampling=LONG)
+    short = Sampling(max_tokens=40)
+    request = Request(PROMPT, loaded, contrast=Contrast(alpha=0.5), sampling=short)
+    other = Request([60, 61], sampling=short)
     expected = own.generate([request, other])
     forwards: list[Inputs] = []
 
