@@ -229,7 +229,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the token ids of `text` in the base's own tokenizer."""
-        return list(self._engine().base.tokenizer.encode(text, add_special_tokens=False))
+        return self._engine().base.chat_template.text_ids(text)
 
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None

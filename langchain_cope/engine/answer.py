@@ -35,6 +35,8 @@ class NextToken:
     """True where the contrast's likeliest token is not the personal model's own."""
     logprobs: tuple[float, float] | None = None
     """(log p_user, log p_base) in nats, where the request asks for it."""
+    no_number: Literal["", "personal", "base"] = ""
+    """Whose logits hold NaN or infinity, so that nothing can be chosen; empty: nobody's."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class ActiveRequest:
         self.constraint: Constraint | None = None
         """What may come next, where the request has a grammar."""
         self.finished = False
-        """True once the answer is whole, or has failed over its grammar."""
+        """True once the answer is whole, or has failed over its grammar or its logits."""
+        self.is_number = True
+        """False once logits of it were none: what was computed for it is of no use."""
         self.cancelled = False
         """True once its reader has gone. Any thread may set it."""
         self._num_changed = 0
@@ -140,6 +144,9 @@ class ActiveRequest:
 
     def push(self, chosen: NextToken) -> None:
         """Append a token and send what it adds; `finished` tells whether it was the last one."""
+        if chosen.no_number:
+            self._fail_over_logits(chosen.no_number)
+            return
         token = chosen.token
         self.answer_ids.append(token)
         self.tokens.append(token)
@@ -173,6 +180,17 @@ class ActiveRequest:
             self._complete("stop")
         elif full:
             self._complete("length")
+
+    def _fail_over_logits(self, whose: str) -> None:
+        label = "the base" if whose == "base" else self.request.model_label
+        what = "try another prompt or dtype" if label == "the base" else "activate another version"
+        self.fail(
+            ModelError(
+                f"{label} gives NaN or infinite logits after {len(self.tokens)} tokens: its "
+                f"numbers overflow there, and no token can be chosen; {what}"
+            )
+        )
+        self.finished, self.is_number = True, False
 
     def fail(self, error: BaseException) -> None:
         """Tell the reader that nothing more comes, and why."""

@@ -7,14 +7,17 @@ the items in order and removes duplicates.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from langchain_cope.text import count
 
-Message = dict[str, str]
-"""A chat message, `{"role": …, "content": …}`; the role is system, user or assistant."""
+Message = dict[str, Any]
+"""A chat message, `{"role": …, "content": …}`; the role is system, user, assistant or tool.
+
+An assistant's may have `tool_calls`, and a tool's the `tool_call_id` and `name` of its call.
+"""
 Target = Literal["assistant", "user"]
 """The side of a conversation that is learnt: its turns are the completions."""
 
@@ -22,10 +25,11 @@ Target = Literal["assistant", "user"]
 class Item(BaseModel):
     """One thing the user wrote, and what it answers.
 
-    `prompt` is a text (one user message) or messages that end in a user turn; a `created_at`
-    without a time zone is taken as UTC; items of one `conversation` are never split between
-    training and held-out items. `rejected` are answers to the prompt that the user liked less than
-    the completion: DPO takes each of these pairs as it is, and no negative is mined for the item.
+    `prompt` is a text (one user message) or messages that end in a user or tool turn; a
+    `created_at` without a time zone is taken as UTC; items of one `conversation` are never split
+    between training and held-out items. `rejected` are answers to the prompt that the user liked
+    less than the completion: DPO takes each of these pairs as it is, and no negative is mined for
+    the item.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +39,14 @@ class Item(BaseModel):
     created_at: datetime | None = None
     conversation: str | None = None
     rejected: tuple[str, ...] = ()
+
+    @field_validator("prompt")
+    @classmethod
+    def _of_texts(cls, value: str | list[Message]) -> str | list[Message]:
+        for message in value if isinstance(value, list) else ():
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise ValueError("a message of a prompt needs a role and a content, both texts")
+        return value
 
     @field_validator("created_at")
     @classmethod

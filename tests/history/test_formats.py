@@ -148,7 +148,17 @@ FORMATS = [
                 {"from": "gpt", "value": "a"},
             ]
         },
-        [([{"role": "system", "content": "s"}, user("q\n\n18 degrees")], "a", ())],
+        [
+            (
+                [
+                    {"role": "system", "content": "s"},
+                    user("q"),
+                    {"role": "tool", "content": "18 degrees", "tool_call_id": ""},
+                ],
+                "a",
+                (),
+            )
+        ],
     ),
     (
         "Alpaca",

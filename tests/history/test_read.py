@@ -1,5 +1,6 @@
 """Files and rows of every format become items; what is wrong is named with file and line."""
 
+import itertools
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -107,7 +108,9 @@ def test_an_assistant_that_speaks_first_answers_the_instruction() -> None:
     ),
     target=st.sampled_from(["assistant", "user"]),
 )
-def test_every_prompt_alternates_and_ends_in_a_user_turn(roles: list[str], target: str) -> None:
+def test_every_prompt_alternates_and_ends_in_what_is_answered(
+    roles: list[str], target: str
+) -> None:
     messages = [turn(role, f"text {index}") for index, role in enumerate(roles)]
     if target not in roles:
         with pytest.raises(HistoryError, match=f"no {target} turn"):
@@ -117,7 +120,11 @@ def test_every_prompt_alternates_and_ends_in_a_user_turn(roles: list[str], targe
         dialogue = [message["role"] for message in item.messages]
         if dialogue[0] == "system":
             dialogue = dialogue[1:]
-        assert dialogue == ["user", "assistant"] * (len(dialogue) // 2) + ["user"]
+        assert dialogue[0] == "user"
+        assert dialogue[-1] in ("user", "tool")
+        if "tool" not in dialogue:
+            assert dialogue == ["user", "assistant"] * (len(dialogue) // 2) + ["user"]
+        assert not any(one == other != "tool" for one, other in itertools.pairwise(dialogue))
 
 
 def test_a_tool_answer_reaches_the_assistant_but_not_the_user() -> None:
@@ -129,7 +136,10 @@ def test_a_tool_answer_reaches_the_assistant_but_not_the_user() -> None:
         turn("user", "thanks"),
     ]
     (answer,) = as_history([{"messages": messages}]).items
-    assert answer.prompt == [turn("user", "weather?\n\n18 degrees")]
+    assert answer.prompt == [
+        turn("user", "weather?"),
+        {**turn("tool", "18 degrees"), "tool_call_id": ""},  # its call has no name
+    ]
     last = as_history([{"messages": messages}], target="user").items[-1]
     assert last.messages[1:] == [turn("assistant", "weather?"), turn("user", "It is mild.")]
 
