@@ -171,12 +171,18 @@ _USER_LINE_KEYS = ("history", "queries")
 class Converted:
     """Rows in the forms that `reader` reads, and how they came to be."""
 
-    rows: list[Row] = field(default_factory=list)
+    by_row: list[list[Row]] = field(default_factory=list)
+    """What came of each row that was given, in their order."""
     formats: dict[str, int] = field(default_factory=dict)
     """Number of rows of each format."""
     target: Target | None = None
     """The side of the conversations that is learnt; None without conversations."""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows that came of those given."""
+        return [plain for rows in self.by_row for plain in rows]
 
 
 def format_of(row: Row) -> Format:
@@ -233,7 +239,7 @@ def convert(rows: Sequence[Row], target: Target | None = None) -> Converted:
     for row, kind in recognised:
         unread_fields.update(kind.unread(row))
         plain_rows = _plain_rows(row, kind, converted.target)
-        converted.rows += plain_rows
+        converted.by_row.append(plain_rows)
         if not plain_rows:
             num_empty[kind.name] += 1
     for name, number in converted.formats.items():

@@ -26,7 +26,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_core.tracers import BaseTracer, Run
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history import Item, UserHistory, as_history, formats, read, read_history
+from langchain_cope.history import Item, UserHistory, as_history, files, formats, read_history
 from langchain_cope.history.reader import MESSAGE_INSTRUCTION, TEXT_INSTRUCTION
 
 
@@ -909,14 +909,14 @@ def test_a_file_that_is_not_text_is_named_for_what_it_is(
 def test_a_huge_line_and_a_huge_file_are_refused_with_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "MAX_LINE", 1_000)
+    monkeypatch.setattr(files, "MAX_LINE", 1_000)
     path = tmp_path / "user.jsonl"
     path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "b" * 1_000}))
     with pytest.raises(
         HistoryError, match=r"user\.jsonl:2: a line of 1,012 characters; expected at most 1,000"
     ):
         read_history(path, user_id="ann")
-    monkeypatch.setattr(read, "MAX_FILE", 1 << 20)
+    monkeypatch.setattr(files, "MAX_FILE", 1 << 20)
     path.write_text("x" * (1 << 20) + "y")
     with pytest.raises(
         HistoryError, match=r"user\.jsonl: larger than the 1 MiB that are read at once"
