@@ -214,11 +214,11 @@ class ChromaHistory:
 
     def _rows(self, user_id: str, conversation: str | None = None) -> list[Row]:
         """Return the user's records as rows, in the order in which they were added."""
-        where = self._where(user_id)
+        wanted = self._where(user_id)
         if conversation is not None:
-            where = {"$and": [where, {"conversation": {"$eq": conversation}}]}
+            wanted = {"$and": [wanted, {"conversation": {"$eq": conversation}}]}
         rows: list[tuple[int, Row]] = []
-        for page in self._pages(where, include=["documents", "metadatas"]):
+        for page in self._pages(wanted, include=["documents", "metadatas"]):
             records = zip(page["ids"], page["documents"], page["metadatas"], strict=True)
             for record_id, document, metadata in records:
                 if document and not document.isspace():  # others may keep records of vectors alone

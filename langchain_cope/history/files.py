@@ -7,7 +7,7 @@ Knows no formats: a row is an object of JSON, a conversation, or a line of plain
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from langchain_cope.errors import HistoryError
@@ -64,7 +64,15 @@ def _json_rows(text: str, name: str, lines: Sequence[Located], *, is_one_value: 
         values = [_parsed(line) for line in lines]
     if not values:
         raise HistoryError(f"{name}: the list in the file is empty; expected one object or more")
+    if any(isinstance(value.value, Mapping) and "mapping" in value.value for value in values):
+        # ChatGPT's export, in which a conversation may be anything.
+        values = [_conversation(value) for value in values]
     return [_row(value) for value in values]
+
+
+def _conversation(located: Located) -> Located:
+    is_named = isinstance(located.value, Mapping)
+    return located if is_named else located.with_value({"mapping": located.value})
 
 
 def _lines(text: str, name: str) -> list[Located]:
