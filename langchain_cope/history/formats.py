@@ -288,7 +288,7 @@ def convert(rows: Sequence[Row], target: Target | None = None) -> Converted:
 
 
 def _odd_notes(odd: Mapping[str, list[HistoryError]], formats: Mapping[str, int]) -> list[str]:
-    """Return notes on the rows that were passed over; raise the first error if all of a format were."""
+    """Return notes on the rows passed over; raise the first error where all of a format were."""
     for name, errors in odd.items():
         if len(errors) == formats[name]:
             raise errors[0]
