@@ -138,7 +138,10 @@ def _erase_adapters(place: Any, user_id: str) -> str:
 
 def _delete_items(history: Any, user_id: str) -> str:
     if isinstance(history, ChromaHistory):
-        return f"{count(history.delete_user(user_id), 'item')} from {history!r}"
+        num_items = history.delete_user(user_id)
+        if num_items == 0:  # a mistyped collection is told from one without the user
+            return str(history.history(user_id).notes[0])
+        return f"{count(num_items, 'item')} from {history!r}"
     history.clear()
     items = _delete_items(history.history, user_id)
     return f"{items}, and the messages of the chat {history.session_id!r:.80}"

@@ -1,7 +1,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import chromadb
 import pytest
+from chromadb.config import Settings
 
 from adapter_store import AdapterStore
 from langchain_cope import ChromaHistory
@@ -37,15 +39,21 @@ def test_forget_asks_removes_all_and_prints_a_receipt(
 
 
 def test_a_part_that_fails_ends_with_exit_code_1(
-    cope_lc: Callable, publish: Callable, store: AdapterStore, chroma: Path
+    cope_lc: Callable, publish: Callable, store: AdapterStore, tmp_path: Path
 ) -> None:
     publish("alice")
-    outcome = cope_lc(
-        "forget", "alice", "--history", chroma, "--collection", "a b", "--yes", "--json"
+    client = chromadb.PersistentClient(
+        str(tmp_path / "others"), settings=Settings(anonymized_telemetry=False)
     )
+    documents = client.create_collection("documents")
+    documents.add(ids=["1"], documents=["x"], metadatas=[{"user_id": "alice"}], embeddings=[[1.0]])
+    words = ["--history", tmp_path / "others", "--yes", "--json"]
+    mistyped = cope_lc("forget", "alice", "--collection", "docs", *words).json
+    assert "no collection 'docs'" in mistyped["removed"][1]
+    outcome = cope_lc("forget", "alice", "--collection", "documents", *words)
     assert outcome.code == 1
     assert outcome.json["complete"] is False
-    assert outcome.json["failed"][0].startswith("history: Chroma at ")
+    assert "was made by others and is not deleted from" in outcome.json["failed"][0]
     assert store.active("alice") is None
 
 
