@@ -70,9 +70,13 @@ def history(tmp_path: Path) -> ChromaHistory:
 
 
 def unfinished(jobs: Path, user: str) -> None:
-    with pytest.raises(RuntimeError), resumable_job(jobs, user, "digest") as job:
-        (job.folder / "negatives.json").write_text("what the user wrote")
-        raise RuntimeError
+    def killed() -> None:
+        with resumable_job(jobs, user, "digest") as job:
+            (job.folder / "negatives.json").write_text("what the user wrote")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        killed()
 
 
 def test_forgetting_removes_a_user_everywhere_and_nobody_else(
