@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +85,10 @@ def forget(
         _check_history(one, user_id)
     job_dirs = _listed(jobs)
     acts: list[tuple[str, Callable[[], str]]] = [
-        ("adapters", lambda: _erase_adapters(store, user_id))
+        ("adapters", partial(_erase_adapters, store, user_id))
     ]
-    acts += [("history", lambda one=one: _delete_items(one, user_id)) for one in histories]
-    acts += [("job folder", lambda one=one: _remove_job(one, user_id)) for one in job_dirs]
+    acts += [("history", partial(_delete_items, one, user_id)) for one in histories]
+    acts += [("job folder", partial(_remove_job, one, user_id)) for one in job_dirs]
     acts += [("memory", _clear_engines)]
     removed, failed = [], []
     for name, act in acts:
