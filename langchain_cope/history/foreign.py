@@ -79,6 +79,7 @@ _BEGINNINGS = {
     "<?xml": "XML",
     "<!doctype html": "HTML",
     "<html": "HTML",
+    "<!--": "HTML",
 }
 
 # Marks that set the direction of writing stand anywhere in exported chats.
@@ -94,19 +95,21 @@ _STAMP = rf"(?:{_DATE}\D{{1,12}}{_TIME}|{_TIME}\D{{1,12}}{_DATE})"
 _HALF_DAY = r"[^\]\-–—,:<>]{0,12}"  # AM, p.m., 오후, Uhr
 
 _JSON = re.compile(r"\s*(?:\{\s*[\"'}]|\[\s*[\[{\"\]])")
-_STAMPED = re.compile(rf"\W{{0,3}}{_STAMP}")
+_STAMPED = re.compile(rf"\W{{0,3}}(?:[A-Z]{{3,8}}\W{{1,3}})?{_STAMP}")
+_STAMP_ALONE = re.compile(rf"\W{{0,3}}{_STAMP}\D{{0,12}}$")
 _ACCESS = re.compile(r".{0,60}\[\d{1,2}/\w{3}/\d{4}:\d\d:")
 # 12/24/23, 9:01 PM - Ann: text    [24.12.23, 21:01:05] Ann: text
 _WHATSAPP = re.compile(rf"\[?{_STAMP}{_HALF_DAY}(?:\]|\s?[-–—]|,)\s?[^:]{{1,60}}[::](?:\s|$)")
-# Ann, [24.12.23 21:01]    [Ann] [9:01 PM] text
+# Ann, [24.12.23 21:01]    [Ann] [9:01 PM] text    [12/24 9:01 PM] Ann
 _BRACKETED = re.compile(
-    rf"\S.{{0,60}}[,\s]\[{_STAMP}[^\]]{{0,8}}\]|\[[^\]]{{1,40}}\]\s\[[^\]\d]{{0,6}}{_TIME}[^\]]*\]"
+    rf"\S.{{0,60}}[,\s]\[{_STAMP}[^\]]{{0,8}}\]|\[[^\]]{{1,40}}\]\s\[[^\]\d]{{0,6}}{_TIME}[^\]]*\]|"
+    rf"\[\d{{1,2}}[./-]\d{{1,2}}\.?,? {_TIME}[^\]]{{0,8}}\]\s\S"
 )
-# [21:01] <ann> text    9:01 PM Ann: text    21:01 tab Ann tab text    0:03 alone
+# [21:01] <ann> text    9:01 PM Ann: text    21:01 tab Ann tab text    0:03 alone    <ann> text
 _TIMED = re.compile(
     rf"\[?{_TIME}(?:{_HALF_DAY}\]|\s?[AaPp]\.?[Mm]\.?)?"
     r"(?:\t|\s*<[^>]{1,40}>|\s*[^\W\d][^:]{0,40}:\s|$)|"
-    rf"\[{_TIME}\]"
+    rf"\[{_TIME}\]|<[\w \-]{{1,30}}>\s"
 )
 # Ann — Today at 9:01 PM    Ann Lee   9:01 PM
 _HEADING = re.compile(
@@ -212,7 +215,7 @@ def _is_chat(sample: _Sample) -> bool:
 
 
 def _is_timed_chat(sample: _Sample) -> bool:
-    if sample.count(_TIMED) >= 3 and sample.share(_TIMED) >= 0.5:
+    if sample.count(_TIMED) >= max(2, 0.5 * len(sample.lines)):
         return True
     headings = [match for line in sample.lines if (match := _HEADING.fullmatch(line))]
     names = {heading[1] for heading in headings}
@@ -234,7 +237,8 @@ def _is_transcript(sample: _Sample) -> bool:
 
 def _is_log(sample: _Sample) -> bool:
     num_stamped = sample.count(_STAMPED) + sample.count(_ACCESS)
-    return num_stamped >= max(2, 0.5 * len(sample.lines))
+    is_mostly = num_stamped >= max(2, 0.5 * len(sample.lines))
+    return is_mostly or sample.count(_STAMP_ALONE) >= max(2, 0.2 * len(sample.lines))
 
 
 def _is_mail(sample: _Sample) -> bool:
@@ -264,8 +268,11 @@ def _is_markup(sample: _Sample) -> bool:
 def _is_front_matter(sample: _Sample) -> bool:
     if sample.first not in ("---", "+++"):
         return False
-    head = list(sample.lines[1:60])
-    return len(head) > 1 and _SETTING.match(head[0]) is not None and sample.first in head
+    head = sample.lines[1:60]
+    if sample.first not in head:
+        return False
+    head = [line for line in head[: head.index(sample.first)] if not line.startswith("#")]
+    return bool(head) and _SETTING.match(head[0]) is not None
 
 
 def _is_yaml(sample: _Sample) -> bool:
