@@ -87,7 +87,11 @@ def forget(
     acts: list[tuple[str, Callable[[], str]]] = [
         ("adapters", partial(_erase_adapters, store, user_id))
     ]
-    acts += [("history", partial(_delete_items, one, user_id)) for one in histories]
+    for one in histories:
+        if not isinstance(one, ChromaHistory):
+            acts.append(("chat", partial(_clear_chat, one)))
+            one = one.history
+        acts.append(("history", partial(_delete_items, one, user_id)))
     acts += [("job folder", partial(_remove_job, one, user_id)) for one in job_dirs]
     acts += [("memory", _clear_engines)]
     removed, failed = [], []
@@ -137,15 +141,16 @@ def _erase_adapters(place: Any, user_id: str) -> str:
     return f"{versions}, with history and keys, from {store.url} and its cache on this machine"
 
 
-def _delete_items(history: Any, user_id: str) -> str:
-    if isinstance(history, ChromaHistory):
-        num_items = history.delete_user(user_id)
-        if num_items == 0:  # a mistyped collection is told from one without the user
-            return str(history.history(user_id).notes[0])
-        return f"{count(num_items, 'item')} from {history!r}"
-    history.clear()
-    items = _delete_items(history.history, user_id)
-    return f"{items}, and the messages of the chat {history.session_id!r:.80}"
+def _clear_chat(chat: "RecordedChatHistory") -> str:
+    chat.clear()
+    return f"the messages of the chat {chat.session_id!r:.80}"
+
+
+def _delete_items(history: ChromaHistory, user_id: str) -> str:
+    num_items = history.delete_user(user_id)
+    if num_items == 0:  # a mistyped collection is told from one without the user
+        return history.history(user_id).notes[0]
+    return f"{count(num_items, 'item')} from {history!r}"
 
 
 def _remove_job(job_dir: str | PathLike[str], user_id: str) -> str:

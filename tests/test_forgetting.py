@@ -101,6 +101,7 @@ def test_forgetting_removes_a_user_everywhere_and_nobody_else(
     for fact in (
         "2 versions",
         "4 items from ChromaHistory(",
+        "chat: the messages of the chat '1'",
         "no items of the user 'alice'",
         "an unfinished",
     ):
