@@ -273,18 +273,21 @@ def convert(rows: Sequence[Row], target: Target | None = None) -> Converted:
         converted.by_row.append(plain_rows)
         if not plain_rows:
             num_empty[kind.name] += 1
-    for name, number in converted.formats.items():
-        if num_empty[name]:
-            converted.notes.append(
-                f"rows left out, as nothing in them can be learnt: "
-                f"{num_empty[name]} of {number} ({name})"
-            )
+    converted.notes += _empty_notes(num_empty, converted.formats)
     converted.notes += _odd_notes(odd, converted.formats)
     if left_out:
         parts = ", ".join(f"{name} ({number})" for name, number in left_out.items())
         converted.notes.append(f"parts of conversations left out: {parts}")
     converted.notes += unread_note(unread_fields)
     return converted
+
+
+def _empty_notes(num_empty: Counter[str], formats: Mapping[str, int]) -> list[str]:
+    return [
+        f"rows left out, as nothing in them can be learnt: {num_empty[name]} of {number} ({name})"
+        for name, number in formats.items()
+        if num_empty[name]
+    ]
 
 
 def _odd_notes(odd: Mapping[str, list[HistoryError]], formats: Mapping[str, int]) -> list[str]:
