@@ -323,6 +323,14 @@ def _from_first_user(messages: list[Message]) -> list[Message]:
     return messages[roles.index("user") :] if "user" in roles else messages
 
 
+def check_conversation(row: Row) -> None:
+    """Raise what reading a row of messages would raise, but for a missing turn of the target."""
+    RowReader()._turns(row.field("messages"))
+    row.time()
+    if row.get("conversation") is not None:
+        row.field("conversation").name()
+
+
 def _rejected(row: Row) -> list[str]:
     """Return the rejected answers of a row."""
     answers = row.get("rejected")
