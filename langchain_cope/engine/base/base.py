@@ -43,6 +43,8 @@ class Base:
     """Folder of the adapter that was merged into the weights."""
     quantization: str | None = None
     """Settings of the quantization as text; None: the weights are not quantized."""
+    unloaded: bool = False
+    """True once the last who used it has closed: `load_base` then loads it anew."""
     _fingerprint_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _fingerprint: dict[str, str] | None = field(default=None, repr=False)
     _vocabulary_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from langchain_cope.engine import forks
 from langchain_cope.engine.adapter import CONFIG, WEIGHTS
 from langchain_cope.engine.base.base import Base
 from langchain_cope.engine.base.bundled import STARTER
@@ -65,7 +66,9 @@ def load_base(
         InputError: this machine cannot compute on that device or in that dtype.
         ModelError: the files are there but cannot be used, or only with Python code of their own,
             which is never run.
+        EngineClosed: this process was forked from one that had loaded a base.
     """
+    forks.note_load()
     chosen_device = _choose_device(device)
     named_dtype = _named_dtype(dtype, chosen_device)
     folder = STARTER if str(model) == "starter" else Path(model).expanduser()
@@ -85,6 +88,14 @@ def load_base(
         if key not in _loaded:
             _loaded[key] = _load(arguments)
         return _loaded[key]
+
+
+def unload_base(base: Base) -> None:
+    """Forget `base`: it leaves memory with its last reference, and the next call loads it anew."""
+    with _registry:
+        for key in [key for key, loaded in _loaded.items() if loaded is base]:
+            del _loaded[key]
+        base.unloaded = True
 
 
 @dataclass(frozen=True)
