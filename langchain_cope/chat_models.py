@@ -136,7 +136,10 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     seed: int | None = None
     """For repeatable samples; None: another one each call."""
     timeout: float | None = Field(default=None, gt=0)
-    """Seconds until a call gives up with core's `ModelTimeoutError`; None: never."""
+    """Seconds until a call gives up with core's `ModelTimeoutError`; None: never.
+
+    Loading the base, at the first call, does not count; see `load`.
+    """
     max_retries: int = Field(default=0, ge=0)
     """Accepted so that models can be exchanged. A local model would fail the same way twice."""
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)

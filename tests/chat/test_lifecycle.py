@@ -290,7 +290,7 @@ def test_chats_opened_and_closed_by_many_threads_stay_whole(model: str) -> None:
         while time.monotonic() < until:
             chat = draw.choice(chats)
             try:
-                draw.choice([chat.load, chat.close, lambda: check(chat)])()
+                draw.choice([chat.load, chat.close, partial(check, chat)])()
             except EngineClosed:
                 continue
 
