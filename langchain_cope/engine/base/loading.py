@@ -248,10 +248,13 @@ def _choose_dtype(arguments: _Arguments, config: Any) -> torch.dtype | str:
         return arguments.dtype
     if arguments.device != "cpu":
         return "auto"
-    source = Path(arguments.source)
-    if source.is_dir() and not any(source.glob("*.safetensors")):
+    if arguments.gguf is None and _lies_here_without_safetensors(Path(arguments.source)):
         return torch.float32  # the dtype is part of its fingerprint: the same on every machine
     return cpu_dtype(_num_parameters(config.get_text_config()))
+
+
+def _lies_here_without_safetensors(source: Path) -> bool:
+    return source.is_dir() and not any(source.glob("*.safetensors"))
 
 
 def _num_parameters(config: Any) -> int:

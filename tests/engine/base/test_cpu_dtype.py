@@ -150,3 +150,7 @@ def test_where_the_fingerprint_holds_the_dtype_it_is_float32_everywhere(
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
     assert load_base(tmp_path, device="cpu").dtype == torch.float32
+
+
+def test_a_gguf_file_is_computed_in_the_measured_dtype() -> None:
+    assert load_base("smollm2", device="cpu").dtype == cpu_dtype(LARGE)
