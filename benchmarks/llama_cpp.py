@@ -211,12 +211,16 @@ def answers_of_llama_cpp(npm: Path, file: Path, ids: Answers, texts: list[str]) 
 
 
 def answers_of_engine(base: Any, ids: Answers) -> Answers:
-    from langchain_cope.engine import Engine, Request, Sampling
+    from langchain_cope.engine import Engine, EngineOptions, Request, Sampling
 
-    engine = Engine(base)
-    try:
-        requests = [Request(prompt, sampling=Sampling(max_tokens=NUM_TOKENS)) for prompt in ids]
-        return [list(completion.token_ids) for completion in engine.generate(requests)]
+    engine = Engine(base, EngineOptions(prefix_cache=0))
+    sampling = Sampling(max_tokens=NUM_TOKENS)
+    try:  # one at a time: long prompts together would take gigabytes
+        return [
+            list(completion.token_ids)
+            for prompt in ids
+            for completion in engine.generate([Request(prompt, sampling=sampling)])
+        ]
     finally:
         engine.close()
 
