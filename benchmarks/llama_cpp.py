@@ -4,9 +4,9 @@
 file and a chat template that prints tools. Each is read by llama.cpp (the npm package
 `node-llama-cpp`, prebuilt) and by `load_base`, in float32. Both get the same token ids, rendered by
 the template of the file: short and long chats, long documents, tools. An answer is equal where all
-of its tokens are, up to 24, the ending one included. llama.cpp keeps keys and values in float32; its
-products with Q8_0 round the inputs to 8 bits, so the second file may differ where two tokens are
-nearly as likely.
+of its tokens are, up to 24, the ending one included. llama.cpp keeps keys and values in float32;
+its products with Q8_0 round the inputs to 8 bits, so the second file may differ where two tokens
+are nearly as likely.
 
 Then three faults are injected into the loaded float32 file, one after another, as a wrong loader
 would bring them about: heads in llama.cpp's order, another base of the rotary positions, another
@@ -68,7 +68,13 @@ TALKS = [
     ["Count to three.", "1, 2, 3", "Go on to six."],
     ["What is a noun?", "A word for a thing or a person.", "Give an example."],
     ["Tell me a joke.", "Why did the chicken cross the road?", "I do not know. Why?"],
-    ["Hi", "Hello! How can I help?", "Write to my boss that I am ill.", "Shall it be short?", "Yes"],
+    [
+        "Hi",
+        "Hello! How can I help?",
+        "Write to my boss that I am ill.",
+        "Shall it be short?",
+        "Yes",
+    ],
 ]
 TASKS = [
     "What is the weather in Kiel?",
@@ -178,9 +184,10 @@ def write_gguf(folder: Path, quantization: str) -> Path:
     reader = gguf.GGUFReader(gguf_path("smollm2", None))
     path = folder / f"{quantization}.gguf"
     writer = gguf.GGUFWriter(path, "llama")
+    file_types = {"F32": "ALL_F32", "Q8_0": "MOSTLY_Q8_0"}
     replaced = {
         "tokenizer.chat_template": TEMPLATE,
-        "general.file_type": gguf.LlamaFileType[{"F32": "ALL_F32"}.get(quantization, "MOSTLY_Q8_0")],
+        "general.file_type": gguf.LlamaFileType[file_types[quantization]],
     }
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":

@@ -192,8 +192,8 @@ def test_a_call_under_way_ends_soon_when_its_chat_closes(
         started = time.monotonic()
         chat.close()
         with pytest.raises(EngineClosed, match="closed"):
-            answer.result(timeout=5)
-        assert time.monotonic() - started < 2
+            answer.result(timeout=30)
+        assert time.monotonic() - started < 8, "the whole answer takes more than ten"
         if other is not None:
             assert other.result(timeout=30).content == expected, "the neighbour was not disturbed"
     assert is_loaded(model) == shared
@@ -214,10 +214,10 @@ def test_requests_in_the_waiting_line_end_too(model: str) -> None:
             time.sleep(0.002)
         chat.close()
         with pytest.raises(EngineClosed):
-            waiting.result(timeout=5)
+            waiting.result(timeout=30)
         assert engine.statistics().rows == engine.options.max_rows
         busy.close()
-        assert all(isinstance(call.exception(timeout=5), EngineClosed) for call in running)
+        assert all(isinstance(call.exception(timeout=30), EngineClosed) for call in running)
 
 
 def copied(chat: ChatCoPe) -> ChatCoPe:

@@ -64,7 +64,7 @@ def test_a_timeout_ends_a_call_although_the_model_is_stuck(
     started = time.monotonic()
     with pytest.raises(ModelTimeoutError, match="not done in time"):
         call(stuck)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e300, None])

@@ -67,7 +67,7 @@ def _bfloat16_is_faster() -> bool:
         pairs = [(torch.ones(_ROWS, _IN).to(dtype), weights.to(dtype)) for dtype in _DTYPES]
         times = [[_seconds(*pair) for pair in pairs] for _ in range(_ROUNDS)]
     float32, bfloat16 = (min(column) for column in zip(*times[1:], strict=True))  # the first warms
-    return bfloat16 < _CLEARLY * float32
+    return bool(bfloat16 < _CLEARLY * float32)
 
 
 def _seconds(rows: torch.Tensor, weights: torch.Tensor) -> float:
