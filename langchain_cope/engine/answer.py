@@ -5,12 +5,14 @@ events go to. `Piece` and `Completion` are those events, `Stream` is the reader'
 """
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from langchain_cope.engine import forks
 from langchain_cope.engine.adapter import Adapter
 from langchain_cope.engine.adapter_slots import Lease
 from langchain_cope.engine.base.base import Base
@@ -199,9 +201,13 @@ class ActiveRequest:
     def fail_if_overdue(self) -> bool:
         """Fail where the deadline is over; tell whether it is."""
         if self.overdue:
-            self.fail(TimeoutError("the answer was not done in time; it was stopped"))
+            self.fail(self.timeout_error())
             return True
         return False
+
+    def timeout_error(self) -> TimeoutError:
+        """Return what a reader is told once the deadline is over."""
+        return TimeoutError("the answer was not done in time; it was stopped")
 
     def _new_logprobs(self, chosen: NextToken) -> tuple[TokenLogprobs, ...]:
         if chosen.logprobs is None:
@@ -226,10 +232,16 @@ class ActiveRequest:
         self.finished = True
 
 
+def seconds_until(deadline: float) -> float:
+    """Return how long a wait until `deadline`, by `time.monotonic()`, may take; NaN is over."""
+    return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+
+
 class Stream(Iterator[Piece | Completion]):
     """Pieces of one answer as they come, the `Completion` last.
 
-    Closing or dropping it cancels the request.
+    Closing or dropping it cancels the request. It keeps the request's deadline by itself: whatever
+    the engine's thread is busy with, its reader waits no longer.
     """
 
     def __init__(self, active: ActiveRequest, events: "queue.SimpleQueue[Event | None]") -> None:
@@ -267,10 +279,25 @@ class Stream(Iterator[Piece | Completion]):
     def _next(self, timeout: float | None = None) -> Piece | Completion:
         if self._ended:
             raise StopIteration
-        event = self._events.get(timeout=timeout)
+        forks.check()
+        event = self._wait(timeout)
         if event is None:  # closed by another thread
             raise StopIteration
         self._ended = not isinstance(event, Piece)
         if isinstance(event, BaseException):
             raise event
         return event
+
+    def _wait(self, timeout: float | None) -> Event | None:
+        """Return the next event; raise queue.Empty after `timeout` seconds."""
+        deadline = self._active.request.deadline
+        if deadline is None:
+            return self._events.get(timeout=timeout)
+        left = seconds_until(deadline)
+        try:
+            return self._events.get(timeout=left if timeout is None else min(left, timeout))
+        except queue.Empty:
+            if not self._active.overdue:
+                raise
+            self.close()
+            raise self._active.timeout_error() from None

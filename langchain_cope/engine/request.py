@@ -56,6 +56,8 @@ class Request:
 
     False where no later prompt does: they are not worth the memory.
     """
+    holder: object = field(default=None, compare=False, repr=False)
+    """For whom it is answered; `Engine.release` of that object ends it."""
 
     @property
     def model_label(self) -> str:

@@ -174,6 +174,7 @@ class Publisher:
                 "num_trained": len(self.trained),
                 "num_held_out": len(self.held_out),
                 "recipe": recipe.as_dict(),
+                "dtype": str(self.engine.base.dtype).removeprefix("torch."),
                 "trained_on": fingerprint_items(self.trained),
             },
             idempotency_key=self.job_key,

@@ -140,7 +140,7 @@ class Run(Monitor):
             # Hours of training must not end at a store that cannot be written.
             store.prepare(self.user)
         with self.stage(Stage.LOAD):
-            engine = self.settings._engine()
+            engine = self.settings._engine(holder=self)
             recipe = recipe_for(self.settings.recipe, engine.base, trained)
         with (
             reserved_device(engine.base.device, self),

@@ -46,6 +46,8 @@ class Base:
     """Settings of the quantization as text; None: the weights are not quantized."""
     weights_digest: str | None = None
     """Hex sha256 of the GGUF file that the weights were unpacked from; None: of no such file."""
+    unloaded: bool = False
+    """True once the last who used it has closed: `load_base` then loads it anew."""
     _fingerprint_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _fingerprint: dict[str, str] | None = field(default=None, repr=False)
     _vocabulary_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
