@@ -1,0 +1,26 @@
+"""Settings that other libraries read once, when they are loaded; what the user has set stays.
+
+Made when `langchain_cope` is imported, so that an app that uses it from Python gets the same as the
+command line. A library that is loaded already has read its own: import `langchain_cope` first.
+"""
+
+import os
+import sys
+
+_SETTINGS = {
+    # Nothing calls home. The trainers' library tells the hub of every trainer that is made.
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "ANONYMIZED_TELEMETRY": "False",  # Chroma's
+    # Torch's threads wait for one another this many turns of a loop before they give the core away:
+    # little enough for a busy machine, long enough between two operations.
+    "GOMP_SPINCOUNT": "10000",
+}
+
+
+def set_environment() -> None:
+    """Set what is not set; switch the hub's telemetry off also where the hub is loaded already."""
+    hub = sys.modules.get("huggingface_hub.constants")
+    if hub is not None and "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
+        vars(hub)["HF_HUB_DISABLE_TELEMETRY"] = True
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
