@@ -6,6 +6,10 @@ command line. A library that is loaded already has read its own: import `langcha
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _SETTINGS = {
     # Nothing calls home. The trainers' library tells the hub of every trainer that is made.
@@ -24,3 +28,22 @@ def set_environment() -> None:
         vars(hub)["HF_HUB_DISABLE_TELEMETRY"] = True
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def a_home() -> Iterator[None]:
+    """Give the block a home folder where the process has none: no HOME, and a user without a name.
+
+    For imports of libraries that look for one while they are loaded and refuse without; in the
+    block nothing is written there.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.gettempdir()
+        try:
+            yield
+        finally:
+            del os.environ["HOME"]
+    else:
+        yield

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from langchain_cope._environment import a_home
 from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, Request, Sampling
 from langchain_cope.errors import HistoryError
 from langchain_cope.evaluation.ways import WAYS
@@ -167,8 +168,8 @@ def _requests(
 def _rouge(texts: Sequence[dict[str, str]]) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Return each way's ROUGE, and a note where there is none: no adapter is lost for that."""
     try:
-        # What it imports may fail: nltk looks for a home folder, and refuses to load without one.
-        from langchain_cope.evaluation.rouge import mean_rouge
+        with a_home():  # nltk, which comes with it, does not load without
+            from langchain_cope.evaluation.rouge import mean_rouge
 
         references = [text["reference"] for text in texts]
         rouge = {way.name: mean_rouge(references, [t[way.name] for t in texts]) for way in WAYS}

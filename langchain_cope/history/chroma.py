@@ -16,6 +16,7 @@ from time import time_ns
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from langchain_cope._environment import a_home
 from langchain_cope.errors import HistoryError
 from langchain_cope.history.formats import convert
 from langchain_cope.history.items import Item, Target, UserHistory, in_order, settle
@@ -328,8 +329,9 @@ def _connect(source: Any) -> Any:
     """Return a chromadb client for a folder, a server's URL or memory; a client as it is."""
     if source is not None and not isinstance(source, str | PathLike):
         return source
-    import chromadb
-    from chromadb.config import Settings
+    with a_home():
+        import chromadb
+        from chromadb.config import Settings
 
     settings = Settings(anonymized_telemetry=False)
     if source is None:
