@@ -92,6 +92,7 @@ def train_and_evaluate(
     A stage that finds its own work in `folder` is not run again. Raises what `train_user` and
     `evaluate` raise.
     """
+    from langchain_cope.engine import give_back
     from langchain_cope.evaluation.evaluate import Evaluation, check_evaluable, evaluate
     from langchain_cope.training.atomic_files import read_json, write_json
     from langchain_cope.training.pipeline import train_user
@@ -103,4 +104,5 @@ def train_and_evaluate(
         with monitor.stage(Stage.EVALUATE):
             evaluation = evaluate(engine, held_out, training.recipe, folder, monitor)
             write_json(file, asdict(evaluation))
+        give_back(engine.base.device)
     return training, Evaluation(**read_json(file))
