@@ -339,10 +339,15 @@ def _connect(source: Any) -> Any:
     url = _server(source)
     if url is None:
         return chromadb.PersistentClient(path=str(Path(source).expanduser()), settings=settings)
+    headers = {}
+    if url.username or url.password:
+        pair = f"{unquote(url.username or '')}:{unquote(url.password or '')}"
+        headers["Authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
     return chromadb.HttpClient(
         host=url.hostname or "localhost",
         port=_port(url),
         ssl=url.scheme == "https",
+        headers=headers,
         settings=settings,
     )
 
