@@ -1,7 +1,7 @@
 """What AWS's own files say of one profile: `~/.aws/credentials` and `~/.aws/config`.
 
-obstore does not read them. The names are those of AWS's tools: AWS_PROFILE chooses the profile, else
-it is `default`; AWS_SHARED_CREDENTIALS_FILE and AWS_CONFIG_FILE name other files.
+obstore does not read them. The names are those of AWS's tools: AWS_PROFILE chooses the profile,
+else it is `default`; AWS_SHARED_CREDENTIALS_FILE and AWS_CONFIG_FILE name other files.
 """
 
 import os
@@ -51,8 +51,8 @@ def profile_options(given: Mapping[str, str]) -> dict[str, str]:
     indirect = [key for key in _INDIRECT if key in profile]
     if not has_keys and indirect and "aws_access_key_id" not in profile:
         raise BackendError(
-            f"the AWS profile {shorten(name or 'default')} has {indirect[0]} instead of keys, which "
-            "only AWS's own tools follow: run `aws configure export-credentials --format env` and "
+            f"the AWS profile {shorten(name or 'default')} has {indirect[0]} instead of keys, "
+            "which only AWS's own tools follow: run `aws configure export-credentials --format env` and "
             "set what it prints"
         )
     options = {}
@@ -75,7 +75,7 @@ def _profile(name: str) -> dict[str, str] | None:
     credentials, config = _files()
     in_config = name if name == "default" else f"profile {name}"
     for path, section in ((config, in_config), (credentials, name)):
-        # Values may hold "%", and a secret must not be taken for a section that others fall back on.
+        # Values may hold "%"; and a [default] must not be what all others fall back on.
         parser = ConfigParser(interpolation=None, default_section="")
         try:
             parser.read_string(path.read_text(encoding="utf-8"))

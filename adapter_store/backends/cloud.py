@@ -1,8 +1,8 @@
 """A store in object storage, through obstore: S3 and servers that speak it, Google Cloud, Azure.
 
 Of the storage one thing is needed: that a put with mode="create" fails where the key exists; a
-store probes it before it writes. Credentials come from the environment (AWS_ACCESS_KEY_ID, …), AWS's
-files (`aws_profile.py`), the machine's role. A URL may carry options
+store probes it before it writes. Credentials come from the environment (AWS_ACCESS_KEY_ID, …),
+AWS's files (`aws_profile.py`), the machine's role. A URL may carry options
 after a "?", by obstore's names: s3://bucket/prefix?endpoint=http://host:9000,
 az://container/prefix?account_name=ours. A bucket that keeps old versions of objects keeps what is
 erased: let those expire.
@@ -79,7 +79,7 @@ class ObjectBackend:
             "client_options": client,
             "retry_config": _RETRIES,
         }
-        # obstore takes this variable before the endpoint that it is given, which is the one decided.
+        # obstore would take this variable before the endpoint that it is given, the one decided.
         s3_endpoint = os.environ.pop("AWS_ENDPOINT_URL_S3", None)
         try:
             store = from_url(f"{parts.scheme.lower()}://{host}{parts.path}", **settings)

@@ -1,6 +1,7 @@
 """How much memory the control groups of this process leave it: those of a container, say.
 
-The host's own figures do not tell: a container of 1.5 GB on a machine with 19 free is killed at 1.5.
+The host's own figures do not tell: a container of 1.5 GB on a machine with 19 free is killed at
+1.5.
 Both versions of Linux's control groups are read; elsewhere there is none.
 """
 
@@ -73,9 +74,7 @@ def _left(folder: Path, version: _Version) -> list[int]:
         if name == version.reclaimable:
             reclaimable = int(value)
     limits = [_read(folder / file).strip() for file in version.limits]
-    return [
-        max(0, int(limit) - int(used) + reclaimable) for limit in limits if limit.isdecimal()
-    ]
+    return [max(0, int(limit) - int(used) + reclaimable) for limit in limits if limit.isdecimal()]
 
 
 def _read(file: Path) -> str:

@@ -92,9 +92,9 @@ def train_and_evaluate(
     A stage that finds its own work in `folder` is not run again. Raises what `train_user` and
     `evaluate` raise.
     """
+    from langchain_cope.atomic_files import read_json, write_json
     from langchain_cope.engine import give_back
     from langchain_cope.evaluation.evaluate import Evaluation, check_evaluable, evaluate
-    from langchain_cope.training.atomic_files import read_json, write_json
     from langchain_cope.training.pipeline import train_user
 
     check_evaluable(engine, held_out, recipe)

@@ -41,10 +41,10 @@ class AnyScript(Tokenizer):  # type: ignore[misc]
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of `text` in order."""
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-        tokens = []
+        tokens: list[str] = []
         for token in _TOKEN.findall(folded):
             tokens += self._english.tokenize(token) if token.isascii() else [token]
-        return tokens or _SIGN.findall(folded)
+        return tokens or list(_SIGN.findall(folded))
 
 
 def mean_rouge(references: Sequence[str], answers: Sequence[str]) -> dict[str, float]:

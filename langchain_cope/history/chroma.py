@@ -343,8 +343,8 @@ def _connect(source: Any) -> Any:
         return chromadb.PersistentClient(path=str(Path(source).expanduser()), settings=settings)
     if url.query or url.fragment:  # said without their text, which may be a secret
         raise HistoryError(
-            f"Chroma at {_address(url)}: the URL has a query or a fragment, which Chroma has no use "
-            "for: write http://user:password@host:port/path, or give a chromadb client"
+            f"Chroma at {_address(url)}: the URL has a query or a fragment, which Chroma has no "
+            "use for: write http://user:password@host:port/path, or give a chromadb client"
         )
     headers = {}
     if url.username or url.password:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapter_store.errors import UserErasedError
+from langchain_cope.atomic_files import read_json, write_json
 from langchain_cope.errors import Cancelled, InputError
 from langchain_cope.evaluation.ways import WAYS
 from langchain_cope.history.items import Item
-from langchain_cope.training.atomic_files import read_json, write_json
 from langchain_cope.training.progress import Stage
 from langchain_cope.training.recipe import Recipe
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +98,7 @@ def test_a_launchers_leftovers_do_not_reach_the_trainer(
     assert dict(os.environ) == before
 
 
-def test_an_apps_own_accelerate_is_as_it_was_after_a_training(
-    base: Path, tmp_path: Path
-) -> None:
+def test_an_apps_own_accelerate_is_as_it_was_after_a_training(base: Path, tmp_path: Path) -> None:
     of_app = PartialState(cpu=True)
     of_app.num_processes = 3
     monitor = Monitor()
@@ -169,7 +166,7 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def told(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def told(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same in a process in odd ones: what it told, and its files."""
     folder = tmp_path_factory.mktemp("odd")
     ours = ("HOME", "CI", "LOGNAME", "USER", "XDG_CACHE_HOME", "XDG_DATA_HOME", "NLTK_DATA")
@@ -190,7 +187,7 @@ def told(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         timeout=120,
     )
     assert child.returncode == 0, child.stderr
-    yield json.loads(child.stdout), files_in(folder / "store")
+    return json.loads(child.stdout), files_in(folder / "store")
 
 
 def files_in(folder: Path) -> Any:
