@@ -52,8 +52,8 @@ def profile_options(given: Mapping[str, str]) -> dict[str, str]:
     if not has_keys and indirect and "aws_access_key_id" not in profile:
         raise BackendError(
             f"the AWS profile {shorten(name or 'default')} has {indirect[0]} instead of keys, "
-            "which only AWS's own tools follow: run `aws configure export-credentials --format env` and "
-            "set what it prints"
+            "which only AWS's own tools follow: run "
+            "`aws configure export-credentials --format env` and set what it prints"
         )
     options = {}
     for key, (option, variables) in _OPTIONS.items():
