@@ -3,11 +3,13 @@
 `ChatCoPe` chats, `PersonalizeUser` trains; histories come from files (`read_history`), rows
 (`as_history`), Chroma (`ChromaHistory`) and an app's chats (`RecordedChatHistory`); `forget`
 removes all that is kept of a user. Everything else is imported from its own module. Names are
-loaded when first used, so that importing the package costs nothing.
+loaded when first used, so that importing the package costs nothing. It sets three environment
+variables that are not set (`_environment.py`).
 """
 
 from typing import TYPE_CHECKING
 
+from langchain_cope._environment import set_environment
 from langchain_cope._front_door import lazy_names
 
 if TYPE_CHECKING:
@@ -54,5 +56,6 @@ _MODULES = {
     "forget": "forgetting",
     "read_history": "history",
 }
+set_environment()
 if not TYPE_CHECKING:  # type checkers read the imports above instead
     __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -7,6 +7,7 @@ downloads a model at first use. `chromadb` is imported when a history is first u
 
 import hashlib
 import json
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -14,8 +15,9 @@ from pathlib import Path
 from threading import Lock
 from time import time_ns
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
+from langchain_cope._environment import a_home
 from langchain_cope.errors import HistoryError
 from langchain_cope.history.formats import convert
 from langchain_cope.history.items import Item, Target, UserHistory, in_order, settle
@@ -54,7 +56,8 @@ class ChromaHistory:
 
     Args:
         source: A folder (made where it is missing), `"http://host:port"` of a Chroma server, a
-            chromadb client, or None: in memory, shared by the process. Give a folder that this
+            chromadb client, or None: in memory, shared by the process. A server's URL may hold a
+            user and a password, sent as basic authentication, and a path. Give a folder that this
             process has open already, under LangChain's `Chroma` say, as that client.
         collection: The collection's name.
         embedding_function: The one with which a collection of others was made.
@@ -294,7 +297,7 @@ class ChromaHistory:
         if not isinstance(self.source, str | PathLike):
             return type(self.source).__name__
         url = _server(self.source)
-        return f"{url.scheme}://{url.hostname}:{_port(url)}" if url else str(self.source)
+        return _address(url) if url else str(self.source)
 
     @contextmanager
     def _chroma(self) -> Iterator[Any]:
@@ -331,8 +334,9 @@ def _connect(source: Any) -> Any:
     """Return a chromadb client for a folder, a server's URL or memory; a client as it is."""
     if source is not None and not isinstance(source, str | PathLike):
         return source
-    import chromadb
-    from chromadb.config import Settings
+    with a_home():
+        import chromadb
+        from chromadb.config import Settings
 
     settings = Settings(anonymized_telemetry=False)
     if source is None:
@@ -340,10 +344,20 @@ def _connect(source: Any) -> Any:
     url = _server(source)
     if url is None:
         return chromadb.PersistentClient(path=str(Path(source).expanduser()), settings=settings)
+    if url.query or url.fragment:  # said without their text, which may be a secret
+        raise HistoryError(
+            f"Chroma at {_address(url)}: the URL has a query or a fragment, which Chroma has no "
+            "use for: write http://user:password@host:port/path, or give a chromadb client"
+        )
+    headers = {}
+    if url.username or url.password:
+        pair = f"{unquote(url.username or '')}:{unquote(url.password or '')}"
+        headers["Authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
     return chromadb.HttpClient(
-        host=url.hostname or "localhost",
+        host=_address(url),  # given as a URL it keeps its path
         port=_port(url),
         ssl=url.scheme == "https",
+        headers=headers,
         settings=settings,
     )
 
@@ -352,6 +366,13 @@ def _server(source: str | PathLike[str]) -> SplitResult | None:
     """Return the URL of a server, None for a folder."""
     url = urlsplit(str(source))
     return url if url.scheme in ("http", "https") else None
+
+
+def _address(url: SplitResult) -> str:
+    """Return the URL of a server without credentials."""
+    host = url.hostname or "localhost"
+    host = f"[{host}]" if ":" in host else host
+    return f"{url.scheme}://{host}:{_port(url)}{url.path.rstrip('/')}"
 
 
 def _port(url: SplitResult) -> int:

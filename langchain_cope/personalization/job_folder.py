@@ -3,7 +3,8 @@
 It goes on after the last finished stage. A job folder belongs to one user and one input: `job.json`
 holds the input's digest, and where that differs the folder is emptied and the job starts anew. It
 holds what the user wrote (negatives, the evaluation's texts), readable by its owner alone, and is
-removed when the job is done.
+removed when the job is done. What was trained is never lost to a failure after it: where nobody
+named a folder, the temporary one stays then, and the error says where.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from adapter_store.errors import UserErasedError
 from langchain_cope.atomic_files import read_json, write_json
-from langchain_cope.errors import InputError
+from langchain_cope.errors import Cancelled, InputError
 from langchain_cope.evaluation.ways import WAYS
 from langchain_cope.history.items import Item
 from langchain_cope.training.progress import Stage
@@ -33,11 +34,8 @@ class Job:
     """One personalization's folder."""
 
     folder: Path
-    key: str | None = None
-    """Names the job to the store: a version published under it came of this very job.
-
-    None: it cannot be resumed.
-    """
+    key: str
+    """Names the job to the store: a version published under it came of this very job."""
 
     def finished_stages(self) -> list[Stage]:
         """Return the stages that have left their work in the folder, in order."""
@@ -62,23 +60,44 @@ def _texts(items: Sequence[Item]) -> list[list[object]]:
 
 
 @contextmanager
-def temporary_job() -> Iterator[Job]:
-    """Yield a job in a temporary folder, which is removed after the block in any case."""
-    with tempfile.TemporaryDirectory(prefix="cope-") as folder:
-        yield Job(Path(folder))
+def temporary_job(user_id: str, digest: str) -> Iterator[Job]:
+    """Yield a job in a temporary folder, which is removed after the block.
+
+    It stays where the block fails after a stage has finished, as the error's note then says; but
+    not after a cancel, nor where the user was erased meanwhile.
+    """
+    job_dir = tempfile.mkdtemp(prefix="cope-")
+    stays = False
+    try:
+        with resumable_job(job_dir, user_id, digest) as job:
+            try:
+                yield job
+            except Exception as error:
+                is_unwanted = isinstance(error, Cancelled | UserErasedError)
+                stays = bool(job.finished_stages()) and not is_unwanted
+                raise
+    finally:
+        if not stays:
+            shutil.rmtree(job_dir, ignore_errors=True)
 
 
 @contextmanager
 def resumable_job(job_dir: str | os.PathLike[str], user_id: str, digest: str) -> Iterator[Job]:
     """Yield the user's job below `job_dir`; where the block raises, what its stages finished stays.
 
-    Of a user who was erased meanwhile nothing stays. Raises `InputError` where the folder cannot be
-    written, and while another process works on this user's job.
+    Of a user who was erased meanwhile nothing stays. Else the error has a note, which says how to
+    go on. Raises `InputError` where the folder cannot be written, and while another process works
+    on this user's job.
     """
     folder = _folder(job_dir, user_id)
     lock = _locked(folder)
     try:
-        yield _open_job(folder, digest)
+        job = _open_job(folder, digest)
+        try:
+            yield job
+        except Exception as error:
+            _say_how_to_go_on(error, job, job_dir)
+            raise
         # The facts first: what is left of a folder without them is never resumed.
         (folder / FACTS).unlink()
         shutil.rmtree(folder, ignore_errors=True)
@@ -110,6 +129,16 @@ def _folder(job_dir: str | os.PathLike[str], user_id: str) -> Path:
     # which users are trained.
     name = hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
     return Path(job_dir).expanduser() / name
+
+
+def _say_how_to_go_on(error: Exception, job: Job, job_dir: str | os.PathLike[str]) -> None:
+    stages = job.finished_stages()
+    if stages and not isinstance(error, Cancelled | UserErasedError):
+        error.add_note(
+            f"what was done before it is kept ({', '.join(stages)}): the same again with "
+            f"job_dir={os.fspath(job_dir)!r} (--job-dir) goes on after that; "
+            "or delete that folder, which holds texts of the user"
+        )
 
 
 def _locked(folder: Path) -> int:

@@ -219,10 +219,10 @@ class Run(Monitor):
     def _job(
         self, engine: "Engine", recipe: Recipe, trained: list[Item], held_out: list[Item]
     ) -> AbstractContextManager[Job]:
-        if self.settings.job_dir is None:
-            return temporary_job()
         base = {**engine.base.fingerprint(), "dtype": str(engine.base.dtype)}
         digest = input_digest(base, recipe, trained, held_out)
+        if self.settings.job_dir is None:
+            return temporary_job(self.user, digest)
         return resumable_job(self.settings.job_dir, self.user, digest)
 
 
