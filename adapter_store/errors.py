@@ -33,13 +33,17 @@ class BaseModelMismatchError(AdapterStoreError):
     """The adapter was trained on another base model than the one that asks for it.
 
     `differences` maps each differing part to (what the adapter was trained on, what asks for it),
-    None where a part is absent.
+    None where a part is absent. `trained_on` is the name of the base it was trained on, if noted.
     """
 
     def __init__(
-        self, message: str, differences: Mapping[str, tuple[str | None, str | None]] | None = None
+        self,
+        message: str,
+        differences: Mapping[str, tuple[str | None, str | None]] | None = None,
+        trained_on: str | None = None,
     ) -> None:
         super().__init__(message)
+        self.trained_on = trained_on
         self.differences = dict(differences or {})
 
 

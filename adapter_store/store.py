@@ -757,12 +757,15 @@ def _check_same_base(version: AdapterVersion, base: Mapping[str, str]) -> None:
             f"{part} was {value_or_none(trained)} and is {value_or_none(asked)}"
             for part, (trained, asked) in differences.items()
         )
+        trained_on = version.base.get("model")
+        options = f" (model={trained_on!r}, --model {trained_on})" if trained_on else ""
         raise BaseModelMismatchError(
             f"version {version.version} of user {shorten(version.user_id)} was trained on another "
-            f"base model ({value_or_none(version.base.get('model'))}, "
-            f"now {value_or_none(base.get('model'))}): {parts}; "
-            "load the base that it was trained on, or personalize the user again on this one",
+            f"base model ({value_or_none(trained_on)}, "
+            f"now {value_or_none(base.get('model'))}): {parts}; load the base that it was trained "
+            f"on{options}, or personalize the user again on this one",
             differences,
+            trained_on,
         )
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from langchain_cope.engine import EngineOptions
+from langchain_cope.engine import EngineOptions, default_model
 
 if TYPE_CHECKING:
     from langchain_cope.engine import Engine
@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 class BaseSettings(BaseModel):
     """A base model and how it is loaded. Two settings that agree share one base in memory."""
 
-    model: str = "starter"
-    """`starter` (bundled), a Hugging Face id or a local path."""
+    model: str = Field(default_factory=default_model)
+    """`smollm2`, `starter` (bundled), a Hugging Face id, a folder, or a GGUF file.
+
+    A GGUF file is named by its path, by a folder with one, as `owner/repository:FILE.gguf` on the
+    hub, or as `ollama:NAME` where Ollama has pulled it. Default: `COPE_MODEL`, else `smollm2`.
+    """
     revision: str | None = None
     """Revision of a Hugging Face id."""
     task_adapter: str | None = None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("COPE_MODEL", "starter")  # the default is larger than most tests need
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ANONYMIZED_TELEMETRY="False")
 # On a busy machine torch's waiting threads would otherwise eat the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

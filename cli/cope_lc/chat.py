@@ -33,7 +33,7 @@ _HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an
 
 def chat(
     user: AsUser = None,
-    model: Model = "starter",
+    model: Model = "smollm2",
     store: Store = None,
     version: AdapterVersion = None,
     alpha: Alpha = None,
@@ -69,20 +69,22 @@ def chat(
 
 def _greeting(options: ChatOptions) -> str:
     """Load what is needed: a wrong user or model is told now and not at the first message."""
-    from adapter_store import AdapterNotFoundError
+    from langchain_cope.chat.user import find_version
 
     base = options.load_base()
     if options.user is None:
         return f"{base.name} alone, in no user's manner. {_HELP}"
     name = name_of(options.user)
-    try:
-        store = store_at(options.store)
-        version = store.resolve(options.user, options.version, base=base.fingerprint()).version
-    except AdapterNotFoundError:
-        if options.version is not None:
-            raise
+    version = find_version(
+        store_at(options.store),
+        options.user,
+        options.version,
+        base=base.fingerprint(),
+        required=False,
+    )
+    if version is None:
         return f"{name} has no adapter yet: {base.name} alone answers. {_HELP}"
-    return f"{name} on {base.name}, version {version}. {_HELP}"
+    return f"{name} on {base.name}, version {version.version}. {_HELP}"
 
 
 class Conversation:

@@ -23,7 +23,7 @@ def evaluate(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="One user a line: user_id, history and queries.")
     ],
-    model: Model = "starter",
+    model: Model = "smollm2",
     limit: Annotated[
         int | None,
         typer.Option("--limit", metavar="N", min=1, help="Only the first N users. Default: all."),

@@ -41,7 +41,7 @@ def generate(
         typer.Argument(metavar="PROMPT", help="What to answer; - reads it from standard input."),
     ],
     user: AsUser = None,
-    model: Model = "starter",
+    model: Model = "smollm2",
     store: Store = None,
     version: AdapterVersion = None,
     alpha: Alpha = None,

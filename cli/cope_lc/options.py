@@ -60,7 +60,12 @@ def _check_store(value: str | None) -> str | None:
 Model = Annotated[
     str,
     typer.Option(
-        "--model", metavar="M", help="Base model: starter, a Hugging Face id or a local path."
+        "--model",
+        metavar="M",
+        envvar="COPE_MODEL",
+        show_envvar=False,
+        help="Base model: smollm2, starter, a Hugging Face id, a folder, a GGUF file, "
+        "owner/repository:FILE.gguf or ollama:NAME. COPE_MODEL changes the default.",
     ),
 ]
 Device = Annotated[

@@ -44,7 +44,7 @@ def personalize(
             help="User of the history. Default: the one that the file names.",
         ),
     ] = None,
-    model: Model = "starter",
+    model: Model = "smollm2",
     store: Store = None,
     target: Target = None,
     instruction: Annotated[

@@ -6,18 +6,19 @@ from typing import Any
 
 from langchain_core.language_models import ModelProfile
 
-from langchain_cope.engine import STARTER, can_constrain, context_of
+from langchain_cope.engine import STARTER, can_constrain, context_of, gguf_context, gguf_path
+from langchain_cope.errors import CopeError
 
 
 def profile_of(model: str, revision: str | None, max_tokens: int) -> ModelProfile | None:
     """Return the profile of a local or cached base; None where its files are not here.
 
     Args:
-        model: `starter`, a Hugging Face id or a local path.
+        model: as `BaseSettings.model`.
         revision: of a Hugging Face id.
         max_tokens: tokens of an answer, at most.
     """
-    config = _read(model, revision, "config.json")
+    config = _config(model, revision)
     if config is None:
         return None
     tokenizer = _read(model, revision, "tokenizer_config.json") or {}
@@ -41,6 +42,17 @@ def profile_of(model: str, revision: str | None, max_tokens: int) -> ModelProfil
     if context:
         profile["max_input_tokens"] = context - 1  # at least one is left for the answer
     return profile
+
+
+def _config(model: str, revision: str | None) -> dict[str, Any] | None:
+    """Return the configuration of the base, of a GGUF file its context alone."""
+    try:
+        file = gguf_path(model, revision, fetch=False)
+        if file is not None:
+            return {"max_position_embeddings": gguf_context(file)}
+    except CopeError:  # it says so when it is loaded
+        return None
+    return _read(model, revision, "config.json")
 
 
 def _read(model: str, revision: str | None, name: str) -> dict[str, Any] | None:

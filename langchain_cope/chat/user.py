@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adapter_store import AdapterStore, AdapterVersion
-from adapter_store.errors import AdapterNotFoundError
+from adapter_store.errors import AdapterNotFoundError, BaseModelMismatchError
 from langchain_cope.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,10 +82,19 @@ def find_version(
 
     Raises:
         AdapterNotFoundError: there is no such version, or none at all where one is `required`.
+        BaseModelMismatchError: it was trained on another base.
         AdapterStoreError: the store or the version cannot be trusted.
     """
     try:
         return store.resolve(user_id, version, base=base)
+    except BaseModelMismatchError as error:
+        if error.trained_on != "starter":
+            raise
+        raise BaseModelMismatchError(
+            f"{error} (`starter` was the default base before `smollm2`)",
+            error.differences,
+            error.trained_on,
+        ) from error
     except AdapterNotFoundError:
         if required or version is not None:
             raise

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from langchain_cope.engine.adapter import CONFIG, WEIGHTS, Adapter
     from langchain_cope.engine.answer import Completion, Piece, Stream, TokenLogprobs
     from langchain_cope.engine.base.base import Base
-    from langchain_cope.engine.base.bundled import STARTER
+    from langchain_cope.engine.base.bundled import STARTER, default_model
     from langchain_cope.engine.base.chat_template import Message
     from langchain_cope.engine.base.context import context_of
+    from langchain_cope.engine.base.gguf_header import gguf_context
+    from langchain_cope.engine.base.gguf_source import gguf_path
     from langchain_cope.engine.base.loading import load_base
     from langchain_cope.engine.base.reply_format import (
         ANSWER,
@@ -80,6 +82,9 @@ __all__ = [
     "check_tau",
     "closed_schema",
     "context_of",
+    "default_model",
+    "gguf_context",
+    "gguf_path",
     "give_back",
     "is_number",
     "is_whole",
@@ -121,6 +126,9 @@ _MODULES = {
     "check_tau": "options",
     "closed_schema": "grammar.schema",
     "context_of": "base.context",
+    "default_model": "base.bundled",
+    "gguf_context": "base.gguf_header",
+    "gguf_path": "base.gguf_source",
     "give_back": "device",
     "is_number": "checks",
     "is_whole": "checks",

@@ -92,8 +92,8 @@ def train_and_evaluate(
     A stage that finds its own work in `folder` is not run again. Raises what `train_user` and
     `evaluate` raise.
     """
+    from langchain_cope.atomic_files import read_json, write_json
     from langchain_cope.evaluation.evaluate import Evaluation, evaluate
-    from langchain_cope.training.atomic_files import read_json, write_json
     from langchain_cope.training.pipeline import train_user
 
     training = train_user(engine, trained, recipe, folder, monitor)

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from langchain_cope.atomic_files import read_json, write_json
 from langchain_cope.errors import InputError
 from langchain_cope.evaluation.ways import WAYS
 from langchain_cope.history.items import Item
-from langchain_cope.training.atomic_files import read_json, write_json
 from langchain_cope.training.progress import Stage
 from langchain_cope.training.recipe import Recipe
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from langchain_cope.atomic_files import atomic_folder
 from langchain_cope.engine import CONFIG, WEIGHTS
 from langchain_cope.errors import InputError
-from langchain_cope.training.atomic_files import atomic_folder
 from langchain_cope.training.recipe import SFT
 
 

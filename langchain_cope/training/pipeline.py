@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from langchain_cope.atomic_files import atomic_folder, read_json, write_json
 from langchain_cope.errors import HistoryError, ModelError
-from langchain_cope.training.atomic_files import atomic_folder, read_json, write_json
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
 

@@ -15,11 +15,11 @@ from personal import FOUR_STEPS, ROWS, Recorder
 
 from adapter_store import AdapterStore
 from langchain_cope import PersonalizeUser
+from langchain_cope.atomic_files import atomic_folder, write_json
 from langchain_cope.errors import InputError
 from langchain_cope.evaluation.ways import WAYS, Way
 from langchain_cope.personalization import job_folder
 from langchain_cope.personalization.job_folder import resumable_job
-from langchain_cope.training.atomic_files import atomic_folder, write_json
 from langchain_cope.training.progress import Stage
 
 REQUEST = {"user_id": "alice", "history": ROWS}

@@ -122,7 +122,7 @@ def import_one(
         str | None,
         typer.Option("--user", metavar="ID", help="For a peft folder: the user it is for."),
     ] = None,
-    model: Model = "starter",
+    model: Model = "smollm2",
     store_url: Store = None,
     as_json: Json = False,
 ) -> None:

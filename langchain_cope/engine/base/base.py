@@ -28,7 +28,7 @@ class Base:
     """A base model in memory, made by `load_base`."""
 
     name: str
-    """The name it was loaded by: `starter`, a Hugging Face id or a path."""
+    """The name it was loaded by: `smollm2`, `starter`, a Hugging Face id or a path."""
     source: str
     """Where the files are: an absolute folder, or the Hugging Face id."""
     revision: str | None
@@ -43,6 +43,8 @@ class Base:
     """Folder of the adapter that was merged into the weights."""
     quantization: str | None = None
     """Settings of the quantization as text; None: the weights are not quantized."""
+    weights_digest: str | None = None
+    """Hex sha256 of the GGUF file that the weights were unpacked from; None: of no such file."""
     _fingerprint_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _fingerprint: dict[str, str] | None = field(default=None, repr=False)
     _vocabulary_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)

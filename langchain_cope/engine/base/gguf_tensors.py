@@ -1,0 +1,172 @@
+"""The tensors of a GGUF file as safetensors: unpacked one after another, straight into the file.
+
+Names and layouts differ between llama.cpp and transformers. transformers knows both ways for every
+architecture that it reads; its tables are used here, its loader is not: that one holds all weights
+in memory at once, several times over.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from langchain_cope.engine.base.gguf_header import GgufHeader, PackedTensor
+from langchain_cope.errors import ModelError
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+# Tensors that are no weights of a layer: `gguf_config.py` reads them.
+_OF_THE_CONFIG = {"rope_freqs.weight"}
+
+
+class Unpacking:
+    """How the tensors of one GGUF file become the weights of a transformers model."""
+
+    def __init__(self, path: Path, header: GgufHeader, config: Any) -> None:
+        """Find out which tensors make which weight.
+
+        Args:
+            path: the GGUF file.
+            header: its header.
+            config: the configuration of the model.
+
+        Raises:
+            ModelError: the architecture is not known, or tensors and weights do not match.
+        """
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        self._path = path
+        # transformers' functions have no types.
+        processor: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
+        self._processor: Any = processor(config=config.to_dict())
+        with torch.device("meta"):
+            model = _model_of(config)
+        self.weights = _own_weights(model)
+        """What the model needs, by name: tensors without data. Tied ones are there once."""
+        try:
+            self._names = get_gguf_hf_weights_map(model, self._processor)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"transformers cannot unpack the architecture {header.architecture!r} of {path}"
+            ) from error
+        self._parts = self._parts_of_weights(header)
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of all weights in `dtype`."""
+        return sum(weight.numel() for weight in self.weights.values()) * dtype.itemsize
+
+    def write(self, path: Path, dtype: torch.dtype) -> None:
+        """Write all weights in `dtype` to the safetensors file `path`.
+
+        Raises ModelError where a tensor cannot be unpacked, or has another shape than the weight.
+        """
+        with self._path.open("rb") as packed, path.open("xb") as file:
+            file.write(_safetensors_header(self.weights, dtype))
+            for name, weight in self.weights.items():
+                values = self._unpacked(packed, name)
+                if values.shape != weight.shape:
+                    raise ModelError(
+                        f"the weight {name} in {self._path} has the shape {tuple(values.shape)}, "
+                        f"but its configuration asks for {tuple(weight.shape)}"
+                    )
+                bits = values.to(dtype).contiguous().view(_BITS[dtype])
+                bits.numpy().tofile(file)
+
+    def _parts_of_weights(self, header: GgufHeader) -> dict[str, list[PackedTensor]]:
+        """Return the tensors of the file that make each weight."""
+        parts: dict[str, list[PackedTensor]] = {name: [] for name in self.weights}
+        unknown = []
+        for tensor in header.tensors:
+            name = self._names.get(tensor.name)
+            if name in parts:
+                parts[name].append(tensor)
+            elif tensor.name not in _OF_THE_CONFIG:
+                unknown.append(tensor.name)
+        missing = [name for name, tensors in parts.items() if not tensors]
+        if missing or unknown:
+            raise ModelError(
+                f"the architecture {header.architecture!r} of {self._path} is not read as "
+                f"transformers has it:{_some(missing, 'missing')}"
+                f"{_some(unknown, 'left over')} give the model as safetensors"
+            )
+        return parts
+
+    def _unpacked(self, packed: IO[bytes], name: str) -> Tensor:
+        """Return the weight `name`, in float32."""
+        # Several tensors may make one weight: the processor then collects it here.
+        collected: dict[str, Tensor] = {}
+        values: Tensor | None = None
+        for tensor in self._parts[name]:
+            processed = self._processor.process(
+                weights=_dequantized(packed, tensor),
+                name=tensor.name,
+                tensor_key_mapping=self._names,
+                parsed_parameters={"tensors": collected},
+            )
+            if processed.name is not None:
+                values = torch.from_numpy(np.ascontiguousarray(processed.weights))
+        result = collected.get(name, values)
+        if result is None:
+            raise ModelError(f"the weight {name} in {self._path} cannot be unpacked")
+        return result
+
+
+def _model_of(config: Any) -> Any:
+    auto: Any = AutoModelForCausalLM
+    return auto.from_config(config, trust_remote_code=False)
+
+
+def _own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the model's state; those that are one under two names once."""
+    weights: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            weights[name] = tensor
+    return weights
+
+
+def _dequantized(packed: IO[bytes], tensor: PackedTensor) -> Any:
+    """Return the values of a tensor, in float32."""
+    import gguf
+
+    packed.seek(tensor.start)
+    # Read, not mapped: pages of a mapped file would count as memory of this process.
+    data = np.fromfile(packed, dtype=np.uint8, count=tensor.num_bytes)
+    kind = gguf.GGMLQuantizationType(tensor.kind)
+    rows = data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, kind))
+    try:
+        return gguf.dequantize(rows, kind)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"the package gguf cannot unpack the quantization {kind.name} of {tensor.name}"
+        ) from error
+
+
+def _safetensors_header(weights: dict[str, Tensor], dtype: torch.dtype) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, weight in weights.items():
+        start, end = end, end + weight.numel() * dtype.itemsize
+        shape = list(weight.shape)
+        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _some(names: list[str], what: str) -> str:
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f" {shown} {what} ({len(names)});"
