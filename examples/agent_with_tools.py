@@ -31,14 +31,14 @@ class Context:
     user_id: str
 
 
-def calendar(day: str, runtime: ToolRuntime[Context]) -> str:
+def my_appointments(day: str, runtime: ToolRuntime[Context]) -> str:
     """Look up my appointments on a day of the week."""
     return CALENDARS[runtime.context.user_id].get(day.lower(), "nothing")
 
 
-def miles(kilometres: float) -> str:
-    """Convert kilometres to miles."""
-    return f"{kilometres} kilometres are {kilometres * 0.6214:.1f} miles"
+def weather(city: str) -> str:
+    """Get the weather in a city."""
+    return f"It rains in {city}."  # an app asks a service here
 
 
 @wrap_model_call
@@ -57,12 +57,12 @@ def tool_first(
 
 agent = create_agent(
     ChatCoPe(max_tokens=100),
-    [calendar, miles],
+    [weather, my_appointments],
     middleware=[CoPeUserMiddleware(), tool_first],
     context_schema=Context,
 )
 
-question = " ".join(sys.argv[1:]) or "What appointments do I have on Monday?"
+question = " ".join(sys.argv[1:]) or "What do I have to do on Monday?"
 for user in CALENDARS:
     print(f"\n{user}: {question}")
     request = {"messages": [("user", question)]}
