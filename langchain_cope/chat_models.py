@@ -38,7 +38,7 @@ from langchain_cope.chat.call import (
     check_options,
     contrast_of,
     prompt_of,
-    reply_to,
+    reply_parts,
 )
 from langchain_cope.chat.profile import profile_of
 from langchain_cope.chat.structured_output import Method, structured_output
@@ -485,7 +485,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         base = user.engine.base
         use = ToolUse.of(options)
         grammar = use.grammar()
-        prompt, prefix = prompt_of(base, messages, use)
+        prompt, opened = prompt_of(base, messages, use)
         if len(prompt) >= base.context:
             raise ChatContextOverflow(len(prompt), base.context)
         request = Request(
@@ -495,10 +495,11 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             sampling=self._sampling(stop, options),
             deadline=deadline,
             grammar=grammar,
+            parts=reply_parts(use, opened),
             logprobs=bool(options.get("logprobs")),
         )
         engine = Engine.of(base, self.engine_options)  # a new one, where it was closed meanwhile
-        return Call(user, engine, request, reply_to(base, use, prefix))
+        return Call(user, engine, request)
 
     def _contrast(self, user: PinnedUser, options: dict[str, Any]) -> "Contrast":
         """Return the call's α and τ, else the model's, else the version's, else the paper's."""

@@ -127,10 +127,12 @@ def make_model(
     context: int = 256,
     marks: tuple[str, ...] = (),
     texts: tuple[str, ...] = (),
+    likely: str = "",
     **changes: Any,
 ) -> Path:
     """Save a tiny base of `family` to `folder` and return it: config, random weights, tokenizer.
 
+    The characters in `likely` are often written: with `"]}` among them, JSON closes by itself.
     `changes` are fields of the config; None leaves one out.
     """
     tokenizer = make_tokenizer(folder, template=template, context=context, marks=marks, texts=texts)
@@ -147,6 +149,9 @@ def make_model(
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        ids = tokenizer.convert_tokens_to_ids(list(likely))
+        model.get_output_embeddings().weight[ids] *= 4  # far from 0 in either direction
     model.save_pretrained(folder)
     return folder
 

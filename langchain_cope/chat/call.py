@@ -13,14 +13,22 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk
 
 from langchain_cope.chat.messages import template_messages
-from langchain_cope.chat.reply import ReplyStream
+from langchain_cope.chat.reply import message_chunk
 from langchain_cope.chat.tools import TOOL_OPTIONS, ToolUse
 from langchain_cope.chat.user import PINNED, USER_OPTIONS, PinnedUser
 from langchain_cope.engine import Contrast
 from langchain_cope.errors import ContextOverflow, InputError, ModelNotFound
 
 if TYPE_CHECKING:
-    from langchain_cope.engine import Base, Completion, Engine, Piece, Request, TokenLogprobs
+    from langchain_cope.engine import (
+        Base,
+        Completion,
+        Engine,
+        Piece,
+        ReplyParts,
+        Request,
+        TokenLogprobs,
+    )
 
 SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
@@ -57,21 +65,18 @@ class Call:
     user: PinnedUser
     engine: "Engine"
     request: "Request"
-    reply: ReplyStream
 
     def chunks(self, piece: "Piece | Completion") -> Iterator[ChatGenerationChunk]:
         """Yield what a piece adds to the message.
 
-        The completion adds what was held back, and the empty chunk that carries usage and metadata.
+        The completion adds the empty chunk that carries usage and metadata.
         """
         from langchain_cope.engine import Piece
 
         if isinstance(piece, Piece):
-            for message in self.reply.push(piece.text):
-                yield ChatGenerationChunk(message=message)
+            for part in piece.parts:
+                yield ChatGenerationChunk(message=message_chunk(part))
         else:
-            for message in self.reply.finish():
-                yield ChatGenerationChunk(message=message)
             yield self._last_chunk(piece)
 
     def _last_chunk(self, answer: "Completion") -> ChatGenerationChunk:
@@ -90,7 +95,7 @@ class Call:
         return ChatGenerationChunk(message=message)
 
     def _metadata(self, answer: "Completion") -> dict[str, Any]:
-        made_calls = answer.finish_reason == "stop" and self.reply.num_calls > 0
+        made_calls = answer.finish_reason == "stop" and answer.num_calls > 0
         metadata: dict[str, Any] = {
             "model_name": self.engine.base.name,
             "model_provider": "cope",
@@ -140,10 +145,7 @@ def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tu
 
     That part is the mark of a thought where the chat template opens one, else nothing.
     """
-    native = base.reply_format.native_tools
-    instructions = use.instructions(native_tools=native)
-    turns = template_messages(messages, instructions, native_tools=native)
-    ids = base.prompt_ids(turns, use.tools if native else ())
+    ids = _prompt_ids(base, messages, use)
     end = str(base.tokenizer.decode(ids[-_END_OF_PROMPT:])).rstrip()
     if not end.endswith(_THOUGHT):
         return ids, ""
@@ -152,10 +154,30 @@ def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tu
     return ids, _THOUGHT
 
 
-def reply_to(base: "Base", use: ToolUse, prefix: str) -> ReplyStream:
-    """Return what takes the reply apart; `prefix` is the part of it that the prompt holds."""
-    template = base.reply_format.template
-    return ReplyStream(template, prefix=prefix, with_calls=bool(use.tools), whole=use.only_json)
+def _prompt_ids(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> list[int]:
+    native = base.reply_format.native_tools
+    instructions = use.instructions(native_tools=native)
+    tools = use.tools if native else ()
+
+    def ids(thought_names: Sequence[str]) -> list[int]:
+        turns = template_messages(
+            messages, instructions, native_tools=native, thought_names=thought_names
+        )
+        return base.prompt_ids(turns, tools)
+
+    try:
+        return ids(base.reply_format.thought_names)
+    except InputError:  # some templates refuse a thought beside text and calls
+        return ids(())
+
+
+def reply_parts(use: ToolUse, opened: str) -> "ReplyParts | None":
+    """Return what the reply may hold; `opened` is the part of it that the prompt holds."""
+    from langchain_cope.engine import ReplyParts
+
+    if use.forced and not use.tools:  # one JSON value, whatever marks it holds
+        return None
+    return ReplyParts(thoughts=not use.forced, calls=bool(use.tools), opened=opened)
 
 
 def _token_metadata(token: "TokenLogprobs") -> dict[str, Any]:

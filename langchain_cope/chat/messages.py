@@ -20,7 +20,7 @@ from langchain_core.messages import (
 
 from langchain_cope.errors import InputError
 
-# Blocks that a message's own fields repeat, and thoughts, which no prompt shows again.
+# Blocks that a message's own fields repeat, and thoughts, which templates take apart from the text.
 _SKIPPED_BLOCKS = {
     "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call", "tool_result",
     "reasoning", "thinking", "redacted_thinking",
@@ -33,6 +33,7 @@ def template_messages(
     instructions: Sequence[str] = (),
     *,
     native_tools: bool = True,
+    thought_names: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return the conversation in the form that chat templates take.
 
@@ -41,15 +42,22 @@ def template_messages(
         instructions: texts for the end of the system turn, which is added where there is none.
         native_tools: False for templates without tools: calls and results become text, and
             results the user's turns.
+        thought_names: fields in which the template looks for a turn's thought. The turns after the
+            last human one have theirs: the model is still at work on its answer.
 
     Raises:
         InputError: there are no messages, or one holds what no text model can read.
     """
     if not messages:
         raise InputError("no messages were given: at least one is needed")
-    turns: list[dict[str, Any]] = []
-    for message in messages:
-        turns += _turns(message)
+    groups = [_turns(message) for message in messages]
+    asked = [any(turn["role"] == "user" for turn in group) for group in groups]
+    for message, group in reversed(list(zip(messages, groups, strict=True))):
+        if asked.pop():
+            break
+        if thought := _thought(message):
+            group[-1].update(dict.fromkeys(thought_names, thought))
+    turns = [turn for group in groups for turn in group]
     if instructions:
         turns = _with_system(turns, instructions)
     return turns if native_tools else _without_tool_roles(turns)
@@ -67,6 +75,18 @@ def _turns(message: BaseMessage) -> list[dict[str, Any]]:
     if results and not turn["content"]:
         return results
     return [*results, turn]
+
+
+def _thought(message: BaseMessage) -> str:
+    """Return what the model thought before the text of an AI message."""
+    if not isinstance(message, AIMessage):
+        return ""
+    thought = message.additional_kwargs.get("reasoning_content")
+    if isinstance(thought, str):
+        return thought
+    kinds = ("reasoning", "thinking")
+    blocks = [block for block in _blocks(message) if block.get("type") in kinds]
+    return "".join(str(block.get(block["type"]) or "") for block in blocks)
 
 
 def _blocks(message: BaseMessage) -> list[dict[str, Any]]:
@@ -157,7 +177,8 @@ def _without_tool_roles(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     for turn in turns:
         is_result = turn["role"] == "tool"
         if not is_result:
-            plain.append({"role": turn["role"], "content": _text_with_calls(turn)})
+            others = {key: value for key, value in turn.items() if key != "tool_calls"}
+            plain.append({**others, "content": _text_with_calls(turn)})
         elif after_result:
             plain[-1]["content"] += f"\n{_result_text(turn)}"
         else:

@@ -66,11 +66,6 @@ class ToolUse:
         """Whether free text is no valid answer."""
         return self.schema is not None or bool(self.tools and self.choice != "auto")
 
-    @property
-    def only_json(self) -> bool:
-        """Whether the answer is one JSON value, with no calls to look for in it."""
-        return self.schema is not None and not self.tools
-
     def grammar(self) -> Grammar | None:
         """Return what the answer is held to.
 

@@ -8,6 +8,7 @@ from langchain_cope.engine.adapter import Adapter
 from langchain_cope.engine.decoding.sampling import Sampling
 from langchain_cope.engine.grammar.schema import Grammar
 from langchain_cope.engine.options import Contrast
+from langchain_cope.engine.reply import ReplyParts
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Request:
     """By `time.monotonic()`; a request that is not done by then ends with TimeoutError."""
     grammar: Grammar | None = None
     """What the answer is held to; None: anything."""
+    parts: ReplyParts | None = None
+    """What the reply may hold beside the answer; None: all of it is the answer."""
     logprobs: bool = False
     """Report log π_user and log π_base of every token; this takes two rows even at α = 0."""
     keep_for_reuse: bool = True
