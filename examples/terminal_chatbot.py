@@ -7,6 +7,8 @@ What you write is kept in the folder chatbot-history, your adapter in the defaul
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -141,17 +143,25 @@ class Progress(BaseCallbackHandler):
         print(f"\r{line:40}", end="", flush=True)
 
 
+def lines() -> Iterator[str]:
+    """Yield what is typed, until Ctrl-D."""
+    with suppress(EOFError):
+        while True:
+            yield input("> ")
+
+
 def main(user: str = "me", file: str | None = None) -> None:
     """Answer line after line; a line with a slash is a command."""
     bot = Chatbot(user)
     if file is not None:
         bot.history.add(user, read_history(file, user_id=user).items)
     print(f"{bot.history.count(user)} texts of {user} are recorded. /help shows the commands.")
-    for line in map(str.strip, sys.stdin):
+    for line in map(str.strip, lines()):
         command, _, argument = line.partition(" ")
         try:
-            if command.removeprefix("/") in COMMANDS and command.startswith("/"):
-                getattr(bot, command[1:])(argument)
+            if command.startswith("/"):
+                name = command[1:] if command[1:] in COMMANDS else "help"
+                getattr(bot, name)(argument)
             elif line:
                 bot.say(line)
         except (CopeError, AdapterStoreError, ValueError) as error:
