@@ -27,13 +27,14 @@ _TEXT_LIMIT = 240  # characters of a text in a comparison
 
 
 def personalize(
-    file: Annotated[
-        Path,
+    files: Annotated[
+        list[str],
         typer.Argument(
-            metavar="FILE",
+            metavar="FILE...",
             help="History, its format told by its shape: JSONL or JSON of prompt/completion, "
             "chosen/rejected, messages (OpenAI, ShareGPT, LangChain), Alpaca, ChatGPT's "
-            "conversations.json, feedback, LaMP or user_id/history rows; or .txt.",
+            "conversations.json, feedback, LaMP or user_id/history rows; or .txt with one text a "
+            "line. Several are one history; - is standard input.",
         ),
     ],
     user: Annotated[
@@ -41,7 +42,7 @@ def personalize(
         typer.Option(
             "--user",
             metavar="ID",
-            help="User of the history. Default: the one that the file names.",
+            help="User of the history. Default: the one that the files name.",
         ),
     ] = None,
     model: Model = "smollm2",
@@ -85,7 +86,7 @@ def personalize(
 
     with prints_to_stderr():
         history = read_history(
-            file, target=target.value if target else None, user_id=user, instruction=instruction
+            *files, target=target.value if target else None, user_id=user, instruction=instruction
         )
         facts = _facts(history)
     if not as_json:

@@ -1,7 +1,12 @@
-"""Consoles and tables for people. Cells are rich `Text` of cleaned strings, not read as markup."""
+"""Consoles, tables and questions for people.
+
+Cells are rich `Text` of cleaned strings, not read as markup.
+"""
 
 import sys
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from cope_lc.text import clean
 
@@ -69,6 +74,17 @@ def pairs(out: "Console", rows: "list[tuple[str, str | Text, str]]") -> None:
         columns.add_row(cell(name, style), cell(text, style) if isinstance(text, str) else text)
     out.print(columns)
     out.print()
+
+
+def confirm(question: str, doing: str) -> None:
+    """Ask on the terminal; refuse where there is no terminal to ask on."""
+    if not sys.stdin.isatty():
+        raise typer.BadParameter(
+            f"{doing} asks first, and there is no terminal to ask on: add --yes", param_hint="--yes"
+        )
+    print(f"{clean(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise typer.Abort
 
 
 def cell(text: object, style: str = "") -> "Text":

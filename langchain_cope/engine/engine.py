@@ -108,6 +108,12 @@ class Engine:
                 )
             return engine
 
+    @classmethod
+    def running(cls) -> list["Engine"]:
+        """Return the engines of this process that are not closed."""
+        with _engines_lock:
+            return [engine for engine in _engines.values() if not engine._closed]
+
     def load_adapter(self, folder: str | Path) -> Adapter:
         """Read a peft LoRA folder for requests.
 
@@ -228,6 +234,15 @@ class Engine:
             for index, score in zip(group, group_scores, strict=True):
                 scores[index] = score
         return scores
+
+    def drop_caches(self) -> None:
+        """Drop the adapters that no request holds, and the beginnings of all prompts.
+
+        Prompts of any user may be among them, the base's own too. Requests go on undisturbed.
+        """
+        self._slots.drop_idle()
+        with suppress(EngineClosed):
+            self._call(self._batch.prefixes.clear)
 
     def close(self) -> None:
         """End every request with EngineClosed and stop the thread. Safe to call twice."""

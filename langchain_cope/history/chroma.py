@@ -122,14 +122,15 @@ class ChromaHistory:
                 batch = slice(start, start + batch_size)
                 self._write(collection, records[batch], withdrawn[batch])
 
-    def fetch(self, user_id: str) -> list[Item]:
-        """Return the user's items, oldest first.
+    def fetch(self, user_id: str, conversation: str | None = None) -> list[Item]:
+        """Return the user's items, or those of one conversation, oldest first.
 
-        The order is that of `created_at` where all have one, else that in which they were added.
-        Empty for an unknown user, and for a collection that does not exist yet; `history` says
-        which.
+        The order is that of `created_at`, as far as items have one, else that in which they were
+        added. Empty for an unknown user, and for a collection that does not exist yet; `history`
+        says which.
         """
-        return in_order(RowReader(instruction=self.instruction).read_all(self._rows(user_id)))
+        rows = self._rows(user_id, conversation)
+        return in_order(RowReader(instruction=self.instruction).read_all(rows))
 
     def history(self, user_id: str) -> UserHistory:
         """Return the user's items as a history, without duplicates, with notes on decisions."""
@@ -143,7 +144,7 @@ class ChromaHistory:
 
         0 for an unknown user or a collection that does not exist yet.
         """
-        return sum(len(page["ids"]) for page in self._pages(user_id, include=[]))
+        return sum(len(page["ids"]) for page in self._pages(self._where(user_id), include=[]))
 
     def delete_user(self, user_id: str) -> int:
         """Delete all items of the user and return how many there were.
@@ -211,10 +212,13 @@ class ChromaHistory:
             embeddings=vectors,
         )
 
-    def _rows(self, user_id: str) -> list[Row]:
+    def _rows(self, user_id: str, conversation: str | None = None) -> list[Row]:
         """Return the user's records as rows, in the order in which they were added."""
+        wanted = self._where(user_id)
+        if conversation is not None:
+            wanted = {"$and": [wanted, {"conversation": {"$eq": conversation}}]}
         rows: list[tuple[int, Row]] = []
-        for page in self._pages(user_id, include=["documents", "metadatas"]):
+        for page in self._pages(wanted, include=["documents", "metadatas"]):
             records = zip(page["ids"], page["documents"], page["metadatas"], strict=True)
             for record_id, document, metadata in records:
                 if document and not document.isspace():  # others may keep records of vectors alone
@@ -238,9 +242,8 @@ class ChromaHistory:
             "rejected": json.loads(metadata[_REJECTED]) if _REJECTED in metadata else (),
         }
 
-    def _pages(self, user_id: str, include: list[str]) -> Iterator[Mapping[str, Any]]:
-        """Yield the user's records a page at a time, none without a collection."""
-        where = self._where(user_id)
+    def _pages(self, where: Mapping[str, Any], include: list[str]) -> Iterator[Mapping[str, Any]]:
+        """Yield the records that fulfil `where` a page at a time, none without a collection."""
         with self._chroma() as client:
             collection = self._existing(client)
             if collection is None:

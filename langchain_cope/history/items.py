@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from langchain_cope.history.order import oldest_first
 from langchain_cope.text import count
 
 Message = dict[str, str]
@@ -100,14 +101,18 @@ def settle(
 ) -> UserHistory:
     """Return the history: items in order, without exact duplicates, and notes that say so.
 
-    The order is that of `created_at` where every item has one. Of duplicates the oldest stays;
+    The order is that of `created_at`, as far as items have one. Of duplicates the oldest stays;
     items that differ only in what was rejected become one.
     """
     all_notes = list(notes)
     num_dated = sum(item.created_at is not None for item in items)
-    if num_dated < len(items):
-        lack = f"only {num_dated} of {len(items)} items have" if num_dated else "the items have no"
-        all_notes.append(f"{lack} created_at: their order is taken as oldest first")
+    if not num_dated and items:
+        all_notes.append("the items have no created_at: their order is taken as oldest first")
+    elif num_dated < len(items):
+        all_notes.append(
+            f"only {num_dated} of {len(items)} items have created_at: "
+            "the others are placed by their neighbours"
+        )
     unique, num_duplicates = _without_duplicates(in_order(items))
     if num_duplicates:
         removed = count(num_duplicates, "exact duplicate")
@@ -124,14 +129,11 @@ def settle(
 
 
 def in_order(items: Sequence[Item]) -> list[Item]:
-    """Return the items oldest first where each has `created_at`, else as they came.
+    """Return the items oldest first; those without `created_at` are placed by their neighbours.
 
-    Items of equal times keep their order.
+    Where none has a time, they stay as they came. Items of equal times keep their order.
     """
-    dated = [(item.created_at, item) for item in items if item.created_at is not None]
-    if len(dated) < len(items):
-        return list(items)
-    return [item for _, item in sorted(dated, key=lambda pair: pair[0])]
+    return oldest_first([items], lambda item: item.created_at, lambda item: item.conversation)
 
 
 def _without_duplicates(items: Sequence[Item]) -> tuple[list[Item], int]:

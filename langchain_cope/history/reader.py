@@ -282,6 +282,14 @@ class RowReader:
         return turns
 
 
+def check_conversation(row: Row) -> None:
+    """Raise what reading a row of messages would raise, but for a missing turn of the target."""
+    RowReader()._turns(row.field("messages"))
+    row.time()
+    if row.get("conversation") is not None:
+        row.field("conversation").name()
+
+
 def _rejected(row: Row) -> list[str]:
     """Return the rejected answers of a row."""
     answers = row.get("rejected")

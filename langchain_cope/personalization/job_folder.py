@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_store.errors import UserErasedError
 from langchain_cope.atomic_files import read_json, write_json
 from langchain_cope.errors import InputError
 from langchain_cope.evaluation.ways import WAYS
@@ -71,21 +72,44 @@ def temporary_job() -> Iterator[Job]:
 def resumable_job(job_dir: str | os.PathLike[str], user_id: str, digest: str) -> Iterator[Job]:
     """Yield the user's job below `job_dir`; where the block raises, what its stages finished stays.
 
-    Raises `InputError` where the folder cannot be written, and while another process works on this
-    user's job.
+    Of a user who was erased meanwhile nothing stays. Raises `InputError` where the folder cannot be
+    written, and while another process works on this user's job.
     """
-    # Not the id itself, which may hold any character; and the folder's listing need not tell
-    # which users are trained.
-    name = hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    folder = Path(job_dir).expanduser() / name
+    folder = _folder(job_dir, user_id)
     lock = _locked(folder)
     try:
         yield _open_job(folder, digest)
         # The facts first: what is left of a folder without them is never resumed.
         (folder / FACTS).unlink()
         shutil.rmtree(folder, ignore_errors=True)
+    except UserErasedError:
+        shutil.rmtree(folder)
+        raise
     finally:
         os.close(lock)  # which unlocks it, as the end of a killed process does
+
+
+def remove_job(job_dir: str | os.PathLike[str], user_id: str) -> bool:
+    """Remove what an unfinished run left of the user below `job_dir`; return whether there was any.
+
+    Raises `InputError` while another process works on it, OSError where it cannot be removed.
+    """
+    folder = _folder(job_dir, user_id)
+    if not folder.exists():
+        return False
+    lock = _locked(folder)
+    try:
+        shutil.rmtree(folder)
+    finally:
+        os.close(lock)
+    return True
+
+
+def _folder(job_dir: str | os.PathLike[str], user_id: str) -> Path:
+    # Not the id itself, which may hold any character; and the folder's listing need not tell
+    # which users are trained.
+    name = hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return Path(job_dir).expanduser() / name
 
 
 def _locked(folder: Path) -> int:

@@ -117,6 +117,23 @@ def test_seed_and_paper_choose_the_recipe(
     assert (paper["seed"], paper["sft"]["learning_rate"]) == (3, 1e-4)
 
 
+def test_several_files_and_standard_input_are_one_history(
+    cope_lc: Callable, tmp_path: Path, store_folder: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "created_at": 2020}\n' * 2)
+    (tmp_path / "b.txt").write_text("b\nc\n")
+    files = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    words = ["--user", "alice", "--dry-run", "--json"]
+    outcome = cope_lc("personalize", *files, "-", *words, stdin="d\ne\n")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["num_items"] == 5
+    assert [sample["completion"] for sample in outcome.json["samples"]] == ["a", "b", "c"]
+    (tmp_path / "chat.txt").write_text("12/24/23, 9:01 PM - Ann: hello\n")
+    refused = cope_lc("personalize", *files, tmp_path / "chat.txt", *words)
+    assert refused.code == 2
+    assert "chat.txt: looks like an exported chat" in refused.error
+
+
 def test_dry_run_needs_no_model_and_touches_no_store(
     cope_lc: Callable, history: Callable[..., Path], store_folder: Path
 ) -> None:
