@@ -28,7 +28,8 @@ def run(
     capsys: pytest.CaptureFixture[str],
 ) -> Run:
     """Run `run(program, *words, typed=…)`: a copy beside shortened data; return what it printed."""
-    monkeypatch.setenv("COPE_MODEL", str(tiny()))
+    base = tiny(context=2048, likely='"]}')  # closes the JSON of its calls
+    monkeypatch.setenv("COPE_MODEL", str(base))
     monkeypatch.setenv("COPE_STORE", str(tmp_path / "store"))
     monkeypatch.setattr(Recipe, "for_model", lambda *_, **__: QUICK)
     monkeypatch.chdir(tmp_path)
