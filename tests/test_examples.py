@@ -6,14 +6,17 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from personal import QUICK, ROWS
 
 from langchain_cope import Recipe
+from langchain_cope.training.recipe import Negatives
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ONE_EPOCH = replace(QUICK, sft=replace(QUICK.sft, epochs=1), negatives=Negatives(candidates=1))
 Run = Callable[..., str]
 
 # LangChain prefers its checkpointers; apps that have chat histories keep them all the same.
@@ -31,7 +34,7 @@ def run(
     base = tiny(context=2048, likely='"]}')  # closes the JSON of its calls
     monkeypatch.setenv("COPE_MODEL", str(base))
     monkeypatch.setenv("COPE_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(Recipe, "for_model", lambda *_, **__: QUICK)
+    monkeypatch.setattr(Recipe, "for_model", lambda *_, **__: ONE_EPOCH)
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data"
     data.mkdir()

@@ -1,9 +1,8 @@
 import io
 
 import pytest
-from rich.console import Console
-
 from cope_lc.changes import marked
+from rich.console import Console
 
 
 @pytest.mark.parametrize(
