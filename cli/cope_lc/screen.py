@@ -60,15 +60,18 @@ def say_skipped(problems: list[str]) -> None:
             say(out, f"skipped: {problem}", "yellow", whole=True)
 
 
-def pairs(out: "Console", rows: "list[tuple[str, str, str]]") -> None:
-    """Print (name, text, style) rows as two columns, and an empty line."""
+def pairs(out: "Console", rows: "list[tuple[str, str | Text, str]]") -> None:
+    """Print (name, text, style) rows as two columns, and an empty line.
+
+    A rich `Text` has been made safe, and keeps its own styles.
+    """
     from rich.table import Table
 
     columns = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     columns.add_column(no_wrap=True)
     columns.add_column(overflow="fold")
     for name, text, style in rows:
-        columns.add_row(cell(name, style), cell(text, style))
+        columns.add_row(cell(name, style), cell(text, style) if isinstance(text, str) else text)
     out.print(columns)
     out.print()
 

@@ -40,8 +40,11 @@ def test_a_history_is_learnt_published_and_shown(
     assert "Say number 0." in text
     for row in ("base", "sft", "dpo", "cope"):
         assert re.search(rf"^{row} ", text, re.MULTILINE), row
-    assert text.count("the user wrote") == 3 + 2
-    assert "It is 7, friend." in text
+    learnt, voices = text.split("{+…+}: words that the base did not write")
+    assert learnt.count("the user wrote") == 3
+    for number in (6, 7):
+        answers = rf"prompt +… {number}\. *\nthe user wrote +It is {number}, friend\. *\nbase .*"
+        assert re.search(rf"^{answers}\npersonalized +\S", voices, re.MULTILINE | re.DOTALL)
     assert text.endswith("next: cope-lc chat --user alice\n")
     stages = started_stages(outcome.stderr)
     assert stages == ["history", "base model", "SFT", "negatives", "DPO", "evaluation", "gate"]
@@ -78,6 +81,7 @@ def test_a_refusal_of_the_gate_is_no_error(
     assert outcome.code == 0, outcome.stderr
     assert "not published: alice keeps what is active" in outcome.stdout
     assert "not better" in outcome.stdout
+    assert outcome.stdout.count("\npersonalized ") == 2  # both voices are shown all the same
     assert "--always" in outcome.stdout.splitlines()[-1]
     assert store.active("alice") == before["version"]
 

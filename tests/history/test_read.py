@@ -190,7 +190,7 @@ def test_a_user_a_line_brings_history_and_queries(tmp_path: Path) -> None:
 
 def test_the_example_user_is_read_whole() -> None:
     history = read_history(EXAMPLE)
-    assert (history.user_id, len(history.items), len(history.queries)) == ("robin", 102, 25)
+    assert (history.user_id, len(history.items), len(history.queries)) == ("robin", 50, 25)
     assert all(
         item.messages[0]["content"].startswith("Generate a headline") for item in history.items
     )
