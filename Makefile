@@ -15,6 +15,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/.installed
 	@rm -rf .demo
 	@$(BIN)/cope-lc personalize examples/data/user.jsonl --store .demo/adapters
+	@echo
+	@echo "With texts of your own (--preview shows what would be learnt):"
+	@echo "  $(BIN)/cope-lc personalize FILE --user YOU"
+	@echo "  $(BIN)/cope-lc chat --user YOU"
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

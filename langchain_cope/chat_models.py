@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.exceptions import ModelTimeoutError
@@ -27,7 +27,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_executor_for_config
-from pydantic import ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from langchain_cope.chat.bindings import MOST_AT_ONCE, BindsTools
@@ -54,7 +54,7 @@ from langchain_cope.chat.user import (
     user_of_call,
 )
 from langchain_cope.engine import check_alpha, check_tau
-from langchain_cope.errors import ModelNotFound
+from langchain_cope.errors import EngineClosed, ModelNotFound
 from langchain_cope.settings import BaseSettings
 from langchain_cope.stores import open_store
 from langchain_cope.tracing import TraceUserId, traced_user
@@ -138,13 +138,17 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     seed: int | None = None
     """For repeatable samples; None: another one each call."""
     timeout: float | None = Field(default=None, gt=0)
-    """Seconds until a call gives up with core's `ModelTimeoutError`; None: never."""
+    """Seconds until a call gives up with core's `ModelTimeoutError`; None: never.
+
+    Loading the base, at the first call, does not count; see `load`.
+    """
     max_retries: int = Field(default=0, ge=0)
     """Accepted so that models can be exchanged. A local model would fail the same way twice."""
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
     """Accepted so that models can be exchanged. It is neither used nor written out."""
     streaming: bool = False
     """Stream inside `invoke` as well, for callbacks that want tokens."""
+    _closed: bool = PrivateAttr(default=False)
 
     @field_validator("user_id")
     @classmethod
@@ -162,6 +166,53 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
                 reason = {"reason": str(error)}
                 raise PydanticCustomError("out_of_range", "{reason}", reason) from None
         return value
+
+    # ── how long the base is held ──
+
+    def load(self) -> None:
+        """Load the base now rather than at the first call; also opens a closed chat again.
+
+        Raises what a call would raise where the base cannot be loaded.
+        """
+        self._closed = False
+        self._engine().base.fingerprint()  # reads all the weights, once a base
+
+    async def aload(self) -> None:
+        """Do as `load` without blocking the event loop."""
+        await asyncio.to_thread(self.load)
+
+    def close(self) -> None:
+        """Let go of the base; safe to call twice.
+
+        The base leaves memory unless another chat that was used and is not closed, or a training,
+        has it still; those go on. The chat's own calls, those under way too, raise `EngineClosed`.
+        """
+        self._closed = True
+        from langchain_cope.engine import Engine
+
+        Engine.release(self)
+
+    async def aclose(self) -> None:
+        """Do as `close` without blocking the event loop."""
+        await asyncio.to_thread(self.close)
+
+    def __enter__(self) -> Self:
+        """Load the base."""
+        self.load()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the base."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        """Load the base."""
+        await self.aload()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Let go of the base."""
+        await self.aclose()
 
     # ── what LangChain asks about the model ──
 
@@ -231,7 +282,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the token ids of `text` in the base's own tokenizer."""
-        return list(self._engine().base.tokenizer.encode(text, add_special_tokens=False))
+        return self._engine().base.chat_template.text_ids(text)
 
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
@@ -398,6 +449,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         call = self._prepare(messages, stop, kwargs)
         pieces = call.engine.stream(call.request)
         try:
+            self._check_open()  # `close` ends the requests that it finds
             for piece in pieces:
                 yield from call.chunks(piece)
         except TimeoutError as error:
@@ -416,6 +468,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         pieces = call.engine.astream(call.request)
         try:
             async for piece in pieces:
+                self._check_open()
                 for chunk in call.chunks(piece):
                     yield chunk
         except TimeoutError as error:
@@ -430,6 +483,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         from langchain_cope.engine import Engine, Request
 
         kwargs = without_none(kwargs)
+        self._check_open()
         check_options(kwargs)
         timeout = kwargs.get("timeout", self.timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -450,8 +504,10 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
             grammar=grammar,
             parts=reply_parts(use, opened),
             logprobs=bool(options.get("logprobs")),
+            holder=self,
         )
-        engine = Engine.of(base, self.engine_options)  # a new one, where it was closed meanwhile
+        # A new one, where it was closed meanwhile.
+        engine = Engine.of(base, self.engine_options, holder=self)
         return Call(user, engine, request)
 
     def _contrast(self, user: PinnedUser, options: dict[str, Any]) -> "Contrast":
@@ -475,8 +531,19 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         texts = self.stop if stop is None else stop
         return [texts] if isinstance(texts, str) else list(texts or [])
 
-    def _engine(self, model: str | None = None) -> "Engine":
+    def _engine(self, model: str | None = None, holder: object = None) -> "Engine":
+        self._check_open()
         try:
-            return super()._engine(model)
+            engine = super()._engine(model, holder)
         except ModelNotFound as error:
             raise ChatModelNotFound(str(error)) from error
+        if self._closed:  # while it was loaded
+            self.close()
+            self._check_open()
+        return engine
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed(
+                "this ChatCoPe is closed: `load()` opens it again, or make another one"
+            )

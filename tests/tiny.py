@@ -150,7 +150,7 @@ def make_model(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        ids = tokenizer.convert_tokens_to_ids(list(likely))
+        ids = [token for character in likely for token in tokenizer.encode(character)]
         model.get_output_embeddings().weight[ids] *= 4  # far from 0 in either direction
     model.save_pretrained(folder)
     return folder

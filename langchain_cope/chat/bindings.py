@@ -31,6 +31,7 @@ from langchain_core.runnables.utils import (
     coro_with_context,
 )
 from langchain_core.tools import BaseTool
+from pydantic import BaseModel
 
 from langchain_cope.chat.structured_output import Method, structured_output
 from langchain_cope.chat.tools import ToolUse, described_tool
@@ -306,6 +307,13 @@ class ConfigurableChat(PreparesChat, BindsTools, RunnableConfigurableFields):  #
     def lc_id(cls) -> list[str]:
         """Return the id of core's class, as which it is written out."""
         return [*cls.get_lc_namespace(), "RunnableConfigurableFields"]
+
+    def _prepare(self, config: RunnableConfig | None = None) -> tuple[Chat, RunnableConfig]:
+        """Return (the chat as it is configured, the configuration); core makes it of fields alone."""
+        chat, config = super()._prepare(config)
+        if isinstance(chat, BaseModel) and chat is not self.default:  # closed where this one is
+            chat.__pydantic_private__ = self.default.__pydantic_private__
+        return chat, config
 
 
 class ChatAlternatives(PreparesChat, Binds, Together, RunnableConfigurableAlternatives):  # type: ignore[type-arg]

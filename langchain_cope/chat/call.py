@@ -189,9 +189,7 @@ def _prompt_ids(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> 
     tools = use.tools if native else ()
 
     def ids(thought_names: Sequence[str]) -> list[int]:
-        turns = template_messages(
-            messages, instructions, native_tools=native, thought_names=thought_names
-        )
+        turns = template_messages(messages, instructions, thought_names=thought_names)
         return base.prompt_ids(turns, tools)
 
     try:

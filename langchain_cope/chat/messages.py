@@ -1,8 +1,8 @@
 """LangChain's messages as a chat template takes them.
 
 `template_messages` turns messages into a template's turns: instructions go to the end of the system
-turn, and for templates without tools calls and results become text. What a template refuses beyond
-that, a system turn for example, the engine merges (`engine/base/chat_template.py`).
+turn. What a template does not take, a system turn or tools for example, the engine puts in another
+form (`engine/base/forms.py`).
 """
 
 import json
@@ -35,7 +35,6 @@ def template_messages(
     messages: Sequence[BaseMessage],
     instructions: Sequence[str] = (),
     *,
-    native_tools: bool = True,
     thought_names: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return the conversation in the form that chat templates take.
@@ -43,8 +42,6 @@ def template_messages(
     Args:
         messages: the conversation, one message at least.
         instructions: texts for the end of the system turn, which is added where there is none.
-        native_tools: False for templates without tools: calls and results become text, and
-            results the user's turns.
         thought_names: fields in which the template looks for a turn's thought. The turns after the
             last human one have theirs: the model is still at work on its answer.
 
@@ -63,7 +60,7 @@ def template_messages(
     turns = [turn for group in groups for turn in group]
     if instructions:
         turns = _with_system(turns, instructions)
-    return turns if native_tools else _without_tool_roles(turns)
+    return turns
 
 
 def _turns(message: BaseMessage) -> list[dict[str, Any]]:
@@ -177,32 +174,3 @@ def _with_system(turns: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[
         return [{"role": "system", "content": "\n\n".join(texts)}, *turns]
     system, *others = turns
     return [{**system, "content": "\n\n".join([system["content"], *texts])}, *others]
-
-
-def _without_tool_roles(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return `turns` with calls and results as text; results in a row are one user turn."""
-    plain: list[dict[str, Any]] = []
-    after_result = False
-    for turn in turns:
-        is_result = turn["role"] == "tool"
-        if not is_result:
-            others = {key: value for key, value in turn.items() if key != "tool_calls"}
-            plain.append({**others, "content": _text_with_calls(turn)})
-        elif after_result:
-            plain[-1]["content"] += f"\n{_result_text(turn)}"
-        else:
-            plain.append({"role": "user", "content": _result_text(turn)})
-        after_result = is_result
-    return plain
-
-
-def _text_with_calls(turn: dict[str, Any]) -> str:
-    texts = [turn["content"]] if turn["content"] else []
-    for call in turn.get("tool_calls", ()):
-        function = json.dumps(call["function"], ensure_ascii=False)
-        texts.append(f"<tool_call>\n{function}\n</tool_call>")
-    return "\n".join(texts)
-
-
-def _result_text(turn: dict[str, Any]) -> str:
-    return f"<tool_response>\n{turn['content']}\n</tool_response>"

@@ -1,14 +1,16 @@
 """A part of a reply as a chunk of LangChain's message."""
 
 import uuid
+from typing import TYPE_CHECKING
 
 from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.tool import tool_call_chunk
 
-from langchain_cope.engine import Part
+if TYPE_CHECKING:
+    from langchain_cope.engine import Part
 
 
-def message_chunk(part: Part) -> AIMessageChunk:
+def message_chunk(part: "Part") -> AIMessageChunk:
     """Return the chunk that adds `part` to a message.
 
     Thoughts become `additional_kwargs["reasoning_content"]`, which LangChain shows as reasoning

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from langchain_cope.engine.answer import Completion, Piece, Stream, TokenLogprobs
     from langchain_cope.engine.base.base import Base
     from langchain_cope.engine.base.bundled import STARTER, default_model
-    from langchain_cope.engine.base.chat_template import Message
     from langchain_cope.engine.base.context import context_of
+    from langchain_cope.engine.base.forms import Message
     from langchain_cope.engine.base.gguf_header import gguf_context
     from langchain_cope.engine.base.gguf_source import gguf_path
     from langchain_cope.engine.base.loading import load_base
@@ -102,7 +102,7 @@ _MODULES = {
     "Engine": "engine",
     "EngineOptions": "options",
     "Grammar": "grammar.schema",
-    "Message": "base.chat_template",
+    "Message": "base.forms",
     "Part": "reply",
     "Piece": "answer",
     "ReplyFormat": "base.reply_format",

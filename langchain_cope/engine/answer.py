@@ -5,12 +5,14 @@ events go to. `Piece` and `Completion` are those events, `Stream` is the reader'
 """
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from langchain_cope.engine import forks
 from langchain_cope.engine.adapter import Adapter
 from langchain_cope.engine.adapter_slots import Lease
 from langchain_cope.engine.base.base import Base
@@ -35,6 +37,8 @@ class NextToken:
     """True where the contrast's likeliest token is not the personal model's own."""
     logprobs: tuple[float, float] | None = None
     """(log p_user, log p_base) in nats, where the request asks for it."""
+    no_number: Literal["", "personal", "base"] = ""
+    """Whose logits hold NaN or infinity, so that nothing can be chosen; empty: nobody's."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ class ActiveRequest:
         self.constraint: Constraint | None = None
         """What may come next, where the request has a grammar."""
         self.finished = False
-        """True once the answer is whole, or has failed over its grammar."""
+        """True once the answer is whole, or has failed over its grammar or its logits."""
+        self.is_number = True
+        """False once logits of it were none: what was computed for it is of no use."""
         self.cancelled = False
         """True once its reader has gone. Any thread may set it."""
         self._num_changed = 0
@@ -140,6 +146,9 @@ class ActiveRequest:
 
     def push(self, chosen: NextToken) -> None:
         """Append a token and send what it adds; `finished` tells whether it was the last one."""
+        if chosen.no_number:
+            self._fail_over_logits(chosen.no_number)
+            return
         token = chosen.token
         self.answer_ids.append(token)
         self.tokens.append(token)
@@ -174,6 +183,17 @@ class ActiveRequest:
         elif full:
             self._complete("length")
 
+    def _fail_over_logits(self, whose: str) -> None:
+        label = "the base" if whose == "base" else self.request.model_label
+        what = "try another prompt or dtype" if label == "the base" else "activate another version"
+        self.fail(
+            ModelError(
+                f"{label} gives NaN or infinite logits after {len(self.tokens)} tokens: its "
+                f"numbers overflow there, and no token can be chosen; {what}"
+            )
+        )
+        self.finished, self.is_number = True, False
+
     def fail(self, error: BaseException) -> None:
         """Tell the reader that nothing more comes, and why."""
         self._sink(error)
@@ -181,9 +201,13 @@ class ActiveRequest:
     def fail_if_overdue(self) -> bool:
         """Fail where the deadline is over; tell whether it is."""
         if self.overdue:
-            self.fail(TimeoutError("the answer was not done in time; it was stopped"))
+            self.fail(self.timeout_error())
             return True
         return False
+
+    def timeout_error(self) -> TimeoutError:
+        """Return what a reader is told once the deadline is over."""
+        return TimeoutError("the answer was not done in time; it was stopped")
 
     def _new_logprobs(self, chosen: NextToken) -> tuple[TokenLogprobs, ...]:
         if chosen.logprobs is None:
@@ -208,10 +232,16 @@ class ActiveRequest:
         self.finished = True
 
 
+def seconds_until(deadline: float) -> float:
+    """Return how long a wait until `deadline`, by `time.monotonic()`, may take; NaN is over."""
+    return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+
+
 class Stream(Iterator[Piece | Completion]):
     """Pieces of one answer as they come, the `Completion` last.
 
-    Closing or dropping it cancels the request.
+    Closing or dropping it cancels the request. It keeps the request's deadline by itself: whatever
+    the engine's thread is busy with, its reader waits no longer.
     """
 
     def __init__(self, active: ActiveRequest, events: "queue.SimpleQueue[Event | None]") -> None:
@@ -249,10 +279,25 @@ class Stream(Iterator[Piece | Completion]):
     def _next(self, timeout: float | None = None) -> Piece | Completion:
         if self._ended:
             raise StopIteration
-        event = self._events.get(timeout=timeout)
+        forks.check()
+        event = self._wait(timeout)
         if event is None:  # closed by another thread
             raise StopIteration
         self._ended = not isinstance(event, Piece)
         if isinstance(event, BaseException):
             raise event
         return event
+
+    def _wait(self, timeout: float | None) -> Event | None:
+        """Return the next event; raise queue.Empty after `timeout` seconds."""
+        deadline = self._active.request.deadline
+        if deadline is None:
+            return self._events.get(timeout=timeout)
+        left = seconds_until(deadline)
+        try:
+            return self._events.get(timeout=left if timeout is None else min(left, timeout))
+        except queue.Empty:
+            if not self._active.overdue:
+                raise
+            self.close()
+            raise self._active.timeout_error() from None

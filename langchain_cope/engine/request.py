@@ -28,6 +28,8 @@ class AdapterSource:
 
     What it raises, the request raises.
     """
+    label: str = field(default="", compare=False)
+    """What errors call it; empty: its name."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class Request:
 
     False where no later prompt does: they are not worth the memory.
     """
+    holder: object = field(default=None, compare=False, repr=False)
+    """For whom it is answered; `Engine.release` of that object ends it."""
+
+    @property
+    def model_label(self) -> str:
+        """What errors call the model that answers: the adapter, or the base alone."""
+        if self.adapter is None:
+            return "the base"
+        label = self.adapter.label if isinstance(self.adapter, AdapterSource) else ""
+        return f"the adapter {label or self.adapter.name or 'given'}"
 
     @property
     def contrastive(self) -> bool:

@@ -26,6 +26,7 @@ from langchain_core.tracers.log_stream import RunLogPatch
 from adapter_store import AdapterStore
 from langchain_cope import ChatCoPe
 from langchain_cope.engine import Engine, load_base
+from langchain_cope.errors import EngineClosed
 
 QUESTION = "What does the fox do all day?"
 SCHEMA = {"title": "a", "type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
@@ -407,6 +408,17 @@ def test_an_agent_on_a_configured_chat_answers_as_its_user(chat: ChatCoPe) -> No
     state = agent.invoke({"messages": [("user", QUESTION)]}, WHO_IS_BOB)
     assert state["messages"][1].response_metadata["user_id"] == "bob"
     assert set(ASKED) == {"bob"}
+
+
+def test_a_closed_chat_is_closed_however_it_is_configured(chat: ChatCoPe) -> None:
+    closed = chat.model_copy()
+    made = configured(closed).bind_tools([add])
+    closed.close()
+    with pytest.raises(EngineClosed):
+        made.invoke(QUESTION, WHO_IS_BOB)
+    closed.load()
+    assert made.invoke(QUESTION, WHO_IS_BOB).response_metadata["user_id"] == "bob"
+    assert configured(chat).invoke(QUESTION).content
 
 
 class AllTogether(BaseRateLimiter):

@@ -148,6 +148,30 @@ async def test_calls_that_the_budget_cuts_are_invalid_and_whole_ones_stay(chat: 
     assert len(streamed.invalid_tool_calls) == len(cut.invalid_tool_calls)
 
 
+@pytest.mark.parametrize("choice", ["any", "ping"])
+@pytest.mark.parametrize("template", [None, TOOLS])
+async def test_a_forced_call_is_not_repeated(
+    choice: str, template: str | None, tiny: Callable[..., Path]
+) -> None:
+    changes = {} if template is None else {"template": template}
+    # So hot that every other answer goes on to another call, which can only be the same.
+    chat = chat_on(tiny("llama", context=4096, **changes), max_tokens=400, temperature=50.0)
+    bound = chat.bind_tools([RAW], tool_choice=choice)
+    messages = [bound.invoke("Do", seed=seed) for seed in range(4)]
+    messages += bound.batch(["Do"] * 2, seed=3)
+    messages += [await bound.ainvoke("Do", seed=3)]
+    for seed in range(4):
+        chunks = list(bound.stream("Do", seed=seed))
+        messages.append(sum(chunks[1:], chunks[0]))  # type: ignore[arg-type]
+        assert len([each for chunk in chunks for each in chunk.tool_call_chunks if each["id"]]) == 1
+    for message in messages:
+        assert calls_of(message) == [("ping", {})]
+        assert not message.invalid_tool_calls
+        assert message.response_metadata["finish_reason"] == "tool_calls"
+    sizes = {message.usage_metadata["output_tokens"] for message in messages}  # type: ignore[index]
+    assert max(sizes) > 1.5 * min(sizes), "no repeat was begun"
+
+
 def whole_calls(message: AIMessage) -> list[Any]:
     return message.tool_calls if message.response_metadata["finish_reason"] == "tool_calls" else []
 
@@ -220,6 +244,16 @@ def test_thoughts_are_not_answers_and_forced_answers_have_none(
     forced = chat.bind_tools([multiply], tool_choice="any").invoke("Do", max_tokens=200)
     assert forced.tool_calls
     assert "reasoning_content" not in forced.additional_kwargs
+
+
+@pytest.mark.parametrize("stop", ["e", "<|endoftext|>"])
+def test_a_stop_string_ends_no_thought(stop: str, tiny: Callable[..., Path]) -> None:
+    folder = tiny("llama", context=4096, template=THINKS_FIRST, likely=CLOSING)
+    chat = chat_on(folder, max_tokens=120)
+    free, stopped = chat.invoke("Think"), chat.invoke("Think", stop=[stop])
+    assert stopped.additional_kwargs == free.additional_kwargs
+    assert stopped.usage_metadata == free.usage_metadata
+    assert "e" in stopped.additional_kwargs["reasoning_content"]
 
 
 REASONS = TOOLS.replace("{{ m['content'] }}", "{{ m.KEY or '' }}{{ m['content'] }}")
