@@ -31,7 +31,6 @@ from langchain_core.runnables.utils import (
     coro_with_context,
 )
 from langchain_core.tools import BaseTool
-from pydantic import BaseModel
 
 from langchain_cope.chat.structured_output import Method, structured_output
 from langchain_cope.chat.tools import ToolUse, described_tool
@@ -309,9 +308,10 @@ class ConfigurableChat(PreparesChat, BindsTools, RunnableConfigurableFields):  #
         return [*cls.get_lc_namespace(), "RunnableConfigurableFields"]
 
     def _prepare(self, config: RunnableConfig | None = None) -> tuple[Chat, RunnableConfig]:
-        """Return (the chat as it is configured, the configuration); core makes it of fields alone."""
+        """Return (the chat as it is configured, the configuration)."""
+        chat: Any
         chat, config = super()._prepare(config)
-        if isinstance(chat, BaseModel) and chat is not self.default:  # closed where this one is
+        if chat is not self.default:  # core makes it of the fields alone: closed is closed
             chat.__pydantic_private__ = self.default.__pydantic_private__
         return chat, config
 
