@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -18,18 +19,18 @@ from langchain_core.exceptions import ModelTimeoutError
 from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import (
     BaseChatModel,
-    _ChatModelBinding,
     agenerate_from_stream,
     generate_from_stream,
 )
 from langchain_core.load import dumpd
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
-from langchain_core.tools import BaseTool
+from langchain_core.runnables import RunnableConfig, ensure_config
+from langchain_core.runnables.config import get_executor_for_config
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from langchain_cope.chat.bindings import MOST_AT_ONCE, BindsTools
 from langchain_cope.chat.call import (
     SAMPLING_OPTIONS,
     Call,
@@ -39,10 +40,11 @@ from langchain_cope.chat.call import (
     contrast_of,
     prompt_of,
     reply_parts,
+    tokens_in,
+    without_none,
 )
 from langchain_cope.chat.profile import profile_of
-from langchain_cope.chat.structured_output import Method, structured_output
-from langchain_cope.chat.tools import ToolUse, described_tool
+from langchain_cope.chat.tools import ToolUse
 from langchain_cope.chat.user import (
     PINNED,
     USER_OPTIONS,
@@ -60,10 +62,10 @@ from langchain_cope.tracing import TraceUserId, traced_user
 if TYPE_CHECKING:
     from langchain_cope.engine import Contrast, Engine, Sampling
 
-__all__ = ["BoundChat", "ChatCoPe", "ChatContextOverflow", "ChatModelNotFound"]
+__all__ = ["ChatCoPe", "ChatContextOverflow", "ChatModelNotFound"]
 
 
-class ChatCoPe(BaseSettings, BaseChatModel):
+class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     """A chat model over one local base model and the user's adapter, decoding contrastively (CoPe).
 
     Nothing is loaded until the first call. Instances with the same base share it, and their
@@ -285,78 +287,12 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
     ) -> int:
-        """Return how many tokens the prompt of `messages` and `tools` has."""
-        prompt, _ = prompt_of(self._engine().base, messages, ToolUse.of({"tools": tools}))
-        return len(prompt)
+        """Return how many tokens the prompt of `messages` and `tools` has.
 
-    # ── tools and structured output ──
-
-    def bind_tools(
-        self,
-        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
-        *,
-        tool_choice: str | bool | dict[str, Any] | None = None,
-        parallel_tool_calls: bool | None = None,
-        strict: bool | None = None,
-        **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Return the model with tools that it may call.
-
-        Calls are valid with any weights; under `auto` every call that is begun is. What the token
-        budget cuts off is in `invalid_tool_calls`.
-
-        Args:
-            tools: functions, Pydantic classes, TypedDicts, JSON schemas or LangChain tools.
-            tool_choice: `auto` (or None), `any` (or `required`, True), `none`, or a tool's name.
-            parallel_tool_calls: False: one call at most.
-            strict: changes nothing; calls are always held to their schemas.
-            kwargs: further options of a call.
-
-        Raises:
-            InputError: no answer can be held to a schema; the message names the schema's keyword.
+        A part of a conversation has a count, too, also where the base's template refuses it as a
+        prompt: that of the part between empty turns of the user, or of its texts. None has 0.
         """
-        options: dict[str, Any] = {"tools": [described_tool(tool) for tool in tools]}
-        if tool_choice is not None:
-            options["tool_choice"] = tool_choice
-        if parallel_tool_calls is not None:
-            options["parallel_tool_calls"] = parallel_tool_calls
-        ToolUse.of({**options, **kwargs}).grammar()
-        return self.bind(**options, **kwargs)
-
-    def with_structured_output(
-        self,
-        schema: dict[str, Any] | type | None = None,
-        *,
-        method: Method = "json_schema",
-        include_raw: bool = False,
-        strict: bool | None = None,
-        **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, Any]:
-        """Return a chain that answers with objects of `schema`.
-
-        Every answer that is not cut at `max_tokens` fits the schema, with any weights. For one that
-        was cut the chain raises core's `OutputParserException`.
-
-        Args:
-            schema: a Pydantic class, a TypedDict or a JSON schema; None for `json_mode` alone.
-            method: `json_schema`: the answer; `function_calling`: arguments of a call;
-                `json_mode`: any object.
-            include_raw: give a dict of `raw` (the message), `parsed` and `parsing_error`.
-            strict: changes nothing; answers are always held to their schema.
-            kwargs: none; they are refused by name.
-
-        Raises:
-            InputError: no answer can be held to the schema; the message names the schema's keyword.
-        """
-        return structured_output(self, schema, method, include_raw, kwargs)
-
-    def bind(self, **kwargs: Any) -> "BoundChat":
-        """Return the model with these options in every call, also after tools are bound to it."""
-        return BoundChat(bound=self, kwargs=kwargs)
-
-    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> "BoundChat":
-        """Return the model with this configuration in every call; see `bind`."""
-        return BoundChat(bound=self, config={**(config or {}), **kwargs})
+        return tokens_in(self._engine().base, messages, ToolUse.of({"tools": tools}))
 
     # ── the ways in, each of which fixes the user of its call ──
 
@@ -428,8 +364,23 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     def generate(
         self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
-        """Answer several conversations of one user."""
-        return super().generate(messages, stop, callbacks, **self._pin(kwargs))
+        """Answer several conversations of one user together."""
+        run_id = kwargs.pop("run_id", None)
+        ask: Callable[..., LLMResult] = partial(
+            super().generate, stop=stop, callbacks=callbacks, **self._pin(kwargs)
+        )
+        if len(messages) < 2:
+            return ask(messages, run_id=run_id)
+        run_ids = [run_id, *[None] * (len(messages) - 1)]
+        at_once: RunnableConfig = {"max_concurrency": min(len(messages), MOST_AT_ONCE)}
+        with get_executor_for_config(at_once) as executor:
+            answers = executor.map(lambda turns, id_: ask([turns], run_id=id_), messages, run_ids)
+            results = list(answers)
+        return LLMResult(
+            generations=[result.generations[0] for result in results],
+            llm_output=self._combine_llm_outputs([result.llm_output for result in results]),
+            run=[run for result in results for run in result.run or ()] or None,
+        )
 
     async def agenerate(
         self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
@@ -441,6 +392,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         """Return `kwargs` with the call's `PinnedUser` in them; one that is there already stays."""
         if isinstance(kwargs.get(PINNED), PinnedUser):
             return kwargs
+        kwargs = without_none(kwargs)
         config = ensure_config(config)
         user_id = user_of_call(kwargs, config.get("configurable") or {}, self.user_id)
         if self.authorize is not None:
@@ -531,6 +483,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         from langchain_cope.engine import Engine, Request
 
         self._check_open()
+        kwargs = without_none(kwargs)
         check_options(kwargs)
         timeout = kwargs.get("timeout", self.timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -594,33 +547,3 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             raise EngineClosed(
                 "this ChatCoPe is closed: `load()` opens it again, or make another one"
             )
-
-
-class BoundChat(_ChatModelBinding):  # type: ignore[no-redef]
-    """A `ChatCoPe` with options or a configuration.
-
-    Unlike core's bindings it keeps them, and so the user, when tools or a schema are bound to it.
-    """
-
-    bound: ChatCoPe
-
-    def bind_tools(
-        self, tools: Sequence[Any], **options: Any
-    ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Return the model with tools; see `ChatCoPe.bind_tools`."""
-        bound = self.bound.bind_tools(tools, **options)
-        assert isinstance(bound, BoundChat)
-        kwargs = {**self.kwargs, **bound.kwargs}
-        return BoundChat(bound=self.bound, kwargs=kwargs, config=self.config)
-
-    def with_structured_output(
-        self,
-        schema: Any = None,
-        *,
-        method: Method = "json_schema",
-        include_raw: bool = False,
-        strict: bool | None = None,
-        **options: Any,
-    ) -> Runnable[LanguageModelInput, Any]:
-        """Return a chain of objects; see `ChatCoPe.with_structured_output`."""
-        return structured_output(self, schema, method, include_raw, options)

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from langchain_cope.engine import EngineOptions, default_model
 from langchain_cope.errors import EngineClosed
@@ -43,6 +43,17 @@ class BaseSettings(BaseModel):
 
     None: those of the engine that runs already, else the defaults.
     """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_the_default(cls, values: Any) -> Any:
+        """Return the given values without None, except where it could be taken for a wish."""
+        if not isinstance(values, dict):
+            return values
+        known = cls.model_fields.keys() - {"trace_user_id"}
+        return {
+            name: value for name, value in values.items() if value is not None or name not in known
+        }
 
     def _engine(self, model: str | None = None, holder: object = None) -> "Engine":
         """Return the engine of the base, or of another `model` loaded in the same way.

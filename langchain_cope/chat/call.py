@@ -4,11 +4,12 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.exceptions import ContextOverflowError, ModelNotFoundError
-from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessageChunk, BaseMessage, HumanMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk
 
@@ -122,6 +123,13 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that say something: None is a default, except for the user's own."""
+    return {
+        name: value for name, value in options.items() if value is not None or name in USER_OPTIONS
+    }
+
+
 def contrast_of(*levels: tuple[float | None, float | None]) -> Contrast:
     """Return the contrast whose α and τ come from the first level that gives them, else 0.1.
 
@@ -152,6 +160,27 @@ def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tu
     if use.forced:  # what the answer is held to leaves no room for thoughts
         return [*ids, *base.tokenizer.encode(_NO_THOUGHT, add_special_tokens=False)], ""
     return ids, _THOUGHT
+
+
+def tokens_in(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> int:
+    """Return how many tokens a conversation, or any part of one, has as a prompt.
+
+    A part that the chat template refuses is counted between empty turns of the user; one that it
+    refuses there too, by its texts. No messages have no tokens.
+
+    Raises:
+        InputError: a message holds what no text model can read.
+    """
+    if not messages:
+        return 0
+    turns = template_messages(messages)
+    texts = [f"{turn['content']}{turn.get('tool_calls', '')}" for turn in turns]
+    empty = HumanMessage("")
+    parts = (messages, [*messages, empty], [empty, *messages], [empty, *messages, empty])
+    for part in parts:
+        with suppress(InputError):
+            return len(prompt_of(base, part, use)[0])
+    return sum(len(base.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
 
 
 def _prompt_ids(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> list[int]:

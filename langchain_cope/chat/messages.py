@@ -6,6 +6,7 @@ form (`engine/base/forms.py`).
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +21,13 @@ from langchain_core.messages import (
 
 from langchain_cope.errors import InputError
 
-# Blocks that a message's own fields repeat, and thoughts, which templates take apart from the text.
-_SKIPPED_BLOCKS = {
-    "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call", "tool_result",
-    "reasoning", "thinking", "redacted_thinking",
-}  # fmt: skip
+# Blocks that a message's own fields repeat, thoughts, which templates take apart from the text, and
+# calls that another model's provider carried out itself.
+_REPEATED = re.compile(
+    "reasoning|thinking|^tool_result$|(call|call_chunk|tool_use|delta)$|^mcp_(list_tools|approval)"
+)
+_TEXT_BLOCKS = ("text", "input_text", "output_text", "text-plain", "refusal")
+_TEXT_FIELDS = ("text", "refusal", "transcript")
 _ROLES = ((SystemMessage, "system"), (HumanMessage, "user"), (AIMessage, "assistant"))
 
 
@@ -97,7 +100,7 @@ def _is_result(block: dict[str, Any]) -> bool:
 
 
 def _result_turn(block: dict[str, Any]) -> dict[str, Any]:
-    text = _joined(block.get("content", ""))
+    text = _joined(block.get("content"), by_others=True)
     return _tool_turn(text, str(block.get("tool_use_id", "")), None, bool(block.get("is_error")))
 
 
@@ -131,32 +134,38 @@ def _role(message: BaseMessage) -> str:
 
 def _text(message: BaseMessage) -> str:
     """Return the text of a message, without the blocks that stand elsewhere in it."""
-    if isinstance(message.content, str):
-        return message.content
-    blocks = []
-    for block in message.content:
-        if isinstance(block, str) or block.get("type") not in _SKIPPED_BLOCKS:
-            blocks.append(block)
-    return _joined(blocks)
+    by_others = isinstance(message, (AIMessage, ToolMessage)) or _role(message) == "assistant"
+    return _joined(message.content, by_others=by_others)
 
 
-def _joined(content: Any) -> str:
-    """Return the text of content blocks."""
-    if isinstance(content, str):
-        return content
-    return "".join(_block_text(block) for block in content or ())
+def _joined(content: Any, *, by_others: bool) -> str:
+    """Return the text of content blocks, which may be those of any provider."""
+    if isinstance(content, list):
+        return "".join(_joined(block, by_others=by_others) for block in content)
+    if isinstance(content, dict):
+        return _block_text(content, by_others)
+    return "" if content is None else str(content)
 
 
-def _block_text(block: Any) -> str:
-    if isinstance(block, str):
-        return block
-    kind = block.get("type")
-    if kind == "text":
-        return str(block.get("text", ""))
+def _block_text(block: dict[str, Any], by_others: bool) -> str:
+    """Return a block as text, or a mark for what a model or a tool wrote that is no text.
+
+    What the people write who ask the model has to be read, so what is no text is refused there.
+    """
+    kind = str(block.get("type") or next(iter(block), "empty"))
+    if _REPEATED.search(kind):
+        return ""
+    if kind == "non_standard" and by_others:
+        return _joined(block.get("value"), by_others=True)
     if kind in ("json", "non_standard"):
         value = block.get("json", block.get("value"))
         return json.dumps(value, ensure_ascii=False, default=str)
-    raise InputError(f"a message holds {kind!s} content; the base reads text only: leave it out")
+    texts = [str(block[name]) for name in _TEXT_FIELDS if block.get(name)]
+    if kind in _TEXT_BLOCKS or (texts and by_others):
+        return "".join(texts[:1])
+    if by_others:
+        return f"[{kind.removeprefix('input_').removeprefix('output_').removesuffix('_url')}]"
+    raise InputError(f"a message holds {kind} content; the base reads text only: leave it out")
 
 
 def _with_system(turns: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[dict[str, Any]]:

@@ -135,6 +135,10 @@ def _close(schema: Any, closes: bool) -> Any:
         return [_close(part, closes) for part in schema]
     if not isinstance(schema, dict):
         return schema
+    if isinstance(schema.get("nullable"), bool):  # OpenAPI's word, which JSON Schema ignores
+        value = {key: part for key, part in schema.items() if key != "nullable"}
+        nullable = {"anyOf": [value, {"type": "null"}]}
+        return _close(nullable if schema["nullable"] else value, closes)
     closed = {key: _close_part(key, part, closes) for key, part in schema.items()}
     _spell_out_names(closed)
     if closes and "properties" in closed and "patternProperties" not in closed:
