@@ -482,8 +482,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         """Return the call of these messages and keywords, ready to run."""
         from langchain_cope.engine import Engine, Request
 
-        kwargs = without_none(kwargs)
         self._check_open()
+        kwargs = without_none(kwargs)
         check_options(kwargs)
         timeout = kwargs.get("timeout", self.timeout)
         deadline = None if timeout is None else time.monotonic() + timeout

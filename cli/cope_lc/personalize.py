@@ -17,6 +17,7 @@ from cope_lc.text import name_of, one_line, plural, shorten
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from adapter_store import AdapterStore
     from langchain_cope.history import UserHistory
@@ -247,7 +248,7 @@ def _show_answers(out: "Console", result: "PersonalizeResult") -> None:
     )
     for sample, prompt in zip(samples, _without_shared_start(samples), strict=True):
         base, cope = shorten(sample.base, _TEXT_LIMIT), shorten(sample.cope, _TEXT_LIMIT)
-        rows = [
+        rows: list[tuple[str, str | Text, str]] = [
             ("prompt", _ending(prompt, _TEXT_LIMIT), "dim"),
             ("the user wrote", shorten(sample.reference, _TEXT_LIMIT), ""),
             ("base", base, ""),

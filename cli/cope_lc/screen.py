@@ -11,6 +11,8 @@ import typer
 from cope_lc.text import clean
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -60,7 +62,7 @@ def say_skipped(problems: list[str]) -> None:
             say(out, f"skipped: {problem}", "yellow", whole=True)
 
 
-def pairs(out: "Console", rows: "list[tuple[str, str | Text, str]]") -> None:
+def pairs(out: "Console", rows: "Iterable[tuple[str, str | Text, str]]") -> None:
     """Print (name, text, style) rows as two columns, and an empty line.
 
     A rich `Text` has been made safe, and keeps its own styles.
