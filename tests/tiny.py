@@ -69,6 +69,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**_SMALL, "head_dim": 8},
     "gemma": {**_SMALL, "head_dim": 8},
     "gemma2": {**_SMALL, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**_SMALL, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8},
+    "phi3": {**_SMALL, "sliding_window": 12},
     "mistral": {**_SMALL, "sliding_window": 12},
     "qwen2_moe": {  # its shared expert sees rows and positions as one dimension
         **_SMALL,

@@ -11,10 +11,23 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from langchain_cope.engine.base.gguf_header import GgufHeader
+from langchain_cope.engine.base.gguf_rope import set_rope
 from langchain_cope.errors import ModelError
 
 # Kinds of text splitting in llama.cpp that take every digit for itself, then split as GPT-2 does.
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+# Fields of the configuration that the file states, where transformers' reading leaves them out.
+_STATED = {
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "context_length": "n_positions",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+# Gemmas of 27B, known by their layers, scale queries by another size than that of a head.
+_SCALED_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
 
 
 def save_config_and_tokenizer(path: Path, header: GgufHeader, folder: Path) -> None:
@@ -23,10 +36,8 @@ def save_config_and_tokenizer(path: Path, header: GgufHeader, folder: Path) -> N
     Raises ModelError where transformers cannot read them.
     """
     try:
-        config = AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False
-        )
-        # Not AutoTokenizer: it would read the configuration, which takes seconds, once more.
+        config = _config(header, folder)
+        # Not AutoTokenizer: it would read the configuration with all tokens for nothing.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # odd metadata raises any of a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -34,11 +45,28 @@ def save_config_and_tokenizer(path: Path, header: GgufHeader, folder: Path) -> N
             f"transformers cannot read the architecture {header.architecture!r} of {path}: {reason}"
         ) from error
     _check_kind(path, config)
+    _complete(config, header)
+    set_rope(path, header, config)
     tokenizer.model_max_length = header.own("context_length") or tokenizer.model_max_length
     _split_digits(tokenizer, header)
     _generation(tokenizer, header).save_pretrained(folder)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _config(header: GgufHeader, folder: Path) -> Any:
+    """Return the configuration as transformers reads it."""
+    # transformers makes Python objects of all tokens first: seconds, and 100 MB.
+    short = folder / "short.gguf"
+    header.write_short(short)
+    try:
+        config = AutoConfig.from_pretrained(folder, gguf_file=short.name, trust_remote_code=False)
+    finally:
+        short.unlink()
+    for tensor in header.tensors:
+        if tensor.name == "token_embd.weight":
+            config.vocab_size = tensor.shape[0]
+    return config
 
 
 def _check_kind(path: Path, config: Any) -> None:
@@ -47,6 +75,19 @@ def _check_kind(path: Path, config: Any) -> None:
             f"{path} holds a model of the kind {config.model_type!r}, an encoder with a decoder: "
             "a causal language model is needed"
         )
+
+
+def _complete(config: Any, header: GgufHeader) -> None:
+    """Set what the file states and transformers leaves at its default."""
+    for ours, theirs in _STATED.items():
+        value = header.own(ours)
+        if value is not None and hasattr(config, theirs):
+            setattr(config, theirs, value)
+    if hasattr(config, "query_pre_attn_scalar"):
+        size = config.head_dim
+        if (header.architecture, config.num_hidden_layers) in _SCALED_BY_WIDTH:
+            size = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = size
 
 
 def _split_digits(tokenizer: Any, header: GgufHeader) -> None:

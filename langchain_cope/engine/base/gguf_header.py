@@ -20,6 +20,7 @@ _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MOST_DIMENSIONS = 4
+_LONG = 1000  # values of an array that is one of the vocabulary, and not of the layers
 _T = TypeVar("_T")
 
 
@@ -49,6 +50,10 @@ class GgufHeader:
     fields: dict[str, Any]
     """Its metadata; of an array the length."""
     tensors: tuple[PackedTensor, ...]
+    short: bytes
+    """The header itself, with long arrays (tokens, merges) emptied, up to where tensors begin."""
+    num_bytes: int
+    """Bytes of all tensors, as they lie in the file."""
 
     @property
     def architecture(self) -> str:
@@ -65,6 +70,15 @@ class GgufHeader:
             weights[tensor.kind] = weights.get(tensor.kind, 0) + tensor.num_elements
         kinds = sorted(weights, key=lambda kind: -weights[kind])
         return ", ".join(GGMLQuantizationType(kind).name for kind in kinds)
+
+    def write_short(self, path: Path) -> None:
+        """Write a file with the short header to `path`; where the tensors belong, it is sparse.
+
+        What reads the header of that file sees the same model, many times faster.
+        """
+        with path.open("xb") as file:
+            file.write(self.short)
+            file.truncate(len(self.short) + self.num_bytes)
 
     def own(self, name: str) -> Any:
         """Return the field `name` of the architecture, or None."""
@@ -115,6 +129,7 @@ class _Reader:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._at = 0
+        self._short: list[bytes] = []
 
     def fields(self) -> tuple[dict[str, Any], int]:
         """Return the metadata, and the number of tensors that follow."""
@@ -127,20 +142,35 @@ class _Reader:
             raise _DamagedError(f"{found}; versions 2 and 3 are read")
         num_tensors, num_fields = self._number("Q"), self._number("Q")
         fields = {}
+        self._short.append(self._data[: self._at])
         for _ in range(self._counted(num_fields, 12, "fields")):
+            start = self._at
             name = self._string()
-            fields[name] = self._value(self._number("I"))
+            kind = self._number("I")
+            length_at = self._at + 4  # of an array, after the kind of its values
+            fields[name] = self._value(kind)
+            if kind == _ARRAY and fields[name] > _LONG:
+                self._short.append(self._data[start:length_at] + bytes(8))
+            else:
+                self._short.append(self._data[start : self._at])
         return fields, num_tensors
 
     def header(self) -> GgufHeader:
         """Return all of it."""
         fields, num_tensors = self.fields()
+        infos_at = self._at
         infos = [self._info() for _ in range(self._counted(num_tensors, 24, "tensors"))]
         alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise _DamagedError(f"its alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
-        return GgufHeader(fields, tuple(self._placed(start, *info) for info in infos))
+        short = b"".join([*self._short, self._data[infos_at : self._at]])
+        return GgufHeader(
+            fields,
+            tuple(self._placed(start, *info) for info in infos),
+            short + bytes(-len(short) % alignment),
+            len(self._data) - start,
+        )
 
     def _placed(
         self, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int

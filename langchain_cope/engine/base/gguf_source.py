@@ -51,6 +51,11 @@ def gguf_path(model: str, revision: str | None, *, fetch: bool = True) -> Path |
         return None
     if match := _ON_THE_HUB.fullmatch(model):
         return _fetched(match["repository"], match["file"], revision, fetch=fetch)
+    if path.suffix.lower() == ".gguf":
+        raise ModelNotFound(
+            f"no GGUF file at the path {model!r}: give the path of one, or one of the hub as "
+            "owner/repository:FILE.gguf"
+        )
     return None
 
 

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from langchain_cope.engine.base.gguf_header import GgufHeader, PackedTensor
+from langchain_cope.engine.base.gguf_rope import FREQUENCIES
 from langchain_cope.errors import ModelError
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-# Tensors that are no weights of a layer: `gguf_config.py` reads them.
-_OF_THE_CONFIG = {"rope_freqs.weight"}
 
 
 class Unpacking:
@@ -86,10 +85,12 @@ class Unpacking:
         parts: dict[str, list[PackedTensor]] = {name: [] for name in self.weights}
         unknown = []
         for tensor in header.tensors:
-            name = self._names.get(tensor.name)
+            # Experts are plain parameters, whose names have no suffix in transformers.
+            stem = tensor.name.removesuffix(".weight")
+            name = self._names.get(tensor.name) or self._names.get(stem)
             if name in parts:
                 parts[name].append(tensor)
-            elif tensor.name not in _OF_THE_CONFIG:
+            elif tensor.name != FREQUENCIES:
                 unknown.append(tensor.name)
         missing = [name for name, tensors in parts.items() if not tensors]
         if missing or unknown:
