@@ -19,6 +19,7 @@ from langchain_cope.engine.base.gguf_header import GgufHeader, PackedTensor
 from langchain_cope.engine.base.gguf_rope import FREQUENCIES
 from langchain_cope.errors import ModelError
 
+_ROWS_AT_ONCE = 1024  # of a tensor that is unpacked
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -145,9 +146,15 @@ def _dequantized(packed: IO[bytes], tensor: PackedTensor) -> Any:
     # Read, not mapped: pages of a mapped file would count as memory of this process.
     data = np.fromfile(packed, dtype=np.uint8, count=tensor.num_bytes)
     kind = gguf.GGMLQuantizationType(tensor.kind)
-    rows = data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, kind))
+    shape = tensor.shape if len(tensor.shape) > 1 else (1, *tensor.shape)
+    rows = data.reshape(gguf.quant_shape_to_byte_shape(shape, kind))
+    values = np.empty(shape, dtype=np.float32)
     try:
-        return gguf.dequantize(rows, kind)
+        # Piece by piece: what is computed on the way takes several times the room of its result.
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            piece = slice(start, start + _ROWS_AT_ONCE)
+            values[piece] = gguf.dequantize(rows[piece], kind)
+        return values.reshape(tensor.shape)
     except NotImplementedError as error:
         raise ModelError(
             f"the package gguf cannot unpack the quantization {kind.name} of {tensor.name}"
