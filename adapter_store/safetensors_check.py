@@ -18,13 +18,64 @@ _DTYPE_BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
+# Of a number that is none all bits of the exponent are set. Per dtype: bytes of a number, the
+# values of its highest byte where that may be so, and the least value of the next byte where it is.
+_SIGNED = (0x7F, 0xFF)
+_EXPONENT_OF_5_BITS = (*range(0x7C, 0x80), *range(0xFC, 0x100))
+_NOT_A_NUMBER: dict[str, tuple[int, tuple[int, ...], int]] = {
+    "F64": (8, _SIGNED, 0xF0),
+    "F32": (4, _SIGNED, 0x80),
+    "C64": (4, _SIGNED, 0x80),
+    "BF16": (2, _SIGNED, 0x80),
+    "F16": (2, _EXPONENT_OF_5_BITS, 0),
+    "F8_E5M2": (1, _EXPONENT_OF_5_BITS, 0),
+    "F8_E4M3": (1, _SIGNED, 0),
+    "F8_E8M0": (1, (0xFF,), 0),
+}
 
 
-def check_safetensors(data: bytes) -> None:
-    """Raise ValueError unless `data` is a whole safetensors file with at least one tensor.
+def check_safetensors(data: bytes) -> list[str]:
+    """Return the names of the tensors in `data`, one at least.
 
-    The tensors must tile the bytes after the header exactly: no overlap, no hole, no rest.
+    Raise ValueError unless it is a whole safetensors file. The tensors must tile the bytes after
+    the header exactly: no overlap, no hole, no rest.
     """
+    header, start = _header(data)
+    spans = [_span(name, entry) for name, entry in header.items()]
+    _check_tiling(spans, len(data) - start)
+    return list(header)
+
+
+def check_finite(data: bytes) -> None:
+    """Raise ValueError with the name of a tensor that holds NaN or an infinite value.
+
+    `data` is a whole safetensors file.
+    """
+    header, start = _header(data)
+    for name, entry in header.items():
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        if not _is_finite(data[begin:end], entry["dtype"]):
+            raise ValueError(
+                f"the adapter cannot be served: tensor {shorten(name, 200)} holds NaN or infinite "
+                "values: train it again, with a lower learning rate"
+            )
+
+
+def _is_finite(numbers: bytes, dtype: str) -> bool:
+    size, highest, least = _NOT_A_NUMBER.get(dtype, (1, (), 0))
+    high = numbers[size - 1 :: size]
+    if len(high.translate(None, bytes(highest))) == len(high):
+        return True
+    if size == 1 or not least:
+        return False
+    next_bytes = numbers[size - 2 :: size]
+    return not any(
+        one in highest and other >= least for one, other in zip(high, next_bytes, strict=True)
+    )
+
+
+def _header(data: bytes) -> tuple[dict[str, Any], int]:
+    """Return the entries of the header, and where the tensors' bytes start."""
     header_bytes = int.from_bytes(data[:8], "little")
     if len(data) < 8 or header_bytes > len(data) - 8:
         raise ValueError(
@@ -41,8 +92,7 @@ def check_safetensors(data: bytes) -> None:
     _check_metadata(header.pop("__metadata__", {}))
     if not header:
         raise ValueError("it holds no tensor")
-    spans = [_span(name, entry) for name, entry in header.items()]
-    _check_tiling(spans, len(data) - 8 - header_bytes)
+    return header, 8 + header_bytes
 
 
 def _check_metadata(metadata: Any) -> None:

@@ -1,10 +1,11 @@
-"""LangChain's own integration tests for chat models, on ChatHuggingFace and on ChatCoPe.
+"""LangChain's own integration tests for chat models, on ChatCoPe and on ChatHuggingFace.
 
-Both run the same tests on the same weights. These are a tiny random Llama's unless `--model` names
-another base, so tests that need a model which understands what it reads fail on both. Each test
-runs under a time limit, because some never end. Features (tools, structured output, JSON mode) are
-claimed for both; images, audio and PDFs for neither, and their tests skip. ChatHuggingFace comes
-with `pip install langchain-huggingface`. The last line is one JSON object.
+Three columns: ChatCoPe on a real base (`smollm2` unless `--model` names another), ChatHuggingFace
+on the files of the same base, and ChatCoPe on a tiny random Llama, where tests that need a model
+which understands what it reads fail. Both classes get the same settings as far as they have them.
+Each test runs under a time limit, because some never end. Features (tools, structured output, JSON
+mode) are claimed for both; images, audio and PDFs for neither, and their tests skip.
+ChatHuggingFace comes with `pip install langchain-huggingface`. The last line is one JSON object.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import pytest
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 FOLDER = os.environ["COPE_SUITE_MODEL"]
+TOKENS, TEMPERATURE, DTYPE = 128, 0.7, "bfloat16"
 
 
 class Suite(ChatModelIntegrationTests):
@@ -48,7 +50,8 @@ class TestChatCoPe(Suite):
 
     @property
     def chat_model_params(self):
-        return {"model": FOLDER, "store": "memory://suite", "max_tokens": 512, "seed": 0}
+        settings = {"max_tokens": TOKENS, "temperature": TEMPERATURE, "seed": 0}
+        return {"model": FOLDER, "dtype": DTYPE, "store": "memory://suite", **settings}
 
 
 class TestChatHuggingFace(Suite):
@@ -63,7 +66,10 @@ class TestChatHuggingFace(Suite):
         pipeline = HuggingFacePipeline.from_model_id(
             model_id=FOLDER,
             task="text-generation",
-            pipeline_kwargs={"max_new_tokens": 512, "do_sample": False},
+            model_kwargs={"dtype": DTYPE},
+            pipeline_kwargs={
+                "max_new_tokens": TOKENS, "do_sample": True, "temperature": TEMPERATURE
+            },
         )
         return {"llm": pipeline}
 """
@@ -77,27 +83,39 @@ from tiny import make_model
 
 make_model(Path(sys.argv[2]), context=8192)
 """
-NAMES = ("ChatHuggingFace", "ChatCoPe")
+REAL_MODEL = """
+import sys
+
+from langchain_cope.engine import load_base
+
+base = load_base(sys.argv[1], device="cpu", dtype="bfloat16")
+base.model.save_pretrained(sys.argv[2])
+base.tokenizer.save_pretrained(sys.argv[2])
+"""
+NAMES = ("ChatCoPe", "ChatHuggingFace", "ChatCoPe, tiny")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", help="a path or a Hugging Face id; by default a tiny random Llama made here"
-    )
+    parser.add_argument("--model", default="smollm2", help="a name, path or Hugging Face id")
     parser.add_argument("--seconds", type=int, default=120, help="for one test, at most")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = options.model or _tiny(Path(folder) / "base")
-        suite = Path(folder) / "test_suite.py"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        real = _made(folder / "real", REAL_MODEL, options.model)
+        tiny = _made(folder / "tiny", TINY_MODEL, str(ROOT / "tests"))
+        suite = folder / "test_suite.py"
         suite.write_text(SUITE, encoding="utf-8")
-        results = {name: _run(suite, name, model, options.seconds) for name in NAMES}
+        results = {
+            name: _run(suite, name.split(",")[0], tiny if "tiny" in name else real, options.seconds)
+            for name in NAMES
+        }
     counts = {name: dict(Counter(outcomes.values())) for name, outcomes in results.items()}
     _print_tables(results, counts)
     ours, theirs = (counts[name].get("passed", 0) for name in ("ChatCoPe", "ChatHuggingFace"))
     report = {
         "benchmark": "standard_suite",
-        "model": options.model or "tiny random Llama",
+        "model": options.model,
         "counts": counts,
         "ratios": {"passed_vs_chat_hugging_face": round(ours / max(theirs, 1), 2)},
     }
@@ -116,9 +134,11 @@ def _print_tables(results: dict[str, dict[str, str]], counts: dict[str, dict[str
         print(f"{name:<18}" + "".join(f"{counts[name].get(kind, 0):>8}" for kind in kinds))
 
 
-def _tiny(folder: Path) -> str:
-    arguments = [str(ROOT / "tests"), str(folder)]
-    subprocess.run([sys.executable, "-c", TINY_MODEL, *arguments], check=True)
+def _made(folder: Path, program: str, argument: str) -> str:
+    """Have a program write a model to `folder`, and return its path."""
+    command = [sys.executable, "-c", program, argument, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True)
     return str(folder)
 
 

@@ -1,52 +1,74 @@
-"""An agent with tools for two users: LangChain's own loop, each run answered in its user's manner.
+"""An agent with two tools that knows its user: the run's context names who is logged in.
 
-Needs a base that can follow instructions, and extras:
-pip install "langchain-cope[agents,grammar]"
-Run: python examples/agent_with_tools.py Qwen/Qwen3-0.6B (or the path of any instruct model)
+The context comes from the app, never from the client or the model. The model answers in that user's
+manner, and a tool reads that user's calendar.
+
+Run: python examples/agent_with_tools.py [QUESTION]
+It needs extras: pip install "langchain-cope[agents,grammar]"
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from langchain.agents import create_agent
+from langchain.agents.middleware import ModelRequest, ModelResponse, wrap_model_call
+from langchain.tools import ToolRuntime
 
 from langchain_cope import ChatCoPe, CoPeUserMiddleware
+
+CALENDARS = {
+    "robin": {"monday": "dentist at 10 o'clock", "friday": "cinema with Alice at 8"},
+    "alice": {"monday": "choir at 7 o'clock"},
+}
 
 
 @dataclass
 class Context:
-    """What the app knows of a run; the user comes from its own login, never from the client."""
+    """What the app knows of a run."""
 
     user_id: str
 
 
-def add(a: float, b: float) -> float:
-    """Add two numbers."""
-    return a + b
+def my_appointments(day: str, runtime: ToolRuntime[Context]) -> str:
+    """Look up my appointments on a day of the week."""
+    return CALENDARS[runtime.context.user_id].get(day.lower(), "nothing")
 
 
-def days_between(first: str, second: str) -> int:
-    """Days from one date to another, both as YYYY-MM-DD."""
-    from datetime import date
-
-    return (date.fromisoformat(second) - date.fromisoformat(first)).days
+def weather(city: str) -> str:
+    """Get the weather in a city."""
+    return f"It rains in {city}."  # an app asks a service here
 
 
-# The starter, which comes with the package, shows that it runs; it is no assistant.
-model = sys.argv[1] if len(sys.argv) > 1 else "starter"
-chat = ChatCoPe(model=model, max_tokens=200)
+@wrap_model_call
+def tool_first(
+    request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+) -> ModelResponse[Any]:
+    """Ask for one tool call, then for an answer: a model as small as smollm2 calls none by itself.
+
+    With a larger model leave this out; it decides.
+    """
+    if request.messages[-1].type == "human":
+        one_call = {"parallel_tool_calls": False}
+        return handler(request.override(tool_choice="any", model_settings=one_call))
+    return handler(request.override(tools=[]))
+
+
 agent = create_agent(
-    chat, [add, days_between], middleware=[CoPeUserMiddleware()], context_schema=Context
+    ChatCoPe(max_tokens=100),
+    [weather, my_appointments],
+    middleware=[CoPeUserMiddleware(), tool_first],
+    context_schema=Context,
 )
 
-request = {"messages": [("user", "How many days lie between 2026-01-01 and 2026-03-01?")]}
-limits = {"recursion_limit": 8}
-for user in ("robin", "alice"):
-    print(f"\n{user}: ", end="", flush=True)
-    for message, _ in agent.stream(request, limits, context=Context(user), stream_mode="messages"):
-        for piece in getattr(message, "tool_call_chunks", []):
-            if piece["name"]:
-                print(f"[{piece['name']}] ", end="", flush=True)
-            print(piece["args"], end="", flush=True)
-        print(message.content, end="", flush=True)
-print()
+question = " ".join(sys.argv[1:]) or "What do I have to do on Monday?"
+for user in CALENDARS:
+    print(f"\n{user}: {question}")
+    request = {"messages": [("user", question)]}
+    for step in agent.stream(request, context=Context(user), stream_mode="values"):
+        message = step["messages"][-1]
+        for call in getattr(message, "tool_calls", []):
+            print(f"  calls {call['name']} with {call['args']}")
+        if message.type in ("ai", "tool") and message.text:
+            print(f"  {message.type}: {message.text}")

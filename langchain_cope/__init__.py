@@ -1,18 +1,21 @@
 """Every user answered in that user's own manner, on one local base model (CoPe).
 
 `ChatCoPe` chats, `PersonalizeUser` trains; histories come from files (`read_history`), rows
-(`as_history`), Chroma (`ChromaHistory`) and an app's chats (`RecordedChatHistory`). Everything else
-is imported from its own module. Names are loaded when first used, so that importing the package
-costs nothing.
+(`as_history`), Chroma (`ChromaHistory`) and an app's chats (`RecordedChatHistory`); `forget`
+removes all that is kept of a user. Everything else is imported from its own module. Names are
+loaded when first used, so that importing the package costs nothing. It sets three environment
+variables that are not set (`_environment.py`).
 """
 
 from typing import TYPE_CHECKING
 
+from langchain_cope._environment import set_environment
 from langchain_cope._front_door import lazy_names
 
 if TYPE_CHECKING:
     from langchain_cope.chat_models import ChatCoPe
     from langchain_cope.engine import EngineOptions
+    from langchain_cope.forgetting import ForgetReceipt, forget
     from langchain_cope.history import Item, UserHistory, as_history, read_history
     from langchain_cope.history.chroma import ChromaHistory
     from langchain_cope.history.recorded import RecordedChatHistory
@@ -25,6 +28,7 @@ __all__ = [
     "ChromaHistory",
     "CoPeUserMiddleware",
     "EngineOptions",
+    "ForgetReceipt",
     "Item",
     "PersonalizeResult",
     "PersonalizeUser",
@@ -32,6 +36,7 @@ __all__ = [
     "RecordedChatHistory",
     "UserHistory",
     "as_history",
+    "forget",
     "read_history",
 ]
 
@@ -40,6 +45,7 @@ _MODULES = {
     "ChromaHistory": "history.chroma",
     "CoPeUserMiddleware": "middleware",
     "EngineOptions": "engine.options",
+    "ForgetReceipt": "forgetting",
     "Item": "history",
     "PersonalizeResult": "personalize",
     "PersonalizeUser": "personalize",
@@ -47,7 +53,9 @@ _MODULES = {
     "RecordedChatHistory": "history.recorded",
     "UserHistory": "history",
     "as_history": "history",
+    "forget": "forgetting",
     "read_history": "history",
 }
+set_environment()
 if not TYPE_CHECKING:  # type checkers read the imports above instead
     __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -11,25 +11,26 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.exceptions import ModelTimeoutError
 from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import (
     BaseChatModel,
-    _ChatModelBinding,
     agenerate_from_stream,
     generate_from_stream,
 )
 from langchain_core.load import dumpd
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
-from langchain_core.tools import BaseTool
-from pydantic import ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from langchain_core.runnables import RunnableConfig, ensure_config
+from langchain_core.runnables.config import get_executor_for_config
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from langchain_cope.chat.bindings import MOST_AT_ONCE, BindsTools
 from langchain_cope.chat.call import (
     SAMPLING_OPTIONS,
     Call,
@@ -38,11 +39,12 @@ from langchain_cope.chat.call import (
     check_options,
     contrast_of,
     prompt_of,
-    reply_to,
+    reply_parts,
+    tokens_in,
+    without_none,
 )
 from langchain_cope.chat.profile import profile_of
-from langchain_cope.chat.structured_output import Method, structured_output
-from langchain_cope.chat.tools import ToolUse, described_tool
+from langchain_cope.chat.tools import ToolUse
 from langchain_cope.chat.user import (
     PINNED,
     USER_OPTIONS,
@@ -52,7 +54,7 @@ from langchain_cope.chat.user import (
     user_of_call,
 )
 from langchain_cope.engine import check_alpha, check_tau
-from langchain_cope.errors import ModelNotFound
+from langchain_cope.errors import EngineClosed, ModelNotFound
 from langchain_cope.settings import BaseSettings
 from langchain_cope.stores import open_store
 from langchain_cope.tracing import TraceUserId, traced_user
@@ -60,10 +62,10 @@ from langchain_cope.tracing import TraceUserId, traced_user
 if TYPE_CHECKING:
     from langchain_cope.engine import Contrast, Engine, Sampling
 
-__all__ = ["BoundChat", "ChatCoPe", "ChatContextOverflow", "ChatModelNotFound"]
+__all__ = ["ChatCoPe", "ChatContextOverflow", "ChatModelNotFound"]
 
 
-class ChatCoPe(BaseSettings, BaseChatModel):
+class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     """A chat model over one local base model and the user's adapter, decoding contrastively (CoPe).
 
     Nothing is loaded until the first call. Instances with the same base share it, and their
@@ -136,13 +138,17 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     seed: int | None = None
     """For repeatable samples; None: another one each call."""
     timeout: float | None = Field(default=None, gt=0)
-    """Seconds until a call gives up with core's `ModelTimeoutError`; None: never."""
+    """Seconds until a call gives up with core's `ModelTimeoutError`; None: never.
+
+    Loading the base, at the first call, does not count; see `load`.
+    """
     max_retries: int = Field(default=0, ge=0)
     """Accepted so that models can be exchanged. A local model would fail the same way twice."""
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
     """Accepted so that models can be exchanged. It is neither used nor written out."""
     streaming: bool = False
     """Stream inside `invoke` as well, for callbacks that want tokens."""
+    _closed: bool = PrivateAttr(default=False)
 
     @field_validator("user_id")
     @classmethod
@@ -160,6 +166,53 @@ class ChatCoPe(BaseSettings, BaseChatModel):
                 reason = {"reason": str(error)}
                 raise PydanticCustomError("out_of_range", "{reason}", reason) from None
         return value
+
+    # ── how long the base is held ──
+
+    def load(self) -> None:
+        """Load the base now rather than at the first call; also opens a closed chat again.
+
+        Raises what a call would raise where the base cannot be loaded.
+        """
+        self._closed = False
+        self._engine().base.fingerprint()  # reads all the weights, once a base
+
+    async def aload(self) -> None:
+        """Do as `load` without blocking the event loop."""
+        await asyncio.to_thread(self.load)
+
+    def close(self) -> None:
+        """Let go of the base; safe to call twice.
+
+        The base leaves memory unless another chat that was used and is not closed, or a training,
+        has it still; those go on. The chat's own calls, those under way too, raise `EngineClosed`.
+        """
+        self._closed = True
+        from langchain_cope.engine import Engine
+
+        Engine.release(self)
+
+    async def aclose(self) -> None:
+        """Do as `close` without blocking the event loop."""
+        await asyncio.to_thread(self.close)
+
+    def __enter__(self) -> Self:
+        """Load the base."""
+        self.load()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the base."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        """Load the base."""
+        await self.aload()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Let go of the base."""
+        await self.aclose()
 
     # ── what LangChain asks about the model ──
 
@@ -229,83 +282,17 @@ class ChatCoPe(BaseSettings, BaseChatModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the token ids of `text` in the base's own tokenizer."""
-        return list(self._engine().base.tokenizer.encode(text, add_special_tokens=False))
+        return self._engine().base.chat_template.text_ids(text)
 
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
     ) -> int:
-        """Return how many tokens the prompt of `messages` and `tools` has."""
-        prompt, _ = prompt_of(self._engine().base, messages, ToolUse.of({"tools": tools}))
-        return len(prompt)
+        """Return how many tokens the prompt of `messages` and `tools` has.
 
-    # ── tools and structured output ──
-
-    def bind_tools(
-        self,
-        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
-        *,
-        tool_choice: str | bool | dict[str, Any] | None = None,
-        parallel_tool_calls: bool | None = None,
-        strict: bool | None = None,
-        **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Return the model with tools that it may call.
-
-        Calls are valid with any weights; under `auto` every call that is begun is. What the token
-        budget cuts off is in `invalid_tool_calls`.
-
-        Args:
-            tools: functions, Pydantic classes, TypedDicts, JSON schemas or LangChain tools.
-            tool_choice: `auto` (or None), `any` (or `required`, True), `none`, or a tool's name.
-            parallel_tool_calls: False: one call at most.
-            strict: changes nothing; calls are always held to their schemas.
-            kwargs: further options of a call.
-
-        Raises:
-            InputError: no answer can be held to a schema; the message names the schema's keyword.
+        A part of a conversation has a count, too, also where the base's template refuses it as a
+        prompt: that of the part between empty turns of the user, or of its texts. None has 0.
         """
-        options: dict[str, Any] = {"tools": [described_tool(tool) for tool in tools]}
-        if tool_choice is not None:
-            options["tool_choice"] = tool_choice
-        if parallel_tool_calls is not None:
-            options["parallel_tool_calls"] = parallel_tool_calls
-        ToolUse.of({**options, **kwargs}).grammar()
-        return self.bind(**options, **kwargs)
-
-    def with_structured_output(
-        self,
-        schema: dict[str, Any] | type | None = None,
-        *,
-        method: Method = "json_schema",
-        include_raw: bool = False,
-        strict: bool | None = None,
-        **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, Any]:
-        """Return a chain that answers with objects of `schema`.
-
-        Every answer that is not cut at `max_tokens` fits the schema, with any weights. For one that
-        was cut the chain raises core's `OutputParserException`.
-
-        Args:
-            schema: a Pydantic class, a TypedDict or a JSON schema; None for `json_mode` alone.
-            method: `json_schema`: the answer; `function_calling`: arguments of a call;
-                `json_mode`: any object.
-            include_raw: give a dict of `raw` (the message), `parsed` and `parsing_error`.
-            strict: changes nothing; answers are always held to their schema.
-            kwargs: none; they are refused by name.
-
-        Raises:
-            InputError: no answer can be held to the schema; the message names the schema's keyword.
-        """
-        return structured_output(self, schema, method, include_raw, kwargs)
-
-    def bind(self, **kwargs: Any) -> "BoundChat":
-        """Return the model with these options in every call, also after tools are bound to it."""
-        return BoundChat(bound=self, kwargs=kwargs)
-
-    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> "BoundChat":
-        """Return the model with this configuration in every call; see `bind`."""
-        return BoundChat(bound=self, config={**(config or {}), **kwargs})
+        return tokens_in(self._engine().base, messages, ToolUse.of({"tools": tools}))
 
     # ── the ways in, each of which fixes the user of its call ──
 
@@ -377,8 +364,23 @@ class ChatCoPe(BaseSettings, BaseChatModel):
     def generate(
         self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
-        """Answer several conversations of one user."""
-        return super().generate(messages, stop, callbacks, **self._pin(kwargs))
+        """Answer several conversations of one user together."""
+        run_id = kwargs.pop("run_id", None)
+        ask: Callable[..., LLMResult] = partial(
+            super().generate, stop=stop, callbacks=callbacks, **self._pin(kwargs)
+        )
+        if len(messages) < 2:
+            return ask(messages, run_id=run_id)
+        run_ids = [run_id, *[None] * (len(messages) - 1)]
+        at_once: RunnableConfig = {"max_concurrency": min(len(messages), MOST_AT_ONCE)}
+        with get_executor_for_config(at_once) as executor:
+            answers = executor.map(lambda turns, id_: ask([turns], run_id=id_), messages, run_ids)
+            results = list(answers)
+        return LLMResult(
+            generations=[result.generations[0] for result in results],
+            llm_output=self._combine_llm_outputs([result.llm_output for result in results]),
+            run=[run for result in results for run in result.run or ()] or None,
+        )
 
     async def agenerate(
         self, messages: Any, stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
@@ -390,6 +392,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         """Return `kwargs` with the call's `PinnedUser` in them; one that is there already stays."""
         if isinstance(kwargs.get(PINNED), PinnedUser):
             return kwargs
+        kwargs = without_none(kwargs)
         config = ensure_config(config)
         user_id = user_of_call(kwargs, config.get("configurable") or {}, self.user_id)
         if self.authorize is not None:
@@ -446,6 +449,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         call = self._prepare(messages, stop, kwargs)
         pieces = call.engine.stream(call.request)
         try:
+            self._check_open()  # `close` ends the requests that it finds
             for piece in pieces:
                 yield from call.chunks(piece)
         except TimeoutError as error:
@@ -464,6 +468,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         pieces = call.engine.astream(call.request)
         try:
             async for piece in pieces:
+                self._check_open()
                 for chunk in call.chunks(piece):
                     yield chunk
         except TimeoutError as error:
@@ -477,6 +482,8 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         """Return the call of these messages and keywords, ready to run."""
         from langchain_cope.engine import Engine, Request
 
+        self._check_open()
+        kwargs = without_none(kwargs)
         check_options(kwargs)
         timeout = kwargs.get("timeout", self.timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -485,7 +492,7 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         base = user.engine.base
         use = ToolUse.of(options)
         grammar = use.grammar()
-        prompt, prefix = prompt_of(base, messages, use)
+        prompt, opened = prompt_of(base, messages, use)
         if len(prompt) >= base.context:
             raise ChatContextOverflow(len(prompt), base.context)
         request = Request(
@@ -495,10 +502,13 @@ class ChatCoPe(BaseSettings, BaseChatModel):
             sampling=self._sampling(stop, options),
             deadline=deadline,
             grammar=grammar,
+            parts=reply_parts(use, opened),
             logprobs=bool(options.get("logprobs")),
+            holder=self,
         )
-        engine = Engine.of(base, self.engine_options)  # a new one, where it was closed meanwhile
-        return Call(user, engine, request, reply_to(base, use, prefix))
+        # A new one, where it was closed meanwhile.
+        engine = Engine.of(base, self.engine_options, holder=self)
+        return Call(user, engine, request)
 
     def _contrast(self, user: PinnedUser, options: dict[str, Any]) -> "Contrast":
         """Return the call's α and τ, else the model's, else the version's, else the paper's."""
@@ -521,38 +531,19 @@ class ChatCoPe(BaseSettings, BaseChatModel):
         texts = self.stop if stop is None else stop
         return [texts] if isinstance(texts, str) else list(texts or [])
 
-    def _engine(self, model: str | None = None) -> "Engine":
+    def _engine(self, model: str | None = None, holder: object = None) -> "Engine":
+        self._check_open()
         try:
-            return super()._engine(model)
+            engine = super()._engine(model, holder)
         except ModelNotFound as error:
             raise ChatModelNotFound(str(error)) from error
+        if self._closed:  # while it was loaded
+            self.close()
+            self._check_open()
+        return engine
 
-
-class BoundChat(_ChatModelBinding):  # type: ignore[no-redef]
-    """A `ChatCoPe` with options or a configuration.
-
-    Unlike core's bindings it keeps them, and so the user, when tools or a schema are bound to it.
-    """
-
-    bound: ChatCoPe
-
-    def bind_tools(
-        self, tools: Sequence[Any], **options: Any
-    ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Return the model with tools; see `ChatCoPe.bind_tools`."""
-        bound = self.bound.bind_tools(tools, **options)
-        assert isinstance(bound, BoundChat)
-        kwargs = {**self.kwargs, **bound.kwargs}
-        return BoundChat(bound=self.bound, kwargs=kwargs, config=self.config)
-
-    def with_structured_output(
-        self,
-        schema: Any = None,
-        *,
-        method: Method = "json_schema",
-        include_raw: bool = False,
-        strict: bool | None = None,
-        **options: Any,
-    ) -> Runnable[LanguageModelInput, Any]:
-        """Return a chain of objects; see `ChatCoPe.with_structured_output`."""
-        return structured_output(self, schema, method, include_raw, options)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed(
+                "this ChatCoPe is closed: `load()` opens it again, or make another one"
+            )

@@ -6,7 +6,7 @@
     │   ├── ModelNotFound     no base model of that name or at that path
     │   └── ContextOverflow   a prompt longer than the model's context
     ├── ModelError            the base or the adapter cannot be used as asked
-    ├── EngineClosed          the engine was closed while, or before, the request ran
+    ├── EngineClosed          the chat or the engine was closed, or the process forked from theirs
     └── Cancelled             stopped on request; nothing was published
 
 Each message says what was given, what was expected and what to do. Errors of the store are in
@@ -55,7 +55,7 @@ class ModelError(CopeError):
 
 
 class EngineClosed(CopeError):  # noqa: N818
-    """An engine that was closed before the request ended."""
+    """A chat or an engine that was closed before the request ended, or left behind by a fork."""
 
 
 class Cancelled(CopeError):  # noqa: N818

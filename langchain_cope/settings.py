@@ -1,10 +1,12 @@
 """The fields by which `ChatCoPe` and `PersonalizeUser` name a base, and the engine they lead to."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from langchain_cope.engine import EngineOptions, default_model
+from langchain_cope.errors import EngineClosed
 
 if TYPE_CHECKING:
     from langchain_cope.engine import Engine
@@ -31,7 +33,8 @@ class BaseSettings(BaseModel):
     dtype: str | None = None
     """`float32`, `bfloat16` or `float16`.
 
-    None: float32 on a CPU (bfloat16 for large models), elsewhere the checkpoint's.
+    None: on a CPU bfloat16 where it is measured to be faster, else float32; elsewhere the
+    checkpoint's.
     """
     quantization_config: Any = None
     """Passed to `from_pretrained` as it is."""
@@ -41,19 +44,32 @@ class BaseSettings(BaseModel):
     None: those of the engine that runs already, else the defaults.
     """
 
-    def _engine(self, model: str | None = None) -> "Engine":
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_the_default(cls, values: Any) -> Any:
+        """Return the given values without None, except where it could be taken for a wish."""
+        if not isinstance(values, dict):
+            return values
+        known = cls.model_fields.keys() - {"trace_user_id"}
+        return {
+            name: value for name, value in values.items() if value is not None or name not in known
+        }
+
+    def _engine(self, model: str | None = None, holder: object = None) -> "Engine":
         """Return the engine of the base, or of another `model` loaded in the same way.
 
-        The first call loads the base.
+        The first call loads the base. `holder`, this object if None, holds it (`Engine.of`).
         """
         from langchain_cope.engine import Engine, load_base
 
-        base = load_base(
-            model or self.model,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
-            task_adapter=self.task_adapter,
-            quantization_config=self.quantization_config,
-        )
-        return Engine.of(base, self.engine_options)
+        while True:
+            base = load_base(
+                model or self.model,
+                revision=self.revision,
+                device=self.device,
+                dtype=self.dtype,
+                task_adapter=self.task_adapter,
+                quantization_config=self.quantization_config,
+            )
+            with suppress(EngineClosed):  # its last holder let it go in this very moment
+                return Engine.of(base, self.engine_options, self if holder is None else holder)

@@ -44,6 +44,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def store_folder(tmp_path: Path) -> Path:
+def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an empty folder for a local adapter store."""
-    return tmp_path / "adapters"
+    return tmp_path_factory.mktemp("s") / "adapters"  # short: tables show it

@@ -129,10 +129,12 @@ def make_model(
     context: int = 256,
     marks: tuple[str, ...] = (),
     texts: tuple[str, ...] = (),
+    likely: str = "",
     **changes: Any,
 ) -> Path:
     """Save a tiny base of `family` to `folder` and return it: config, random weights, tokenizer.
 
+    The characters in `likely` are often written: with `"]}` among them, JSON closes by itself.
     `changes` are fields of the config; None leaves one out.
     """
     tokenizer = make_tokenizer(folder, template=template, context=context, marks=marks, texts=texts)
@@ -149,6 +151,9 @@ def make_model(
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        ids = [token for character in likely for token in tokenizer.encode(character)]
+        model.get_output_embeddings().weight[ids] *= 4  # far from 0 in either direction
     model.save_pretrained(folder)
     return folder
 

@@ -1,8 +1,8 @@
 """A store in object storage, through obstore: S3 and servers that speak it, Google Cloud, Azure.
 
 Of the storage one thing is needed: that a put with mode="create" fails where the key exists; a
-store probes it before it writes. Credentials come from where the vendors' own tools look for them:
-the environment (AWS_ACCESS_KEY_ID, …), their files, the machine's role. A URL may carry options
+store probes it before it writes. Credentials come from the environment (AWS_ACCESS_KEY_ID, …),
+AWS's files (`aws_profile.py`), the machine's role. A URL may carry options
 after a "?", by obstore's names: s3://bucket/prefix?endpoint=http://host:9000,
 az://container/prefix?account_name=ours. A bucket that keeps old versions of objects keeps what is
 erased: let those expire.
@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from adapter_store.backends.aws_profile import profile_options
 from adapter_store.errors import BackendError
 from adapter_store.facts import StoredFile
 from adapter_store.text import location, shorten, without_secrets
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 _RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
 _CLIENT: Any = {"connect_timeout": "10s", "timeout": "10min"}  # the whole of a large upload
+# By scheme, the names under which an endpoint may be given, the strongest first: options of a URL,
+# and in capitals variables of the environment. An endpoint in plain HTTP must be allowed.
+_ENDPOINTS = {
+    "s3": ("aws_endpoint_url_s3", "aws_endpoint_url", "aws_endpoint", "endpoint_url", "endpoint"),
+    "az": ("azure_storage_endpoint", "azure_endpoint", "endpoint"),
+}
 _T = TypeVar("_T")
 
 _used_by: int | None = None
@@ -60,7 +67,7 @@ class ObjectBackend:
         parts = _split(url)
         options = _options(parts, url)
         client = dict(_CLIENT)
-        if options.get("endpoint", os.environ.get("AWS_ENDPOINT_URL", "")).startswith("http://"):
+        if options.get("endpoint", "").lower().startswith("http://"):
             client["allow_http"] = True
         host = parts.netloc.rpartition("@")[2]
         if not host or parts.fragment:
@@ -72,10 +79,15 @@ class ObjectBackend:
             "client_options": client,
             "retry_config": _RETRIES,
         }
+        # obstore would take this variable before the endpoint that it is given, the one decided.
+        s3_endpoint = os.environ.pop("AWS_ENDPOINT_URL_S3", None)
         try:
             store = from_url(f"{parts.scheme.lower()}://{host}{parts.path}", **settings)
         except Exception as error:  # obstore's errors and plain ValueErrors
             raise BackendError(f"cannot open {without_secrets(url)}: {_reason(error)}") from None
+        finally:
+            if s3_endpoint is not None:
+                os.environ["AWS_ENDPOINT_URL_S3"] = s3_endpoint
         return cls(store, url)
 
     def __repr__(self) -> str:
@@ -183,17 +195,27 @@ def _split(url: str) -> SplitResult:
 
 
 def _options(parts: SplitResult, url: str) -> dict[str, str]:
-    """Return the options after "?", and an S3 URL's credentials, by obstore's names."""
+    """Return all options by obstore's names.
+
+    They are those after "?", an S3 URL's credentials, the endpoint, and those of AWS's files.
+    """
+    scheme = parts.scheme.lower()
     options = dict(parse_qsl(parts.query))
     if parts.username or parts.password:
-        if parts.scheme.lower() != "s3":
+        if scheme != "s3":
             raise BackendError(
                 f"{without_secrets(url)} holds credentials: give them in the environment instead"
             )
         options["access_key_id"] = unquote(parts.username or "")
         options["secret_access_key"] = unquote(parts.password or "")
-    if "endpoint_url" in options:
-        options["endpoint"] = options.pop("endpoint_url")
+    names = _ENDPOINTS.get(scheme, ())
+    in_url = [options.pop(name, None) for name in names]
+    in_environment = [os.environ.get(name.upper()) for name in names if "_" in name]
+    endpoint = next(filter(None, in_url + in_environment), None)
+    if endpoint:
+        options["endpoint"] = endpoint
+    if scheme == "s3":
+        options |= profile_options(options)
     return options
 
 
@@ -209,8 +231,8 @@ def _advice(error: Exception) -> str:
     # The address that cloud machines get credentials from, asked when no other place has some.
     if "169.254.169.254" in str(error):
         return (
-            "; no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "or what your cloud uses"
+            "; no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a "
+            "profile of ~/.aws/credentials in AWS_PROFILE, or set what your cloud uses"
         )
     kind = type(error).__name__
     if kind in ("PermissionDeniedError", "UnauthenticatedError"):

@@ -49,7 +49,7 @@ def doctor(store: Store = None, as_json: Json = False) -> None:
     Exit code 1 if something needed is broken.
     """
     with prints_to_stderr():
-        findings = [*_packages(), *_devices(), _starter(), *_store(store)]
+        findings = [*_packages(), *_devices(), _smollm2(), _starter(), *_store(store)]
     num_broken = len([finding for finding in findings if finding.is_broken])
     facts = {"ok": num_broken == 0, "findings": [finding._asdict() for finding in findings]}
     Output(as_json).show(facts, lambda: _show(findings, num_broken))
@@ -146,6 +146,22 @@ def _bfloat16() -> str:
     if flags:
         return f"bfloat16 in hardware ({', '.join(flags)})"
     return "no bfloat16 in hardware: models compute in float32"
+
+
+def _smollm2() -> Finding:
+    """Check that the file of the default base is there, and what it is read with."""
+    from langchain_cope.engine import gguf_path
+    from langchain_cope.errors import ModelNotFound
+
+    try:
+        path = gguf_path("smollm2", None)
+    except ModelNotFound as error:
+        _, _, advice = str(error).splitlines()[0].partition(": ")
+        return Finding("smollm2", "not installed", False, advice, needed=False)
+    if path is None or find_spec("gguf") is None:
+        advice = "pip install gguf"
+        return Finding("smollm2", "there, but gguf is not installed", False, advice, needed=False)
+    return Finding("smollm2", f"the default base, {path.stat().st_size / 1e6:.0f} MB")
 
 
 def _starter() -> Finding:

@@ -45,7 +45,7 @@ def exit_with(call: Callable[[], Any], *, debug: bool) -> NoReturn:
         if debug:
             traceback.print_exception(error)
         code, line = code_and_line(error)
-        _say(line)
+        _say("; ".join([line, *getattr(error, "__notes__", ())]))
     if code == _INTERRUPTED:
         _say("stopped")
         code = FAILED

@@ -15,6 +15,7 @@ from cope_lc.adapters import care, transfer, versions
 from cope_lc.chat import chat
 from cope_lc.doctor import doctor
 from cope_lc.evaluate import evaluate
+from cope_lc.forget import forget
 from cope_lc.generate import generate
 from cope_lc.personalize import personalize
 
@@ -37,6 +38,7 @@ COMMANDS: tuple[Command, ...] = (
     ("chat", chat, "--user alice"),
     ("generate", generate, '"Write a headline for: …" --user alice'),
     ("evaluate", evaluate, "users.jsonl --limit 6"),
+    ("forget", forget, "alice --history ./chroma --job-dir ./jobs"),
     ("doctor", doctor, ""),
 )
 ADAPTERS: tuple[Command, ...] = (

@@ -39,18 +39,19 @@ def user_table(users: "list[tuple[str, Metrics]]") -> "Table":
     for name, metrics in users:
         nll = [number(metrics[way.name]["nll"]) for way in WITH_NLL]
         changes = [f"{change:+.2%}" for change in nll_changes(metrics).values()]
-        rouge = [number(metrics[way.name]["rougeL"]) for way in _BY_ROUGE]
+        rouge = [number(metrics[way.name].get("rougeL")) for way in _BY_ROUGE]
         rows.add_row(cell(name), *nll, *changes, *rouge)
     return rows
 
 
 def mean_metrics(users: "list[Metrics]") -> Metrics:
-    """Return the mean over users of every figure, each user counting the same."""
+    """Return the mean over users of every figure that all have, each user counting the same."""
     means: Metrics = {}
     for way in WAYS:
         means[way.name] = {
             measure: sum(metrics[way.name][measure] for metrics in users) / len(users)
             for measure in users[0][way.name]
+            if all(measure in metrics[way.name] for metrics in users)
         }
     return means
 

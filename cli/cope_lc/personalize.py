@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,23 +17,25 @@ from cope_lc.text import name_of, one_line, plural, shorten
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from adapter_store import AdapterStore
     from langchain_cope.history import UserHistory
-    from langchain_cope.personalize import PersonalizeResult, PersonalizeUser
+    from langchain_cope.personalize import PersonalizeResult, PersonalizeUser, Sample
 
-SHOWN_ITEMS, SHOWN_ANSWERS = 3, 3
+SHOWN_ITEMS, SHOWN_ANSWERS = 3, 4
 _TEXT_LIMIT = 240  # characters of a text in a comparison
 
 
 def personalize(
-    file: Annotated[
-        Path,
+    files: Annotated[
+        list[str],
         typer.Argument(
-            metavar="FILE",
+            metavar="FILE...",
             help="History, its format told by its shape: JSONL or JSON of prompt/completion, "
             "chosen/rejected, messages (OpenAI, ShareGPT, LangChain), Alpaca, ChatGPT's "
-            "conversations.json, feedback, LaMP or user_id/history rows; or .txt.",
+            "conversations.json, feedback, LaMP or user_id/history rows; or .txt with one text a "
+            "line. Several are one history; - is standard input.",
         ),
     ],
     user: Annotated[
@@ -40,7 +43,7 @@ def personalize(
         typer.Option(
             "--user",
             metavar="ID",
-            help="User of the history. Default: the one that the file names.",
+            help="User of the history. Default: the one that the files name.",
         ),
     ] = None,
     model: Model = "smollm2",
@@ -84,7 +87,7 @@ def personalize(
 
     with prints_to_stderr():
         history = read_history(
-            file, target=target.value if target else None, user_id=user, instruction=instruction
+            *files, target=target.value if target else None, user_id=user, instruction=instruction
         )
         facts = _facts(history)
     if not as_json:
@@ -138,7 +141,7 @@ def _show_history(history: "UserHistory", facts: dict[str, Any]) -> None:
     out.print()
     for item in history.items[:SHOWN_ITEMS]:
         rows = [
-            ("prompt", _ending(item.messages, 160), "dim"),
+            ("prompt", _ending(item.messages[-1]["content"], 160), "dim"),
             ("the user wrote", shorten(item.completion, 160), ""),
         ]
         for answer in item.rejected[:SHOWN_ANSWERS]:
@@ -160,9 +163,9 @@ def _what_was_read(history: "UserHistory") -> str:
     return line
 
 
-def _ending(prompt: list[dict[str, str]], limit: int) -> str:
+def _ending(prompt: str, limit: int) -> str:
     """Return the end of a prompt: instructions, all alike, stand at the beginning."""
-    line = one_line(prompt[-1]["content"])
+    line = one_line(prompt)
     return line if len(line) <= limit else f"…{line[1 - limit :].lstrip()}"
 
 
@@ -227,18 +230,41 @@ def _show_result(result: "PersonalizeResult", history: "UserHistory", store: str
 
 
 def _show_answers(out: "Console", result: "PersonalizeResult") -> None:
-    """Print what the user wrote beside two answers, for the newest held-out items.
+    """Print what the user wrote, the base's answer and the personalized one, one after another.
 
-    They are the base's and the personalized one.
+    They are those of the newest held-out items, so that nobody has chosen them.
     """
-    for sample in result.samples[-SHOWN_ANSWERS:]:
-        rows = [
-            ("prompt", _ending(sample.prompt, _TEXT_LIMIT), "dim"),
+    from cope_lc.changes import PLAIN_MARKS, marked
+
+    samples = result.samples[-SHOWN_ANSWERS:]
+    if not samples:
+        return
+    colour = out.is_terminal and not out.no_color
+    marks = "in colour" if colour else "…".join(PLAIN_MARKS)
+    say(
+        out,
+        f"the newest {len(samples)} held-out items; {marks}: words that the base did not write\n",
+        "dim",
+    )
+    for sample, prompt in zip(samples, _without_shared_start(samples), strict=True):
+        base, cope = shorten(sample.base, _TEXT_LIMIT), shorten(sample.cope, _TEXT_LIMIT)
+        rows: list[tuple[str, str | Text, str]] = [
+            ("prompt", _ending(prompt, _TEXT_LIMIT), "dim"),
             ("the user wrote", shorten(sample.reference, _TEXT_LIMIT), ""),
-            ("base", shorten(sample.base, _TEXT_LIMIT), ""),
-            ("personalized", shorten(sample.cope, _TEXT_LIMIT), "bold"),
+            ("base", base, ""),
+            ("personalized", marked(cope, base, colour=colour), ""),
         ]
         pairs(out, rows)
+
+
+def _without_shared_start(samples: "list[Sample]") -> list[str]:
+    """Return the ends of the prompts, without the words that all of them begin with."""
+    prompts = [sample.prompt[-1]["content"].split() for sample in samples]
+    columns = zip(*prompts, strict=False)
+    shared = len(list(takewhile(lambda words: len(set(words)) == 1, columns)))
+    return [
+        " ".join(["…", *words[shared:]] if 0 < shared < len(words) else words) for words in prompts
+    ]
 
 
 def _next(result: "PersonalizeResult", store: str | None) -> str:

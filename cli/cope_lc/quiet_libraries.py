@@ -19,12 +19,7 @@ _SETTINGS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "ANONYMIZED_TELEMETRY": "False",  # Chroma's
     "TOKENIZERS_PARALLELISM": "false",
-    # Torch's threads wait for one another this many turns of a loop before they give the core away:
-    # little enough for a busy machine, long enough between two operations.
-    "GOMP_SPINCOUNT": "10000",
 }
 _OURS = ("langchain_cope", "adapter_store")
 

@@ -1,11 +1,18 @@
-"""Consoles and tables for people. Cells are rich `Text` of cleaned strings, not read as markup."""
+"""Consoles, tables and questions for people.
+
+Cells are rich `Text` of cleaned strings, not read as markup.
+"""
 
 import sys
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from cope_lc.text import clean
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -55,17 +62,31 @@ def say_skipped(problems: list[str]) -> None:
             say(out, f"skipped: {problem}", "yellow", whole=True)
 
 
-def pairs(out: "Console", rows: "list[tuple[str, str, str]]") -> None:
-    """Print (name, text, style) rows as two columns, and an empty line."""
+def pairs(out: "Console", rows: "Iterable[tuple[str, str | Text, str]]") -> None:
+    """Print (name, text, style) rows as two columns, and an empty line.
+
+    A rich `Text` has been made safe, and keeps its own styles.
+    """
     from rich.table import Table
 
     columns = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     columns.add_column(no_wrap=True)
     columns.add_column(overflow="fold")
     for name, text, style in rows:
-        columns.add_row(cell(name, style), cell(text, style))
+        columns.add_row(cell(name, style), cell(text, style) if isinstance(text, str) else text)
     out.print(columns)
     out.print()
+
+
+def confirm(question: str, doing: str) -> None:
+    """Ask on the terminal; refuse where there is no terminal to ask on."""
+    if not sys.stdin.isatty():
+        raise typer.BadParameter(
+            f"{doing} asks first, and there is no terminal to ask on: add --yes", param_hint="--yes"
+        )
+    print(f"{clean(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise typer.Abort
 
 
 def cell(text: object, style: str = "") -> "Text":

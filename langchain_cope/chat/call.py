@@ -4,23 +4,32 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.exceptions import ContextOverflowError, ModelNotFoundError
-from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessageChunk, BaseMessage, HumanMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk
 
 from langchain_cope.chat.messages import template_messages
-from langchain_cope.chat.reply import ReplyStream
+from langchain_cope.chat.reply import message_chunk
 from langchain_cope.chat.tools import TOOL_OPTIONS, ToolUse
 from langchain_cope.chat.user import PINNED, USER_OPTIONS, PinnedUser
 from langchain_cope.engine import Contrast
 from langchain_cope.errors import ContextOverflow, InputError, ModelNotFound
 
 if TYPE_CHECKING:
-    from langchain_cope.engine import Base, Completion, Engine, Piece, Request, TokenLogprobs
+    from langchain_cope.engine import (
+        Base,
+        Completion,
+        Engine,
+        Piece,
+        ReplyParts,
+        Request,
+        TokenLogprobs,
+    )
 
 SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
@@ -57,21 +66,18 @@ class Call:
     user: PinnedUser
     engine: "Engine"
     request: "Request"
-    reply: ReplyStream
 
     def chunks(self, piece: "Piece | Completion") -> Iterator[ChatGenerationChunk]:
         """Yield what a piece adds to the message.
 
-        The completion adds what was held back, and the empty chunk that carries usage and metadata.
+        The completion adds the empty chunk that carries usage and metadata.
         """
         from langchain_cope.engine import Piece
 
         if isinstance(piece, Piece):
-            for message in self.reply.push(piece.text):
-                yield ChatGenerationChunk(message=message)
+            for part in piece.parts:
+                yield ChatGenerationChunk(message=message_chunk(part))
         else:
-            for message in self.reply.finish():
-                yield ChatGenerationChunk(message=message)
             yield self._last_chunk(piece)
 
     def _last_chunk(self, answer: "Completion") -> ChatGenerationChunk:
@@ -90,7 +96,7 @@ class Call:
         return ChatGenerationChunk(message=message)
 
     def _metadata(self, answer: "Completion") -> dict[str, Any]:
-        made_calls = answer.finish_reason == "stop" and self.reply.num_calls > 0
+        made_calls = answer.finish_reason == "stop" and answer.num_calls > 0
         metadata: dict[str, Any] = {
             "model_name": self.engine.base.name,
             "model_provider": "cope",
@@ -117,6 +123,13 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that say something: None is a default, except for the user's own."""
+    return {
+        name: value for name, value in options.items() if value is not None or name in USER_OPTIONS
+    }
+
+
 def contrast_of(*levels: tuple[float | None, float | None]) -> Contrast:
     """Return the contrast whose α and τ come from the first level that gives them, else 0.1.
 
@@ -140,10 +153,7 @@ def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tu
 
     That part is the mark of a thought where the chat template opens one, else nothing.
     """
-    native = base.reply_format.native_tools
-    instructions = use.instructions(native_tools=native)
-    turns = template_messages(messages, instructions, native_tools=native)
-    ids = base.prompt_ids(turns, use.tools if native else ())
+    ids = _prompt_ids(base, messages, use)
     end = str(base.tokenizer.decode(ids[-_END_OF_PROMPT:])).rstrip()
     if not end.endswith(_THOUGHT):
         return ids, ""
@@ -152,10 +162,49 @@ def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tu
     return ids, _THOUGHT
 
 
-def reply_to(base: "Base", use: ToolUse, prefix: str) -> ReplyStream:
-    """Return what takes the reply apart; `prefix` is the part of it that the prompt holds."""
-    template = base.reply_format.template
-    return ReplyStream(template, prefix=prefix, with_calls=bool(use.tools), whole=use.only_json)
+def tokens_in(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> int:
+    """Return how many tokens a conversation, or any part of one, has as a prompt.
+
+    A part that the chat template refuses is counted between empty turns of the user; one that it
+    refuses there too, by its texts. No messages have no tokens.
+
+    Raises:
+        InputError: a message holds what no text model can read.
+    """
+    if not messages:
+        return 0
+    turns = template_messages(messages)
+    texts = [f"{turn['content']}{turn.get('tool_calls', '')}" for turn in turns]
+    empty = HumanMessage("")
+    parts = (messages, [*messages, empty], [empty, *messages], [empty, *messages, empty])
+    for part in parts:
+        with suppress(InputError):
+            return len(prompt_of(base, part, use)[0])
+    return sum(len(base.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+
+
+def _prompt_ids(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> list[int]:
+    native = base.reply_format.native_tools
+    instructions = use.instructions(native_tools=native)
+    tools = use.tools if native else ()
+
+    def ids(thought_names: Sequence[str]) -> list[int]:
+        turns = template_messages(messages, instructions, thought_names=thought_names)
+        return base.prompt_ids(turns, tools)
+
+    try:
+        return ids(base.reply_format.thought_names)
+    except InputError:  # some templates refuse a thought beside text and calls
+        return ids(())
+
+
+def reply_parts(use: ToolUse, opened: str) -> "ReplyParts | None":
+    """Return what the reply may hold; `opened` is the part of it that the prompt holds."""
+    from langchain_cope.engine import ReplyParts
+
+    if use.forced and not use.tools:  # one JSON value, whatever marks it holds
+        return None
+    return ReplyParts(thoughts=not use.forced, calls=bool(use.tools), opened=opened)
 
 
 def _token_metadata(token: "TokenLogprobs") -> dict[str, Any]:

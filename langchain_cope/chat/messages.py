@@ -1,11 +1,12 @@
 """LangChain's messages as a chat template takes them.
 
 `template_messages` turns messages into a template's turns: instructions go to the end of the system
-turn, and for templates without tools calls and results become text. What a template refuses beyond
-that, a system turn for example, the engine merges (`engine/base/chat_template.py`).
+turn. What a template does not take, a system turn or tools for example, the engine puts in another
+form (`engine/base/forms.py`).
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +21,13 @@ from langchain_core.messages import (
 
 from langchain_cope.errors import InputError
 
-# Blocks that a message's own fields repeat, and thoughts, which no prompt shows again.
-_SKIPPED_BLOCKS = {
-    "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call", "tool_result",
-    "reasoning", "thinking", "redacted_thinking",
-}  # fmt: skip
+# Blocks that a message's own fields repeat, thoughts, which templates take apart from the text, and
+# calls that another model's provider carried out itself.
+_REPEATED = re.compile(
+    "reasoning|thinking|^tool_result$|(call|call_chunk|tool_use|delta)$|^mcp_(list_tools|approval)"
+)
+_TEXT_BLOCKS = ("text", "input_text", "output_text", "text-plain", "refusal")
+_TEXT_FIELDS = ("text", "refusal", "transcript")
 _ROLES = ((SystemMessage, "system"), (HumanMessage, "user"), (AIMessage, "assistant"))
 
 
@@ -32,27 +35,32 @@ def template_messages(
     messages: Sequence[BaseMessage],
     instructions: Sequence[str] = (),
     *,
-    native_tools: bool = True,
+    thought_names: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return the conversation in the form that chat templates take.
 
     Args:
         messages: the conversation, one message at least.
         instructions: texts for the end of the system turn, which is added where there is none.
-        native_tools: False for templates without tools: calls and results become text, and
-            results the user's turns.
+        thought_names: fields in which the template looks for a turn's thought. The turns after the
+            last human one have theirs: the model is still at work on its answer.
 
     Raises:
         InputError: there are no messages, or one holds what no text model can read.
     """
     if not messages:
         raise InputError("no messages were given: at least one is needed")
-    turns: list[dict[str, Any]] = []
-    for message in messages:
-        turns += _turns(message)
+    groups = [_turns(message) for message in messages]
+    asked = [any(turn["role"] == "user" for turn in group) for group in groups]
+    for message, group in reversed(list(zip(messages, groups, strict=True))):
+        if asked.pop():
+            break
+        if thought := _thought(message):
+            group[-1].update(dict.fromkeys(thought_names, thought))
+    turns = [turn for group in groups for turn in group]
     if instructions:
         turns = _with_system(turns, instructions)
-    return turns if native_tools else _without_tool_roles(turns)
+    return turns
 
 
 def _turns(message: BaseMessage) -> list[dict[str, Any]]:
@@ -69,6 +77,18 @@ def _turns(message: BaseMessage) -> list[dict[str, Any]]:
     return [*results, turn]
 
 
+def _thought(message: BaseMessage) -> str:
+    """Return what the model thought before the text of an AI message."""
+    if not isinstance(message, AIMessage):
+        return ""
+    thought = message.additional_kwargs.get("reasoning_content")
+    if isinstance(thought, str):
+        return thought
+    kinds = ("reasoning", "thinking")
+    blocks = [block for block in _blocks(message) if block.get("type") in kinds]
+    return "".join(str(block.get(block["type"]) or "") for block in blocks)
+
+
 def _blocks(message: BaseMessage) -> list[dict[str, Any]]:
     if isinstance(message.content, str):
         return []
@@ -80,7 +100,7 @@ def _is_result(block: dict[str, Any]) -> bool:
 
 
 def _result_turn(block: dict[str, Any]) -> dict[str, Any]:
-    text = _joined(block.get("content", ""))
+    text = _joined(block.get("content"), by_others=True)
     return _tool_turn(text, str(block.get("tool_use_id", "")), None, bool(block.get("is_error")))
 
 
@@ -114,32 +134,38 @@ def _role(message: BaseMessage) -> str:
 
 def _text(message: BaseMessage) -> str:
     """Return the text of a message, without the blocks that stand elsewhere in it."""
-    if isinstance(message.content, str):
-        return message.content
-    blocks = []
-    for block in message.content:
-        if isinstance(block, str) or block.get("type") not in _SKIPPED_BLOCKS:
-            blocks.append(block)
-    return _joined(blocks)
+    by_others = isinstance(message, (AIMessage, ToolMessage)) or _role(message) == "assistant"
+    return _joined(message.content, by_others=by_others)
 
 
-def _joined(content: Any) -> str:
-    """Return the text of content blocks."""
-    if isinstance(content, str):
-        return content
-    return "".join(_block_text(block) for block in content or ())
+def _joined(content: Any, *, by_others: bool) -> str:
+    """Return the text of content blocks, which may be those of any provider."""
+    if isinstance(content, list):
+        return "".join(_joined(block, by_others=by_others) for block in content)
+    if isinstance(content, dict):
+        return _block_text(content, by_others)
+    return "" if content is None else str(content)
 
 
-def _block_text(block: Any) -> str:
-    if isinstance(block, str):
-        return block
-    kind = block.get("type")
-    if kind == "text":
-        return str(block.get("text", ""))
+def _block_text(block: dict[str, Any], by_others: bool) -> str:
+    """Return a block as text, or a mark for what a model or a tool wrote that is no text.
+
+    What the people write who ask the model has to be read, so what is no text is refused there.
+    """
+    kind = str(block.get("type") or next(iter(block), "empty"))
+    if _REPEATED.search(kind):
+        return ""
+    if kind == "non_standard" and by_others:
+        return _joined(block.get("value"), by_others=True)
     if kind in ("json", "non_standard"):
         value = block.get("json", block.get("value"))
         return json.dumps(value, ensure_ascii=False, default=str)
-    raise InputError(f"a message holds {kind!s} content; the base reads text only: leave it out")
+    texts = [str(block[name]) for name in _TEXT_FIELDS if block.get(name)]
+    if kind in _TEXT_BLOCKS or (texts and by_others):
+        return "".join(texts[:1])
+    if by_others:
+        return f"[{kind.removeprefix('input_').removeprefix('output_').removesuffix('_url')}]"
+    raise InputError(f"a message holds {kind} content; the base reads text only: leave it out")
 
 
 def _with_system(turns: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -148,31 +174,3 @@ def _with_system(turns: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[
         return [{"role": "system", "content": "\n\n".join(texts)}, *turns]
     system, *others = turns
     return [{**system, "content": "\n\n".join([system["content"], *texts])}, *others]
-
-
-def _without_tool_roles(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return `turns` with calls and results as text; results in a row are one user turn."""
-    plain: list[dict[str, Any]] = []
-    after_result = False
-    for turn in turns:
-        is_result = turn["role"] == "tool"
-        if not is_result:
-            plain.append({"role": turn["role"], "content": _text_with_calls(turn)})
-        elif after_result:
-            plain[-1]["content"] += f"\n{_result_text(turn)}"
-        else:
-            plain.append({"role": "user", "content": _result_text(turn)})
-        after_result = is_result
-    return plain
-
-
-def _text_with_calls(turn: dict[str, Any]) -> str:
-    texts = [turn["content"]] if turn["content"] else []
-    for call in turn.get("tool_calls", ()):
-        function = json.dumps(call["function"], ensure_ascii=False)
-        texts.append(f"<tool_call>\n{function}\n</tool_call>")
-    return "\n".join(texts)
-
-
-def _result_text(turn: dict[str, Any]) -> str:
-    return f"<tool_response>\n{turn['content']}\n</tool_response>"

@@ -1,7 +1,6 @@
 """`with_structured_output` for ChatCoPe: answers as objects."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping
-from operator import itemgetter
 from typing import Any, Literal
 
 from langchain_core.exceptions import OutputParserException
@@ -9,7 +8,8 @@ from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
-from langchain_core.runnables import Runnable, RunnableGenerator, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableGenerator
+from langchain_core.runnables.utils import AddableDict
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from langchain_cope.chat.tools import described_tool, json_schema
@@ -80,11 +80,37 @@ def _response_format(schema: Any) -> dict[str, Any]:
 def _with_raw(
     bound: Runnable[Any, Any], parser: Runnable[Any, Any]
 ) -> Runnable[LanguageModelInput, Any]:
-    """Return a chain to a dict of `raw` (the message), `parsed` and `parsing_error`."""
-    parse = itemgetter("raw") | parser
-    parsed = RunnablePassthrough.assign(parsed=parse, parsing_error=lambda _: None)
-    unparsed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=bound) | parsed.with_fallbacks([unparsed], exception_key="parsing_error")
+    """Return a chain to a dict of `raw` (the message), `parsed` and `parsing_error`.
+
+    The message comes piece by piece. Core's `RunnableMap` and fallbacks would drop a call's
+    options, and raise in streams.
+    """
+
+    def with_object(
+        messages: Iterator[BaseMessage], config: RunnableConfig
+    ) -> Iterator[dict[str, Any]]:
+        whole: Any = None
+        for message in messages:
+            whole = message if whole is None else whole + message
+            yield AddableDict(raw=message)
+        try:
+            yield AddableDict(parsed=parser.invoke(whole, config), parsing_error=None)
+        except Exception as error:
+            yield AddableDict(parsed=None, parsing_error=error)
+
+    async def awith_object(
+        messages: AsyncIterator[BaseMessage], config: RunnableConfig
+    ) -> AsyncIterator[dict[str, Any]]:
+        whole: Any = None
+        async for message in messages:
+            whole = message if whole is None else whole + message
+            yield AddableDict(raw=message)
+        try:
+            yield AddableDict(parsed=await parser.ainvoke(whole, config), parsing_error=None)
+        except Exception as error:
+            yield AddableDict(parsed=None, parsing_error=error)
+
+    return bound | RunnableGenerator(with_object, awith_object)  # type: ignore[arg-type]
 
 
 def _refuse_cut(messages: Iterator[BaseMessage]) -> Iterator[BaseMessage]:

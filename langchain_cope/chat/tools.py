@@ -1,14 +1,16 @@
 """Tools and response formats of a call: what the prompt says of them and the answer is held to."""
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
-from pydantic import BaseModel
+from pydantic import BaseModel, PydanticUserError
 from pydantic.v1 import BaseModel as BaseModelV1
 
+from langchain_cope.chat.typed_dicts import is_typed_dict, typed_dict_schema
 from langchain_cope.engine import Grammar, can_constrain, closed_schema
 from langchain_cope.errors import InputError
 
@@ -26,6 +28,8 @@ _TOOL_INSTRUCTIONS = (
 _JSON_INSTRUCTIONS = (
     "Answer with one JSON value and nothing else. It has to fit this JSON schema:\n"
 )
+_NO_SCHEMA = (ValueError, TypeError, KeyError, NameError, PydanticUserError)
+"""What is raised for something that has no JSON schema."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,6 @@ class ToolUse:
         """Whether free text is no valid answer."""
         return self.schema is not None or bool(self.tools and self.choice != "auto")
 
-    @property
-    def only_json(self) -> bool:
-        """Whether the answer is one JSON value, with no calls to look for in it."""
-        return self.schema is not None and not self.tools
-
     def grammar(self) -> Grammar | None:
         """Return what the answer is held to.
 
@@ -110,8 +109,12 @@ class ToolUse:
 def described_tool(tool: Any) -> dict[str, Any]:
     """Return `tool` in OpenAI's form. Raises InputError if it is no tool or has no proper name."""
     try:
-        described = convert_to_openai_tool(tool)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        schema = _schema_of_class(tool)
+        if is_typed_dict(tool):
+            described = _described(tool.__name__, inspect.cleandoc(tool.__doc__ or ""))
+        else:
+            described = convert_to_openai_tool(tool)
+    except (*_NO_SCHEMA, AttributeError) as error:
         raise InputError(
             f"a tool is a function, a class, a LangChain tool or a schema, not {tool!r}: {error}"
         ) from error
@@ -123,7 +126,6 @@ def described_tool(tool: Any) -> dict[str, Any]:
             f"a tool needs a name that can be printed, but this is {tool!r}: "
             "only functions can be called here"
         )
-    schema = _schema_of_class(tool)
     if schema is not None:  # LangChain's own conversion loses schemas that refer to themselves
         parameters = {
             key: value for key, value in schema.items() if key not in ("title", "description")
@@ -137,14 +139,11 @@ def json_schema(schema: Any) -> dict[str, Any]:
 
     A JSON schema is returned as it is. Raises InputError for anything else.
     """
-    of_class = _schema_of_class(schema)
-    if of_class is not None:
-        return of_class
     if isinstance(schema, dict) and "parameters" not in schema and "function" not in schema:
         return schema
     try:
-        return convert_to_json_schema(schema)
-    except (ValueError, TypeError, KeyError) as error:
+        return _schema_of_class(schema) or convert_to_json_schema(schema)
+    except _NO_SCHEMA as error:
         raise InputError(
             f"a schema is a Pydantic class, a TypedDict or a JSON schema, not {schema!r}: {error}"
         ) from error
@@ -155,7 +154,11 @@ def _schema_of_class(kind: Any) -> dict[str, Any] | None:
         return kind.model_json_schema()
     if isinstance(kind, type) and issubclass(kind, BaseModelV1):
         return kind.schema()
-    return None
+    return typed_dict_schema(kind) if is_typed_dict(kind) else None
+
+
+def _described(name: str, description: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": description}}
 
 
 def _name(tool: dict[str, Any]) -> str:

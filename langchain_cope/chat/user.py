@@ -153,7 +153,11 @@ class PinnedUser:
             return None
         from langchain_cope.engine import AdapterSource
 
-        return AdapterSource(self.version.name, partial(self._store.fetch_dir, self.version))
+        return AdapterSource(
+            self.version.name,
+            partial(self._store.fetch_dir, self.version),
+            label=f"{self.version_id} of " + (f"user {self.shown!r}" if self.shown else "its user"),
+        )
 
     def to_dict(self) -> dict[str, str | None]:
         """Return what tracers may write down."""

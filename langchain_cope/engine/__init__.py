@@ -15,24 +15,17 @@ if TYPE_CHECKING:
     from langchain_cope.engine.answer import Completion, Piece, Stream, TokenLogprobs
     from langchain_cope.engine.base.base import Base
     from langchain_cope.engine.base.bundled import STARTER, default_model
-    from langchain_cope.engine.base.chat_template import Message
     from langchain_cope.engine.base.context import context_of
+    from langchain_cope.engine.base.forms import Message
     from langchain_cope.engine.base.gguf_header import gguf_context
     from langchain_cope.engine.base.gguf_source import gguf_path
     from langchain_cope.engine.base.loading import load_base
-    from langchain_cope.engine.base.reply_format import (
-        ANSWER,
-        CALLS,
-        THOUGHT,
-        ReplyFormat,
-        only_answer,
-    )
+    from langchain_cope.engine.base.reply_format import ANSWER, THOUGHT, ReplyFormat
+    from langchain_cope.engine.call_text import CallPart
     from langchain_cope.engine.checks import check_option, is_number, is_whole
     from langchain_cope.engine.decoding.sampling import Sampling
-    from langchain_cope.engine.decoding.text import overlap
     from langchain_cope.engine.device import give_back
     from langchain_cope.engine.engine import Engine, Statistics
-    from langchain_cope.engine.grammar.json_scan import JsonScan
     from langchain_cope.engine.grammar.schema import (
         CALL_BEGIN,
         CALL_END,
@@ -47,12 +40,12 @@ if TYPE_CHECKING:
         check_alpha,
         check_tau,
     )
+    from langchain_cope.engine.reply import Part, ReplyParts, TextPart
     from langchain_cope.engine.request import AdapterSource, Request
 
 __all__ = [
     "ADAPTER_ALONE",
     "ANSWER",
-    "CALLS",
     "CALL_BEGIN",
     "CALL_END",
     "CONFIG",
@@ -62,19 +55,22 @@ __all__ = [
     "Adapter",
     "AdapterSource",
     "Base",
+    "CallPart",
     "Completion",
     "Contrast",
     "Engine",
     "EngineOptions",
     "Grammar",
-    "JsonScan",
     "Message",
+    "Part",
     "Piece",
     "ReplyFormat",
+    "ReplyParts",
     "Request",
     "Sampling",
     "Statistics",
     "Stream",
+    "TextPart",
     "TokenLogprobs",
     "can_constrain",
     "check_alpha",
@@ -89,8 +85,6 @@ __all__ = [
     "is_number",
     "is_whole",
     "load_base",
-    "only_answer",
-    "overlap",
 ]
 
 _MODULES = {
@@ -99,25 +93,27 @@ _MODULES = {
     "Adapter": "adapter",
     "AdapterSource": "request",
     "Base": "base.base",
-    "CALLS": "base.reply_format",
     "CALL_BEGIN": "grammar.schema",
     "CALL_END": "grammar.schema",
     "CONFIG": "adapter",
+    "CallPart": "call_text",
     "Completion": "answer",
     "Contrast": "options",
     "Engine": "engine",
     "EngineOptions": "options",
     "Grammar": "grammar.schema",
-    "JsonScan": "grammar.json_scan",
-    "Message": "base.chat_template",
+    "Message": "base.forms",
+    "Part": "reply",
     "Piece": "answer",
     "ReplyFormat": "base.reply_format",
+    "ReplyParts": "reply",
     "Request": "request",
     "STARTER": "base.bundled",
     "Sampling": "decoding.sampling",
     "Statistics": "engine",
     "Stream": "answer",
     "THOUGHT": "base.reply_format",
+    "TextPart": "reply",
     "TokenLogprobs": "answer",
     "WEIGHTS": "adapter",
     "can_constrain": "grammar.schema",
@@ -133,8 +129,6 @@ _MODULES = {
     "is_number": "checks",
     "is_whole": "checks",
     "load_base": "base.loading",
-    "only_answer": "base.reply_format",
-    "overlap": "decoding.text",
 }
 if not TYPE_CHECKING:  # type checkers read the imports above instead
     __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -73,18 +73,20 @@ def read_adapter(
 ) -> Adapter:
     """Read a peft LoRA folder for `model`.
 
-    Raises ModelError for a folder that cannot be read, does not fit the model's layers, or asks for
-    something other than plain LoRA on linear layers (DoRA, say): the message names it.
+    Raises ModelError for a folder that cannot be read, does not fit the model's layers, holds NaN
+    or infinite values, or asks for something other than plain LoRA on linear layers (DoRA, say):
+    the message names it.
     """
     config, tensors = _read_files(folder)
     _refuse_what_is_not_plain_lora(config, tensors, folder)
+    _refuse_what_is_no_number(tensors, folder)
     modules = dict(model.named_modules())
     pairs = {}
     for path, sides in _by_module(tensors, folder).items():
         down, up = _checked_pair(path, sides, modules.get(path), folder)
         try:
             scale = _scaling(config, path, rank=down.shape[0])
-        except (TypeError, ValueError, AttributeError, re.error) as error:
+        except (TypeError, ValueError, ArithmeticError, AttributeError, re.error) as error:
             raise ModelError(
                 f"{folder / CONFIG}: lora_alpha or alpha_pattern cannot be read: {error}"
             ) from error
@@ -150,6 +152,15 @@ def _refuse_what_is_not_plain_lora(
         )
 
 
+def _refuse_what_is_no_number(tensors: dict[str, Tensor], folder: Path) -> None:
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise ModelError(
+                f"the adapter in {folder} cannot be served: tensor {key!r} holds NaN or infinite "
+                "values: train it again, with a lower learning rate"
+            )
+
+
 def _by_module(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
     """Return per module's path its matrices by side, A and B."""
     modules: dict[str, dict[str, Tensor]] = {}
@@ -200,4 +211,7 @@ def _scaling(config: dict[str, Any], path: str, rank: int) -> float:
         if re.match(rf"(.*\.)?({pattern})$", path):
             alpha = float(value)
             break
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if not math.isfinite(scale):
+        raise ValueError(f"{alpha} is no scale")
+    return scale

@@ -88,6 +88,13 @@ class AdapterSlots:
         with self._lock:
             return len([slot for slot in self._slots.values() if slot.leases])
 
+    def drop_idle(self) -> None:
+        """Drop the adapters that no lease holds."""
+        with self._lock:
+            for name, slot in list(self._slots.items()):
+                if not slot.leases and slot.adapter is not None:
+                    del self._slots[name]
+
     def clear(self) -> None:
         """Drop every adapter and every lease that waits for one; nothing is loaded any more."""
         with self._lock:

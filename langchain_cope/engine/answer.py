@@ -1,22 +1,26 @@
-"""What comes back: tokens turned into text and delivered to the reader in the order they are shown.
+"""What comes back: tokens turned into parts of a reply and delivered to the reader in their order.
 
 `ActiveRequest` is a request on its way: its state in the batch, and the sink that its reader's
 events go to. `Piece` and `Completion` are those events, `Stream` is the reader's end.
 """
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from langchain_cope.engine import forks
 from langchain_cope.engine.adapter import Adapter
 from langchain_cope.engine.adapter_slots import Lease
 from langchain_cope.engine.base.base import Base
+from langchain_cope.engine.base.reply_format import ANSWER
 from langchain_cope.engine.decoding.speculation import PromptLookup
-from langchain_cope.engine.decoding.text import Detokenizer, StopStrings
+from langchain_cope.engine.decoding.text import Detokenizer
 from langchain_cope.engine.grammar.constraint import Constraint, compile_grammar
+from langchain_cope.engine.reply import Part, ReplyReader, TextPart
 from langchain_cope.engine.request import Request
 from langchain_cope.engine.rows import Row
 from langchain_cope.errors import Cancelled, ModelError
@@ -33,6 +37,8 @@ class NextToken:
     """True where the contrast's likeliest token is not the personal model's own."""
     logprobs: tuple[float, float] | None = None
     """(log p_user, log p_base) in nats, where the request asks for it."""
+    no_number: Literal["", "personal", "base"] = ""
+    """Whose logits hold NaN or infinity, so that nothing can be chosen; empty: nobody's."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +55,33 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of an answer, with its tokens where log-probabilities were asked for."""
+    """What is new in a reply, with its tokens where log-probabilities were asked for."""
 
-    text: str
+    parts: tuple[Part, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The answer's text in it."""
+        texts = [part for part in self.parts if isinstance(part, TextPart)]
+        return "".join(part.text for part in texts if part.field == ANSWER)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer."""
+    """A whole reply."""
 
     text: str
+    """The answer's, without thoughts and calls where the request tells them apart."""
     token_ids: tuple[int, ...]
     """Every token chosen, an end-of-turn token included."""
     finish_reason: Literal["stop", "length"]
-    """`length`: the budget or the context ended it."""
+    """`length`: the budget or the context ended it, perhaps in the middle of a call."""
     contrast_changed: float
     """Share of steps whose contrastive argmax is not the personal model's own, before warpers."""
     logprobs: tuple[TokenLogprobs, ...] = ()
+    num_calls: int = 0
+    """How many tool calls are whole."""
 
 
 Event = Piece | Completion | BaseException
@@ -96,21 +111,27 @@ class ActiveRequest:
         self.constraint: Constraint | None = None
         """What may come next, where the request has a grammar."""
         self.finished = False
-        """True once the answer is whole, or has failed over its grammar."""
+        """True once the answer is whole, or has failed over its grammar or its logits."""
+        self.is_number = True
+        """False once logits of it were none: what was computed for it is of no use."""
         self.cancelled = False
         """True once its reader has gone. Any thread may set it."""
         self._num_changed = 0
         self._base = base
-        stops = request.sampling.stop
-        self._eos_ids = base.eos_ids | base.stop_ids(stops) if stops else base.eos_ids
         self._sink = sink
         self._detokenizer = Detokenizer(base.tokenizer, base.hidden_ids)
-        self._stops = StopStrings([*stops, *base.turn_end.texts])
+        grammar = request.grammar
+        is_json = grammar is not None and not grammar.text  # which a stop string would break
+        stops = () if is_json else request.sampling.stop
+        turn_ends = () if is_json else base.turn_end.texts
+        self._eos_ids = base.eos_ids
+        self._stop_ids = base.stop_ids(stops) if stops else frozenset()
+        template = base.reply_format.template
+        self._reply = ReplyReader(template, request.parts, [*stops, *turn_ends])
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
-        if request.grammar is not None:
-            room = self.limit - len(request.prompt)
-            self.constraint = compile_grammar(request.grammar, base.vocabulary, room)
+        if grammar is not None:
+            self.constraint = compile_grammar(grammar, base.vocabulary)
 
     @property
     def ready(self) -> bool:
@@ -125,6 +146,9 @@ class ActiveRequest:
 
     def push(self, chosen: NextToken) -> None:
         """Append a token and send what it adds; `finished` tells whether it was the last one."""
+        if chosen.no_number:
+            self._fail_over_logits(chosen.no_number)
+            return
         token = chosen.token
         self.answer_ids.append(token)
         self.tokens.append(token)
@@ -135,23 +159,40 @@ class ActiveRequest:
         if self.constraint is not None:
             self.constraint.push(token)
 
-        eos = token in self._eos_ids
-        ended = eos or (self.constraint is not None and self.constraint.done)
+        hidden = token in self._eos_ids or (token in self._stop_ids and self._reply.in_answer)
+        ended = hidden or (self.constraint is not None and self.constraint.done)
         full = len(self.tokens) >= self.limit
-        text = self._new_text(None if eos else token, is_last=ended or full)
+        text = "" if hidden else self._detokenizer.push(token)
+        if ended or full:
+            text += self._detokenizer.flush()
+        parts = self._reply.push(text)
+        if ended or full:
+            parts += self._reply.finish(cut=not ended)
         logprobs = self._new_logprobs(chosen)
-        if text or logprobs:
-            self._text.append(text)
-            self._sink(Piece(text, logprobs))
+        if parts or logprobs:
+            piece = Piece(tuple(parts), logprobs)
+            self._text.append(piece.text)
+            self._sink(piece)
 
         if self.constraint is not None and self.constraint.error:
             error = f"the grammar of this answer became too complex: {self.constraint.error}"
             self.fail(ModelError(error))
             self.finished = True
-        elif ended or self._stops.stopped:
+        elif ended or self._reply.ended:
             self._complete("stop")
         elif full:
             self._complete("length")
+
+    def _fail_over_logits(self, whose: str) -> None:
+        label = "the base" if whose == "base" else self.request.model_label
+        what = "try another prompt or dtype" if label == "the base" else "activate another version"
+        self.fail(
+            ModelError(
+                f"{label} gives NaN or infinite logits after {len(self.tokens)} tokens: its "
+                f"numbers overflow there, and no token can be chosen; {what}"
+            )
+        )
+        self.finished, self.is_number = True, False
 
     def fail(self, error: BaseException) -> None:
         """Tell the reader that nothing more comes, and why."""
@@ -160,22 +201,13 @@ class ActiveRequest:
     def fail_if_overdue(self) -> bool:
         """Fail where the deadline is over; tell whether it is."""
         if self.overdue:
-            self.fail(TimeoutError("the answer was not done in time; it was stopped"))
+            self.fail(self.timeout_error())
             return True
         return False
 
-    def _new_text(self, token: int | None, is_last: bool) -> str:
-        """Return the text that `token` lets out; None stands for one that is not shown."""
-        text = "" if token is None else self._detokenizer.push(token)
-        if is_last:
-            text += self._detokenizer.flush()
-        if self.constraint is not None and self.constraint.in_json:
-            text = self._stops.flush() + text  # a stop string within JSON would break it
-        else:
-            text = self._stops.push(text)
-        if is_last and not self._stops.stopped:
-            text += self._stops.flush()
-        return text
+    def timeout_error(self) -> TimeoutError:
+        """Return what a reader is told once the deadline is over."""
+        return TimeoutError("the answer was not done in time; it was stopped")
 
     def _new_logprobs(self, chosen: NextToken) -> tuple[TokenLogprobs, ...]:
         if chosen.logprobs is None:
@@ -194,15 +226,22 @@ class ActiveRequest:
                 finish_reason=reason,
                 contrast_changed=self._num_changed / len(self.answer_ids),
                 logprobs=tuple(self._logprobs),
+                num_calls=self._reply.num_calls,
             )
         )
         self.finished = True
 
 
+def seconds_until(deadline: float) -> float:
+    """Return how long a wait until `deadline`, by `time.monotonic()`, may take; NaN is over."""
+    return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+
+
 class Stream(Iterator[Piece | Completion]):
     """Pieces of one answer as they come, the `Completion` last.
 
-    Closing or dropping it cancels the request.
+    Closing or dropping it cancels the request. It keeps the request's deadline by itself: whatever
+    the engine's thread is busy with, its reader waits no longer.
     """
 
     def __init__(self, active: ActiveRequest, events: "queue.SimpleQueue[Event | None]") -> None:
@@ -240,10 +279,25 @@ class Stream(Iterator[Piece | Completion]):
     def _next(self, timeout: float | None = None) -> Piece | Completion:
         if self._ended:
             raise StopIteration
-        event = self._events.get(timeout=timeout)
+        forks.check()
+        event = self._wait(timeout)
         if event is None:  # closed by another thread
             raise StopIteration
         self._ended = not isinstance(event, Piece)
         if isinstance(event, BaseException):
             raise event
         return event
+
+    def _wait(self, timeout: float | None) -> Event | None:
+        """Return the next event; raise queue.Empty after `timeout` seconds."""
+        deadline = self._active.request.deadline
+        if deadline is None:
+            return self._events.get(timeout=timeout)
+        left = seconds_until(deadline)
+        try:
+            return self._events.get(timeout=left if timeout is None else min(left, timeout))
+        except queue.Empty:
+            if not self._active.overdue:
+                raise
+            self.close()
+            raise self._active.timeout_error() from None

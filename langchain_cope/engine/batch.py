@@ -175,7 +175,7 @@ class Batch:
         for active in requests:
             if self._speculation is not None and active.lookup is not None:
                 self._speculation.update_hit_rate(active.lookup)
-            keep = active.finished and active.request.keep_for_reuse
+            keep = active.finished and active.is_number and active.request.keep_for_reuse
             for row in active.rows:
                 for rows in (self._decode_rows, self._prefill_rows):
                     if row in rows:  # in neither, where there was no memory to admit it
@@ -232,7 +232,8 @@ class Batch:
             for row in active.rows:
                 row.logits = None
                 self._decode_rows.add(row, self._prefill_rows)
-                self.prefixes.store(row, self._decode_rows)
+                if not chosen.no_number:
+                    self.prefixes.store(row, self._decode_rows)
                 self._prefill_rows.remove(row)
             self.prefilling.remove(active)
             self.decoding.append(active)

@@ -10,14 +10,18 @@ import psutil
 import torch
 from torch import Tensor
 
+from langchain_cope.engine.cgroup import free_in_cgroups
+
 _OMP_PAUSE_SOFT = 1  # threads go, settings stay
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of `device` that could be taken now."""
+    """Return the bytes of `device` that could be taken now: on a CPU within a container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    of_host = int(psutil.virtual_memory().available)
+    of_groups = free_in_cgroups()
+    return of_host if of_groups is None else min(of_host, of_groups)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

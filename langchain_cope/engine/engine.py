@@ -7,6 +7,7 @@ store; it is handed token ids and folders.
 
 import asyncio
 import atexit
+import gc
 import logging
 import queue
 import threading
@@ -18,17 +19,26 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from langchain_cope.engine import scoring
+from langchain_cope.engine import forks, scoring
 from langchain_cope.engine.adapter import Adapter, low_rank_dtype, read_adapter
 from langchain_cope.engine.adapter_slots import AdapterSlots
-from langchain_cope.engine.answer import ActiveRequest, Completion, Event, Piece, Stream
+from langchain_cope.engine.answer import (
+    ActiveRequest,
+    Completion,
+    Event,
+    Piece,
+    Stream,
+    seconds_until,
+)
 from langchain_cope.engine.base.base import Base
+from langchain_cope.engine.base.loading import unload_base
 from langchain_cope.engine.batch import Batch
-from langchain_cope.engine.device import release_thread_pool
+from langchain_cope.engine.device import give_back, release_thread_pool
 from langchain_cope.engine.options import EngineOptions
 from langchain_cope.engine.request import Request
 from langchain_cope.engine.scheduler import Scheduler, model_error
@@ -81,23 +91,32 @@ class Engine:
         """Held while the waiting line or the calls change; notified where there is work."""
         self._scheduler = Scheduler(self._batch, self._slots, self.options, base.device, self._wake)
         self._calls: deque[tuple[Callable[[], object], Future[Any]]] = deque()
+        self._holders: WeakValueDictionary[int, object] = WeakValueDictionary()
+        """By their ids: chats and trainings need not be hashable."""
         self._closed = False
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def of(cls, base: Base, options: EngineOptions | None = None) -> "Engine":
+    def of(
+        cls, base: Base, options: EngineOptions | None = None, holder: object = None
+    ) -> "Engine":
         """Return the engine of this base, the same one for every caller; after `close` a new one.
 
         Args:
             base: the base that it decodes with.
             options: of a new engine, or those that the present one must have; None: the defaults,
                 or the present one as it is.
+            holder: keeps base and engine in memory while it lives, until it is released.
 
         Raises:
             ModelError: for an architecture that cannot be served, with the model's class.
             InputError: where the present engine has other options than those given.
+            EngineClosed: the base was unloaded, or this process was forked from one that had it.
         """
+        forks.check()
         with _engines_lock:
+            if base.unloaded:
+                raise EngineClosed(f"the base {base.name!r} was unloaded: load it again")
             engine = _engines.get(id(base))
             if engine is None or engine._closed:
                 engine = _engines[id(base)] = cls(base, options)
@@ -106,7 +125,46 @@ class Engine:
                     f"the engine of {base.name!r} already runs with {engine.options}, "
                     f"not with {options}: give the same options everywhere, or close it first"
                 )
+            if holder is not None:
+                engine._holders[id(holder)] = holder
             return engine
+
+    @classmethod
+    def running(cls) -> list["Engine"]:
+        """Return the engines of this process that are not closed."""
+        with _engines_lock:
+            return [engine for engine in _engines.values() if not engine._closed]
+
+    @staticmethod
+    def release(holder: object) -> None:
+        """End every request of `holder` with EngineClosed, and its hold on engines.
+
+        An engine that nobody else holds is closed, and its base unloaded: the memory is free once
+        the last reference is gone.
+        """
+        if forks.is_child():
+            return
+        with _engines_lock:
+            held = [each for each in _engines.values() if id(holder) in each._holders]
+            for engine in held:
+                del engine._holders[id(holder)]
+            unheld = [engine for engine in held if not engine._holders]
+            for engine in unheld:
+                del _engines[id(engine.base)]
+                unload_base(engine.base)
+        for engine in held:
+            if engine in unheld:
+                engine.close()
+            else:
+                engine._end_requests_of(holder)
+        devices = {engine.base.device for engine in unheld}
+        held.clear()
+        unheld.clear()
+        if devices:
+            del engine
+            gc.collect()  # module trees are full of cycles
+        for device in devices:
+            give_back(device)
 
     def load_adapter(self, folder: str | Path) -> Adapter:
         """Read a peft LoRA folder for requests.
@@ -152,6 +210,7 @@ class Engine:
 
         Their prompts are read together, as far as the bounds on rows allow.
         """
+        forks.check()
         with self._wake:  # held, so that the engine's thread sees all of them or none
             return [self.stream(request) for request in requests]
 
@@ -172,7 +231,7 @@ class Engine:
         else:
             active = await self._submit_in_thread(request, sink)
         try:
-            while not isinstance(event := await events.get(), Completion):
+            while not isinstance(event := await _next_event(events, active), Completion):
                 if isinstance(event, BaseException):
                     raise event
                 yield event
@@ -229,8 +288,20 @@ class Engine:
                 scores[index] = score
         return scores
 
+    def drop_caches(self) -> None:
+        """Drop the adapters that no request holds, and the beginnings of all prompts.
+
+        Prompts of any user may be among them, the base's own too. Requests go on undisturbed.
+        """
+        self._slots.drop_idle()
+        with suppress(EngineClosed):
+            self._call(self._batch.prefixes.clear)
+
     def close(self) -> None:
         """End every request with EngineClosed and stop the thread. Safe to call twice."""
+        if forks.is_child():  # the thread is not there, and the lock perhaps held for good
+            self._closed = True
+            return
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -252,7 +323,13 @@ class Engine:
             )
         return adapter
 
+    def _end_requests_of(self, holder: object) -> None:
+        error = EngineClosed("the chat that asked was closed before the answer was done")
+        with suppress(EngineClosed):  # it has ended them all
+            self._call(partial(self._scheduler.end_of, holder, error))
+
     def _submit(self, request: Request, sink: Callable[[Event], None]) -> ActiveRequest:
+        forks.check()
         self._check_prompt(request.prompt)
         if isinstance(request.adapter, Adapter):
             self._check_adapter(request.adapter)
@@ -303,6 +380,7 @@ class Engine:
 
     def _hand_over(self, add_work: Callable[[], object]) -> None:
         """Add work for the engine's thread, which starts with the first of it."""
+        forks.check()
         with self._wake:
             if self._closed:
                 raise EngineClosed(f"the engine of {self.base.name!r} is closed")
@@ -357,6 +435,19 @@ class Engine:
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(model_error("the model failed while scoring", error))
+
+
+async def _next_event(events: "asyncio.Queue[Event]", active: ActiveRequest) -> Event:
+    """Return the next event; where none comes by the deadline, TimeoutError."""
+    forks.check()
+    deadline = active.request.deadline
+    if deadline is None:
+        return await events.get()
+    try:
+        async with asyncio.timeout(seconds_until(deadline)):
+            return await events.get()
+    except TimeoutError:
+        return active.timeout_error()
 
 
 def _cancel(submitted: "asyncio.Future[ActiveRequest]") -> None:

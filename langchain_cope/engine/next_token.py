@@ -6,6 +6,7 @@ sampling chooses from the scores.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,15 +41,19 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     steps = [len(choice.active.answer_ids) + len(choice.drafted) for choice in choices]
     tokens = choose_tokens(scores, samplings, seen, steps)
     differs = scores.argmax(-1) != personal.argmax(-1)
+    # One entry that is no number makes all scores of its row NaN.
+    unusable = scores.gather(1, tokens.unsqueeze(1)).squeeze(1).isnan()
     # The step's one wait for the device.
-    chosen = torch.stack([tokens, differs.to(tokens.dtype)]).tolist()
+    flags = torch.stack([differs, unusable]).to(tokens.dtype)
+    chosen = torch.cat([tokens.unsqueeze(0), flags]).tolist()
     return [
         NextToken(
             token,
             bool(differs) and choice.active.request.contrastive,
             _logprobs(logits, choice, token),
+            _whose(logits, choice) if unusable else "",
         )
-        for choice, token, differs in zip(choices, *chosen, strict=True)
+        for choice, token, differs, unusable in zip(choices, *chosen, strict=True)
     ]
 
 
@@ -81,6 +86,12 @@ def _scores(logits: Tensor, personal: Tensor, choices: Sequence[TokenChoice]) ->
     scores = torch.log_softmax(personal.float(), dim=-1)
     scores[contrasted] = contrast(personal[contrasted], base, alpha, tau)
     return scores
+
+
+def _whose(logits: Tensor, choice: TokenChoice) -> Literal["personal", "base"]:
+    """Return whose logits hold NaN or infinity."""
+    are_numbers = bool((logits[choice.personal] < torch.inf).all())  # −inf is no likelihood at all
+    return "base" if are_numbers else "personal"
 
 
 def _logprobs(logits: Tensor, choice: TokenChoice, token: int) -> tuple[float, float] | None:

@@ -8,6 +8,7 @@ from langchain_cope.engine.adapter import Adapter
 from langchain_cope.engine.decoding.sampling import Sampling
 from langchain_cope.engine.grammar.schema import Grammar
 from langchain_cope.engine.options import Contrast
+from langchain_cope.engine.reply import ReplyParts
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class AdapterSource:
 
     What it raises, the request raises.
     """
+    label: str = field(default="", compare=False)
+    """What errors call it; empty: its name."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Request:
     """By `time.monotonic()`; a request that is not done by then ends with TimeoutError."""
     grammar: Grammar | None = None
     """What the answer is held to; None: anything."""
+    parts: ReplyParts | None = None
+    """What the reply may hold beside the answer; None: all of it is the answer."""
     logprobs: bool = False
     """Report log π_user and log π_base of every token; this takes two rows even at α = 0."""
     keep_for_reuse: bool = True
@@ -51,6 +56,16 @@ class Request:
 
     False where no later prompt does: they are not worth the memory.
     """
+    holder: object = field(default=None, compare=False, repr=False)
+    """For whom it is answered; `Engine.release` of that object ends it."""
+
+    @property
+    def model_label(self) -> str:
+        """What errors call the model that answers: the adapter, or the base alone."""
+        if self.adapter is None:
+            return "the base"
+        label = self.adapter.label if isinstance(self.adapter, AdapterSource) else ""
+        return f"the adapter {label or self.adapter.name or 'given'}"
 
     @property
     def contrastive(self) -> bool:

@@ -15,7 +15,7 @@ from contextlib import suppress
 import torch
 
 from langchain_cope.engine.adapter_slots import AdapterSlots
-from langchain_cope.engine.answer import ActiveRequest
+from langchain_cope.engine.answer import ActiveRequest, seconds_until
 from langchain_cope.engine.batch import MIN_COLUMNS, Batch
 from langchain_cope.engine.device import give_back, is_out_of_memory
 from langchain_cope.engine.options import EngineOptions
@@ -100,13 +100,20 @@ class Scheduler:
         with self._lock:
             deadlines = [each.request.deadline for each in self._waiting]
         dated = [deadline for deadline in deadlines if deadline is not None]
-        return max(0.0, min(dated) - time.monotonic()) if dated else None
+        return seconds_until(min(dated)) if dated else None
 
     def step(self) -> None:
         """Decode a token for every answer, admit newcomers, prefill a piece of their prompts."""
         self._run(self._batch.decode, self._batch.decoding)
         self._admit()
         self._run(self._prefill, self._batch.prefilling)
+
+    def end_of(self, holder: object, error: BaseException) -> None:
+        """Fail the requests of `holder` with `error`; the next step lets go of them."""
+        for active in [*self._batch.requests, *self._waiting]:
+            if active.request.holder is holder:
+                active.cancelled = True
+                active.fail(error)
 
     def end(self, error: BaseException) -> None:
         """Fail every request with `error` and forget them all."""

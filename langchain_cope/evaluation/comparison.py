@@ -93,13 +93,16 @@ def train_and_evaluate(
     `evaluate` raise.
     """
     from langchain_cope.atomic_files import read_json, write_json
-    from langchain_cope.evaluation.evaluate import Evaluation, evaluate
+    from langchain_cope.engine import give_back
+    from langchain_cope.evaluation.evaluate import Evaluation, check_evaluable, evaluate
     from langchain_cope.training.pipeline import train_user
 
+    check_evaluable(engine, held_out, recipe)
     training = train_user(engine, trained, recipe, folder, monitor)
     file = folder / Stage.EVALUATE.file
     if not file.exists():
         with monitor.stage(Stage.EVALUATE):
             evaluation = evaluate(engine, held_out, training.recipe, folder, monitor)
             write_json(file, asdict(evaluation))
+        give_back(engine.base.device)
     return training, Evaluation(**read_json(file))

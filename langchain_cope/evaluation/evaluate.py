@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from langchain_cope._environment import a_home
 from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, Request, Sampling
 from langchain_cope.errors import HistoryError
 from langchain_cope.evaluation.ways import WAYS
@@ -18,7 +19,6 @@ from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
 
 ITEMS_A_BATCH = 16  # items that are answered together, by every way; a step of the stage
-ROUGE = ("rouge1", "rougeL")
 
 Adapters = Mapping[Stage | None, Adapter | None]
 """The adapters that answer, by the stage that trained each; under None the base, which has none."""
@@ -29,13 +29,16 @@ class Evaluation:
     """Metrics, and the texts that they were computed from."""
 
     metrics: dict[str, dict[str, float]]
-    """By the name of each of `WAYS`: `rouge1`, `rougeL` and, where it has one, `nll`."""
+    """By the name of each of `WAYS`: `rouge1`, `rougeL` and, where it has one, `nll`.
+
+    Without both ROUGE figures where they could not be had, as a note says.
+    """
     indices: list[int]
     """Index of each evaluated item in `held_out`: one that fits no context is left out."""
     texts: list[dict[str, str]]
     """For each evaluated item its `reference`, and under the name of each way what it wrote."""
     notes: list[str]
-    """In words for people: what was cut or dropped."""
+    """In words for people: what was cut, dropped, or could not be measured."""
 
 
 def evaluate(
@@ -56,10 +59,16 @@ def evaluate(
                 engine, examples, adapters[way.adapter], monitor.should_stop
             )
     texts = _generate(engine, examples, recipe, adapters, monitor)
-    metrics = _rouge(texts)
+    metrics, rouge_notes = _rouge(texts)
     for name, nll in likelihoods.items():
         metrics[name]["nll"] = nll
-    return Evaluation(metrics, [example.index for example in examples], texts, notes)
+    indices = [example.index for example in examples]
+    return Evaluation(metrics, indices, texts, [*notes, *rouge_notes])
+
+
+def check_evaluable(engine: Engine, held_out: Sequence[Item], recipe: Recipe) -> None:
+    """Raise `HistoryError` where `evaluate` would for want of items: before hours of training."""
+    _encode(engine, held_out, recipe)
 
 
 def mean_nll(
@@ -156,15 +165,15 @@ def _requests(
     ]
 
 
-def _rouge(texts: Sequence[dict[str, str]]) -> dict[str, dict[str, float]]:
-    from rouge_score.rouge_scorer import RougeScorer
+def _rouge(texts: Sequence[dict[str, str]]) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Return each way's ROUGE, and a note where there is none: no adapter is lost for that."""
+    try:
+        with a_home():  # nltk, which comes with it, does not load without
+            from langchain_cope.evaluation.rouge import mean_rouge
 
-    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    metrics = {}
-    for way in WAYS:
-        scores = [scorer.score(text["reference"], text[way.name]) for text in texts]
-        metrics[way.name] = {
-            measure: sum(score[measure].fmeasure for score in scores) / len(scores)
-            for measure in ROUGE
-        }
-    return metrics
+        references = [text["reference"] for text in texts]
+        rouge = {way.name: mean_rouge(references, [t[way.name] for t in texts]) for way in WAYS}
+    except Exception as error:
+        note = f"ROUGE could not be computed ({type(error).__name__}: {error}); NLL stands"
+        return {way.name: {} for way in WAYS}, [note]
+    return rouge, []

@@ -7,6 +7,7 @@ downloads a model at first use. `chromadb` is imported when a history is first u
 
 import hashlib
 import json
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -14,8 +15,9 @@ from pathlib import Path
 from threading import Lock
 from time import time_ns
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
+from langchain_cope._environment import a_home
 from langchain_cope.errors import HistoryError
 from langchain_cope.history.formats import convert
 from langchain_cope.history.items import Item, Target, UserHistory, in_order, settle
@@ -54,7 +56,8 @@ class ChromaHistory:
 
     Args:
         source: A folder (made where it is missing), `"http://host:port"` of a Chroma server, a
-            chromadb client, or None: in memory, shared by the process. Give a folder that this
+            chromadb client, or None: in memory, shared by the process. A server's URL may hold a
+            user and a password, sent as basic authentication, and a path. Give a folder that this
             process has open already, under LangChain's `Chroma` say, as that client.
         collection: The collection's name.
         embedding_function: The one with which a collection of others was made.
@@ -122,14 +125,15 @@ class ChromaHistory:
                 batch = slice(start, start + batch_size)
                 self._write(collection, records[batch], withdrawn[batch])
 
-    def fetch(self, user_id: str) -> list[Item]:
-        """Return the user's items, oldest first.
+    def fetch(self, user_id: str, conversation: str | None = None) -> list[Item]:
+        """Return the user's items, or those of one conversation, oldest first.
 
-        The order is that of `created_at` where all have one, else that in which they were added.
-        Empty for an unknown user, and for a collection that does not exist yet; `history` says
-        which.
+        The order is that of `created_at`, as far as items have one, else that in which they were
+        added. Empty for an unknown user, and for a collection that does not exist yet; `history`
+        says which.
         """
-        return in_order(RowReader(instruction=self.instruction).read_all(self._rows(user_id)))
+        rows = self._rows(user_id, conversation)
+        return in_order(RowReader(instruction=self.instruction).read_all(rows))
 
     def history(self, user_id: str) -> UserHistory:
         """Return the user's items as a history, without duplicates, with notes on decisions."""
@@ -143,7 +147,7 @@ class ChromaHistory:
 
         0 for an unknown user or a collection that does not exist yet.
         """
-        return sum(len(page["ids"]) for page in self._pages(user_id, include=[]))
+        return sum(len(page["ids"]) for page in self._pages(self._where(user_id), include=[]))
 
     def delete_user(self, user_id: str) -> int:
         """Delete all items of the user and return how many there were.
@@ -211,10 +215,13 @@ class ChromaHistory:
             embeddings=vectors,
         )
 
-    def _rows(self, user_id: str) -> list[Row]:
+    def _rows(self, user_id: str, conversation: str | None = None) -> list[Row]:
         """Return the user's records as rows, in the order in which they were added."""
+        wanted = self._where(user_id)
+        if conversation is not None:
+            wanted = {"$and": [wanted, {"conversation": {"$eq": conversation}}]}
         rows: list[tuple[int, Row]] = []
-        for page in self._pages(user_id, include=["documents", "metadatas"]):
+        for page in self._pages(wanted, include=["documents", "metadatas"]):
             records = zip(page["ids"], page["documents"], page["metadatas"], strict=True)
             for record_id, document, metadata in records:
                 if document and not document.isspace():  # others may keep records of vectors alone
@@ -238,9 +245,8 @@ class ChromaHistory:
             "rejected": json.loads(metadata[_REJECTED]) if _REJECTED in metadata else (),
         }
 
-    def _pages(self, user_id: str, include: list[str]) -> Iterator[Mapping[str, Any]]:
-        """Yield the user's records a page at a time, none without a collection."""
-        where = self._where(user_id)
+    def _pages(self, where: Mapping[str, Any], include: list[str]) -> Iterator[Mapping[str, Any]]:
+        """Yield the records that fulfil `where` a page at a time, none without a collection."""
         with self._chroma() as client:
             collection = self._existing(client)
             if collection is None:
@@ -291,7 +297,7 @@ class ChromaHistory:
         if not isinstance(self.source, str | PathLike):
             return type(self.source).__name__
         url = _server(self.source)
-        return f"{url.scheme}://{url.hostname}:{_port(url)}" if url else str(self.source)
+        return _address(url) if url else str(self.source)
 
     @contextmanager
     def _chroma(self) -> Iterator[Any]:
@@ -328,8 +334,9 @@ def _connect(source: Any) -> Any:
     """Return a chromadb client for a folder, a server's URL or memory; a client as it is."""
     if source is not None and not isinstance(source, str | PathLike):
         return source
-    import chromadb
-    from chromadb.config import Settings
+    with a_home():
+        import chromadb
+        from chromadb.config import Settings
 
     settings = Settings(anonymized_telemetry=False)
     if source is None:
@@ -337,10 +344,20 @@ def _connect(source: Any) -> Any:
     url = _server(source)
     if url is None:
         return chromadb.PersistentClient(path=str(Path(source).expanduser()), settings=settings)
+    if url.query or url.fragment:  # said without their text, which may be a secret
+        raise HistoryError(
+            f"Chroma at {_address(url)}: the URL has a query or a fragment, which Chroma has no "
+            "use for: write http://user:password@host:port/path, or give a chromadb client"
+        )
+    headers = {}
+    if url.username or url.password:
+        pair = f"{unquote(url.username or '')}:{unquote(url.password or '')}"
+        headers["Authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
     return chromadb.HttpClient(
-        host=url.hostname or "localhost",
+        host=_address(url),  # given as a URL it keeps its path
         port=_port(url),
         ssl=url.scheme == "https",
+        headers=headers,
         settings=settings,
     )
 
@@ -349,6 +366,13 @@ def _server(source: str | PathLike[str]) -> SplitResult | None:
     """Return the URL of a server, None for a folder."""
     url = urlsplit(str(source))
     return url if url.scheme in ("http", "https") else None
+
+
+def _address(url: SplitResult) -> str:
+    """Return the URL of a server without credentials."""
+    host = url.hostname or "localhost"
+    host = f"[{host}]" if ":" in host else host
+    return f"{url.scheme}://{host}:{_port(url)}{url.path.rstrip('/')}"
 
 
 def _port(url: SplitResult) -> int:

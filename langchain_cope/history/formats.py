@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history.chatgpt import chatgpt_rows
+from langchain_cope.history.chatgpt import chatgpt_left_out, chatgpt_rows
 from langchain_cope.history.fields import hand_down, unread, unread_note, with_system
 from langchain_cope.history.items import Target
 from langchain_cope.history.lamp import LAMP_USER_KEYS, lamp_queries, lamp_rows
@@ -31,7 +31,8 @@ from langchain_cope.history.pairs import (
     text_rows,
     traced_rows,
 )
-from langchain_cope.history.rows import USER_KEYS, Located, Row, shown
+from langchain_cope.history.reader import check_conversation
+from langchain_cope.history.rows import USER_KEYS, Located, Row, first_time, shown
 
 
 def _any_row(row: Row) -> bool:
@@ -40,6 +41,10 @@ def _any_row(row: Row) -> bool:
 
 def _no_queries(row: Row) -> list[Row]:
     return []
+
+
+def _nothing(row: Row) -> Counter[str]:
+    return Counter()
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,11 @@ class Format:
     A field with text that is neither named nor known to all formats is named in a note."""
     is_log: bool = False
     """Whether a row without a turn of the target is left out; made for training, it is an error."""
+    left_out: Callable[[Row], Counter[str]] = _nothing
+    """Returns what in a row is not read, by its kind."""
+    is_export: bool = False
+    """Whether a row that cannot be read is passed over, as long as others can: nobody wrote it by
+    hand, or can mend it."""
 
     def matches(self, row: Row) -> bool:
         """Tell whether a row has this format."""
@@ -83,7 +93,10 @@ def _conversation(key: str) -> Callable[[Row], list[Row]]:
     """Return the row function of a format that has a conversation in the field `key`."""
 
     def rows(row: Row) -> list[Row]:
-        return [row.with_fields({**row.value, "messages": plain_messages(row[key])})]
+        fields = {**row.value, "messages": plain_messages(row[key])}
+        if row.time() is None:
+            fields["created_at"] = first_time(row[key])
+        return [row.with_fields(fields)]
 
     return rows
 
@@ -91,7 +104,14 @@ def _conversation(key: str) -> Callable[[Row], list[Row]]:
 # The simplest come last: a row of a format further up may have their fields too.
 FORMATS = (
     Format(
-        "ChatGPT export", ("mapping",), chatgpt_rows, target="user", other_keys=None, is_log=True
+        "ChatGPT export",
+        ("mapping",),
+        chatgpt_rows,
+        left_out=chatgpt_left_out,
+        target="user",
+        other_keys=None,
+        is_log=True,
+        is_export=True,
     ),
     Format(
         "LaMP profile",
@@ -171,12 +191,18 @@ _USER_LINE_KEYS = ("history", "queries")
 class Converted:
     """Rows in the forms that `reader` reads, and how they came to be."""
 
-    rows: list[Row] = field(default_factory=list)
+    by_row: list[list[Row]] = field(default_factory=list)
+    """What came of each row that was given, in their order."""
     formats: dict[str, int] = field(default_factory=dict)
     """Number of rows of each format."""
     target: Target | None = None
     """The side of the conversations that is learnt; None without conversations."""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows that came of those given."""
+        return [plain for rows in self.by_row for plain in rows]
 
 
 def format_of(row: Row) -> Format:
@@ -211,7 +237,8 @@ def unpack(line: Row) -> tuple[list[Row], list[Row]]:
         history = _nested(line.field("history"))
         queries = _nested(line.field("queries")) if line.get("queries") else []
         return hand_down(line, history), hand_down(line, queries)
-    return [line], hand_down(line, format_of(line).queries(line))
+    kind = _match(line)
+    return [line], hand_down(line, kind.queries(line)) if kind else []
 
 
 def convert(rows: Sequence[Row], target: Target | None = None) -> Converted:
@@ -222,7 +249,7 @@ def convert(rows: Sequence[Row], target: Target | None = None) -> Converted:
     """
     if target not in ("assistant", "user", None):
         raise HistoryError(f"target is {shown(target)}; expected 'assistant' or 'user'")
-    recognised = [(row, format_of(row)) for row in rows]
+    recognised = _recognised(rows)
     converted = Converted(formats=dict(Counter(kind.name for _, kind in recognised)))
     if any(kind.target for _, kind in recognised):
         converted.target = target or _usual_target(recognised)
@@ -230,20 +257,49 @@ def convert(rows: Sequence[Row], target: Target | None = None) -> Converted:
             converted.notes.append(_target_note(converted.target, recognised))
     num_empty: Counter[str] = Counter()
     unread_fields: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    odd: dict[str, list[HistoryError]] = {}
     for row, kind in recognised:
         unread_fields.update(kind.unread(row))
-        plain_rows = _plain_rows(row, kind, converted.target)
-        converted.rows += plain_rows
+        try:
+            plain_rows = _plain_rows(row, kind, converted.target)
+            left_out.update(kind.left_out(row))
+        except HistoryError as error:
+            if not kind.is_export:
+                raise
+            odd.setdefault(kind.name, []).append(error)
+            converted.by_row.append([])
+            continue
+        converted.by_row.append(plain_rows)
         if not plain_rows:
             num_empty[kind.name] += 1
-    for name, number in converted.formats.items():
-        if num_empty[name]:
-            converted.notes.append(
-                f"rows left out, as nothing in them can be learnt: "
-                f"{num_empty[name]} of {number} ({name})"
-            )
+    converted.notes += _empty_notes(num_empty, converted.formats)
+    converted.notes += _odd_notes(odd, converted.formats)
+    if left_out:
+        parts = ", ".join(f"{name} ({number})" for name, number in left_out.items())
+        converted.notes.append(f"parts of conversations left out: {parts}")
     converted.notes += unread_note(unread_fields)
     return converted
+
+
+def _empty_notes(num_empty: Counter[str], formats: Mapping[str, int]) -> list[str]:
+    return [
+        f"rows left out, as nothing in them can be learnt: {num_empty[name]} of {number} ({name})"
+        for name, number in formats.items()
+        if num_empty[name]
+    ]
+
+
+def _odd_notes(odd: Mapping[str, list[HistoryError]], formats: Mapping[str, int]) -> list[str]:
+    """Return notes on the rows passed over; raise the first error where all of a format were."""
+    for name, errors in odd.items():
+        if len(errors) == formats[name]:
+            raise errors[0]
+    return [
+        f"conversations passed over, as they cannot be read: {len(errors)} of {formats[name]} "
+        f"({name}); the first: {errors[0]}"
+        for name, errors in odd.items()
+    ]
 
 
 def unread_in_lines(lines: Sequence[Row]) -> list[str]:
@@ -252,6 +308,17 @@ def unread_in_lines(lines: Sequence[Row]) -> list[str]:
         name for line in lines if _is_user_line(line) for name in unread(line, _USER_LINE_KEYS)
     ]
     return unread_note(Counter(names))
+
+
+def _recognised(rows: Sequence[Row]) -> list[tuple[Row, Format]]:
+    """Return each row with its format; in an export a row of none is a damaged row of it."""
+    kinds = [_match(row) for row in rows]
+    known = {kind.name: kind for kind in kinds if kind is not None}
+    if len(known) == 1:
+        (only,) = known.values()
+        if only.is_export:
+            kinds = [only] * len(rows)
+    return [(row, kind or format_of(row)) for row, kind in zip(rows, kinds, strict=True)]
 
 
 def _is_user_line(line: Row) -> bool:
@@ -276,6 +343,9 @@ def _plain_rows(row: Row, kind: Format, target: Target | None) -> list[Row]:
         rows = with_system(row, kind.rows(row))
     except RecursionError:  # from comparing two sides of a pair, say
         raise HistoryError(f"{row.where}: nested too deeply") from None
+    if kind.is_export:
+        for plain in rows:
+            check_conversation(plain)
     if kind.is_log:
         rows = [plain for plain in rows if not _is_silent(plain, target)]
     return rows

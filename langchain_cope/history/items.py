@@ -7,14 +7,18 @@ the items in order and removes duplicates.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from langchain_cope.history.order import oldest_first
 from langchain_cope.text import count
 
-Message = dict[str, str]
-"""A chat message, `{"role": …, "content": …}`; the role is system, user or assistant."""
+Message = dict[str, Any]
+"""A chat message, `{"role": …, "content": …}`; the role is system, user, assistant or tool.
+
+An assistant's may have `tool_calls`, and a tool's the `tool_call_id` and `name` of its call.
+"""
 Target = Literal["assistant", "user"]
 """The side of a conversation that is learnt: its turns are the completions."""
 
@@ -22,10 +26,11 @@ Target = Literal["assistant", "user"]
 class Item(BaseModel):
     """One thing the user wrote, and what it answers.
 
-    `prompt` is a text (one user message) or messages that end in a user turn; a `created_at`
-    without a time zone is taken as UTC; items of one `conversation` are never split between
-    training and held-out items. `rejected` are answers to the prompt that the user liked less than
-    the completion: DPO takes each of these pairs as it is, and no negative is mined for the item.
+    `prompt` is a text (one user message) or messages that end in a user or tool turn; a
+    `created_at` without a time zone is taken as UTC; items of one `conversation` are never split
+    between training and held-out items. `rejected` are answers to the prompt that the user liked
+    less than the completion: DPO takes each of these pairs as it is, and no negative is mined for
+    the item.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +40,14 @@ class Item(BaseModel):
     created_at: datetime | None = None
     conversation: str | None = None
     rejected: tuple[str, ...] = ()
+
+    @field_validator("prompt")
+    @classmethod
+    def _of_texts(cls, value: str | list[Message]) -> str | list[Message]:
+        for message in value if isinstance(value, list) else ():
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise ValueError("a message of a prompt needs a role and a content, both texts")
+        return value
 
     @field_validator("created_at")
     @classmethod
@@ -100,14 +113,18 @@ def settle(
 ) -> UserHistory:
     """Return the history: items in order, without exact duplicates, and notes that say so.
 
-    The order is that of `created_at` where every item has one. Of duplicates the oldest stays;
+    The order is that of `created_at`, as far as items have one. Of duplicates the oldest stays;
     items that differ only in what was rejected become one.
     """
     all_notes = list(notes)
     num_dated = sum(item.created_at is not None for item in items)
-    if num_dated < len(items):
-        lack = f"only {num_dated} of {len(items)} items have" if num_dated else "the items have no"
-        all_notes.append(f"{lack} created_at: their order is taken as oldest first")
+    if not num_dated and items:
+        all_notes.append("the items have no created_at: their order is taken as oldest first")
+    elif num_dated < len(items):
+        all_notes.append(
+            f"only {num_dated} of {len(items)} items have created_at: "
+            "the others are placed by their neighbours"
+        )
     unique, num_duplicates = _without_duplicates(in_order(items))
     if num_duplicates:
         removed = count(num_duplicates, "exact duplicate")
@@ -124,14 +141,11 @@ def settle(
 
 
 def in_order(items: Sequence[Item]) -> list[Item]:
-    """Return the items oldest first where each has `created_at`, else as they came.
+    """Return the items oldest first; those without `created_at` are placed by their neighbours.
 
-    Items of equal times keep their order.
+    Where none has a time, they stay as they came. Items of equal times keep their order.
     """
-    dated = [(item.created_at, item) for item in items if item.created_at is not None]
-    if len(dated) < len(items):
-        return list(items)
-    return [item for _, item in sorted(dated, key=lambda pair: pair[0])]
+    return oldest_first([items], lambda item: item.created_at, lambda item: item.conversation)
 
 
 def _without_duplicates(items: Sequence[Item]) -> tuple[list[Item], int]:

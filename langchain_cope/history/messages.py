@@ -1,5 +1,7 @@
 """The ways in which people write down a message, each read as `{"role", "content", "weight"}`.
 
+Calls of tools and what answers them keep their own fields: `tool_calls`, `tool_call_id`, `name`.
+
     {"role": "user", "content": …, "weight": 1}             OpenAI
     {"from": "human", "value": …}                           ShareGPT
     {"type": "human", "data": {"content": …}}               LangChain's messages_to_dict
@@ -10,6 +12,7 @@ LangChain's message objects are read too. Anything else is returned as it is: th
 messages says where it stands and what is wrong with it.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -43,6 +46,7 @@ _SHAREGPT_ROLES = {
     "bard": "assistant",
     "observation": "tool",
 }
+_TOOL_FIELDS = ("tool_calls", "tool_call_id", "name")
 # A tuple, not a set: a type in a file may be a value that cannot be hashed.
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -116,9 +120,50 @@ def content_text(content: Located) -> tuple[str, int]:
     return "\n".join(texts), len(content.value) - len(texts)
 
 
+def calls_of(message: Located) -> list[dict[str, Any]]:
+    """Return the calls of tools in an assistant's message, as chat templates take them.
+
+    Those without a name are left out. Raises HistoryError for text that cannot be encoded.
+    """
+    row = message.row()
+    written = row.get("tool_calls")
+    calls = written if isinstance(written, list | tuple) else [row.get("function_call")]
+    read = [_call(call) for call in calls if isinstance(call, Mapping)]
+    named = [call for call in read if call is not None]
+    for call in named:
+        message.with_value(json.dumps(call, ensure_ascii=False, default=str)).text()
+    return named
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a call of OpenAI's (the newer or the older form) or of LangChain's."""
+    function = call.get("function", call)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name:
+        return None
+    arguments = _parsed(function.get("arguments", function.get("args")))
+    return {
+        "type": "function",
+        "id": str(call.get("id") or ""),
+        "function": {"name": name, "arguments": {} if arguments is None else arguments},
+    }
+
+
+def _parsed(value: Any) -> Any:
+    """Return the object that JSON text holds; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return parsed if isinstance(parsed, dict) else value
+
+
 def _from_sharegpt(message: Mapping[str, Any]) -> dict[str, Any]:
     if message["from"] == "function_call":  # what the assistant asked of a tool
-        return {"role": "assistant", "content": None}
+        call = _parsed(message.get("value"))
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
     plain = {
         "role": _role(message["from"], _SHAREGPT_ROLES),
         "content": message.get("value"),
@@ -133,7 +178,8 @@ def _from_langchain(message: Mapping[str, Any]) -> dict[str, Any]:
     role = _role(_langchain_type(message), _LANGCHAIN_ROLES)
     if role == "chat":
         role = inner.get("role")
-    return {"role": role, "content": inner.get("content")}
+    plain = {"role": role, "content": inner.get("content")}
+    return plain | {key: inner[key] for key in _TOOL_FIELDS if inner.get(key)}
 
 
 def _langchain_type(message: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from langchain_cope.errors import HistoryError
 from langchain_cope.history.items import Item, Message, Target
-from langchain_cope.history.messages import ROLES, content_text, is_role
+from langchain_cope.history.messages import ROLES, calls_of, content_text, is_role
 from langchain_cope.history.rows import Located, Row, shown
 
 MESSAGE_INSTRUCTION = "Write the next message in your own words."
@@ -33,6 +33,8 @@ class _Turn(NamedTuple):
     role: str
     texts: list[str]
     is_learnt: bool = True
+    fields: dict[str, Any] = {}  # noqa: RUF012 - of tools; never changed
+    """`tool_calls` of an assistant's turn, `tool_call_id` and `name` of a tool's."""
 
     @property
     def text(self) -> str:
@@ -40,7 +42,12 @@ class _Turn(NamedTuple):
 
     @property
     def message(self) -> Message:
-        return {"role": self.role, "content": self.text}
+        return {"role": self.role, "content": self.text, **self.fields}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is text of one side and nothing else."""
+        return self.role in _OTHER_SIDE and not self.fields
 
 
 class Disliked(NamedTuple):
@@ -72,6 +79,8 @@ class RowReader:
     num_joined: int = 0
     num_other_parts: int = 0
     num_weightless: int = 0
+    num_with_calls: int = 0
+    num_only_calls: int = 0
     num_shortened: int = 0
     disliked: list[Disliked] = field(default_factory=list)
     """After `read_all`: the disliked answers for which no item has the same prompt."""
@@ -100,6 +109,8 @@ class RowReader:
                 f"prompts that hold only the newest {TURNS_KEPT} turns before the completion",
             ),
             (self.num_weightless, "turns of weight 0, which are context and not learnt"),
+            (self.num_with_calls, "turns that call tools, which are context and not learnt"),
+            (self.num_only_calls, "conversations left out, as every turn in them calls tools"),
             (len(self.disliked), "disliked answers left out, as no liked one has the same prompt"),
         ]
         notes = []
@@ -187,7 +198,11 @@ class RowReader:
                 systems.append(turn.text)
             elif self._append(dialogue, turn):
                 num_systems.append(len(systems))
-        if all(turn.role != self.target for turn in dialogue):
+        targets = [turn for turn in dialogue if turn.role == self.target]
+        if targets and not any(turn.is_plain for turn in targets):
+            self.num_only_calls += 1
+            return []
+        if not targets:
             roles = ", ".join(dict.fromkeys(turn.role for turn in dialogue)) or "none"
             raise HistoryError(
                 f"{row.where}: no {self.target} turn with text in messages; "
@@ -200,6 +215,9 @@ class RowReader:
         for index, turn in enumerate(dialogue):
             if turn.role != self.target:
                 continue
+            if not turn.is_plain:
+                self.num_with_calls += 1
+                continue
             if not turn.is_learnt:
                 self.num_weightless += 1
                 continue
@@ -207,6 +225,7 @@ class RowReader:
             before = messages[max(0, index - TURNS_KEPT) : index]
             if index > TURNS_KEPT:
                 self.num_shortened += 1
+                before = _from_first_user(before)
             first_systems = systems[: min(num_systems[index], TURNS_KEPT)]
             prompt = self._prompt(first_systems, before, MESSAGE_INSTRUCTION)
             items.append(self._item(row, prompt, turn.text))
@@ -245,8 +264,12 @@ class RowReader:
         )
 
     def _append(self, dialogue: list[_Turn], turn: _Turn) -> bool:
-        """Add a turn and return True, or join it to the last one of the same role."""
-        if not dialogue or dialogue[-1].role != turn.role:
+        """Add a turn and return True, or join it to the last one of the same role.
+
+        Calls and results stay as they are.
+        """
+        last_is_plain = bool(dialogue) and dialogue[-1].is_plain and turn.is_plain
+        if not last_is_plain or dialogue[-1].role != turn.role:
             dialogue.append(turn)
             return True
         last = dialogue[-1]
@@ -259,7 +282,8 @@ class RowReader:
     def _turns(self, messages: Located) -> list[_Turn]:
         """Return the turns with text among the messages.
 
-        What a tool answered is a user turn, or left out where the user is the target.
+        Calls of tools and what they answered are context of the assistant's turns; where the user
+        is the target, they are left out.
         """
         turns = []
         for entry in messages.entries():
@@ -273,13 +297,38 @@ class RowReader:
             text, num_other_parts = content_text(message.field("content"))
             self.num_other_parts += num_other_parts
             is_learnt = _is_learnt(message)
-            if role == "tool":
-                if self.target == "user":
-                    continue
-                role = "user"
-            if text.strip():
-                turns.append(_Turn(role, [text], is_learnt))
+            fields = _tool_fields(message, role) if self.target == "assistant" else {}
+            if role == "tool" and self.target == "user":
+                continue
+            if text.strip() or fields:
+                turns.append(_Turn(role, [text], is_learnt, fields))
         return turns
+
+
+def _tool_fields(message: Row, role: str) -> dict[str, Any]:
+    """Return what a message has of tools beside its text, as chat templates take it."""
+    if role == "assistant":
+        calls = calls_of(message)
+        return {"tool_calls": calls} if calls else {}
+    if role != "tool":
+        return {}
+    call_id, name = message.get("tool_call_id"), message.get("name")
+    fields = {"tool_call_id": call_id if isinstance(call_id, str) else ""}
+    return fields | {"name": name} if isinstance(name, str) and name else fields
+
+
+def _from_first_user(messages: list[Message]) -> list[Message]:
+    """Return the messages from the first user turn on; all where there is none."""
+    roles = [message["role"] for message in messages]
+    return messages[roles.index("user") :] if "user" in roles else messages
+
+
+def check_conversation(row: Row) -> None:
+    """Raise what reading a row of messages would raise, but for a missing turn of the target."""
+    RowReader()._turns(row.field("messages"))
+    row.time()
+    if row.get("conversation") is not None:
+        row.field("conversation").name()
 
 
 def _rejected(row: Row) -> list[str]:

@@ -12,9 +12,12 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables.config import run_in_executor
 
 from langchain_cope.history.chroma import ChromaHistory
-from langchain_cope.history.items import Target
-from langchain_cope.history.messages import plain_message
+from langchain_cope.history.items import Item, Target
+from langchain_cope.history.reader import MESSAGE_INSTRUCTION, TURNS_KEPT
 from langchain_cope.history.rows import checked_id
+from langchain_cope.history.talk import Talk, Turn, other_side, turns_of
+
+_COMPARED = 50  # of a session's newest items
 
 
 class RecordedChatHistory(BaseChatMessageHistory):
@@ -27,10 +30,11 @@ class RecordedChatHistory(BaseChatMessageHistory):
     PersonalizeUser(history=history).invoke({"user_id": "alice"})
     ```
 
-    A turn is finished when the other side has spoken after it. The items of a session are one
-    conversation, never split between training and held-out items. What is there already is not
-    written twice, so a chat that was kept before is recorded whole at its next message; `record`
-    does that at once. `clear` clears the chat, not what was written to the history
+    A turn is finished when the other side has spoken after it, and is written once, with the time
+    of then: also where the chat shows a window of its messages, or a summary in front of them. The
+    prompts hold the whole talk. The items of a session are one conversation, never split between
+    training and held-out items. A chat that was kept before is recorded whole at its next message;
+    `record` does that at once. `clear` clears the chat, not what was written to the history
     (`history.delete_user` does that).
 
     Every method that writes raises HistoryError where the history cannot be written: the chat has
@@ -58,6 +62,8 @@ class RecordedChatHistory(BaseChatMessageHistory):
         self.user_id = checked_id("user", user_id)
         self.session_id = checked_id("session", session_id)
         self.target: Target = target
+        self._seen: list[BaseMessage] = []
+        """The newest messages that went through here; the chat may show fewer of them."""
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]
@@ -70,37 +76,72 @@ class RecordedChatHistory(BaseChatMessageHistory):
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
         """Add messages to the chat, and the turns that they finish to the user's history."""
+        before = list(self.chat.messages)
         self.chat.add_messages(messages)
-        self.record()
+        self._record(before, messages)
 
     async def aadd_messages(self, messages: Sequence[BaseMessage]) -> None:
         """Do as `add_messages`; the history is written in a thread."""
+        before = list(await self.chat.aget_messages())
         await self.chat.aadd_messages(messages)
-        await run_in_executor(None, self._record, await self.chat.aget_messages())
+        await run_in_executor(None, self._record, before, messages)
 
     def clear(self) -> None:
         """Clear the chat."""
         self.chat.clear()
+        self._seen = []
 
     async def aclear(self) -> None:
         """Clear the chat."""
         await self.chat.aclear()
+        self._seen = []
 
     def record(self) -> None:
         """Write every finished turn of the chat to the user's history."""
-        self._record(self.chat.messages)
+        self._record(list(self.chat.messages), [])
 
-    def _record(self, messages: Sequence[BaseMessage]) -> None:
-        other_side = "assistant" if self.target == "user" else "user"
-        num_finished = 0
-        for index, message in enumerate(messages):
-            if plain_message(message)["role"] == other_side:
-                num_finished = index
-        if num_finished == 0:
+    def _record(self, before: Sequence[BaseMessage], added: Sequence[BaseMessage]) -> None:
+        """Write the turns of the target that are finished and not written yet."""
+        shown = Talk(before).extended_back(self._seen)
+        talk = Talk([*shown.messages, *added])
+        self._seen = talk.messages[-2 * TURNS_KEPT :]
+        end = talk.last_of(other_side(self.target))
+        earlier, start = self._recorded(shown)
+        if end is None or not any(turn.role == self.target for turn in talk.turns(start, end)):
             return
+        # What is written already is context: it is not learnt a second time.
+        context = [{"role": turn.role, "content": turn.text, "weight": 0} for turn in earlier]
         row = {
-            "messages": list(messages[:num_finished]),
+            "messages": [*talk.systems(start), *context, *talk.plain(start, end)],
             "conversation": self.session_id,
             "created_at": datetime.now(UTC),
         }
         self.history.add(self.user_id, [row], target=self.target)
+
+    def _recorded(self, shown: Talk) -> tuple[list[Turn], int]:
+        """Return the talk as it was recorded last, and where in `shown` what came after it begins.
+
+        A chat that shows nothing of what was recorded is a new one, unless it begins with an
+        answer: then that is the answer to the last recorded turn.
+        """
+        if not shown.messages:
+            return [], 0
+        items = self.history.fetch(self.user_id, self.session_id)[-_COMPARED:]
+        best: tuple[int, int, list[Turn]] = 0, 0, []
+        for item in reversed(items):
+            turns = self._turns(item)
+            length, end = shown.longest_match(turns)
+            if length > best[0]:
+                best = length, end, turns
+        if best[0] == 0 and items and shown.begins_with(other_side(self.target)):
+            return self._turns(items[-1]), 0
+        return best[2], best[1]
+
+    def _turns(self, item: Item) -> list[Turn]:
+        """Return the talk that an item ends, with the roles of the chat."""
+        turns = turns_of(item.messages)
+        if self.target == "user":
+            turns = [Turn(other_side(turn.role), turn.text) for turn in turns]
+        if turns and turns[0].text == (self.history.instruction or MESSAGE_INSTRUCTION):
+            turns = turns[1:]
+        return [*turns, Turn(self.target, item.completion)]

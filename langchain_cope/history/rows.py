@@ -9,6 +9,7 @@ what was expected. Knows no format and no file.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from reprlib import Repr
@@ -149,6 +150,17 @@ def parse_time(value: Any) -> datetime:
         return _DATETIME.validate_python(value)
     year, month, day = (int(part or 1) for part in date.groups())
     return datetime(year, month, day, tzinfo=UTC)
+
+
+def first_time(messages: Any) -> datetime | None:
+    """Return the time of the first message that has one which can be read."""
+    for message in messages if isinstance(messages, list | tuple) else ():
+        if isinstance(message, Mapping):
+            with suppress(HistoryError):
+                time = Row("message", message).time()
+                if time is not None:
+                    return time
+    return None
 
 
 def shown(value: Any) -> str:

@@ -56,7 +56,7 @@ class Publisher:
     gate: Literal["improve", "always"]
     min_gain: float
     """Nats per token by which the new version must be better."""
-    job_key: str | None
+    job_key: str
     """A version published under this key came of this very training."""
     data_seq: int
     """Where the store's log of the user stood before the history was read.
@@ -108,8 +108,6 @@ class Publisher:
         self.store.delete_version(self.user, version)
 
     def _published_earlier(self) -> AdapterVersion | None:
-        if self.job_key is None:
-            return None
         for version in self.store.versions(self.user):
             if version.idempotency_key == self.job_key:
                 return version
@@ -174,6 +172,7 @@ class Publisher:
                 "num_trained": len(self.trained),
                 "num_held_out": len(self.held_out),
                 "recipe": recipe.as_dict(),
+                "dtype": str(self.engine.base.dtype).removeprefix("torch."),
                 "trained_on": fingerprint_items(self.trained),
             },
             idempotency_key=self.job_key,

@@ -3,7 +3,8 @@
 It goes on after the last finished stage. A job folder belongs to one user and one input: `job.json`
 holds the input's digest, and where that differs the folder is emptied and the job starts anew. It
 holds what the user wrote (negatives, the evaluation's texts), readable by its owner alone, and is
-removed when the job is done.
+removed when the job is done. What was trained is never lost to a failure after it: where nobody
+named a folder, the temporary one stays then, and the error says where.
 """
 
 import hashlib
@@ -16,8 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_store.errors import UserErasedError
 from langchain_cope.atomic_files import read_json, write_json
-from langchain_cope.errors import InputError
+from langchain_cope.errors import Cancelled, InputError
 from langchain_cope.evaluation.ways import WAYS
 from langchain_cope.history.items import Item
 from langchain_cope.training.progress import Stage
@@ -32,11 +34,8 @@ class Job:
     """One personalization's folder."""
 
     folder: Path
-    key: str | None = None
-    """Names the job to the store: a version published under it came of this very job.
-
-    None: it cannot be resumed.
-    """
+    key: str
+    """Names the job to the store: a version published under it came of this very job."""
 
     def finished_stages(self) -> list[Stage]:
         """Return the stages that have left their work in the folder, in order."""
@@ -61,31 +60,85 @@ def _texts(items: Sequence[Item]) -> list[list[object]]:
 
 
 @contextmanager
-def temporary_job() -> Iterator[Job]:
-    """Yield a job in a temporary folder, which is removed after the block in any case."""
-    with tempfile.TemporaryDirectory(prefix="cope-") as folder:
-        yield Job(Path(folder))
+def temporary_job(user_id: str, digest: str) -> Iterator[Job]:
+    """Yield a job in a temporary folder, which is removed after the block.
+
+    It stays where the block fails after a stage has finished, as the error's note then says; but
+    not after a cancel, nor where the user was erased meanwhile.
+    """
+    job_dir = tempfile.mkdtemp(prefix="cope-")
+    stays = False
+    try:
+        with resumable_job(job_dir, user_id, digest) as job:
+            try:
+                yield job
+            except Exception as error:
+                is_unwanted = isinstance(error, Cancelled | UserErasedError)
+                stays = bool(job.finished_stages()) and not is_unwanted
+                raise
+    finally:
+        if not stays:
+            shutil.rmtree(job_dir, ignore_errors=True)
 
 
 @contextmanager
 def resumable_job(job_dir: str | os.PathLike[str], user_id: str, digest: str) -> Iterator[Job]:
     """Yield the user's job below `job_dir`; where the block raises, what its stages finished stays.
 
-    Raises `InputError` where the folder cannot be written, and while another process works on this
-    user's job.
+    Of a user who was erased meanwhile nothing stays. Else the error has a note, which says how to
+    go on. Raises `InputError` where the folder cannot be written, and while another process works
+    on this user's job.
     """
-    # Not the id itself, which may hold any character; and the folder's listing need not tell
-    # which users are trained.
-    name = hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    folder = Path(job_dir).expanduser() / name
+    folder = _folder(job_dir, user_id)
     lock = _locked(folder)
     try:
-        yield _open_job(folder, digest)
+        job = _open_job(folder, digest)
+        try:
+            yield job
+        except Exception as error:
+            _say_how_to_go_on(error, job, job_dir)
+            raise
         # The facts first: what is left of a folder without them is never resumed.
         (folder / FACTS).unlink()
         shutil.rmtree(folder, ignore_errors=True)
+    except UserErasedError:
+        shutil.rmtree(folder)
+        raise
     finally:
         os.close(lock)  # which unlocks it, as the end of a killed process does
+
+
+def remove_job(job_dir: str | os.PathLike[str], user_id: str) -> bool:
+    """Remove what an unfinished run left of the user below `job_dir`; return whether there was any.
+
+    Raises `InputError` while another process works on it, OSError where it cannot be removed.
+    """
+    folder = _folder(job_dir, user_id)
+    if not folder.exists():
+        return False
+    lock = _locked(folder)
+    try:
+        shutil.rmtree(folder)
+    finally:
+        os.close(lock)
+    return True
+
+
+def _folder(job_dir: str | os.PathLike[str], user_id: str) -> Path:
+    # Not the id itself, which may hold any character; and the folder's listing need not tell
+    # which users are trained.
+    name = hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return Path(job_dir).expanduser() / name
+
+
+def _say_how_to_go_on(error: Exception, job: Job, job_dir: str | os.PathLike[str]) -> None:
+    stages = job.finished_stages()
+    if stages and not isinstance(error, Cancelled | UserErasedError):
+        error.add_note(
+            f"what was done before it is kept ({', '.join(stages)}): the same again with "
+            f"job_dir={os.fspath(job_dir)!r} (--job-dir) goes on after that; "
+            "or delete that folder, which holds texts of the user"
+        )
 
 
 def _locked(folder: Path) -> int:

@@ -140,7 +140,7 @@ class Run(Monitor):
             # Hours of training must not end at a store that cannot be written.
             store.prepare(self.user)
         with self.stage(Stage.LOAD):
-            engine = self.settings._engine()
+            engine = self.settings._engine(holder=self)
             recipe = recipe_for(self.settings.recipe, engine.base, trained)
         with (
             reserved_device(engine.base.device, self),
@@ -219,10 +219,10 @@ class Run(Monitor):
     def _job(
         self, engine: "Engine", recipe: Recipe, trained: list[Item], held_out: list[Item]
     ) -> AbstractContextManager[Job]:
-        if self.settings.job_dir is None:
-            return temporary_job()
         base = {**engine.base.fingerprint(), "dtype": str(engine.base.dtype)}
         digest = input_digest(base, recipe, trained, held_out)
+        if self.settings.job_dir is None:
+            return temporary_job(self.user, digest)
         return resumable_job(self.settings.job_dir, self.user, digest)
 
 

@@ -10,6 +10,7 @@ from trl import DPOConfig, DPOTrainer
 
 from langchain_cope.engine import Base
 from langchain_cope.training.adapter import load_weights, lora_config, save_adapter
+from langchain_cope.training.launchers import launchers_hidden
 from langchain_cope.training.negatives import Pair
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
@@ -30,7 +31,11 @@ def train_dpo(
     Neither the base nor `sft` is changed. Raises `Cancelled` at the next step after `monitor` asks
     for a stop; `folder` is then not written.
     """
-    with random_state_kept(), TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
+    with (
+        random_state_kept(),
+        launchers_hidden(),
+        TemporaryDirectory(dir=folder.parent, prefix=".") as scratch,
+    ):
         trainer = dpo_trainer(base, pairs, recipe, sft, scratch)
         train(trainer, monitor)
         save_adapter(trainer.model, base.name, folder)

@@ -106,7 +106,7 @@ def _run_stages(
     from langchain_cope.training.sft import train_sft
 
     base, recipe = engine.base, training.recipe
-    # Memory is given back before each stage that follows: the peaks of two must not add up.
+    # Memory is given back after each stage: the peaks of two must not add up, nor those of users.
     if not training.sft.exists():
         with monitor.stage(Stage.SFT):
             train_sft(base, examples, recipe, training.sft, monitor)
@@ -124,6 +124,7 @@ def _run_stages(
                 train_dpo(base, pairs, recipe, training.sft, training.dpo, monitor)
             else:
                 _copy_folder(training.sft, training.dpo)
+        give_back(base.device)
     if not pairs:
         training.notes.append(
             "DPO was skipped, as no item has a usable negative: the adapter is the one of SFT"

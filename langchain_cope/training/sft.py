@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from langchain_cope.engine import Base
 from langchain_cope.training.adapter import lora_config, save_adapter
 from langchain_cope.training.encode import Encoded
+from langchain_cope.training.launchers import launchers_hidden
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 from langchain_cope.training.trainer import (
@@ -29,7 +30,11 @@ def train_sft(
     The base is not changed. Raises `Cancelled` at the next step after `monitor` asks for a stop;
     `folder` is then not written.
     """
-    with random_state_kept(), TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
+    with (
+        random_state_kept(),
+        launchers_hidden(),
+        TemporaryDirectory(dir=folder.parent, prefix=".") as scratch,
+    ):
         trainer = sft_trainer(base, examples, recipe, scratch)
         train(trainer, monitor)
         save_adapter(trainer.model, base.name, folder)

@@ -193,3 +193,26 @@ def test_an_agents_structured_response_is_the_models_own_json(chat: ChatCoPe) ->
     )
     state = agent.invoke({"messages": [("user", "What is 2 and 3?")]}, context=Context("alice"))
     assert isinstance(state["structured_response"]["sum"], int)
+
+
+def test_a_call_that_the_budget_cuts_runs_no_tool(chat: ChatCoPe) -> None:
+    ran = []
+
+    @tool
+    def add(a: int, b: int) -> int:
+        """Add."""
+        ran.append((a, b))
+        return a + b
+
+    question = {"messages": [("user", "What is 2 and 3?")]}
+    first = chat.bind_tools([add, look_up]).invoke("What is 2 and 3?")
+    size = first.usage_metadata["output_tokens"]  # type: ignore[index]
+    for budget in (size // 3, size // 2, 2 * size // 3):
+        short = chat.model_copy(update={"max_tokens": budget})
+        answer = create_agent(short, [add, look_up]).invoke(question)["messages"][-1]
+        assert answer.response_metadata["finish_reason"] == "length"
+        assert not answer.tool_calls
+        assert answer.invalid_tool_calls
+    assert ran == []
+    create_agent(chat, [add, look_up]).invoke(question)
+    assert ran == [(2, 3)]

@@ -366,6 +366,36 @@ def test_options_out_of_range_are_refused_in_constructor_and_call(
         chat.invoke(QUESTION, **{option: value})
 
 
+OPTIONS = [
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed", "stop",
+    "alpha", "tau", "timeout", "model",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "max_retries", "streaming", "on_missing_adapter"])
+def test_none_is_the_default_in_the_constructor(option: str) -> None:
+    assert getattr(ChatCoPe(**{option: None}), option) == getattr(ChatCoPe(), option)
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "tools", "tool_choice", "logprobs"])
+def test_none_is_the_models_own_in_a_call(
+    option: str, chat: ChatCoPe, llm_cache: InMemoryCache
+) -> None:
+    own = chat.model_copy(update={"top_k": 3, "max_tokens": 4, "temperature": 0.5, "seed": 7})
+    expected = own.invoke(QUESTION)
+    answer = own.invoke(QUESTION, **{option: None})
+    assert answer.content == expected.content
+    assert answer.usage_metadata == {**expected.usage_metadata, "total_cost": 0}  # from the cache
+    assert own.bind(**{option: None}).invoke(QUESTION).content == expected.content
+
+
+def test_none_for_the_shown_user_is_no_wish_that_is_guessed() -> None:
+    with pytest.raises(ValidationError, match="trace_user_id"):
+        ChatCoPe(trace_user_id=None)
+    with pytest.raises(ValidationError, match="temprature"):
+        ChatCoPe(temprature=None)
+
+
 @pytest.mark.parametrize("seed", [1.5, "a"])
 def test_a_seed_that_is_none_is_refused_before_it_can_harm_others(
     chat: ChatCoPe, seed: Any

@@ -1,8 +1,8 @@
 """LangChain's own suites for chat models.
 
-The integration suite runs on a tiny untrained base; what needs a model that understands is expected
-to fail there. With `COPE_TEST_MODEL` naming a real instruct model, a path or a Hugging Face id,
-nothing is.
+The integration suite runs on `smollm2`, or on the instruct model that `COPE_TEST_MODEL` names, a
+path or a Hugging Face id. What needs more understanding than 135 million parameters have is
+expected to fail there, and nowhere else.
 """
 
 import os
@@ -17,12 +17,24 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 
 from langchain_cope import ChatCoPe
 
-REAL_MODEL = os.environ.get("COPE_TEST_MODEL")
-understands = pytest.mark.xfail(
-    REAL_MODEL is None,
-    reason="an untrained base does not understand that it is to call this tool",
-    strict=True,
-)
+OTHER_MODEL = os.environ.get("COPE_TEST_MODEL")
+
+
+def for_smollm2(test: str) -> dict[str, Any]:
+    """Settings with few tokens, for time.
+
+    Answers are sampled, for its likeliest joke is "A cat is a cat, a cat is a cat, a cat …"; but a
+    name has to be copied, and one in Japanese takes it many tokens.
+    """
+    if "unicode" in test:
+        return {"dtype": "bfloat16", "max_tokens": 128, "temperature": 0.0}
+    is_long = any(word in test for word in ("structured", "json", "tool", "agent"))
+    return {
+        "dtype": "bfloat16",
+        "max_tokens": 64 if is_long else 16,
+        "temperature": 0.7,
+        "seed": 0,
+    }
 
 
 class TestChatCoPeUnit(ChatModelUnitTests):
@@ -43,9 +55,9 @@ class TestChatCoPeUnit(ChatModelUnitTests):
 
 class TestChatCoPeIntegration(ChatModelIntegrationTests):
     @pytest.fixture(autouse=True)
-    def _bases(self, tiny: Callable[..., Path]) -> None:
-        self._folder = REAL_MODEL or str(tiny("llama", context=8192))
-        self._other = str(tiny("llama", context=8192, seed=1))
+    def _settings(self, request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> None:
+        self._options = {"max_tokens": 512} if OTHER_MODEL else for_smollm2(request.node.name)
+        self._other = str(tiny("llama", context=8192))
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -53,7 +65,7 @@ class TestChatCoPeIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": self._folder, "store": "memory://standard", "max_tokens": 512, "seed": 0}
+        return {"model": OTHER_MODEL or "smollm2", "store": "memory://standard", **self._options}
 
     @property
     def model_override_value(self) -> str:
@@ -67,18 +79,10 @@ class TestChatCoPeIntegration(ChatModelIntegrationTests):
     def supports_anthropic_inputs(self) -> bool:
         return True
 
-    @understands
-    def test_tool_calling(self, model: BaseChatModel) -> None:
-        super().test_tool_calling(model)
-
-    @understands
-    async def test_tool_calling_async(self, model: BaseChatModel) -> None:
-        await super().test_tool_calling_async(model)
-
-    @understands
+    @pytest.mark.xfail(
+        OTHER_MODEL is None,
+        reason="left free to, smollm2 writes about the weather and calls no tool",
+        strict=True,
+    )
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)
-
-    @understands
-    def test_unicode_tool_call_integration(self, model: BaseChatModel, **options: Any) -> None:
-        super().test_unicode_tool_call_integration(model, **options)

@@ -1,6 +1,8 @@
 """Tools as LangChain users bind them: every form, every choice, streamed, and refused if wrong."""
 
+import asyncio
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
@@ -59,6 +61,10 @@ ALL = [weather, multiply, Search, Note, RAW]
 NAMES = ["weather", "multiply", "Search", "Note", "ping"]
 
 
+CLOSING = '"]}'
+"""Likely for a model whose random JSON is to close."""
+
+
 def chat_on(folder: Path, **settings: Any) -> ChatCoPe:
     fields = {"max_tokens": 300, "temperature": 1.0, "seed": 0, **settings}
     return ChatCoPe(model=str(folder), store="memory://tools", device="cpu", **fields)
@@ -66,7 +72,7 @@ def chat_on(folder: Path, **settings: Any) -> ChatCoPe:
 
 @pytest.fixture(scope="module")
 def chat(tiny: Callable[..., Path]) -> ChatCoPe:
-    return chat_on(tiny("llama", context=4096))
+    return chat_on(tiny("llama", context=4096, likely=CLOSING))
 
 
 @pytest.mark.parametrize("template", [None, TOOLS, NO_SYSTEM])
@@ -74,7 +80,7 @@ def test_a_forced_call_is_one_of_the_tools_with_arguments_that_fit(
     template: Any, tiny: Callable[..., Path]
 ) -> None:
     changes = {} if template is None else {"template": template}
-    chat = chat_on(tiny("llama", context=4096, **changes))
+    chat = chat_on(tiny("llama", context=4096, likely=CLOSING, **changes))
     for seed in range(6):
         message = chat.bind_tools(ALL, tool_choice="any").invoke("Do something", seed=seed)
         assert not message.invalid_tool_calls
@@ -117,12 +123,61 @@ def test_calls_stream_name_and_id_first(chat: ChatCoPe) -> None:
     assert whole.chunk_position == "last"
 
 
-async def test_a_call_that_the_budget_cuts_is_invalid_and_no_exception(chat: ChatCoPe) -> None:
-    bound = chat.bind_tools([Search], tool_choice="any")
-    message = await bound.ainvoke("Do something", max_tokens=30)
-    assert message.tool_calls == []
-    assert message.invalid_tool_calls
-    assert message.response_metadata["finish_reason"] == "length"
+async def test_calls_that_the_budget_cuts_are_invalid_and_whole_ones_stay(chat: ChatCoPe) -> None:
+    bound = chat.bind_tools([Search, multiply], tool_choice="any")
+
+    async def ask(seed: int, budget: int) -> AIMessage:
+        return await bound.ainvoke("Do something", max_tokens=budget, seed=seed)
+
+    answers = await asyncio.gather(*(ask(seed, 200) for seed in range(16)))
+    seed, whole = next(pair for pair in enumerate(answers) if len(whole_calls(pair[1])) > 1)
+    size = whole.usage_metadata["output_tokens"]  # type: ignore[index]
+    budgets = [*range(1, size, 3), size - 1, size, size + 50]
+    messages = await asyncio.gather(*(ask(seed, budget) for budget in budgets))
+    for budget, message in zip(budgets, messages, strict=True):
+        assert calls_of(message) == calls_of(whole)[: len(message.tool_calls)]
+        is_cut = message.response_metadata["finish_reason"] == "length"
+        assert is_cut == (budget < size)
+        assert is_cut or calls_of(message) == calls_of(whole)
+        assert len(message.invalid_tool_calls) <= is_cut
+    assert {len(message.tool_calls) for message in messages} >= {0, 1, 2}
+    cut = messages[len(messages) // 2]
+    chunks = list(bound.stream("Do something", max_tokens=budgets[len(messages) // 2], seed=seed))
+    streamed: Any = sum(chunks[1:], chunks[0])
+    assert calls_of(streamed) == calls_of(cut)
+    assert len(streamed.invalid_tool_calls) == len(cut.invalid_tool_calls)
+
+
+@pytest.mark.parametrize("choice", ["any", "ping"])
+@pytest.mark.parametrize("template", [None, TOOLS])
+async def test_a_forced_call_is_not_repeated(
+    choice: str, template: str | None, tiny: Callable[..., Path]
+) -> None:
+    changes = {} if template is None else {"template": template}
+    # So hot that every other answer goes on to another call, which can only be the same.
+    chat = chat_on(tiny("llama", context=4096, **changes), max_tokens=400, temperature=50.0)
+    bound = chat.bind_tools([RAW], tool_choice=choice)
+    messages = [bound.invoke("Do", seed=seed) for seed in range(4)]
+    messages += bound.batch(["Do"] * 2, seed=3)
+    messages += [await bound.ainvoke("Do", seed=3)]
+    for seed in range(4):
+        chunks = list(bound.stream("Do", seed=seed))
+        messages.append(sum(chunks[1:], chunks[0]))  # type: ignore[arg-type]
+        assert len([each for chunk in chunks for each in chunk.tool_call_chunks if each["id"]]) == 1
+    for message in messages:
+        assert calls_of(message) == [("ping", {})]
+        assert not message.invalid_tool_calls
+        assert message.response_metadata["finish_reason"] == "tool_calls"
+    sizes = {message.usage_metadata["output_tokens"] for message in messages}  # type: ignore[index]
+    assert max(sizes) > 1.5 * min(sizes), "no repeat was begun"
+
+
+def whole_calls(message: AIMessage) -> list[Any]:
+    return message.tool_calls if message.response_metadata["finish_reason"] == "tool_calls" else []
+
+
+def calls_of(message: AIMessage) -> list[tuple[str, dict[str, Any]]]:
+    return [(call["name"], call["args"]) for call in message.tool_calls]
 
 
 PARTS_OF_PROMPT = (
@@ -180,7 +235,8 @@ def test_content_blocks_of_other_providers_are_read() -> None:
 def test_thoughts_are_not_answers_and_forced_answers_have_none(
     tiny: Callable[..., Path],
 ) -> None:
-    chat = chat_on(tiny("llama", context=4096, template=THINKS_FIRST), max_tokens=40)
+    folder = tiny("llama", context=4096, template=THINKS_FIRST, likely=CLOSING)
+    chat = chat_on(folder, max_tokens=40)
     message = chat.invoke("Think")
     assert message.content == ""  # a random model never ends its thought
     assert message.additional_kwargs["reasoning_content"]
@@ -188,6 +244,80 @@ def test_thoughts_are_not_answers_and_forced_answers_have_none(
     forced = chat.bind_tools([multiply], tool_choice="any").invoke("Do", max_tokens=200)
     assert forced.tool_calls
     assert "reasoning_content" not in forced.additional_kwargs
+
+
+@pytest.mark.parametrize("stop", ["e", "<|endoftext|>"])
+def test_a_stop_string_ends_no_thought(stop: str, tiny: Callable[..., Path]) -> None:
+    folder = tiny("llama", context=4096, template=THINKS_FIRST, likely=CLOSING)
+    chat = chat_on(folder, max_tokens=120)
+    free, stopped = chat.invoke("Think"), chat.invoke("Think", stop=[stop])
+    assert stopped.additional_kwargs == free.additional_kwargs
+    assert stopped.usage_metadata == free.usage_metadata
+    assert "e" in stopped.additional_kwargs["reasoning_content"]
+
+
+REASONS = TOOLS.replace("{{ m['content'] }}", "{{ m.KEY or '' }}{{ m['content'] }}")
+"""A template that prints a turn's thought under one name."""
+STRICT = REASONS.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m.KEY and m['content'] %}"
+    "{{ raise_exception('not both') }}{% endif %}",
+)
+
+
+def called(thought: str, **fields: Any) -> AIMessage:
+    calls = [{"name": "weather", "args": {"city": "Kiel"}, "id": "1"}]
+    kwargs = {"additional_kwargs": {"reasoning_content": thought}, **fields}
+    return AIMessage(**{"content": "", "tool_calls": calls, **kwargs})
+
+
+def as_block(kind: str, thought: str) -> AIMessage:
+    return called("", content=[{"type": kind, kind: thought}], additional_kwargs={})
+
+
+RESULT = ToolMessage("sun", tool_call_id="1")
+ASKED = HumanMessage("Weather?")
+RUNNING = [ASKED, called("Hm1."), RESULT, called("Hm2."), RESULT]
+THOUGHTS: dict[str, tuple[list[Any], list[str]]] = {
+    "the running turn": (RUNNING, ["Hm1.", "Hm2."]),
+    "after the next question": ([*RUNNING, AIMessage("Sun."), HumanMessage("And now?")], []),
+    "a new running turn": ([*RUNNING, ASKED, called("Hm3."), RESULT], ["Hm3."]),
+    "a result in a human message": (
+        [ASKED, called("Hm1."), HumanMessage([{"type": "tool_result", "content": "sun"}])],
+        ["Hm1."],
+    ),
+    "a thought in blocks": (
+        [ASKED, as_block("reasoning", "Hm1."), RESULT, as_block("thinking", "Hm2."), RESULT],
+        ["Hm1.", "Hm2."],
+    ),
+    "no thought": ([ASKED, called(""), RESULT], []),
+}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [REASONS, NO_SYSTEM.replace("{{ m['content'] }}", "{{ m.KEY or '' }}{{ m['content'] }}")],
+)
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_of_the_running_turn_are_given_back(
+    key: str, template: str, tiny: Callable[..., Path]
+) -> None:
+    base = load_base(
+        tiny("llama", context=4096, template=template.replace("KEY", key)), device="cpu"
+    )
+    for talk, expected in THOUGHTS.values():
+        prompt, _ = prompt_of(base, talk, ToolUse.of({"tools": [weather]}))
+        assert re.findall(r"Hm\d\.", base.tokenizer.decode(prompt)) == expected
+
+
+def test_a_template_that_refuses_a_thought_beside_text_gets_none(tiny: Callable[..., Path]) -> None:
+    base = load_base(
+        tiny("llama", context=4096, template=STRICT.replace("KEY", "thinking")), device="cpu"
+    )
+    talk = [ASKED, called("Hm1.", content="Let me see."), RESULT]
+    text = base.tokenizer.decode(prompt_of(base, talk, ToolUse.of({"tools": [weather]}))[0])
+    assert "Let me see." in text
+    assert "Hm1." not in text
 
 
 def test_tools_count_as_tokens(chat: ChatCoPe) -> None:

@@ -63,16 +63,23 @@ def cope_lc(store_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 
 @pytest.fixture
-def process(store_folder: Path) -> Callable[..., subprocess.Popen[str]]:
+def process(store_folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts the command line in a process of its own."""
+    started: list[subprocess.Popen[str]] = []
 
     def start(*words: object, **options: Any) -> subprocess.Popen[str]:
         environment = {**os.environ, "COPE_STORE": str(store_folder), **options.pop("env", {})}
         pipe = subprocess.PIPE
         streams = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, **options}
-        return subprocess.Popen([*COMMAND, *map(str, words)], text=True, env=environment, **streams)
+        command = [*COMMAND, *map(str, words)]
+        started.append(subprocess.Popen(command, text=True, env=environment, **streams))
+        return started[-1]
 
-    return start
+    yield start
+    for run in started:
+        run.kill()
+        with run:  # which closes its streams
+            pass
 
 
 @pytest.fixture

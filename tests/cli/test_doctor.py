@@ -17,7 +17,7 @@ def test_a_sound_installation_passes(cope_lc: Callable, store_folder: Path) -> N
     found = {finding["what"]: finding for finding in facts["findings"]}
     assert facts["ok"] is True
     assert {"python", "langchain-cope", "torch", "trl"} <= found.keys()
-    assert {"cpu", "starter", "store", "disk"} <= found.keys()
+    assert {"cpu", "smollm2", "starter", "store", "disk"} <= found.keys()
     assert str(store_folder) in found["store"]["found"]
     assert "COPE_STORE" in found["store"]["found"]
 

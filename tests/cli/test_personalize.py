@@ -40,8 +40,11 @@ def test_a_history_is_learnt_published_and_shown(
     assert "Say number 0." in text
     for row in ("base", "sft", "dpo", "cope"):
         assert re.search(rf"^{row} ", text, re.MULTILINE), row
-    assert text.count("the user wrote") == 3 + 2
-    assert "It is 7, friend." in text
+    learnt, voices = text.split("{+…+}: words that the base did not write")
+    assert learnt.count("the user wrote") == 3
+    for number in (6, 7):
+        answers = rf"prompt +… {number}\. *\nthe user wrote +It is {number}, friend\. *\nbase .*"
+        assert re.search(rf"^{answers}\npersonalized +\S", voices, re.MULTILINE | re.DOTALL)
     assert text.endswith("next: cope-lc chat --user alice\n")
     stages = started_stages(outcome.stderr)
     assert stages == ["history", "base model", "SFT", "negatives", "DPO", "evaluation", "gate"]
@@ -78,6 +81,7 @@ def test_a_refusal_of_the_gate_is_no_error(
     assert outcome.code == 0, outcome.stderr
     assert "not published: alice keeps what is active" in outcome.stdout
     assert "not better" in outcome.stdout
+    assert outcome.stdout.count("\npersonalized ") == 2  # both voices are shown all the same
     assert "--always" in outcome.stdout.splitlines()[-1]
     assert store.active("alice") == before["version"]
 
@@ -111,6 +115,23 @@ def test_seed_and_paper_choose_the_recipe(
     paper = personalize(history(), *words, "--paper").json["recipe"]
     assert (scaled["seed"], scaled["sft"]["learning_rate"]) == (3, 1.5e-3)
     assert (paper["seed"], paper["sft"]["learning_rate"]) == (3, 1e-4)
+
+
+def test_several_files_and_standard_input_are_one_history(
+    cope_lc: Callable, tmp_path: Path, store_folder: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "created_at": 2020}\n' * 2)
+    (tmp_path / "b.txt").write_text("b\nc\n")
+    files = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    words = ["--user", "alice", "--dry-run", "--json"]
+    outcome = cope_lc("personalize", *files, "-", *words, stdin="d\ne\n")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["num_items"] == 5
+    assert [sample["completion"] for sample in outcome.json["samples"]] == ["a", "b", "c"]
+    (tmp_path / "chat.txt").write_text("12/24/23, 9:01 PM - Ann: hello\n")
+    refused = cope_lc("personalize", *files, tmp_path / "chat.txt", *words)
+    assert refused.code == 2
+    assert "chat.txt: looks like an exported chat" in refused.error
 
 
 def test_dry_run_needs_no_model_and_touches_no_store(

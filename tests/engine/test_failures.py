@@ -5,6 +5,7 @@ The engine goes on for all others.
 
 import asyncio
 import gc
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from langchain_cope.engine import Completion, Engine, Piece, Request, Sampling, load_base
+from langchain_cope.engine import (
+    AdapterSource,
+    Completion,
+    Contrast,
+    Engine,
+    Piece,
+    Request,
+    Sampling,
+    load_base,
+)
 from langchain_cope.engine.forward.inputs import Inputs
 from langchain_cope.errors import EngineClosed, ModelError
 
@@ -43,6 +54,28 @@ def before_each_forward(engine: Engine, act: Callable[[Inputs], object]) -> Iter
         def __call__(self, inputs: Inputs) -> torch.Tensor:
             act(inputs)
             return forward(inputs)
+
+    batch.forward = Watched()
+    try:
+        yield
+    finally:
+        batch.forward = forward
+
+
+@contextmanager
+def after_each_forward(
+    engine: Engine, act: Callable[[torch.Tensor, Inputs], object]
+) -> Iterator[None]:
+    """`act` sees, and may change, the logits of every forward of the engine."""
+    batch, forward = engine._batch, engine._batch.forward
+
+    class Watched:
+        sites = forward.sites
+
+        def __call__(self, inputs: Inputs) -> torch.Tensor:
+            logits = forward(inputs)
+            act(logits, inputs)
+            return logits
 
     batch.forward = Watched()
     try:
@@ -118,6 +151,60 @@ def test_an_error_outside_a_forward_ends_all_requests_with_its_cause(
         long.completion()
     with pytest.raises(EngineClosed):
         own.stream(Request(PROMPT))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_an_adapter_that_overflows_fails_alone_and_by_name(
+    own: Engine, tiny: Tiny, adapter: Tiny, tmp_path: Path, alpha: float
+) -> None:
+    good, bad = adapter(tiny("llama"), seed=1), tmp_path / "bad"
+    shutil.copytree(good, bad)
+    weights = load_file(bad / "adapter_model.safetensors")
+    save_file(
+        {name: torch.full_like(each, 3e38) for name, each in weights.items()},
+        bad / "adapter_model.safetensors",
+    )
+    sources = [
+        AdapterSource("bob@1", lambda: good),
+        AdapterSource("alice@1", lambda: bad, label="1 of user 'alice'"),
+        None,
+    ]
+
+    def request(source: AdapterSource | None) -> Request:
+        sampling = Sampling(max_tokens=12)
+        return Request(PROMPT, source, contrast=Contrast(alpha=alpha), sampling=sampling)
+
+    expected = [own.generate([request(source)])[0] for source in (sources[0], sources[2])]
+    for _ in range(2):  # what was computed in vain is nowhere reused
+        streams = own.stream_all([request(source) for source in sources])
+        with pytest.raises(ModelError, match="the adapter 1 of user 'alice' gives NaN or infinite"):
+            streams[1].completion()
+        assert [streams[0].completion(), streams[2].completion()] == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("row", "named"), [(0, "the adapter given"), (1, "the base")])
+def test_logits_that_are_none_end_their_request_in_the_middle(
+    own: Engine, tiny: Tiny, adapter: Tiny, value: float, row: int, named: str
+) -> None:
+    loaded = own.load_adapter(adapter(tiny("llama"), seed=1))
+    short = Sampling(max_tokens=40)
+    request = Request(PROMPT, loaded, contrast=Contrast(alpha=0.5), sampling=short)
+    other = Request([60, 61], sampling=short)
+    expected = own.generate([request, other])
+    forwards: list[Inputs] = []
+
+    def poison(logits: torch.Tensor, inputs: Inputs) -> None:
+        forwards.append(inputs)
+        if len(forwards) == 5:
+            logits[inputs.logit_rows.index(row), 100] = value
+
+    with after_each_forward(own, poison):
+        first, second = own.stream_all([request, other])
+        with pytest.raises(ModelError, match=f"{named} gives NaN or infinite logits after"):
+            first.completion()
+        assert second.completion() == expected[1]
+    assert own.generate([request, other]) == expected
 
 
 async def test_the_async_stream_raises_the_same_error(own: Engine) -> None:

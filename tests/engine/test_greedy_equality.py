@@ -16,7 +16,11 @@ from langchain_cope.engine import Contrast, Engine, Request, Sampling
 
 ALPHAS, TAUS = (0.0, 0.1, 0.5, 1.0), (0.01, 0.1, 0.5)
 NUM_TOKENS = 20
-TARGETS = {"gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense_4h_to_h"]}
+TARGETS = {
+    "gpt2": ["c_attn", "c_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "phi3": ["qkv_proj", "down_proj"],
+}
 
 Tiny = Callable[..., Path]
 

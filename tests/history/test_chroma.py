@@ -5,10 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -432,3 +435,54 @@ def test_langchain_messages_are_added_as_the_users_turns_or_the_assistants(
     assert [item.completion for item in history.fetch("bob")] == ["hi", "see you"]
     with pytest.raises(HistoryError, match="target is 'me'"):
         history.add("ann", messages, target="me")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def guarded():
+    """A server that asks for ann's password below a path, and what it was asked."""
+    asked = []
+
+    class Guarded(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def do_POST(self):
+            self.do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1], asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("userinfo", "credentials"),
+    [("ann:p%40ss@", "ann:p@ss"), ("eve:s3cr3t@", "eve:s3cr3t"), ("t0ken@", "t0ken:"), ("", None)],
+)
+@pytest.mark.parametrize("path", ["", "/", "/team/chroma"])
+def test_a_servers_credentials_and_path_are_used(guarded, userinfo, credentials, path):
+    port, asked = guarded
+    history = ChromaHistory(f"http://{userinfo}127.0.0.1:{port}{path}")
+    with pytest.raises(HistoryError) as caught:
+        history.fetch("alice")
+    said = str(caught.value) + repr(history)
+    assert f"http://127.0.0.1:{port}{path.rstrip('/')}" in said
+    expected = credentials and f"Basic {b64encode(credentials.encode()).decode()}"
+    assert {authorization for _, authorization in asked} == {expected}
+    assert all(asked_path.startswith(f"{path.rstrip('/')}/api/v2/") for asked_path, _ in asked)
+    for secret in ("p%40ss", "p@ss", "s3cr3t", "t0ken", "Basic"):
+        assert secret not in said
+
+
+@pytest.mark.parametrize("rest", ["?token=s3cr3t", "#s3cr3t", "/path?s3cr3t"])
+def test_what_chroma_cannot_use_of_a_url_is_refused_by_name(rest):
+    with pytest.raises(HistoryError, match="has a query or a fragment") as caught:
+        ChromaHistory(f"http://ann:s3cr3t@127.0.0.1:9{rest}").fetch("alice")
+    assert "s3cr3t" not in str(caught.value)

@@ -26,7 +26,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_core.tracers import BaseTracer, Run
 
 from langchain_cope.errors import HistoryError
-from langchain_cope.history import Item, UserHistory, as_history, formats, read, read_history
+from langchain_cope.history import Item, UserHistory, as_history, files, formats, read_history
 from langchain_cope.history.reader import MESSAGE_INSTRUCTION, TEXT_INSTRUCTION
 
 
@@ -148,7 +148,17 @@ FORMATS = [
                 {"from": "gpt", "value": "a"},
             ]
         },
-        [([{"role": "system", "content": "s"}, user("q\n\n18 degrees")], "a", ())],
+        [
+            (
+                [
+                    {"role": "system", "content": "s"},
+                    user("q"),
+                    {"role": "tool", "content": "18 degrees", "tool_call_id": ""},
+                ],
+                "a",
+                (),
+            )
+        ],
     ),
     (
         "Alpaca",
@@ -594,10 +604,191 @@ def test_only_what_user_and_assistant_said_is_read_from_an_export() -> None:
         ("user", "hidden"),
         ("user", "thanks"),
     )
+    row["mapping"]["n3"]["message"]["recipient"] = "python"
     row["mapping"]["n6"]["message"]["metadata"]["is_visually_hidden_from_conversation"] = True
-    assert completions(as_history([row])) == ["what is this?", "thanks"]
+    history = as_history([row])
+    assert completions(history) == ["what is this?", "thanks"]
+    assert (
+        "parts of conversations left out: settings (1), image (1), thoughts (1), "
+        "code for a tool (1), tool output (1), hidden message (1)"
+    ) in history.notes
     (answer,) = as_history([row], target="assistant").items
     assert (answer.prompt, answer.completion) == ([user("what is this?")], "A cat.")
+
+
+def _voice(text: str, direction: str = "in") -> dict[str, Any]:
+    transcript = {"content_type": "audio_transcription", "text": text, "direction": direction}
+    sound = {"content_type": "audio_asset_pointer", "asset_pointer": "x"}
+    return {"content_type": "multimodal_text", "parts": [transcript, sound]}
+
+
+IMAGE = {"content_type": "multimodal_text", "parts": [{"content_type": "image_asset_pointer"}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("hello", "hello"),
+        (_voice("hello"), "hello"),
+        ({"content_type": "code", "language": "python", "text": "hello"}, "hello"),
+        ({"content_type": "execution_output", "text": "hello"}, "hello"),
+        ({"content_type": "tether_quote", "url": "x", "title": "t", "text": "hello"}, "hello"),
+        ({"content_type": "new_kind", "text": "hello"}, "hello"),
+        ({"content_type": "new_kind", "parts": ["hel", {"text": "lo"}]}, "hel\nlo"),
+        ({"content_type": "multimodal_text", "parts": [None, "hello", {"a": 1}]}, "hello"),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_every_part_with_text_that_one_side_said_is_read(
+    content: Any, text: str, role: Any
+) -> None:
+    other = "assistant" if role == "user" else "user"
+    row = chatgpt((other, "before"), (role, content), (other, "after"))
+    assert completions(as_history([row], target=role)) == [text]
+    assert completions(as_history([row], target=other)) == ["before", "after"]
+
+
+# (who, what it is made of, the recipient); the marks are what stands where nothing was read
+LOST: list[tuple[list[tuple[str, Any]], list[tuple[str, str]], list[str]]] = [
+    (
+        [("user", "a"), ("assistant", IMAGE), ("user", "b"), ("assistant", "c")],
+        [("user", "a"), ("assistant", "[image]"), ("user", "b"), ("assistant", "c")],
+        ["c"],
+    ),
+    (
+        [("user", "a"), ("tool", IMAGE), ("user", "b"), ("assistant", "c")],
+        [("user", "a"), ("assistant", "[tool output]"), ("user", "b"), ("assistant", "c")],
+        ["c"],
+    ),
+    (
+        [("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")],
+        [("user", "a"), ("assistant", "[nothing]"), ("user", "b"), ("assistant", "c")],
+        ["c"],
+    ),
+    (
+        [("user", "a"), ("assistant", "b"), ("user", IMAGE), ("assistant", "c"), ("user", "d")],
+        [("user", "a"), ("assistant", "b"), ("user", "[image]"), ("assistant", "c"), ("user", "d")],
+        ["b"],
+    ),
+    (
+        [("user", IMAGE), ("assistant", "a"), ("user", "b"), ("assistant", "c")],
+        [("user", "[image]"), ("assistant", "a"), ("user", "b"), ("assistant", "c")],
+        ["c"],
+    ),
+    (
+        [("user", "a"), ("assistant", "b"), ("tool", "out"), ("assistant", "c")],
+        [("user", "a"), ("assistant", "b\n\nc")],
+        ["b\n\nc"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "shown", "learnt"), LOST)
+def test_turns_are_not_joined_over_one_without_text(
+    path: Any, shown: list[tuple[str, str]], learnt: list[str]
+) -> None:
+    row = chatgpt(*path)
+    texts = [text for role, text in shown if role == "user" and not text.startswith("[")]
+    assert completions(as_history([row])) == texts
+    assert completions(as_history([row], target="assistant")) == learnt
+    last = as_history([row], target=shown[-1][0]).items[-1]  # type: ignore[arg-type]
+    assert [message["content"] for message in last.messages][-len(shown) + 1 :] == [
+        text for _, text in shown[:-1]
+    ]
+
+
+def _odd(**change: Any) -> dict[str, Any]:
+    return {**chatgpt(("user", "q"), ("assistant", "a"), id="odd"), **change}
+
+
+def _odd_content(content: Any) -> dict[str, Any]:
+    row = _odd()
+    row["mapping"]["n0"]["message"]["content"] = content
+    return row
+
+
+ODD: list[Any] = [
+    _odd(current_node=None),
+    _odd(current_node="n9"),
+    _odd(mapping=None),
+    _odd(mapping={}),
+    _odd(mapping=[]),
+    _odd(mapping={"n1": {"message": None, "parent": "gone"}}),
+    _odd(mapping={"n1": {"message": None, "parent": "n1"}}),
+    _odd(mapping={"n1": None}),
+    _odd(create_time="then"),
+    _odd(create_time=float("nan")),
+    _odd(create_time=10**30),
+    _odd(id=[1]),
+    _odd_content({"content_type": "text", "parts": None}),
+    _odd_content({"content_type": "text", "parts": ["half \ud83d"]}),
+    _odd_content({"content_type": "text", "parts": [5]}),
+    _odd_content(None),
+    {"title": "no mapping", "create_time": 1},
+    {},
+    None,
+    "text",
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_an_odd_conversation_is_passed_over_and_counted(tmp_path: Path, odd: Any) -> None:
+    rows = [odd, chatgpt(("user", "hello")), odd, chatgpt(("user", "bye"), id="c2")]
+    path = tmp_path / "conversations.json"
+    path.write_text(json.dumps(rows))
+    history = read_history(path, user_id="ann")
+    assert completions(history) == ["hello", "bye"]
+    assert history.formats == {"ChatGPT export": 4}
+    (note,) = [note for note in history.notes if "passed over" in note]
+    assert note.startswith(
+        "conversations passed over, as they cannot be read: 2 of 4 (ChatGPT export); the first: "
+    )
+    assert f"{path}[0]" in note
+
+
+def test_an_export_of_odd_conversations_alone_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "conversations.json"
+    path.write_text(json.dumps(rows := [row for row in ODD if row and "mapping" in row]))
+    with pytest.raises(HistoryError, match=r"conversations\.json\[0\]: a mapping without curr"):
+        read_history(path, user_id="ann")
+    path.write_text(json.dumps([*rows, {"prompt": "p", "completion": "c"}]))
+    with pytest.raises(HistoryError, match=r"conversations\.json\[0\]: a mapping without curr"):
+        read_history(path, user_id="ann")
+
+
+# The times are those of conversations, or of their first messages.
+@pytest.mark.parametrize(
+    "times",
+    [
+        [(5, None), (4, None), (3, None), (2, None)],
+        [(5, None), (None, None), (3, None), (2, None)],
+        [(None, None), (4, None), (3, None), (2, None)],
+        [(5, None), (4, None), (3, None), (None, None)],
+        [(5, None), (None, None), (None, None), (2, None)],
+        [(None, 5), (None, 4), (None, 3), (None, 2)],
+        [(None, 5), (4, 9), (None, None), (2, 1)],
+        [(2, None), (None, 5), (3, None), (None, 4)],
+    ],
+)
+def test_a_newest_first_export_is_ordered_by_what_times_there_are(times: Any) -> None:
+    rows = []
+    for number, (own, first) in enumerate(times):
+        row = chatgpt(("user", f"{number}a"), ("assistant", "hm"), ("user", f"{number}b"))
+        row |= {"create_time": own and 1.7e9 + own, "id": f"c{number}"}
+        if first:
+            row["mapping"]["n0"]["message"]["create_time"] = 1.7e9 + first
+        rows.append(row)
+    expected = [3, 2, 1, 0] if times[0] != (2, None) else [0, 2, 3, 1]
+    assert completions(as_history(rows)) == [f"{n}{side}" for n in expected for side in "ab"]
+
+
+def test_a_conversation_has_the_time_of_its_first_message() -> None:
+    newer = {"messages": [user("q", created_at=2024), assistant("newer")]}
+    older = {"conversations": [{"from": "human", "value": "q", "timestamp": 2023}]}
+    older["conversations"].append({"from": "gpt", "value": "older"})
+    history = as_history([newer, older])
+    assert completions(history) == ["older", "newer"]
+    assert all(item.created_at for item in history.items)
 
 
 def test_a_long_conversation_is_followed_to_its_root() -> None:
@@ -909,14 +1100,14 @@ def test_a_file_that_is_not_text_is_named_for_what_it_is(
 def test_a_huge_line_and_a_huge_file_are_refused_with_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "MAX_LINE", 1_000)
+    monkeypatch.setattr(files, "MAX_LINE", 1_000)
     path = tmp_path / "user.jsonl"
     path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "b" * 1_000}))
     with pytest.raises(
         HistoryError, match=r"user\.jsonl:2: a line of 1,012 characters; expected at most 1,000"
     ):
         read_history(path, user_id="ann")
-    monkeypatch.setattr(read, "MAX_FILE", 1 << 20)
+    monkeypatch.setattr(files, "MAX_FILE", 1 << 20)
     path.write_text("x" * (1 << 20) + "y")
     with pytest.raises(
         HistoryError, match=r"user\.jsonl: larger than the 1 MiB that are read at once"

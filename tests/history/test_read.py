@@ -1,5 +1,7 @@
 """Files and rows of every format become items; what is wrong is named with file and line."""
 
+import io
+import itertools
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -107,7 +109,9 @@ def test_an_assistant_that_speaks_first_answers_the_instruction() -> None:
     ),
     target=st.sampled_from(["assistant", "user"]),
 )
-def test_every_prompt_alternates_and_ends_in_a_user_turn(roles: list[str], target: str) -> None:
+def test_every_prompt_alternates_and_ends_in_what_is_answered(
+    roles: list[str], target: str
+) -> None:
     messages = [turn(role, f"text {index}") for index, role in enumerate(roles)]
     if target not in roles:
         with pytest.raises(HistoryError, match=f"no {target} turn"):
@@ -117,7 +121,11 @@ def test_every_prompt_alternates_and_ends_in_a_user_turn(roles: list[str], targe
         dialogue = [message["role"] for message in item.messages]
         if dialogue[0] == "system":
             dialogue = dialogue[1:]
-        assert dialogue == ["user", "assistant"] * (len(dialogue) // 2) + ["user"]
+        assert dialogue[0] == "user"
+        assert dialogue[-1] in ("user", "tool")
+        if "tool" not in dialogue:
+            assert dialogue == ["user", "assistant"] * (len(dialogue) // 2) + ["user"]
+        assert not any(one == other != "tool" for one, other in itertools.pairwise(dialogue))
 
 
 def test_a_tool_answer_reaches_the_assistant_but_not_the_user() -> None:
@@ -129,7 +137,10 @@ def test_a_tool_answer_reaches_the_assistant_but_not_the_user() -> None:
         turn("user", "thanks"),
     ]
     (answer,) = as_history([{"messages": messages}]).items
-    assert answer.prompt == [turn("user", "weather?\n\n18 degrees")]
+    assert answer.prompt == [
+        turn("user", "weather?"),
+        {**turn("tool", "18 degrees"), "tool_call_id": ""},  # its call has no name
+    ]
     last = as_history([{"messages": messages}], target="user").items[-1]
     assert last.messages[1:] == [turn("assistant", "weather?"), turn("user", "It is mild.")]
 
@@ -179,7 +190,7 @@ def test_a_user_a_line_brings_history_and_queries(tmp_path: Path) -> None:
 
 def test_the_example_user_is_read_whole() -> None:
     history = read_history(EXAMPLE)
-    assert (history.user_id, len(history.items), len(history.queries)) == ("robin", 102, 25)
+    assert (history.user_id, len(history.items), len(history.queries)) == ("robin", 50, 25)
     assert all(
         item.messages[0]["content"].startswith("Generate a headline") for item in history.items
     )
@@ -296,12 +307,45 @@ def test_items_are_sorted_when_all_have_a_time_in_any_notation() -> None:
     assert history.notes == []
 
 
-def test_items_keep_their_order_when_only_some_have_a_time() -> None:
-    history = as_history([pair(1, created_at="2024-01-01"), pair(2)])
-    assert completions(history) == ["answer 1", "answer 2"]
-    assert history.notes == [
-        "only 1 of 2 items have created_at: their order is taken as oldest first"
+# None is an item without a time; the letters are as the file lists them, newest at the end.
+@pytest.mark.parametrize(
+    ("years", "expected"),
+    [
+        ([2024, None], "ab"),
+        ([None, 2024], "ab"),
+        ([None, None], "ab"),
+        ([2021, None, 2023], "abc"),
+        ([2023, None, 2021], "cba"),
+        ([2023, 2022, None, None, 2020, 2019], "fedcba"),
+        ([None, 2022, None, 2020, None], "edcba"),
+        ([None, 2020, None, 2022, None], "abcde"),
+        ([2024, None, None, 2024], "abcd"),
+        ([2020, 2023, 2021, None, 2022], "acdeb"),
+    ],
+)
+def test_items_without_a_time_are_placed_by_their_neighbours(
+    years: list[int | None], expected: str
+) -> None:
+    rows = [
+        {"text": letter, **({"created_at": str(year)} if year else {})}
+        for letter, year in zip("abcdef", years, strict=False)
     ]
+    history = as_history(rows)
+    assert "".join(completions(history)) == expected
+    num_dated = len(years) - years.count(None)
+    if 0 < num_dated < len(years):
+        assert history.notes[-1] == (
+            f"only {num_dated} of {len(years)} items have created_at: "
+            "the others are placed by their neighbours"
+        )
+
+
+def test_a_conversation_without_times_keeps_its_order_in_a_newest_first_list() -> None:
+    def said(text: str, year: int | None, conversation: int) -> dict[str, object]:
+        return {"text": text, "created_at": year, "conversation": conversation}
+
+    rows = [said("e", 2023, 3), said("c", None, 2), said("d", None, 2), said("a", 2021, 1)]
+    assert completions(as_history([*rows, said("b", None, 1)])) == ["a", "b", "c", "d", "e"]
 
 
 def test_milliseconds_and_datetimes_are_times_too() -> None:
@@ -350,6 +394,101 @@ def test_a_common_greeting_does_not_join_conversations() -> None:
     ]
     items = as_history([{"messages": messages} for messages in (greeting, *longer)]).items
     assert len({item.conversation for item in items}) == 3
+
+
+# Several files, and standard input
+
+
+def test_several_files_are_ordered_by_their_times(tmp_path: Path) -> None:
+    old = write(tmp_path, pair(1, created_at=2020), pair(4, created_at=2023), name="old.jsonl")
+    new = write(tmp_path, pair(3, created_at=2022), pair(2, created_at=2021), name="new.json")
+    history = read_history(old, new, user_id="ann")
+    assert completions(history) == [f"answer {number}" for number in (1, 2, 3, 4)]
+    assert history.notes == []
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("ntd", "nabcd"), ("dnt", "abcdn"), ("ndt", "nabcd"), ("tn", "bcn"), ("nn", "n")],
+)
+def test_a_file_without_times_comes_where_it_was_named(
+    tmp_path: Path, order: str, expected: str
+) -> None:
+    def dated(text: str, year: int) -> dict[str, object]:
+        return {"text": text, "created_at": year}
+
+    paths = {
+        "n": write(tmp_path, "n", name="n.txt"),
+        "t": write(tmp_path, dated("c", 2022), dated("b", 2021), name="t.jsonl"),
+        "d": write(tmp_path, dated("a", 2020), dated("d", 2023), name="d.jsonl"),
+    }
+    history = read_history(*[paths[name] for name in order], user_id="ann")
+    assert "".join(completions(history)) == expected
+
+
+def test_files_of_one_user_are_one_history_and_others_are_refused(tmp_path: Path) -> None:
+    ann = write(tmp_path, pair(1, user_id="ann"), name="ann.jsonl")
+    both = write(tmp_path, pair(2, user_id="bob"), pair(3, user_id="ann"), name="both.jsonl")
+    bob = write(tmp_path, pair(4, user_id="bob"), name="bob.jsonl")
+    text = write(tmp_path, "a text", name="posts.txt")
+    assert read_history(ann, ann).user_id == "ann"
+    read = read_history(ann, both, text, user_id="ann")
+    assert completions(read) == ["answer 1", "answer 3", "a text"]
+    assert read.formats == {"prompt and completion": 2, "plain text": 1}
+    for paths, user_id, message in [
+        ((ann, bob), None, r"bob\.jsonl: has the user 'bob', but .*ann\.jsonl the user 'ann'"),
+        ((ann, text), None, r"posts\.txt: the file names no user; name one"),
+        (
+            (ann, bob),
+            "ann",
+            r"bob\.jsonl: asked for the user 'ann', but the file has the user 'bob'",
+        ),
+    ]:
+        with pytest.raises(HistoryError, match=message):
+            read_history(*paths, user_id=user_id)
+
+
+def test_a_dislike_in_one_file_counts_for_the_like_in_another(tmp_path: Path) -> None:
+    liked = write(tmp_path, {"prompt": "q", "answer": "good", "score": 1}, name="liked.jsonl")
+    bad = write(tmp_path, {"prompt": "q", "answer": "bad", "score": 0}, name="bad.jsonl")
+    for paths in [(liked, bad), (bad, liked)]:
+        (item,) = read_history(*paths, user_id="ann").items
+        assert (item.completion, item.rejected) == ("good", ("bad",))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("one\ntwo\n", ["one", "two"]),
+        ('{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+        ('[\n {"text": "one"},\n {"text": "two"}\n]', ["one", "two"]),
+        ("[sic] one\n{two}\n", ["[sic] one", "{two}"]),
+    ],
+)
+def test_standard_input_is_read_as_json_or_plain_text(
+    given: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    more = write(tmp_path, "three", name="more.txt")
+    assert completions(read_history("-", more, user_id="ann")) == [*expected, "three"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (b"", "standard input: the file is empty"),
+        (b'{"broken', "standard input:1: broken JSON"),
+        (b"{'text': 'a'}", "standard input:1: broken JSON"),
+        (b"12/24/23, 9:01 PM - Ann: hi", "standard input: looks like an exported chat"),
+        (b"PK\x03\x04", "standard input:1: not UTF-8 but a ZIP archive"),
+    ],
+)
+def test_wrong_standard_input_is_named(
+    given: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    with pytest.raises(HistoryError, match=message):
+        read_history("-", user_id="ann")
 
 
 # Users of a file
@@ -515,6 +654,23 @@ def test_a_byte_order_mark_is_skipped_and_another_encoding_named(tmp_path: Path)
     path.write_text(json.dumps(pair(1)), encoding="utf-16")
     with pytest.raises(HistoryError, match="not UTF-8 but UTF-16"):
         read_history(path, user_id="ann")
+
+
+BOM = "\ufeff"
+
+
+@pytest.mark.parametrize("name", ["posts.txt", "posts.jsonl", "posts.json"])
+@pytest.mark.parametrize("lines", [(BOM, ""), ("", BOM), (BOM, BOM), (" " + BOM, BOM + " "), BOM])
+def test_a_byte_order_mark_before_any_line_is_dropped(
+    tmp_path: Path, name: str, lines: tuple[str, str] | str
+) -> None:
+    texts = ["one", "two"] if name.endswith("txt") else ['{"text": "one"}', '{"text": "two"}']
+    if lines == BOM:  # an empty file of its own
+        texts.insert(1, "")
+    marked = [f"{mark}{text}" for mark, text in zip([*lines, ""], texts, strict=False)]
+    path = tmp_path / name
+    path.write_text("\n".join([*marked, *texts[len(marked) :]]), encoding="utf-8")
+    assert completions(read_history(path, user_id="ann")) == ["one", "two"]
 
 
 def test_a_broken_json_file_is_named_with_its_line(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """RecordedChatHistory: a chat of LangChain's, kept in a real Chroma as what its user wrote."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from langchain_core.chat_history import BaseChatMessageHistory, InMemoryChatMessageHistory
@@ -101,6 +103,107 @@ def test_an_earlier_chat_is_recorded_at_once_and_only_once(
     chat.record()
     assert history.fetch("ann") == before
     assert written(history) == ["hello", "bye"]
+
+
+SUMMARIES: dict[str, BaseMessage] = {
+    "system": SystemMessage("Summary: they talked."),
+    "human": HumanMessage("Summary: they talked."),
+    "ai": AIMessage("Summary: they talked."),
+    "marked": HumanMessage("So far", additional_kwargs={"lc_source": "summarization"}),
+}
+
+
+class ShortChat(BaseChatMessageHistory):
+    """A chat that shows its newest messages only, perhaps a summary of the others in front."""
+
+    def __init__(self, window: int | None, summary: str | None = None) -> None:
+        self.window, self.summary = window, summary
+        self.all: list[BaseMessage] = []
+
+    @property
+    def messages(self) -> list[BaseMessage]:  # type: ignore[override]
+        shown = self.all[-self.window :] if self.window else self.all
+        if self.summary is None or len(shown) == len(self.all):
+            return list(shown)
+        summary = SUMMARIES[self.summary]
+        text = f"{summary.content} {len(self.all)} messages."
+        return [summary.model_copy(update={"content": text}), *shown]
+
+    def add_messages(self, messages: Sequence[BaseMessage]) -> None:
+        self.all.extend(messages)
+
+    def clear(self) -> None:
+        self.all = []
+
+
+def different(turn: int) -> tuple[str, str]:
+    return f"text {turn}", f"answer {turn}"
+
+
+def two_by_two(turn: int) -> tuple[str, str]:
+    return ("yes", "ok") if turn % 2 else ("no\n\nnever", "why?")
+
+
+CHATS = [
+    *[(window, None, is_kept) for window in (2, 7, None) for is_kept in (True, False)],
+    (3, None, False),
+    *[(7, summary, False) for summary in SUMMARIES],
+]
+
+
+@pytest.mark.parametrize(("texts", "step"), [(different, 1), (two_by_two, 1), (two_by_two, 2)])
+@pytest.mark.parametrize(("window", "summary", "is_kept"), CHATS)
+def test_ten_turns_are_ten_items_with_their_first_times(
+    window: int | None,
+    summary: str | None,
+    is_kept: bool,
+    step: int,
+    texts: Callable[[int], tuple[str, str]],
+) -> None:
+    history = ChromaHistory(None, f"chat-{uuid4().hex}")
+    chat = ShortChat(window, summary)
+    settings: dict[str, Any] = {"user_id": "ann", "session_id": "1"}
+    kept = RecordedChatHistory(chat, history, **settings)
+    told: list[BaseMessage] = []
+    before: list[Any] = []
+    for turn in range(10):
+        said, answer = texts(turn)
+        pair = [HumanMessage(said), AIMessage(answer)]
+        told += pair
+        for start in range(0, 2, step):
+            talk = kept if is_kept else RecordedChatHistory(chat, history, **settings)
+            talk.add_messages(pair[start : start + step])
+        items = history.fetch("ann")
+        assert [(item.completion, item.created_at) for item in items[:-1]] == before
+        before = [(item.completion, item.created_at) for item in items]
+    assert [item.completion for item in items] == [texts(turn)[0] for turn in range(10)]
+    if summary is None and (is_kept or window != 2):
+        assert [item.messages for item in items] == [
+            item.messages for item in as_history(told).items
+        ]
+
+
+def test_turns_that_could_not_be_written_outlive_the_window(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    chat = RecordedChatHistory(
+        ShortChat(2), ChromaHistory(tmp_path / "file"), user_id="ann", session_id="1"
+    )
+    for turn in range(3):
+        with pytest.raises(HistoryError, match="Chroma at"):
+            chat.add_messages([HumanMessage(f"text {turn}"), AIMessage("ok")])
+    chat.history = ChromaHistory(tmp_path / "chroma")
+    chat.add_messages([HumanMessage("text 3"), AIMessage("ok")])
+    assert written(chat.history) == ["text 0", "text 1", "text 2", "text 3"]
+
+
+def test_a_cleared_chat_begins_anew_in_the_same_session(history: ChromaHistory) -> None:
+    chat = recorded(history)
+    chat.add_messages(TURNS)
+    chat.clear()
+    chat.add_messages([HumanMessage("bye"), AIMessage("already?")])
+    chat.add_messages([HumanMessage("yes"), AIMessage("ok")])
+    assert written(history) == ["hello", "bye", "bye", "yes"]
+    assert len(history.fetch("ann")[3].messages) == 3
 
 
 def test_clearing_the_chat_keeps_what_was_recorded(history: ChromaHistory) -> None:

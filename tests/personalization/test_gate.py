@@ -27,7 +27,7 @@ def publisher(store: AdapterStore) -> Publisher:
         instruction=None,
         gate="always",
         min_gain=0.0,
-        job_key=None,
+        job_key="a job",
         data_seq=0,
         monitor=Monitor(),
     )

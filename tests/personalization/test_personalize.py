@@ -52,6 +52,7 @@ def test_from_history_to_a_published_version_that_chats(
     assert (version.version, version.alpha, version.tau) == (result.version, 0.1, 0.1)
     assert version.metrics == result.metrics
     assert version.metadata["recipe"]["sft"]["rank"] == 4
+    assert version.metadata["dtype"] == str(load_base(base).dtype).removeprefix("torch.")
     assert all(
         torch.equal(tensor, before[name])
         for name, tensor in load_base(base).model.state_dict().items()

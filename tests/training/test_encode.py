@@ -35,6 +35,25 @@ def test_completion_holds_the_think_block_and_what_trails_the_turn(make_base):
     assert make_base().tokenizer.decode(completion) == "<think>\n\n</think>\n\n2<|end|>\n"
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    "talk",
+    [
+        [SYSTEM, *turns("two?")],
+        [*turns("one?", "1"), SYSTEM, *turns("two?")],
+        [*turns("one?"), SYSTEM],
+        [*turns("x<|end|><|start|>system"), *turns("two?")],
+    ],
+)
+def test_training_reads_the_prompt_that_serving_reads(make_base, template, talk):
+    base = make_base(template=template)
+    prompt, completion = encode(base, talk, "a<|end|>b")
+    assert base.prompt_ids(talk)[: len(prompt)] == prompt
+    assert all(message["content"] in base.tokenizer.decode(prompt) for message in talk)
+    assert completion.count(END) == 1
+    assert "a<|end|>b" in base.tokenizer.decode(completion)
+
+
 def test_system_message_that_the_template_refuses_is_merged_into_the_first_turn(make_base):
     base = make_base(template="refuses system")
     assert encode(base, [SYSTEM, *turns("two?")], "2") == encode(

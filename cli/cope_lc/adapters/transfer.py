@@ -152,13 +152,19 @@ def _import_folder(store: "AdapterStore", folder: Path, user: str | None, model:
         raise typer.BadParameter(
             "a peft folder does not name its user: add --user ID", param_hint="--user"
         )
-    from langchain_cope.engine import load_base  # imports torch, for which a refusal need not wait
+    # They import torch, for which a refusal need not wait.
+    from langchain_cope.engine import Engine, load_base
+    from langchain_cope.errors import InputError, ModelError
 
     store.prepare(user)
     with prints_to_stderr():
         print(f"reading the base {model}, which the adapter is bound to")
-        base = load_base(model, device="cpu").fingerprint()
-    return store.import_peft(user, folder, base=base).user_id
+        base = load_base(model, device="cpu")
+        try:
+            Engine.of(base).load_adapter(folder)
+        except ModelError as error:
+            raise InputError(f"{error}; nothing was imported") from error
+    return store.import_peft(user, folder, base=base.fingerprint()).user_id
 
 
 def import_all(

@@ -4,7 +4,6 @@ The commands `list`, `show`, `activate`, `rollback`, `delete` and `erase` of `co
 """
 
 import contextlib
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,8 +20,8 @@ from cope_lc.adapters.stored import (
 from cope_lc.adapters.view import chart_of, history_table, version_table
 from cope_lc.options import Json, Limit, Reason, Store, UserId, VersionId, Yes
 from cope_lc.output import Output
-from cope_lc.screen import cell, console, say, say_skipped, table
-from cope_lc.text import clean, name_of, plural
+from cope_lc.screen import cell, confirm, console, say, say_skipped, table
+from cope_lc.text import name_of, plural
 
 if TYPE_CHECKING:
     from adapter_store import AdapterStore, AdapterVersion, HistoryEntry, UserHead
@@ -190,7 +189,7 @@ def delete(
     if version is not None and version == store.active(user):
         what += ", the active one,"
     if not yes:
-        _confirm(f"delete {what} of {name_of(user)} from {location_of(store)}?", "deleting")
+        confirm(f"delete {what} of {name_of(user)} from {location_of(store)}?", "deleting")
     for doomed in versions:
         store.delete_version(user, doomed, reason=reason)
     active = store.active(user)
@@ -223,19 +222,8 @@ def erase(user: UserId, yes: Yes = False, store_url: Store = None, as_json: Json
         versions = plural(count, "version")
     if not yes:
         question = f"erase {name_of(user)} ({versions}) from {location_of(store)} for good?"
-        _confirm(question, "erasing")
+        confirm(question, "erasing")
     store.erase_user(user)
     note = "; no adapter was there under this id" if count == 0 else ""
     facts = {"user_id": user, "erased": True, "versions": count}
     Output(as_json).show(facts, f"erased {name_of(user)}{note}")
-
-
-def _confirm(question: str, doing: str) -> None:
-    """Ask on the terminal; refuse where there is no terminal to ask on."""
-    if not sys.stdin.isatty():
-        raise typer.BadParameter(
-            f"{doing} asks first, and there is no terminal to ask on: add --yes", param_hint="--yes"
-        )
-    print(f"{clean(question)} [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise typer.Abort

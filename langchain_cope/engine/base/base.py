@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from langchain_cope.engine.base.chat_template import Message, render
+from langchain_cope.engine.base.chat_template import ChatTemplate
 from langchain_cope.engine.base.fingerprint import fingerprint_of
+from langchain_cope.engine.base.forms import Message
 from langchain_cope.engine.base.reply_format import ReplyFormat, reply_format_of
 from langchain_cope.engine.base.turn_end import TurnEnd, turn_end_of
 from langchain_cope.engine.grammar.vocabulary import Vocabulary, make_vocabulary
@@ -45,6 +46,8 @@ class Base:
     """Settings of the quantization as text; None: the weights are not quantized."""
     weights_digest: str | None = None
     """Hex sha256 of the GGUF file that the weights were unpacked from; None: of no such file."""
+    unloaded: bool = False
+    """True once the last who used it has closed: `load_base` then loads it anew."""
     _fingerprint_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _fingerprint: dict[str, str] | None = field(default=None, repr=False)
     _vocabulary_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -89,6 +92,11 @@ class Base:
     def reply_format(self) -> ReplyFormat:
         """How thoughts and calls are told apart from the answer."""
         return reply_format_of(self.tokenizer)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """What makes prompts of messages."""
+        return ChatTemplate(self.tokenizer, native_tools=self.reply_format.native_tools)
 
     @cached_property
     def markers(self) -> frozenset[int]:
@@ -167,18 +175,20 @@ class Base:
     ) -> list[int]:
         """Return the token ids of a conversation that the assistant is to continue.
 
+        Every message's text is in it once, as text: no control token comes from what it says.
+
         Args:
             messages: the chat so far.
-            tools: given to the chat template as they are.
+            tools: given to the chat template.
 
         Raises:
-            InputError: the chat template refuses the conversation.
+            InputError: the chat template refuses the conversation, or leaves out a message.
         """
-        return render(self.tokenizer, messages, add_generation_prompt=True, tools=tools)
+        return self.chat_template.ids(messages, add_generation_prompt=True, tools=tools)
 
     def conversation_ids(self, messages: list[Message]) -> list[int]:
         """Return the token ids of a whole conversation, the end of the last turn included.
 
-        Raises InputError where the chat template refuses the conversation.
+        Raises InputError as `prompt_ids` does.
         """
-        return render(self.tokenizer, messages, add_generation_prompt=False)
+        return self.chat_template.ids(messages, add_generation_prompt=False)

@@ -6,16 +6,14 @@ leave its times as they are, it is computed anew. The cache is a folder of small
 cache folder; losing it costs time only.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from platformdirs import user_cache_path
+from langchain_cope.engine.base.user_cache import read_entry, write_entry
 
 WORTH_BYTES = 64 * 1024**2
 """Bytes below which hashing is too fast to be worth a cache."""
@@ -37,16 +35,14 @@ def cached_digest(files: list[Path], compute: Callable[[], str]) -> str:
     states = _states(files)
     if sum(size for _, _, _, size, _, _ in states) < WORTH_BYTES:
         return compute()
-    folder = user_cache_path("langchain-cope", appauthor=False) / "digests"
-    entry = folder / _name(states)
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        cached = entry.read_text(encoding="ascii").strip()
-        if _SHA256.fullmatch(cached):
-            return cached
+    entry = Path("digests") / _name(states)
+    cached = read_entry(entry)
+    if cached is not None and _SHA256.fullmatch(cached):
+        return cached
     digest = compute()
     newest = max(max(content, inode) for *_, content, inode in states) / 1e9
     if states == _states(files) and time.time() - newest > _SETTLED_SECONDS:
-        _save(entry, digest)
+        write_entry(entry, digest)
     return digest
 
 
@@ -61,11 +57,3 @@ def _states(files: list[Path]) -> list[_FileState]:
 
 def _name(states: list[_FileState]) -> str:
     return hashlib.sha256(json.dumps(["fingerprint 1", states]).encode()).hexdigest()
-
-
-def _save(entry: Path, digest: str) -> None:
-    temporary = entry.with_name(f".{os.urandom(8).hex()}")
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
-        entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary.write_text(digest, encoding="ascii")
-        temporary.replace(entry)

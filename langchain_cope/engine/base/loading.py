@@ -17,18 +17,18 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from langchain_cope.engine import forks
 from langchain_cope.engine.adapter import CONFIG, WEIGHTS
 from langchain_cope.engine.base.base import Base
 from langchain_cope.engine.base.bundled import STARTER, default_model
 from langchain_cope.engine.base.chat_template import ensure_chat_template
 from langchain_cope.engine.base.context import context_of
+from langchain_cope.engine.base.cpu_dtype import cpu_dtype
 from langchain_cope.engine.base.gguf_cache import GgufFile
 from langchain_cope.engine.base.gguf_source import find_gguf
 from langchain_cope.engine.forward.fused_weights import fuse_weights
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
 
-LARGE_CHECKPOINT = 1 << 30
-"""Bytes of a checkpoint above which a CPU computes in bfloat16 where it can."""
 _DEFAULT_CONTEXT = 10**6  # context of a base whose configuration names none
 # A base's own Python code is never run, and nobody is asked whether it may: unless told so,
 # transformers reads an answer from standard input.
@@ -57,8 +57,8 @@ def load_base(
         revision: of a Hugging Face id.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; None takes the best there is. A base lies on one
             device.
-        dtype: None takes float32 on a CPU (bfloat16 where the CPU has it and the checkpoint exceeds
-            1 GB), elsewhere the checkpoint's.
+        dtype: None takes, on a CPU, bfloat16 where it is measured to be faster (`cpu_dtype.py`),
+            else float32; elsewhere the checkpoint's.
         task_adapter: a shared peft LoRA, a folder or a Hugging Face id (the paper's TAM), merged
             into the weights here, once.
         quantization_config: passed to `from_pretrained` as it is.
@@ -68,7 +68,9 @@ def load_base(
         InputError: this machine cannot compute on that device or in that dtype.
         ModelError: the files are there but cannot be used, or only with Python code of their own,
             which is never run.
+        EngineClosed: this process was forked from one that had loaded a base.
     """
+    forks.note_load()
     chosen_device = _choose_device(device)
     named_dtype = _named_dtype(dtype, chosen_device)
     name = default_model() if model is None else str(model)
@@ -91,6 +93,14 @@ def load_base(
         if key not in _loaded:
             _loaded[key] = _load(arguments)
         return _loaded[key]
+
+
+def unload_base(base: Base) -> None:
+    """Forget `base`: it leaves memory with its last reference, and the next call loads it anew."""
+    with _registry:
+        for key in [key for key, loaded in _loaded.items() if loaded is base]:
+            del _loaded[key]
+        base.unloaded = True
 
 
 @dataclass(frozen=True)
@@ -238,25 +248,19 @@ def _choose_dtype(arguments: _Arguments, config: Any) -> torch.dtype | str:
         return arguments.dtype
     if arguments.device != "cpu":
         return "auto"
-    large = _checkpoint_bytes(arguments.source, config) > LARGE_CHECKPOINT
-    return torch.bfloat16 if large and _cpu_has_bfloat16() else torch.float32
+    if arguments.gguf is None and _lies_here_without_safetensors(Path(arguments.source)):
+        return torch.float32  # the dtype is part of its fingerprint: the same on every machine
+    return cpu_dtype(_num_parameters(config.get_text_config()))
 
 
-def _checkpoint_bytes(source: str, config: Any) -> int:
-    """Return the size of the weights: of local files, else estimated from the configuration."""
-    if Path(source).is_dir():
-        return sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
-    text = config.get_text_config()
-    hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
-    return int(2 * (12 * layers * hidden * hidden + getattr(text, "vocab_size", 0) * hidden))
+def _lies_here_without_safetensors(source: Path) -> bool:
+    return source.is_dir() and not any(source.glob("*.safetensors"))
 
 
-def _cpu_has_bfloat16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "bf16" in flags  # avx512_bf16 and amx_bf16 of x86, bf16 of Arm
+def _num_parameters(config: Any) -> int:
+    """Return about how many parameters a model of that configuration has."""
+    hidden, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
+    return int(12 * layers * hidden * hidden + getattr(config, "vocab_size", 0) * hidden)
 
 
 def _adapter_folder(task_adapter: str) -> Path:

@@ -38,6 +38,8 @@ class ReplyFormat:
 
     It then writes calls as JSON between `<tool_call>` and `</tool_call>`.
     """
+    thought_names: tuple[str, ...] = ()
+    """The fields of a turn in which the chat template looks for its thought."""
 
     def uses(self, mark: str) -> bool:
         """Return whether `mark` is part of what opens or closes a field."""
@@ -53,9 +55,12 @@ class ReplyFormat:
 def reply_format_of(tokenizer: PreTrainedTokenizerBase) -> ReplyFormat:
     """Return the reply format of the model that `tokenizer` belongs to."""
     template = getattr(tokenizer, "response_template", None) or _known_to_trl(tokenizer)
+    chat_template = str(tokenizer.chat_template)
+    names = tuple(name for name in _THOUGHT_NAMES if re.search(rf"\b{name}\b", chat_template))
     if template is None:
         common = {THOUGHT: _THOUGHT, CALLS: _CALLS, ANSWER: _ANSWER}
-        return ReplyFormat({"start_anchor": "\0", "fields": common}, _presents_calls(tokenizer))
+        common_template = {"start_anchor": "\0", "fields": common}
+        return ReplyFormat(common_template, _presents_calls(tokenizer), names)
     theirs = template["fields"]
     thoughts = [theirs[name] for name in _THOUGHT_NAMES if name in theirs]
     fields = {
@@ -67,12 +72,7 @@ def reply_format_of(tokenizer: PreTrainedTokenizerBase) -> ReplyFormat:
     anchors = {name: template[name] for name in anchor_names if name in template}
     calls = theirs.get("tool_calls", {})
     native = calls.get("open") == CALL_BEGIN and calls.get("content") == "json"
-    return ReplyFormat({**anchors, "fields": fields}, native)
-
-
-def only_answer() -> dict[str, Any]:
-    """Return a template for replies that are nothing but an answer, whatever marks they hold."""
-    return {"start_anchor": "\0", "fields": {ANSWER: _ANSWER}}
+    return ReplyFormat({**anchors, "fields": fields}, native, names)
 
 
 def _as_text(field: dict[str, Any]) -> dict[str, Any]:

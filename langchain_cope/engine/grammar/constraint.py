@@ -1,7 +1,8 @@
 """One answer under its grammar: before every token, which tokens may come next.
 
 The engine masks the personal model's logits with that before anything else, so that the contrast's
-V_head is chosen among the allowed tokens and is never empty.
+V_head is chosen among the allowed tokens and is never empty. Nothing hurries an answer: one that
+its budget ends is the beginning of the whole one.
 """
 
 from collections.abc import Sequence
@@ -10,15 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from langchain_cope.engine.grammar.closing import Closing, allowed_tokens
 from langchain_cope.engine.grammar.lark import to_lark
-from langchain_cope.engine.grammar.schema import (
-    CALL_BEGIN,
-    CALL_END,
-    Grammar,
-    first_line,
-    llguidance,
-)
+from langchain_cope.engine.grammar.schema import Grammar, first_line, llguidance
 from langchain_cope.engine.grammar.vocabulary import Vocabulary
 from langchain_cope.errors import InputError
 
@@ -26,16 +20,11 @@ from langchain_cope.errors import InputError
 class Constraint:
     """Where one answer stands in its grammar. The engine's thread owns it."""
 
-    def __init__(self, matcher: Any, vocabulary: Vocabulary, grammar: Grammar, room: int) -> None:
-        """Constrain an answer of `room` tokens at most; `matcher` is llguidance's parser."""
+    def __init__(self, matcher: Any, eos_ids: frozenset[int]) -> None:
+        """Constrain an answer by `matcher`, llguidance's parser; `eos_ids` end answers."""
         self._matcher = matcher
-        self._eos_ids = vocabulary.eos_ids
+        self._eos_ids = eos_ids
         self._stuck = False
-        reserve = vocabulary.reserve(grammar)
-        self._closing = Closing(
-            vocabulary.ranks, room, reserve, marked=grammar.text, begin=CALL_BEGIN, end=CALL_END
-        )
-        self._closing.look_ahead(matcher)
 
     @property
     def done(self) -> bool:
@@ -49,11 +38,6 @@ class Constraint:
             return str(self._matcher.get_error())
         return "nothing fits the schema" if self._stuck else ""
 
-    @property
-    def in_json(self) -> bool:
-        """Whether the answer so far ends within JSON, where stop strings do not count."""
-        return self._closing.in_json
-
     def mask(self, drafted: Sequence[int] = ()) -> Tensor:
         """Return which tokens may come next, after `drafted`.
 
@@ -61,38 +45,32 @@ class Constraint:
         """
         if drafted:
             self._matcher.consume_tokens(list(drafted))
-        allowed = allowed_tokens(self._matcher)
+        bias = bytearray(self._matcher.compute_logit_bias())
+        allowed = torch.frombuffer(bias, dtype=torch.uint8).bool()
         if drafted:
             self._matcher.rollback(len(drafted))
         if self.error or not bool(allowed.any()):
             self._stuck = True
             allowed = torch.zeros_like(allowed)
             allowed[list(self._eos_ids)] = True
-            return allowed
-        return self._closing.restrict(allowed, self._matcher)
+        return allowed
 
     def push(self, token: int) -> None:
         """Go on with `token`, the answer's next one."""
-        if token in self._eos_ids:
-            return
-        self._matcher.consume_token(token)
-        if not self.error:
-            self._closing.push(token)
-            self._closing.look_ahead(self._matcher)
+        if token not in self._eos_ids:
+            self._matcher.consume_token(token)
 
     def possible(self, draft: list[int]) -> list[int]:
-        """Return the beginning of `draft` that may come next, as far as is known now."""
-        draft = self._closing.safe_prefix(draft)
+        """Return the beginning of `draft` that may come next."""
         return draft[: self._matcher.validate_tokens(draft)] if draft else draft
 
 
-def compile_grammar(grammar: Grammar, vocabulary: Vocabulary, room: int) -> Constraint:
+def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> Constraint:
     """Return `grammar` made ready for one answer.
 
     Args:
         grammar: what the answer may be.
         vocabulary: `Base.vocabulary`.
-        room: number of tokens of the answer, at most.
 
     Raises:
         InputError: no answer can be constrained to a schema; the message names the keyword.
@@ -103,4 +81,4 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary, room: int) -> Cons
     if matcher.is_error():
         reason = first_line(matcher.get_error())
         raise InputError(f"no grammar can be made of this schema: {reason}")
-    return Constraint(matcher, vocabulary, grammar, room)
+    return Constraint(matcher, vocabulary.eos_ids)

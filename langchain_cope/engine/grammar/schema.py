@@ -15,13 +15,12 @@ from langchain_cope.errors import InputError
 
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 """Marks of a call in the text of an answer."""
-_LIMIT_INTEGER = 2**53 - 1  # the largest that every reader of JSON takes for the same number
-_LIMIT_NUMBER = 1e18
 _DATE = (
     "[1-9][0-9]{3}-(?:"
     "(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
     "|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
     "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+    "|(?:[1-9][0-9](?:0[48]|[2468][048]|[13579][26])|(?:[2468][048]|[13579][26])00)-02-29"
 )
 _TIME = (
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?"
@@ -39,12 +38,13 @@ _KNOWN_FORMATS = (
     "uuid",
     "uri",
 )
-_LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,58}[a-zA-Z0-9])?"
+_LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+_LONGEST_HOSTNAME = 253
 _FORMATS = {
-    "date": f"^{_DATE}$",
+    "date": f"^(?:{_DATE})$",
     "time": f"^{_TIME}$",
-    "date-time": f"^{_DATE}T{_TIME}$",
-    "hostname": rf"^{_LABEL}(?:\.{_LABEL}){{0,3}}$",
+    "date-time": f"^(?:{_DATE})T{_TIME}$",
+    "hostname": rf"^{_LABEL}(?:\.{_LABEL})*$",
 }
 """Real days, no leap seconds, labels and names of an allowed length: what every reader takes."""
 _PARSER_SETTINGS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -82,8 +82,7 @@ def can_constrain() -> bool:
 def closed_schema(schema: dict[str, Any]) -> str:
     """Return `schema` as a grammar takes it, as JSON text.
 
-    Objects get no properties but those named, numbers get a minimum and a maximum. What fits the
-    result fits `schema`.
+    Objects get no properties but those named. What fits the result fits `schema`.
 
     Raises:
         InputError: it is not a JSON schema, or no grammar can constrain an answer to a keyword of
@@ -136,18 +135,15 @@ def _close(schema: Any, closes: bool) -> Any:
         return [_close(part, closes) for part in schema]
     if not isinstance(schema, dict):
         return schema
+    if isinstance(schema.get("nullable"), bool):  # OpenAPI's word, which JSON Schema ignores
+        value = {key: part for key, part in schema.items() if key != "nullable"}
+        nullable = {"anyOf": [value, {"type": "null"}]}
+        return _close(nullable if schema["nullable"] else value, closes)
     closed = {key: _close_part(key, part, closes) for key, part in schema.items()}
     _spell_out_names(closed)
     if closes and "properties" in closed and "patternProperties" not in closed:
         closed.setdefault("additionalProperties", False)
     _explain_format(closed)
-    if "enum" not in closed and "const" not in closed:
-        types = closed.get("type")
-        kinds = types if isinstance(types, list) else [types]
-        if "integer" in kinds:
-            _bound(closed, -_LIMIT_INTEGER, _LIMIT_INTEGER)
-        elif "number" in kinds:
-            _bound(closed, -_LIMIT_NUMBER, _LIMIT_NUMBER)
     return closed
 
 
@@ -178,18 +174,8 @@ def _explain_format(schema: dict[str, Any]) -> None:
         del schema["format"]
     if "pattern" not in schema and schema.get("format") in _FORMATS:
         schema["pattern"] = _FORMATS[schema["format"]]
-
-
-def _bound(schema: dict[str, Any], low: float, high: float) -> None:
-    """Give a number a limit on the sides where it has none."""
-    least = [schema[key] for key in ("minimum", "exclusiveMinimum") if key in schema]
-    most = [schema[key] for key in ("maximum", "exclusiveMaximum") if key in schema]
-    if not all(isinstance(value, (int, float)) for value in (*least, *most)):
-        return
-    if not least and low < min(most, default=0):
-        schema["minimum"] = low
-    if not most and high > max(least, default=0):
-        schema["maximum"] = high
+        if schema["format"] == "hostname":
+            schema.setdefault("maxLength", _LONGEST_HOSTNAME)
 
 
 def _combines(schema: Any) -> bool:

@@ -193,6 +193,134 @@ def test_options_and_credentials_may_stand_in_the_environment(
         AdapterStore(f"s3://{bucket}/some/prefi").resolve("alice")
 
 
+ENDPOINTS = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]
+OPTIONS = ["endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url", "aws_endpoint_url_s3"]
+
+
+@pytest.fixture
+def without_aws(monkeypatch, tmp_path):
+    """Neither variables nor files of AWS."""
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_an_endpoint_in_plain_http_may_stand_in_the_environment(
+    s3_url, s3_server, monkeypatch, without_aws, name
+):
+    bucket = s3_url.partition("@")[2].partition("/")[0]
+    for weaker in ENDPOINTS[ENDPOINTS.index(name) + 1 :]:
+        monkeypatch.setenv(weaker, "http://127.0.0.1:9")
+    monkeypatch.setenv(name, s3_server)
+    assert AdapterStore(f"s3://key:s3cr3t@{bucket}/x").versions("alice") == []
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_endpoint_in_plain_http_may_be_an_option_of_the_url(
+    s3_url, s3_server, monkeypatch, without_aws, option
+):
+    bucket = s3_url.partition("@")[2].partition("/")[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    assert AdapterStore(f"s3://k:s@{bucket}/x?{option}={s3_server}").versions("alice") == []
+
+
+PROFILES = """[default]
+aws_access_key_id = of-default
+aws_secret_access_key = s3cr3t%/=
+
+[work]
+aws_access_key_id = of-work
+aws_secret_access_key = s3cr3t
+aws_session_token = t0ken
+"""
+CONFIG = """[default]
+region = eu-west-1
+[profile work]
+region = eu-central-1
+endpoint_url = http://127.0.0.1:9
+[profile sso]
+sso_start_url = https://ours.example
+"""
+
+
+@pytest.fixture
+def profiles(without_aws, monkeypatch, tmp_path):
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/credentials").write_text(PROFILES)
+    (tmp_path / ".aws/config").write_text(CONFIG)
+    return tmp_path / ".aws"
+
+
+def config_of(url="s3://bucket/x"):
+    backend = open_backend(url)
+    return {key: value for key, value in backend._store.config.items() if key != "bucket"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "url", "config"),
+    [
+        ({}, "s3://b/x", ("of-default", "s3cr3t%/=", None, "eu-west-1", None)),
+        (
+            {"AWS_PROFILE": "work"},
+            "s3://b/x",
+            ("of-work", "s3cr3t", "t0ken", "eu-central-1", "http://127.0.0.1:9"),
+        ),
+        (
+            {"AWS_PROFILE": "work"},
+            "s3://k:s@b/x?region=r&endpoint=http://h",
+            ("k", "s", None, "r", "http://h"),
+        ),
+        (  # the environment's own are obstore's to read: nothing is added beside them
+            {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "r"},
+            "s3://b/x",
+            (None, None, None, None, None),
+        ),
+        ({"AWS_WEB_IDENTITY_TOKEN_FILE": "/t"}, "s3://b/x", (None, None, None, "eu-west-1", None)),
+        ({"AWS_PROFILE": "sso"}, "s3://k:s@b/x", ("k", "s", None, None, None)),
+    ],
+)
+def test_credentials_come_from_the_profile_unless_given_nearer(
+    profiles, monkeypatch, environment, url, config
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = config_of(url)
+    names = ("access_key_id", "secret_access_key", "session_token", "region", "endpoint")
+    assert tuple(found.get(name) or found.get(f"aws_{name}") for name in names) == config
+
+
+def test_a_store_works_with_a_profile_alone(s3_url, s3_server, monkeypatch, without_aws, tmp_path):
+    bucket = s3_url.partition("@")[2].partition("/")[0]
+    file = tmp_path / "elsewhere"
+    file.write_text(
+        f"[work]\naws_access_key_id=k\naws_secret_access_key=s\nendpoint_url={s3_server}\n"
+    )
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    assert AdapterStore(f"s3://{bucket}/x").versions("alice") == []
+
+
+@pytest.mark.parametrize(
+    ("profile", "file", "said"),
+    [
+        ("gone", PROFILES, "AWS_PROFILE names 'gone', which is not in .*credentials and .*config"),
+        ("sso", PROFILES, "'sso' has sso_start_url instead of keys.*export-credentials"),
+        ("work", "s3cr3t without a section", r"cannot read AWS's file .*MissingSection"),
+        ("work", "[work]\ns3cr3t", r"cannot read AWS's file .*ParsingError"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_refused_by_name(
+    profiles, monkeypatch, profile, file, said
+):
+    (profiles / "credentials").write_text(file)
+    monkeypatch.setenv("AWS_PROFILE", profile)
+    with pytest.raises(BackendError, match=said) as caught:
+        AdapterStore("s3://bucket/x")
+    assert "s3cr3t" not in str(caught.value)
+
+
 def test_a_remote_version_is_fetched_into_a_folder_of_this_process(s3_url, files):
     store = AdapterStore(s3_url)
     folder = store.fetch_dir(store.publish("alice", files(1), base=BASE))

@@ -72,6 +72,18 @@ def test_a_peft_folder_becomes_a_users_version(
     assert store.fetch(version)[name] == (folder / name).read_bytes()
 
 
+def test_a_peft_folder_that_the_base_cannot_serve_is_not_imported(
+    cope_lc: Callable, store: AdapterStore, tiny: Callable[..., Path], adapter: Callable[..., Path]
+) -> None:
+    model, wider = tiny("llama"), tiny("llama", hidden_size=48)
+    other = adapter(wider, targets=["q_proj"])
+    outcome = cope_lc("adapters", "import", other, "--user", "alice", "--model", model)
+    assert outcome.code == 2
+    assert "layer of 32 inputs and 32 outputs: it was made for another base" in outcome.stderr
+    assert "nothing was imported" in outcome.stderr
+    assert store.versions("alice") == []
+
+
 def test_all_users_move_into_an_encrypted_store(
     cope_lc: Callable,
     put: Callable,

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from langchain_cope.engine.base import digests
+from langchain_cope.engine.base import digests, user_cache
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(digests, "WORTH_BYTES", 1)
     monkeypatch.setattr(digests, "_SETTLED_SECONDS", -1.0)
-    monkeypatch.setattr(digests, "user_cache_path", lambda *_, **__: tmp_path / "cache")
+    monkeypatch.setattr(user_cache, "user_cache_path", lambda *_, **__: tmp_path / "cache")
     return tmp_path / "cache" / "digests"
 
 

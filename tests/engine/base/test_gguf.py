@@ -67,7 +67,7 @@ def test_a_file_gives_the_logits_of_its_source(name: str, tiny: Tiny, tmp_path: 
     written = write_gguf(tmp_path / "model.gguf", tiny(family, **changes), kind)
     base = loaded(written.path)
     assert agrees(base, written)
-    talk = [{"role": "user", "content": "What is 12 + 345?\n\n  Wörter 🙂 <|im_end|>"}]
+    talk = [{"role": "user", "content": "What is 12 + 345?\n\n  Wörter 🙂"}]
     theirs = written.tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
     assert base.prompt_ids(talk) == theirs
     assert base.eos_ids == {written.tokenizer.eos_token_id}

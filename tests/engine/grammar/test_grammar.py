@@ -1,4 +1,7 @@
-"""Answers under a grammar, on random weights: in any batch, contrasted, drafted, on any budget."""
+"""Answers under a grammar, on random weights: in any batch, contrasted, drafted, on any budget.
+
+No answer is hurried to its end, so that some of these models' never close: they are cut.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -28,6 +31,7 @@ from langchain_cope.errors import InputError
 
 Tiny = Callable[..., Path]
 MARKS = ("<tool_call>", "</tool_call>")
+CLOSING = '"]}'
 
 PERSON = {
     "type": "object",
@@ -82,7 +86,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tiny: Tiny) -> Path:
-    return tiny("llama", context=2048)
+    return tiny("llama", context=2048, likely=CLOSING)
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +108,12 @@ def constrained(
     return Request(prompt(seed), adapter, Contrast(0.3), settings, grammar=grammar)
 
 
-def checked(answer: Completion, schema: dict[str, Any]) -> Any:
-    assert answer.finish_reason == "stop", answer.text[-200:]
-    value = json.loads(answer.text)
-    jsonschema.validate(value, schema)
-    return value
+def check_all(answers: list[Completion], schema: dict[str, Any]) -> None:
+    """Check those that closed, which most have to."""
+    closed = [answer for answer in answers if answer.finish_reason == "stop"]
+    assert len(closed) > len(answers) / 2
+    for answer in closed:
+        jsonschema.validate(json.loads(answer.text), schema)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -118,8 +123,7 @@ def test_random_weights_answer_what_fits_the_schema(
     grammar = Grammar(answer=closed_schema(SCHEMAS[name]))
     user = engine.load_adapter(adapter(folder, seed=1))
     requests = [constrained(seed, grammar, user if seed % 2 else None) for seed in range(12)]
-    for answer in engine.generate(requests):
-        checked(answer, SCHEMAS[name])
+    check_all(engine.generate(requests), SCHEMAS[name])
 
 
 FORMATS = (
@@ -136,47 +140,64 @@ FORMATS = (
 )
 
 
-def test_formats_are_those_of_the_standard(engine: Engine) -> None:
-    schema = {
-        "type": "object",
-        "properties": {name: {"type": "string", "format": name} for name in FORMATS},
-    }
-    schema["required"] = list(FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_those_of_the_standard(name: str, engine: Engine) -> None:
+    schema = {"type": "string", "format": name}
     validator = jsonschema.Draft202012Validator
     validator = validator(schema, format_checker=validator.FORMAT_CHECKER)
     grammar = Grammar(answer=closed_schema(schema))
-    requests = [constrained(seed, grammar, max_tokens=1200) for seed in range(3)]
-    for answer in engine.generate(requests):
+    requests = [constrained(seed, grammar, max_tokens=150) for seed in range(6)]
+    closed = [each for each in engine.generate(requests) if each.finish_reason == "stop"]
+    assert closed
+    for answer in closed:
         validator.validate(json.loads(answer.text))
 
 
-@pytest.mark.parametrize("budget", [140, 200, 400])
-def test_an_answer_closes_before_its_budget_ends(budget: int, engine: Engine) -> None:
+NO_ARGUMENTS = closed_schema({"type": "object", "properties": {}})
+ONE_NUMBER = closed_schema(
+    {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+)
+BUDGETED: dict[str, Grammar] = {
+    "object": Grammar(answer=closed_schema(PERSON)),
+    "list": Grammar(answer=closed_schema(NUMBERS)),
+    "string": Grammar(answer=closed_schema({"type": "string"})),
+    "calls": Grammar((("ping", NO_ARGUMENTS), ("add", ONE_NUMBER))),
+    "one call": Grammar((("add", ONE_NUMBER),), several=False),
+    "calls in text": Grammar((("add", ONE_NUMBER),), text=True),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", BUDGETED)
+def test_an_answer_on_any_budget_begins_the_whole_one(
+    name: str, temperature: float, engine: Engine
+) -> None:
+    most = 60
+
+    def request(budget: int) -> Request:
+        return constrained(3, BUDGETED[name], max_tokens=budget, temperature=temperature)
+
+    whole = engine.generate([request(most)])[0]
+    size = len(whole.token_ids)
+    answers = engine.generate([request(budget) for budget in range(1, most)])
+    for budget, answer in enumerate(answers, start=1):
+        assert answer.token_ids == whole.token_ids[:budget]
+        assert whole.text.startswith(answer.text.rstrip("\ufffd"))
+        assert answer.finish_reason == ("length" if budget < size else whole.finish_reason)
+
+
+def test_the_end_of_the_context_hurries_no_answer(engine: Engine) -> None:
     grammar = Grammar(answer=closed_schema(PERSON))
-    requests = [constrained(seed, grammar, max_tokens=budget) for seed in range(16)]
-    answers = engine.generate(requests)
-    for answer in answers:
-        checked(answer, PERSON)
-
-
-def test_an_answer_is_not_hurried_while_there_is_room(engine: Engine) -> None:
-    endless = {
-        "type": "array",
-        "items": {"type": "array", "items": {"type": "string"}, "minItems": 2},
-        "minItems": 2,
-    }
-    grammar = Grammar(answer=closed_schema(endless))
-    requests = [constrained(seed, grammar, max_tokens=300) for seed in range(8)]
-    answers = engine.generate(requests)
-    for answer in answers:
-        checked(answer, endless)
-    assert max(len(answer.token_ids) for answer in answers) > 260
-
-
-def test_a_budget_that_no_answer_fits_ends_it_as_such(engine: Engine) -> None:
-    grammar = Grammar(answer=closed_schema(PERSON))
-    answer = engine.generate([constrained(0, grammar, max_tokens=10)])[0]
-    assert answer.finish_reason == "length"
+    context = engine.base.context
+    long = Sampling(max_tokens=400, temperature=1.0, seed=5)
+    short = Sampling(max_tokens=20, temperature=1.0, seed=5)
+    ids = prompt(0, length=context - 20)
+    at_the_end, cut = engine.generate(
+        [Request(ids, sampling=each, grammar=grammar) for each in (long, short)]
+    )
+    assert at_the_end == cut
+    assert cut.finish_reason == "length"
+    assert len(cut.token_ids) == 20
 
 
 def test_answers_are_the_same_alone_in_a_batch_and_with_drafts(
@@ -195,7 +216,7 @@ def test_answers_are_the_same_alone_in_a_batch_and_with_drafts(
         for seed, grammar in enumerate(grammars):
             temperature = 0.7 if seed % 2 else 0.0
             requests.append(
-                constrained(seed, grammar, user, max_tokens=700, temperature=temperature)
+                constrained(seed, grammar, user, max_tokens=250, temperature=temperature)
             )
         return requests
 
@@ -211,24 +232,29 @@ def test_answers_are_the_same_alone_in_a_batch_and_with_drafts(
 
 @pytest.mark.parametrize("marks", [(), MARKS], ids=["marks are text", "marks are special tokens"])
 def test_forced_calls_are_valid(marks: tuple[str, ...], tiny: Tiny) -> None:
-    folder = tiny("llama", context=2048, marks=marks)
+    folder = tiny("llama", context=2048, marks=marks, likely=CLOSING)
     engine = Engine(load_base(folder, device="cpu", dtype="float32"))
-    add = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    calls = (("add", closed_schema(add)), ("find_person", closed_schema(PERSON)))
+    calls = (("add", ONE_NUMBER), ("find_person", closed_schema(PERSON)))
     single, several = Grammar(calls, several=False), Grammar(calls)
     ones = [constrained(seed, single, max_tokens=200) for seed in range(8)]
-    many = [constrained(seed, several, max_tokens=600) for seed in range(16)]
-    num_calls_of_one = {len(calls_of(answer.text)) for answer in engine.generate(ones)}
-    num_calls_of_many = {len(calls_of(answer.text)) for answer in engine.generate(many)}
+    many = [constrained(seed, several, max_tokens=250) for seed in range(16)]
+    answers = engine.generate([*ones, *many])
     engine.close()
-    assert num_calls_of_one == {1}
-    assert max(num_calls_of_many) > 1
+    closed = [each.finish_reason == "stop" for each in answers]
+    num_calls = [len(calls_of(answer.text)) for answer in answers]
+    assert {
+        number for number, is_whole in zip(num_calls[:8], closed, strict=False) if is_whole
+    } == {1}
+    assert sum(closed[8:]) > 4
+    assert max(num_calls[8:]) > 1
 
 
 def calls_of(text: str) -> list[Any]:
-    """Return the calls in `text`, each of which has to be whole; nothing else may be in it."""
+    """Return the whole calls in `text`; nothing else may be in it but one that was cut."""
     calls = []
     for part in text.split(f"{CALL_BEGIN}\n")[1:]:
+        if CALL_END not in part:
+            break
         body, rest = part.split(f"\n{CALL_END}")
         assert rest in ("", "\n")
         call = json.loads(body)
@@ -240,11 +266,11 @@ def calls_of(text: str) -> list[Any]:
 
 
 def test_free_text_has_one_call_where_several_are_not_allowed(engine: Engine) -> None:
-    calls = (("ping", closed_schema({"type": "object", "properties": {}})),)
+    calls = (("ping", NO_ARGUMENTS),)
     call = '<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>'
     for several, allowed in ((True, 2), (False, 1)):
         grammar = Grammar(calls, several, text=True)
-        constraint = compile_grammar(grammar, engine.base.vocabulary, room=500)
+        constraint = compile_grammar(grammar, engine.base.vocabulary)
         ids = engine.base.tokenizer.encode(f"So {call}\n{call}", add_special_tokens=False)
         valid = ids[: constraint._matcher.validate_tokens(ids)]
         assert engine.base.tokenizer.decode(valid).count("</tool_call>") == allowed
@@ -262,12 +288,12 @@ def test_masks_after_a_draft_are_those_after_the_tokens_themselves(engine: Engin
     for seed in range(3):
         answer = engine.generate([constrained(seed, grammar, max_tokens=260)])[0]
         ids = list(answer.token_ids)
-        plain = compile_grammar(grammar, engine.base.vocabulary, room=260)
+        plain = compile_grammar(grammar, engine.base.vocabulary)
         masks = []
         for token in ids:
             masks.append(plain.mask())
             plain.push(token)
-        drafting = compile_grammar(grammar, engine.base.vocabulary, room=260)
+        drafting = compile_grammar(grammar, engine.base.vocabulary)
         for index, token in enumerate(ids):
             draft = drafting.possible(ids[index : index + 8])
             for size in range(len(draft) + 1):
@@ -323,12 +349,11 @@ def test_an_unsupported_keyword_is_refused_by_name(schema: dict[str, Any], named
         closed_schema(schema)
 
 
-def test_objects_are_closed_where_that_excludes_nothing_and_numbers_limited() -> None:
+def test_objects_are_closed_where_that_excludes_nothing() -> None:
     closed = json.loads(closed_schema(PERSON))
     place = closed["$defs"]["Place"]
     assert closed["additionalProperties"] is place["additionalProperties"] is False
     assert closed["properties"]["age"] == PERSON["properties"]["age"]
-    assert json.loads(closed_schema({"type": "integer"}))["maximum"] == 2**53 - 1
     assert "additionalProperties" not in json.loads(closed_schema({"type": "object"}))
     a, b = ({"type": "object", "properties": {name: {}}} for name in "ab")
     assert "additionalProperties" not in closed_schema({"allOf": [a, b]})
@@ -344,6 +369,45 @@ def test_objects_are_closed_where_that_excludes_nothing_and_numbers_limited() ->
     properties = {"properties": inner, "enum": {"type": "string"}}
     closed = json.loads(closed_schema({"type": "object", "properties": properties}))
     assert closed["properties"]["properties"]["additionalProperties"] is False
+
+
+CHOSEN: list[tuple[dict[str, Any], str]] = [
+    ({"type": "integer"}, "12345678901234567890123"),
+    ({"type": "number"}, "6.02e23"),
+    ({"type": "number"}, "12345678901234567890123.5"),
+    ({"type": ["integer", "null"]}, "-98765432109876543210"),
+    ({"type": "string", "format": "date"}, '"2024-02-29"'),
+    ({"type": "string", "format": "date"}, '"2000-02-29"'),
+    ({"type": "string", "format": "date-time"}, '"2028-02-29T10:00:00Z"'),
+    ({"type": "string", "format": "hostname"}, '"ec2-1-2-3-4.eu-west-1.compute.amazonaws.com"'),
+    ({"type": "string", "format": "hostname"}, f'"{"a" * 63}.example.org"'),
+]
+NEVER: list[tuple[dict[str, Any], str]] = [
+    ({"type": "string", "format": "date"}, '"2023-02-29"'),
+    ({"type": "string", "format": "date"}, '"1900-02-29"'),
+    ({"type": "string", "format": "hostname"}, f'"{"a." * 126}aa"'),
+]
+
+
+@pytest.mark.parametrize(("schema", "text"), CHOSEN)
+def test_what_the_model_may_choose_is_not_cut_by_us(
+    schema: dict[str, Any], text: str, engine: Engine
+) -> None:
+    assert written(schema, text, engine) == text
+
+
+@pytest.mark.parametrize(("schema", "text"), NEVER)
+def test_days_and_names_that_cannot_be_are_not_written(
+    schema: dict[str, Any], text: str, engine: Engine
+) -> None:
+    assert written(schema, text, engine) != text
+
+
+def written(schema: dict[str, Any], text: str, engine: Engine) -> str:
+    """Return the beginning of `text` that the grammar lets a model write."""
+    constraint = compile_grammar(Grammar(answer=closed_schema(schema)), engine.base.vocabulary)
+    ids = engine.base.tokenizer.encode(text, add_special_tokens=False)
+    return str(engine.base.tokenizer.decode(constraint.possible(ids)))
 
 
 def test_a_schema_without_a_grammar_fails_where_it_is_asked_for(engine: Engine) -> None:
