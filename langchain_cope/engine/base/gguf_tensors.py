@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from langchain_cope.engine.base.gguf_header import GgufHeader, PackedTensor
 from langchain_cope.engine.base.gguf_rope import FREQUENCIES
@@ -53,7 +53,7 @@ class Unpacking:
         self.weights = _own_weights(model)
         """What the model needs, by name: tensors without data. Tied ones are there once."""
         try:
-            self._names = get_gguf_hf_weights_map(model, self._processor)
+            self._names = get_gguf_hf_weights_map(_Names(model, depth=1), self._processor)
         except NotImplementedError as error:
             raise ModelError(
                 f"transformers cannot unpack the architecture {header.architecture!r} of {path}"
@@ -78,8 +78,10 @@ class Unpacking:
                         f"the weight {name} in {self._path} has the shape {tuple(values.shape)}, "
                         f"but its configuration asks for {tuple(weight.shape)}"
                     )
-                for piece in values.contiguous().view(-1).split(_PIECE):
-                    piece.to(dtype).view(_BITS[dtype]).numpy().tofile(file)
+                flat = values.contiguous().view(-1)
+                for start in range(0, len(flat), _PIECE):
+                    piece = flat[start : start + _PIECE].to(dtype)
+                    piece.view(_BITS[dtype]).numpy().tofile(file)
 
     def _parts_of_weights(self, header: GgufHeader) -> dict[str, list[PackedTensor]]:
         """Return the tensors of the file that make each weight."""
@@ -125,6 +127,32 @@ class Unpacking:
 def _model_of(config: Any) -> Any:
     auto: Any = AutoModelForCausalLM
     return auto.from_config(config, trust_remote_code=False)
+
+
+class _Names:
+    """A model's names for `get_gguf_hf_weights_map`, down to the children of `depth` levels.
+
+    That function asks every module of the tree, which takes seconds; names differ only by whether
+    they begin at the model or at its first child.
+    """
+
+    def __init__(self, model: nn.Module, depth: int) -> None:
+        self._model = model
+        self._depth = depth
+        self.config = model.config
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._model.state_dict()
+
+    def named_children(self) -> list[tuple[str, "_Names"]]:
+        if not self._depth:
+            return []
+        children = self._model.named_children()
+        return [
+            (name, _Names(child, self._depth - 1))
+            for name, child in children
+            if isinstance(child, PreTrainedModel)
+        ]
 
 
 def _own_weights(model: nn.Module) -> dict[str, Tensor]:
