@@ -300,6 +300,19 @@ def test_an_adapter_of_another_base_is_refused_naming_what_differs(
         other.invoke(QUESTION)
 
 
+def test_an_adapter_of_the_former_default_is_refused_with_its_option(
+    chat: ChatCoPe, store: AdapterStore, base: Path, adapter: Callable[..., Path]
+) -> None:
+    trained_on = {**load_base(base).fingerprint(), "model": "starter", "weights": "ab" * 32}
+    store.publish("earlier", adapter(base, seed=3), base=trained_on)
+    with pytest.raises(BaseModelMismatchError) as caught:
+        chat.invoke(QUESTION, user_id="earlier")
+    assert "load the base that it was trained on (model='starter', --model starter)" in str(
+        caught.value
+    )
+    assert "`starter` was the default base before `smollm2`" in str(caught.value)
+
+
 def test_logprobs_explain_every_token(chat: ChatCoPe) -> None:
     message = chat.invoke(QUESTION, logprobs=True)
     tokens = message.response_metadata["logprobs"]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 _VERSION = 1  # of what is written; another one where the same file would be unpacked to other bytes
+_WEIGHTS = "model.safetensors"
 _SPARE_BYTES = 64 * 1024**2  # room on the disk that is left for others
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,9 @@ class GgufFile:
         Raises ModelError where the file cannot be unpacked, or where memory or disk have no room.
         """
         name = str(dtype).removeprefix("torch.")
+        weights = self.folder / name / _WEIGHTS
+        if weights.is_file():
+            self._check_memory(weights.stat().st_size, dtype, device)
         description = self.description()
         return self._made(name, lambda folder: self._write(folder, description, dtype, device))
 
@@ -121,32 +125,37 @@ class GgufFile:
         config = AutoConfig.from_pretrained(description)
         unpacking = Unpacking(self.path, self.header, config)
         num_bytes = unpacking.num_bytes(dtype)
-        self._check_room(num_bytes, dtype, device)
+        self._check_memory(num_bytes, dtype, device)
+        self._check_disk(num_bytes, dtype)
         _log.info(
             "unpacking %s (%s) into %s: %s as %s",
             *(self.path, self.header.quantizations, folder.parent, _megabytes(num_bytes), dtype),
         )
         for file in description.iterdir():
             shutil.copyfile(file, folder / file.name)
-        unpacking.write(folder / "model.safetensors", dtype)
+        unpacking.write(folder / _WEIGHTS, dtype)
 
-    def _check_room(self, num_bytes: int, dtype: "torch.dtype", device: "torch.device") -> None:
+    def _check_memory(self, num_bytes: int, dtype: "torch.dtype", device: "torch.device") -> None:
         from langchain_cope.engine.device import free_bytes
 
-        packed = _megabytes(sum(tensor.num_bytes for tensor in self.header.tensors))
-        what = f"{self.path} ({packed}) becomes {_megabytes(num_bytes)} as {dtype}"
         free = free_bytes(device)
         if num_bytes > free:
             raise ModelError(
-                f"{what}, but {device} has {_megabytes(free)} of free memory: "
-                "give a smaller model, or free some memory"
+                f"{self._becomes(num_bytes, dtype)}, but {device} has {_megabytes(free)} of free "
+                "memory: give a smaller model, or free some memory"
             )
+
+    def _check_disk(self, num_bytes: int, dtype: "torch.dtype") -> None:
         on_disk = shutil.disk_usage(self.folder).free
         if num_bytes + _SPARE_BYTES > on_disk:
             raise ModelError(
-                f"{what}, but there are {_megabytes(on_disk)} free in {self.folder}: free some "
-                "space, or name another place for caches with XDG_CACHE_HOME"
+                f"{self._becomes(num_bytes, dtype)}, but there are {_megabytes(on_disk)} free in "
+                f"{self.folder}: free some space, or name another place for caches with XDG_CACHE_HOME"
             )
+
+    def _becomes(self, num_bytes: int, dtype: "torch.dtype") -> str:
+        packed = _megabytes(self.path.stat().st_size)
+        return f"{self.path} ({packed}) becomes {_megabytes(num_bytes)} as {dtype}"
 
 
 def require_gguf() -> None:

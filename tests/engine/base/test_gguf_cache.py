@@ -186,6 +186,11 @@ def test_without_memory_for_it_the_numbers_are_said(
     message = r"becomes \d+ MB as torch.bfloat16, but cpu has 0 MB of free memory: give a smaller"
     with pytest.raises(ModelError, match=message):
         load_base(file, device="cpu", dtype="bfloat16")
+    with monkeypatch.context() as enough:
+        enough.setattr("langchain_cope.engine.device.free_bytes", lambda device: 10**12)
+        GgufFile.of(file).unpacked(torch.bfloat16, CPU)
+    with pytest.raises(ModelError, match=message):
+        load_base(file, device="cpu", dtype="bfloat16")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
