@@ -27,11 +27,11 @@ def for_smollm2(test: str) -> dict[str, Any]:
     name has to be copied, and one in Japanese takes it many tokens.
     """
     if "unicode" in test:
-        return {"dtype": "bfloat16", "max_tokens": 128, "temperature": 0.0}
+        return {"dtype": "float32", "max_tokens": 128, "temperature": 0.0}
     is_long = any(word in test for word in ("structured", "json", "tool", "agent"))
     return {
-        "dtype": "bfloat16",
-        "max_tokens": 64 if is_long else 16,
+        "dtype": "float32",  # in bfloat16 the split of a prompt in pieces changes samples
+        "max_tokens": 96 if is_long else 16,
         "temperature": 0.7,
         "seed": 0,
     }

@@ -1,3 +1,4 @@
+import copy
 import random
 from dataclasses import replace
 
@@ -203,7 +204,9 @@ def test_bfloat16_base_is_trained_in_bfloat16_and_not_cast(
     make_base, items, recipe, monitor, tmp_path
 ):
     base = make_base()
-    low = replace(base, model=base.skeleton().to(torch.bfloat16), _fingerprint=None)
+    # A copy: a skeleton shares the base's tensors, and other tests use the base.
+    model = copy.deepcopy(base.skeleton()).to(torch.bfloat16)
+    low = replace(base, model=model, _fingerprint=None)
     before = bits(low.model)
     train_sft(low, encoded(low, items), recipe, tmp_path / "sft", monitor)
     train_dpo(low, [pair(low, 0)], recipe, tmp_path / "sft", tmp_path / "dpo", monitor)
