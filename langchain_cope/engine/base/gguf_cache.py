@@ -150,7 +150,7 @@ class GgufFile:
         if num_bytes + _SPARE_BYTES > on_disk:
             raise ModelError(
                 f"{self._becomes(num_bytes, dtype)}, but there are {_megabytes(on_disk)} free in "
-                f"{self.folder}: free some space, or name another place for caches with XDG_CACHE_HOME"
+                f"{self.folder}: free some space, or name another place with XDG_CACHE_HOME"
             )
 
     def _becomes(self, num_bytes: int, dtype: "torch.dtype") -> str:
