@@ -48,7 +48,7 @@ def read_adapter(
         ) from None
     try:
         check_plain_lora(config, tensors)
-        check_finite(files[WEIGHTS])
+        check_finite(files[WEIGHTS], tensors)
     except ValueError as error:
         raise InvalidAdapterError(str(error)) from None
     return files

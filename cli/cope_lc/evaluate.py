@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cope_lc.options import Device, Dtype, Json, Model, Target
+from cope_lc.options import DEFAULT_MODEL, Device, Dtype, Json, Model, Target
 from cope_lc.output import Output
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.recipe_choice import Paper, TrainingSeed, recipe_choice
@@ -23,7 +23,7 @@ def evaluate(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="One user a line: user_id, history and queries.")
     ],
-    model: Model = "smollm2",
+    model: Model = DEFAULT_MODEL,
     limit: Annotated[
         int | None,
         typer.Option("--limit", metavar="N", min=1, help="Only the first N users. Default: all."),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cope_lc.options import (
+    DEFAULT_MODEL,
     AdapterVersion,
     Alpha,
     AsUser,
@@ -41,7 +42,7 @@ def generate(
         typer.Argument(metavar="PROMPT", help="What to answer; - reads it from standard input."),
     ],
     user: AsUser = None,
-    model: Model = "smollm2",
+    model: Model = DEFAULT_MODEL,
     store: Store = None,
     version: AdapterVersion = None,
     alpha: Alpha = None,

@@ -57,6 +57,7 @@ def _check_store(value: str | None) -> str | None:
 
 # ── what a command works with ──
 
+DEFAULT_MODEL = "smollm2"
 Model = Annotated[
     str,
     typer.Option(

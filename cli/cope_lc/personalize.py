@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cope_lc.options import Device, Dtype, Json, Model, Store, Target
+from cope_lc.options import DEFAULT_MODEL, Device, Dtype, Json, Model, Store, Target
 from cope_lc.output import Output
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.recipe_choice import Paper, TrainingSeed, recipe_choice
@@ -46,7 +46,7 @@ def personalize(
             help="User of the history. Default: the one that the files name.",
         ),
     ] = None,
-    model: Model = "smollm2",
+    model: Model = DEFAULT_MODEL,
     store: Store = None,
     target: Target = None,
     instruction: Annotated[

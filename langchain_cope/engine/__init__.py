@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from langchain_cope.engine.adapter import CONFIG, WEIGHTS, Adapter
     from langchain_cope.engine.answer import Completion, Piece, Stream, TokenLogprobs
     from langchain_cope.engine.base.base import Base
-    from langchain_cope.engine.base.bundled import STARTER, default_model
+    from langchain_cope.engine.base.bundled import (
+        SMOLLM2_INSTALL,
+        STARTER,
+        default_model,
+        smollm2_file,
+    )
     from langchain_cope.engine.base.context import context_of
     from langchain_cope.engine.base.forms import Message
     from langchain_cope.engine.base.gguf_header import gguf_context
@@ -49,6 +54,7 @@ __all__ = [
     "CALL_BEGIN",
     "CALL_END",
     "CONFIG",
+    "SMOLLM2_INSTALL",
     "STARTER",
     "THOUGHT",
     "WEIGHTS",
@@ -85,6 +91,7 @@ __all__ = [
     "is_number",
     "is_whole",
     "load_base",
+    "smollm2_file",
 ]
 
 _MODULES = {
@@ -108,6 +115,7 @@ _MODULES = {
     "ReplyFormat": "base.reply_format",
     "ReplyParts": "reply",
     "Request": "request",
+    "SMOLLM2_INSTALL": "base.bundled",
     "STARTER": "base.bundled",
     "Sampling": "decoding.sampling",
     "Statistics": "engine",
@@ -129,6 +137,7 @@ _MODULES = {
     "is_number": "checks",
     "is_whole": "checks",
     "load_base": "base.loading",
+    "smollm2_file": "base.bundled",
 }
 if not TYPE_CHECKING:  # type checkers read the imports above instead
     __getattr__, __dir__ = lazy_names(__name__, _MODULES)

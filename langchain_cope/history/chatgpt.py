@@ -9,10 +9,11 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from langchain_cope.errors import HistoryError
+from langchain_cope.history.messages import OTHER_SIDE
 from langchain_cope.history.rows import Located, Row, parse_time, shown
 
 _HIDDEN = "is_visually_hidden_from_conversation"
-_SIDES = ("user", "assistant")
+_SIDES = tuple(OTHER_SIDE)  # in a tuple anything can be looked for, a list too
 _PARTS = ("text", "multimodal_text")
 """Types of content that have parts."""
 # What else there is by its type, in words.
@@ -64,7 +65,7 @@ def chatgpt_rows(row: Row) -> list[Row]:
         weight = spoken.weight
         if lost is not None and _is_between(messages, lost, spoken):
             mark = f"[{lost.left_out[0]}]"
-            messages.append({"role": _other(spoken.role), "content": mark, "weight": 0})
+            messages.append({"role": OTHER_SIDE[spoken.role], "content": mark, "weight": 0})
             weight = 0 if spoken.role == "assistant" else weight
         messages.append({"role": spoken.role, "content": spoken.texts, "weight": weight})
         lost = None
@@ -92,10 +93,6 @@ def _is_between(messages: list[dict[str, Any]], lost: _Spoken, spoken: _Spoken) 
     if not messages:
         return spoken.role == "assistant"
     return bool(messages[-1]["role"] == spoken.role)
-
-
-def _other(role: str) -> str:
-    return "user" if role == "assistant" else "assistant"
 
 
 def _time(row: Row, branch: list[Row]) -> Any:

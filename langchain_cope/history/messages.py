@@ -21,6 +21,8 @@ from pydantic import BaseModel
 from langchain_cope.history.items import Item
 from langchain_cope.history.rows import Located
 
+OTHER_SIDE = {"user": "assistant", "assistant": "user"}
+"""The two sides of a conversation, each with the other."""
 ROLES = {
     "system": "system",
     "developer": "system",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from langchain_cope.errors import HistoryError
 from langchain_cope.history.items import Item, Message, Target
-from langchain_cope.history.messages import ROLES, calls_of, content_text, is_role
+from langchain_cope.history.messages import OTHER_SIDE, ROLES, calls_of, content_text, is_role
 from langchain_cope.history.rows import Located, Row, shown
 
 MESSAGE_INSTRUCTION = "Write the next message in your own words."
@@ -26,7 +26,6 @@ TURNS_KEPT = 199
 
 The number is odd, so that a prompt that ends in a user's turn begins with one.
 """
-_OTHER_SIDE = {"user": "assistant", "assistant": "user"}
 
 
 class _Turn(NamedTuple):
@@ -47,7 +46,7 @@ class _Turn(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether it is text of one side and nothing else."""
-        return self.role in _OTHER_SIDE and not self.fields
+        return self.role in OTHER_SIDE and not self.fields
 
 
 class Disliked(NamedTuple):
@@ -363,7 +362,7 @@ def _prompt_key(prompt: str | list[Message]) -> str:
 
 def _swapped(message: Message) -> Message:
     """Return a message as the other side's."""
-    return {"role": _OTHER_SIDE[message["role"]], "content": message["content"]}
+    return {"role": OTHER_SIDE[message["role"]], "content": message["content"]}
 
 
 def _name_conversations(rows: Sequence[Row]) -> dict[str, str]:

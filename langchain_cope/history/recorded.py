@@ -13,9 +13,10 @@ from langchain_core.runnables.config import run_in_executor
 
 from langchain_cope.history.chroma import ChromaHistory
 from langchain_cope.history.items import Item, Target
+from langchain_cope.history.messages import OTHER_SIDE
 from langchain_cope.history.reader import MESSAGE_INSTRUCTION, TURNS_KEPT
 from langchain_cope.history.rows import checked_id
-from langchain_cope.history.talk import Talk, Turn, other_side, turns_of
+from langchain_cope.history.talk import Talk, Turn, turns_of
 
 _COMPARED = 50  # of a session's newest items
 
@@ -105,7 +106,7 @@ class RecordedChatHistory(BaseChatMessageHistory):
         shown = Talk(before).extended_back(self._seen)
         talk = Talk([*shown.messages, *added])
         self._seen = talk.messages[-2 * TURNS_KEPT :]
-        end = talk.last_of(other_side(self.target))
+        end = talk.last_of(OTHER_SIDE[self.target])
         earlier, start = self._recorded(shown)
         if end is None or not any(turn.role == self.target for turn in talk.turns(start, end)):
             return
@@ -133,7 +134,7 @@ class RecordedChatHistory(BaseChatMessageHistory):
             length, end = shown.longest_match(turns)
             if length > best[0]:
                 best = length, end, turns
-        if best[0] == 0 and items and shown.begins_with(other_side(self.target)):
+        if best[0] == 0 and items and shown.begins_with(OTHER_SIDE[self.target]):
             return self._turns(items[-1]), 0
         return best[2], best[1]
 
@@ -141,7 +142,7 @@ class RecordedChatHistory(BaseChatMessageHistory):
         """Return the talk that an item ends, with the roles of the chat."""
         turns = turns_of(item.messages)
         if self.target == "user":
-            turns = [Turn(other_side(turn.role), turn.text) for turn in turns]
+            turns = [Turn(OTHER_SIDE[turn.role], turn.text) for turn in turns]
         if turns and turns[0].text == (self.history.instruction or MESSAGE_INSTRUCTION):
             turns = turns[1:]
         return [*turns, Turn(self.target, item.completion)]

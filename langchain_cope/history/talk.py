@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 
 from langchain_core.messages import BaseMessage
 
-from langchain_cope.history.messages import content_text, plain_message
+from langchain_cope.history.messages import OTHER_SIDE, content_text, plain_message
 from langchain_cope.history.rows import Located
-
-_OTHER_SIDE = {"user": "assistant", "assistant": "user"}
 
 
 class Turn(NamedTuple):
@@ -28,11 +26,6 @@ class _Paragraph(NamedTuple):
     text: str
     message: int
     """The index of its message; of an item's, of its turn."""
-
-
-def other_side(role: str) -> str:
-    """Return the assistant for the user, and the user for the assistant."""
-    return _OTHER_SIDE[role]
 
 
 def turns_of(messages: Iterable[Any]) -> list[Turn]:
@@ -91,7 +84,7 @@ class Talk:
         The second number is the index of that message: of the longest match, the first. The other
         side has spoken since: before that, no turn is recorded.
         """
-        last = self.last_of(other_side(turns[-1].role))
+        last = self.last_of(OTHER_SIDE[turns[-1].role])
         paragraphs = _paragraphs(
             (index, turn)
             for index, message in enumerate(self.messages)
@@ -136,7 +129,7 @@ def _role(message: Any) -> Any:
 def _turn(message: Any) -> Turn | None:
     """Return what user or assistant said in a message, None where neither said a thing."""
     plain = plain_message(message)
-    if plain["role"] not in _OTHER_SIDE:
+    if plain["role"] not in OTHER_SIDE:
         return None
     text, _ = content_text(Located("message", plain.get("content")))
     return Turn(plain["role"], text) if text.strip() else None

@@ -73,8 +73,7 @@ def temporary_job(user_id: str, digest: str) -> Iterator[Job]:
             try:
                 yield job
             except Exception as error:
-                is_unwanted = isinstance(error, Cancelled | UserErasedError)
-                stays = bool(job.finished_stages()) and not is_unwanted
+                stays = _is_worth_going_on(job, error)
                 raise
     finally:
         if not stays:
@@ -96,7 +95,8 @@ def resumable_job(job_dir: str | os.PathLike[str], user_id: str, digest: str) ->
         try:
             yield job
         except Exception as error:
-            _say_how_to_go_on(error, job, job_dir)
+            if _is_worth_going_on(job, error):
+                error.add_note(_how_to_go_on(job, job_dir))
             raise
         # The facts first: what is left of a folder without them is never resumed.
         (folder / FACTS).unlink()
@@ -131,14 +131,17 @@ def _folder(job_dir: str | os.PathLike[str], user_id: str) -> Path:
     return Path(job_dir).expanduser() / name
 
 
-def _say_how_to_go_on(error: Exception, job: Job, job_dir: str | os.PathLike[str]) -> None:
-    stages = job.finished_stages()
-    if stages and not isinstance(error, Cancelled | UserErasedError):
-        error.add_note(
-            f"what was done before it is kept ({', '.join(stages)}): the same again with "
-            f"job_dir={os.fspath(job_dir)!r} (--job-dir) goes on after that; "
-            "or delete that folder, which holds texts of the user"
-        )
+def _is_worth_going_on(job: Job, error: Exception) -> bool:
+    """Return whether a stage had finished, and nobody wanted the end."""
+    return bool(job.finished_stages()) and not isinstance(error, Cancelled | UserErasedError)
+
+
+def _how_to_go_on(job: Job, job_dir: str | os.PathLike[str]) -> str:
+    return (
+        f"what was done before it is kept ({', '.join(job.finished_stages())}): the same again "
+        f"with job_dir={os.fspath(job_dir)!r} (--job-dir) goes on after that; "
+        "or delete that folder, which holds texts of the user"
+    )
 
 
 def _locked(folder: Path) -> int:

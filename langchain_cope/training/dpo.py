@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
@@ -10,16 +9,15 @@ from trl import DPOConfig, DPOTrainer
 
 from langchain_cope.engine import Base
 from langchain_cope.training.adapter import load_weights, lora_config, save_adapter
-from langchain_cope.training.launchers import launchers_hidden
 from langchain_cope.training.negatives import Pair
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 from langchain_cope.training.trainer import (
     arguments,
     on_one_device,
-    random_state_kept,
     tokenizer_copy,
     train,
+    undisturbed,
 )
 
 
@@ -31,11 +29,7 @@ def train_dpo(
     Neither the base nor `sft` is changed. Raises `Cancelled` at the next step after `monitor` asks
     for a stop; `folder` is then not written.
     """
-    with (
-        random_state_kept(),
-        launchers_hidden(),
-        TemporaryDirectory(dir=folder.parent, prefix=".") as scratch,
-    ):
+    with undisturbed(folder) as scratch:
         trainer = dpo_trainer(base, pairs, recipe, sft, scratch)
         train(trainer, monitor)
         save_adapter(trainer.model, base.name, folder)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
@@ -10,15 +9,14 @@ from trl import SFTConfig, SFTTrainer
 from langchain_cope.engine import Base
 from langchain_cope.training.adapter import lora_config, save_adapter
 from langchain_cope.training.encode import Encoded
-from langchain_cope.training.launchers import launchers_hidden
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 from langchain_cope.training.trainer import (
     arguments,
     on_one_device,
-    random_state_kept,
     tokenizer_copy,
     train,
+    undisturbed,
 )
 
 
@@ -30,11 +28,7 @@ def train_sft(
     The base is not changed. Raises `Cancelled` at the next step after `monitor` asks for a stop;
     `folder` is then not written.
     """
-    with (
-        random_state_kept(),
-        launchers_hidden(),
-        TemporaryDirectory(dir=folder.parent, prefix=".") as scratch,
-    ):
+    with undisturbed(folder) as scratch:
         trainer = sft_trainer(base, examples, recipe, scratch)
         train(trainer, monitor)
         save_adapter(trainer.model, base.name, folder)

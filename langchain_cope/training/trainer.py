@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
@@ -28,6 +30,7 @@ from transformers import (
 
 from langchain_cope.engine import Base
 from langchain_cope.errors import ModelError
+from langchain_cope.training.launchers import launchers_hidden
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Schedule
 
@@ -138,6 +141,20 @@ class _StepReporter(TrainerCallback):
             self._monitor.step_done(state.global_step, state.max_steps, loss=loss)
         if self._monitor.should_stop():
             control.should_training_stop = True
+
+
+@contextmanager
+def undisturbed(folder: Path) -> Iterator[str]:
+    """Yield a scratch folder beside `folder` for a trainer that neither disturbs nor is disturbed.
+
+    Random states and launchers' leftovers are as before after the block.
+    """
+    with (
+        random_state_kept(),
+        launchers_hidden(),
+        TemporaryDirectory(dir=folder.parent, prefix=".") as scratch,
+    ):
+        yield scratch
 
 
 @contextmanager

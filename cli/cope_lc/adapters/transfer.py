@@ -10,7 +10,7 @@ import typer
 
 from cope_lc.adapters.counting import counted
 from cope_lc.adapters.stored import existing_store_at, location_of, store_at
-from cope_lc.options import Json, Model, Store, UserId
+from cope_lc.options import DEFAULT_MODEL, Json, Model, Store, UserId
 from cope_lc.output import Output
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.screen import say_skipped
@@ -122,7 +122,7 @@ def import_one(
         str | None,
         typer.Option("--user", metavar="ID", help="For a peft folder: the user it is for."),
     ] = None,
-    model: Model = "smollm2",
+    model: Model = DEFAULT_MODEL,
     store_url: Store = None,
     as_json: Json = False,
 ) -> None:

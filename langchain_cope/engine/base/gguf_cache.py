@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
-from platformdirs import user_cache_path
 
 from langchain_cope.atomic_files import atomic_folder
 from langchain_cope.engine.base.digests import cached_digest
 from langchain_cope.engine.base.gguf_header import GgufHeader, read_header
+from langchain_cope.engine.base.user_cache import cache_folder
 from langchain_cope.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class GgufFile:
     @property
     def folder(self) -> Path:
         """Where it is unpacked."""
-        cache = user_cache_path("langchain-cope", appauthor=False) / "gguf"
-        return cache / f"{self.digest}-{_VERSION}"
+        return cache_folder() / "gguf" / f"{self.digest}-{_VERSION}"
 
     @cached_property
     def header(self) -> GgufHeader:
