@@ -58,10 +58,6 @@ class TestChatCoPeIntegration(ChatModelIntegrationTests):
     @pytest.fixture(autouse=True)
     def _settings(self, request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> None:
         self._options = {"max_tokens": 512} if OTHER_MODEL else for_smollm2(request.node.name)
-        if OTHER_MODEL is None and any(word in request.node.name for word in HELD_TO_A_FORM):
-            # What it samples differs from run to run, and what runs on is cut by the budget.
-            reason = "smollm2's answers in a form may run into their budget"
-            request.node.add_marker(pytest.mark.xfail(reason=reason, strict=False))
         self._other = str(tiny("llama", context=8192))
 
     @property

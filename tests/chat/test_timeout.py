@@ -5,39 +5,32 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from langchain_core.exceptions import ModelTimeoutError
 from langchain_core.messages import HumanMessage
 
 from langchain_cope import ChatCoPe
-from langchain_cope.engine.forward.inputs import Inputs
 
 QUESTION = "What is rain?"
 
 
 @pytest.fixture
-def stuck(tiny: Callable[..., Path]) -> Iterator[ChatCoPe]:
+def stuck(
+    tiny: Callable[..., Path],
+    before_forwards: Callable[..., AbstractContextManager[None]],
+) -> Iterator[ChatCoPe]:
     """A chat whose model does not come back from its forward until the test is over."""
     over = threading.Event()
-    with ChatCoPe(model=str(tiny("llama", seed=132)), max_tokens=4) as chat:
-        batch = chat._engine()._batch
-        forward = batch.forward
-
-        class Stuck:
-            sites = forward.sites
-
-            def __call__(self, inputs: Inputs) -> torch.Tensor:
-                over.wait(30)
-                return forward(inputs)
-
-        batch.forward = Stuck()
+    with (
+        ChatCoPe(model=str(tiny("llama", seed=132)), max_tokens=4) as chat,
+        before_forwards(chat, lambda: over.wait(30)),
+    ):
         yield chat
         over.set()
-        batch.forward = forward
 
 
 async def collect(stream: Any) -> list[Any]:
