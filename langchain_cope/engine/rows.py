@@ -120,9 +120,10 @@ class Rows:
         )
 
     def clear(self) -> None:
-        """Forget every row."""
+        """Forget every row, and free all memory."""
         self._personal, self._base = [], []
-        self.release()
+        self._lora.clear()
+        self.kv.free()
 
     def release(self) -> None:
         """Let go of the adapters and of most of the memory; no row is left."""

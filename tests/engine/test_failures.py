@@ -241,7 +241,8 @@ def test_close_ends_running_and_waiting_requests(own: Engine) -> None:
 
 
 def test_close_stops_the_thread_and_frees_the_cache(own: Engine) -> None:
-    own.stream(Request(PROMPT, sampling=LONG))
+    stream = own.stream(Request(PROMPT, sampling=LONG))
+    next(stream)
     thread = own._thread
     assert thread is not None
     assert thread.is_alive()

@@ -94,7 +94,7 @@ class KeyValues:
         """Per layer `(rows, heads, positions, size)`."""
         self.values: list[Tensor] = []
         """Per layer `(rows, heads, positions, size)`."""
-        self.clear()
+        self.free()
 
     @property
     def bytes_per_position(self) -> int:
@@ -187,11 +187,15 @@ class KeyValues:
     def clear(self) -> None:
         """Free the buffers when no row is left; 64 MB or less are kept."""
         num_bytes = self.num_rows * self.num_positions * self.bytes_per_position
-        if not self.keys or num_bytes > _KEEP_WHEN_IDLE:
-            self.num_rows = self.num_positions = 0
-            shapes = [shape or LayerShape(0, 0, 0) for shape in self._shapes]
-            self.keys = [self._like.new_empty(0, s.heads, 0, s.key_size) for s in shapes]
-            self.values = [self._like.new_empty(0, s.heads, 0, s.value_size) for s in shapes]
+        if num_bytes > _KEEP_WHEN_IDLE:
+            self.free()
+
+    def free(self) -> None:
+        """Free the buffers; no row is left."""
+        self.num_rows = self.num_positions = 0
+        shapes = [shape or LayerShape(0, 0, 0) for shape in self._shapes]
+        self.keys = [self._like.new_empty(0, s.heads, 0, s.key_size) for s in shapes]
+        self.values = [self._like.new_empty(0, s.heads, 0, s.value_size) for s in shapes]
 
     def _enlarged(self, rows: int, positions: int) -> tuple[int, int]:
         """Return the size that has room for both what is needed and what is there."""
