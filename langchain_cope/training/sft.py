@@ -9,6 +9,7 @@ from trl import SFTConfig, SFTTrainer
 from langchain_cope.engine import Base
 from langchain_cope.training.adapter import lora_config, save_adapter
 from langchain_cope.training.encode import Encoded
+from langchain_cope.training.fast import speed_up
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 from langchain_cope.training.trainer import (
@@ -40,13 +41,15 @@ def sft_trainer(
     """Return TRL's trainer on a skeleton of the base; seeds the process's random states."""
     skeleton = base.skeleton()
     config = SFTConfig(**arguments(base, recipe.sft, len(examples), recipe.seed, scratch))
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=skeleton,
         args=on_one_device(config),
         train_dataset=Dataset.from_list([_row(example) for example in examples]),
         processing_class=tokenizer_copy(base),
         peft_config=lora_config(skeleton, recipe.sft),
     )
+    speed_up(trainer.model)
+    return trainer
 
 
 def _row(example: Encoded) -> dict[str, list[int]]:

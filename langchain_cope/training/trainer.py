@@ -30,6 +30,7 @@ from transformers import (
 
 from langchain_cope.engine import Base
 from langchain_cope.errors import ModelError
+from langchain_cope.training.fast import logits_of_completions_alone
 from langchain_cope.training.launchers import launchers_hidden
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Schedule
@@ -118,7 +119,8 @@ def train(trainer: Trainer, monitor: Monitor) -> None:
     trainer.remove_callback(PrinterCallback)  # it prints every log to standard output
     trainer.add_callback(_StepReporter(monitor))
     monitor.raise_if_stopped()
-    trainer.train()
+    with logits_of_completions_alone():
+        trainer.train()
     monitor.raise_if_stopped()
 
 

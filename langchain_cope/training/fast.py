@@ -1,0 +1,184 @@
+"""What makes TRL's trainers fast on the small batches of one user. All patches are in this file.
+
+Data, losses, optimizer and schedule stay TRL's, the adapter and its format stay peft's. What is
+replaced is how the model computes the log-probabilities that both trainers ask for:
+
+- an adapted linear layer is one autograd function, without peft's copies in float32;
+- its dropout multiplies by a window of random numbers drawn once, as drawing them cost a sixth of
+  a step;
+- attention gets no mask, as batches are padded at their end, where a causal model never looks, and
+  on a CPU it is computed in float32 where the texts are short: torch's gradients of it in bfloat16
+  take five times as long there;
+- logits are made of the positions that bear a loss, not of the whole prompt.
+
+`tests/training/test_fast.py` says when a new version of peft or TRL makes one of these void.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import trl.trainer.utils
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NOISE_SIZE = 1 << 22  # numbers that dropout draws for a whole training; a few MB
+SHORT_TEXT = 256  # tokens; from about 400 on bfloat16 is the faster one
+SHORT_FLOAT32 = "sdpa_short_float32"  # the name that transformers knows our attention by
+
+
+def speed_up(model: PeftModel) -> None:
+    """Make `model`, which carries one LoRA adapter on a tree of its own, train faster."""
+    tree = model.get_base_model()
+    _use_fast_attention(tree)
+    backbone = tree.base_model
+    backbone.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    noise: dict[float, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and type(module.base_layer) is torch.nn.Linear:
+            _FastLayer(module, noise)
+
+
+@contextmanager
+def logits_of_completions_alone() -> Iterator[None]:
+    """Let TRL make logits only where a label is, as it does by itself on GPUs alone.
+
+    TRL's switch is one name of a module, so it holds for the whole process meanwhile; what other
+    trainers compute stays the same.
+    """
+    switch = trl.trainer.utils._use_triton
+    trl.trainer.utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        trl.trainer.utils._use_triton = switch
+
+
+def _use_fast_attention(tree: PreTrainedModel) -> None:
+    is_slow = tree.device.type == "cpu" and tree.dtype == torch.bfloat16
+    if is_slow and tree.config._attn_implementation == "sdpa":
+        AttentionInterface.register(SHORT_FLOAT32, _attention)
+        AttentionMaskInterface.register(SHORT_FLOAT32, sdpa_mask)
+        tree.set_attn_implementation(SHORT_FLOAT32)
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Return transformers' `sdpa` attention, in float32 for up to `SHORT_TEXT` tokens."""
+    if key.shape[2] > SHORT_TEXT:
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    with torch.autocast(query.device.type, enabled=False):
+        answer, _ = sdpa_attention_forward(
+            module, query.float(), key.float(), value.float(), *args, **kwargs
+        )
+    return answer.to(query.dtype), None
+
+
+def _without_mask(
+    backbone: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Leave the attention mask out where all padding is at the end."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        kwargs = {**kwargs, "attention_mask": None}
+    return args, kwargs
+
+
+class _FastLayer:
+    """The forward of one adapted linear layer, in place of peft's."""
+
+    def __init__(self, layer: LoraLinear, noise: dict[float, Tensor]) -> None:
+        """Take over the forward of `layer`; `noise` is shared by all layers of a model."""
+        self._layer, self._noise = layer, noise
+        self._peft_forward = layer.forward
+        layer.forward = self
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self._layer
+        if layer.disable_adapters or layer.merged or args or kwargs:
+            return self._peft_forward(x, *args, **kwargs)
+        (name,) = layer.active_adapters
+        base = layer.base_layer
+        adapted: Tensor = _AdaptedLinear.apply(
+            x.to(base.weight.dtype),
+            base.weight,
+            base.bias,
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            layer.scaling[name],
+            self._dropout(x, layer.lora_dropout[name]),
+        )
+        return adapted
+
+    def _dropout(self, x: Tensor, dropout: torch.nn.Module) -> Tensor | None:
+        """Return what the adapter's input is multiplied by, of the shape of `x`; None for 1."""
+        p = getattr(dropout, "p", 0.0)
+        if p == 0 or not dropout.training:
+            return None
+        dtype, size = self._layer.base_layer.weight.dtype, x.numel()
+        if size > NOISE_SIZE // 2:
+            return _noise(size, p, x.device, dtype).view(x.shape)
+        if p not in self._noise:
+            self._noise[p] = _noise(NOISE_SIZE, p, x.device, dtype)
+        start = int(torch.randint(NOISE_SIZE - size + 1, ()))
+        return self._noise[p][start : start + size].view(x.shape)
+
+
+def _noise(size: int, p: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return `(size,)` numbers: 0 with probability `p`, else 1 / (1 − p)."""
+    kept = torch.empty(size, dtype=torch.float32, device=device).bernoulli_(1 - p)
+    return (kept / (1 - p)).to(dtype)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """`y = x Wᵀ + bias + scaling · (noise ∘ x) Aᵀ Bᵀ`; gradients for x, A and B.
+
+    x, W and the products have W's dtype; A, B and their gradients are float32, as peft keeps them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        noise: Tensor | None,
+    ) -> Tensor:
+        """Shapes: x `(…, in)`, W `(out, in)`, A `(rank, in)`, B `(out, rank)`, result `(…, out)`."""
+        a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
+        flat_noise = None if noise is None else noise.reshape(x.shape)
+        low_rank = (x if flat_noise is None else x * flat_noise) @ a.t()
+        y = torch.nn.functional.linear(x, weight, bias)
+        y.addmm_(low_rank, b.t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, a, b, low_rank, flat_noise)
+        ctx.scaling, ctx.shape = scaling, shape
+        return y.view(*shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of `forward`'s arguments, None for those that get none."""
+        x, weight, a, b, low_rank, noise = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_low_rank = (grad @ b).mul_(ctx.scaling)
+        grad_b = (grad.t() @ low_rank).float().mul_(ctx.scaling)
+        grad_a = (grad_low_rank.t() @ (x if noise is None else x * noise)).float()
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            if noise is None:
+                grad_x.addmm_(grad_low_rank, a)
+            else:
+                grad_x.addcmul_(grad_low_rank @ a, noise)
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, grad_a, grad_b, None, None
