@@ -153,7 +153,7 @@ class _AdaptedLinear(torch.autograd.Function):
         scaling: float,
         noise: Tensor | None,
     ) -> Tensor:
-        """Shapes: x `(…, in)`, W `(out, in)`, A `(rank, in)`, B `(out, rank)`, result `(…, out)`."""
+        """Shapes: x and noise `(…, in)`, W `(out, in)`, A `(r, in)`, B `(out, r)`, y `(…, out)`."""
         a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
         shape = x.shape
         x = x.reshape(-1, shape[-1])

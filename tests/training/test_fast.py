@@ -1,0 +1,188 @@
+"""The fast training steps compute what TRL's and peft's own compute."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+import trl.trainer.utils
+from training.test_trainers import encoded, pair
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from langchain_cope.engine import load_base
+from langchain_cope.training import dpo, sft, trainer
+from langchain_cope.training.dpo import dpo_trainer
+from langchain_cope.training.fast import (
+    SHORT_FLOAT32,
+    SHORT_TEXT,
+    _AdaptedLinear,
+    _attention,
+    _noise,
+    _without_mask,
+)
+from langchain_cope.training.sft import sft_trainer, train_sft
+from langchain_cope.training.trainer import random_state_kept
+
+ARCHITECTURES = ["llama", "gpt2", "phi3"]
+
+
+@pytest.fixture
+def slow_down(monkeypatch):
+    """A function that brings back TRL's and peft's own steps."""
+
+    def undo():
+        monkeypatch.setattr(sft, "speed_up", lambda model: None)
+        monkeypatch.setattr(dpo, "speed_up", lambda model: None)
+        monkeypatch.setattr(trainer, "logits_of_completions_alone", nullcontext)
+
+    return undo
+
+
+def steps_of(build, monitor):
+    """Train; return the loss of each step, and the adapter's tensors by name."""
+    with random_state_kept():
+        built = build()
+        trainer.train(built, monitor)
+    losses = [row["loss"] for row in built.state.log_history if "loss" in row]
+    return losses, {name: p for name, p in built.model.named_parameters() if "lora" in name}
+
+
+def assert_same_steps(ours, theirs):
+    assert len(ours[0]) > 1
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
+    for name, weight in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], weight, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sft_takes_the_steps_of_trl_and_peft(
+    make_base, items, recipe, monitor, tmp_path, slow_down, architecture
+):
+    base = make_base(architecture)
+    recipe = replace(recipe, sft=replace(recipe.sft, dropout=0.0, targets="linear"))
+    examples = encoded(base, items)
+
+    def build():
+        return sft_trainer(base, examples, recipe, str(tmp_path))
+
+    ours = steps_of(build, monitor)
+    slow_down()
+    assert_same_steps(ours, steps_of(build, monitor))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dpo_takes_the_steps_of_trl_and_peft(
+    make_base, items, recipe, monitor, tmp_path, slow_down, architecture
+):
+    base = make_base(architecture)
+    recipe = replace(recipe, dpo=replace(recipe.dpo, batch_size=2, beta=0.5))
+    train_sft(base, encoded(base, items), recipe, tmp_path / "sft", monitor)
+    pairs = [pair(base, number) for number in range(6)]
+
+    def build():
+        return dpo_trainer(base, pairs, recipe, tmp_path / "sft", str(tmp_path))
+
+    ours = steps_of(build, monitor)
+    slow_down()
+    assert_same_steps(ours, steps_of(build, monitor))
+
+
+def test_logits_are_made_where_labels_are_and_nowhere_else(
+    base, items, recipe, monitor, tmp_path, monkeypatch
+):
+    kernel, scored = trl.trainer.utils._ChunkedLogProbFunction, []
+
+    class Counted:
+        @staticmethod
+        def apply(hidden, *args):
+            scored.append(len(hidden))
+            return kernel.apply(hidden, *args)
+
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counted)
+    examples = encoded(base, items)
+    train_sft(base, examples, recipe, tmp_path / "sft", monitor)
+    num_epochs = recipe.sft.epochs
+    assert sum(scored) == num_epochs * sum(len(example.completion_ids) for example in examples)
+    assert not trl.trainer.utils._use_triton(torch.device("cpu"))  # put back
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gradients_of_the_adapted_layer_are_exact(is_masked, has_bias):
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(*shape, learnt=True):
+        values = torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return values.requires_grad_(learnt)
+
+    x, weight, bias = tensor(2, 3, 5), tensor(4, 5, learnt=False), tensor(4, learnt=False)
+    a, b = tensor(2, 5), tensor(4, 2)
+    noise = (torch.arange(30, dtype=torch.float64) % 3).view(2, 3, 5) if is_masked else None
+
+    def layer(x, a, b):
+        return _AdaptedLinear.apply(x, weight, bias if has_bias else None, a, b, 1.5, noise)
+
+    wet = x if noise is None else x * noise
+    expected = x @ weight.t() + 1.5 * (wet @ a.t() @ b.t()) + (bias if has_bias else 0)
+    torch.testing.assert_close(layer(x, a, b), expected)
+    # Gradients of A and B are rounded to float32 on the way, as peft keeps them.
+    assert torch.autograd.gradcheck(layer, (x, a, b), atol=1e-4)
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_mean():
+    noise = _noise(1_000_000, 0.05, torch.device("cpu"), torch.float32)
+    assert (noise == 0).float().mean() == pytest.approx(0.05, abs=1e-3)
+    assert noise.mean() == pytest.approx(1.0, abs=1e-3)
+    assert noise.unique().tolist() == pytest.approx([0, 1 / 0.95])
+
+
+def test_dropout_acts_in_sft_and_differs_from_step_to_step(base, items, recipe, tmp_path):
+    recipe = replace(recipe, sft=replace(recipe.sft, dropout=0.5))
+    with random_state_kept():
+        model = sft_trainer(base, encoded(base, items), recipe, str(tmp_path)).model
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)  # it starts at zero, where nothing shows
+        ids = torch.tensor([[1, 2, 3]])
+        first, second = (model.train()(input_ids=ids).logits for _ in range(2))
+        third, fourth = (model.eval()(input_ids=ids).logits for _ in range(2))
+    assert not torch.allclose(first, second)
+    assert torch.equal(third, fourth)
+
+
+def test_only_a_mask_of_padding_at_the_end_is_left_out():
+    at_end = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    at_start = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    for mask, kept in ((at_end, False), (at_start, True), (at_end[:, None, None], True)):
+        _, kwargs = _without_mask(torch.nn.Identity(), (), {"attention_mask": mask})
+        assert (kwargs["attention_mask"] is mask) == kept
+    assert _without_mask(torch.nn.Identity(), (), {})[1] == {}
+
+
+@pytest.mark.parametrize("length", [7, SHORT_TEXT, SHORT_TEXT + 1])
+def test_short_texts_get_attention_in_float32(length):
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 1
+    generator = torch.Generator().manual_seed(2)
+    states = [torch.randn(1, 2, length, 16, generator=generator).bfloat16() for _ in range(3)]
+    ours, _ = _attention(module, *states, None)
+    in_dtype, _ = sdpa_attention_forward(module, *states, None)
+    in_float32, _ = sdpa_attention_forward(module, *(state.float() for state in states), None)
+    expected = in_float32.bfloat16() if length <= SHORT_TEXT else in_dtype
+    assert torch.equal(ours, expected)
+    assert ours.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("float32", "sdpa"), ("bfloat16", SHORT_FLOAT32)])
+def test_training_in_bfloat16_gets_that_attention(
+    make_base, items, recipe, monitor, tmp_path, dtype, name
+):
+    base = load_base(make_base().name, device="cpu", dtype=dtype)
+    losses, _ = steps_of(
+        lambda: sft_trainer(base, encoded(base, items), recipe, str(tmp_path)), monitor
+    )
+    with random_state_kept():
+        built = sft_trainer(base, encoded(base, items), recipe, str(tmp_path))
+    assert built.model.config._attn_implementation == name
+    assert base.model.config._attn_implementation == "sdpa"  # the base's own stays
+    assert losses[-1] < losses[0]
