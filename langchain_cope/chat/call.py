@@ -204,7 +204,9 @@ def reply_parts(use: ToolUse, opened: str) -> "ReplyParts | None":
 
     if use.forced and not use.tools:  # one JSON value, whatever marks it holds
         return None
-    return ReplyParts(thoughts=not use.forced, calls=bool(use.tools), opened=opened)
+    return ReplyParts(
+        thoughts=not use.forced, calls=bool(use.tools), text=not use.forced, opened=opened
+    )
 
 
 def _token_metadata(token: "TokenLogprobs") -> dict[str, Any]:
