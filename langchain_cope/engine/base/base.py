@@ -67,11 +67,13 @@ class Base:
     def eos_ids(self) -> frozenset[int]:
         """Every token that ends an answer.
 
-        Those of `generation_config`, the tokenizer's own and the one that closes the assistant's
-        turn in the chat template.
+        Those of `generation_config`, else of `config`, the tokenizer's own and those that close the
+        assistant's turn in the chat template.
         """
         settings = self.model.generation_config
         ids: Any = settings.eos_token_id if settings else None
+        if ids is None:
+            ids = getattr(self.model.config.get_text_config(), "eos_token_id", None)
         listed = ids if isinstance(ids, list) else [ids]
         own = [*listed, self.tokenizer.eos_token_id]
         return self.turn_end.ids | {token for token in own if token is not None}

@@ -5,7 +5,7 @@ V_head is chosen among the allowed tokens and is never empty. Nothing hurries an
 its budget ends is the beginning of the whole one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -65,19 +65,21 @@ class Constraint:
         return draft[: self._matcher.validate_tokens(draft)] if draft else draft
 
 
-def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> Constraint:
+def compile_grammar(
+    grammar: Grammar, vocabulary: Vocabulary, stop_ids: Collection[int] = ()
+) -> Constraint:
     """Return `grammar` made ready for one answer.
 
     Args:
         grammar: what the answer may be.
         vocabulary: `Base.vocabulary`.
+        stop_ids: special tokens that free text may hold, because they end it.
 
     Raises:
         InputError: no answer can be constrained to a schema; the message names the keyword.
     """
-    matcher = llguidance().LLMatcher(
-        vocabulary.tokenizer, to_lark(grammar, vocabulary), log_level=0
-    )
+    rules = to_lark(grammar, vocabulary, stop_ids)
+    matcher = llguidance().LLMatcher(vocabulary.tokenizer, rules, log_level=0)
     if matcher.is_error():
         reason = first_line(matcher.get_error())
         raise InputError(f"no grammar can be made of this schema: {reason}")
