@@ -29,9 +29,7 @@ def to_lark(grammar: Grammar, vocabulary: Vocabulary, stop_ids: Collection[int] 
     return "\n".join(lines)
 
 
-def _free_text(
-    grammar: Grammar, vocabulary: Vocabulary, stop_ids: Collection[int]
-) -> list[str]:
+def _free_text(grammar: Grammar, vocabulary: Vocabulary, stop_ids: Collection[int]) -> list[str]:
     """Return the rules of text with calls in it; without calls, of any text."""
     lines = []
     pieces, ends = [], ["tail"]
