@@ -186,7 +186,7 @@ class BindsTools(TakesTools, Binds, Together):
 
 
 class Written(Chat):
-    """A wrapper around a chat that is written out as what it is: core's would lose what it holds."""
+    """A wrapper around a chat, written out as what it is: core's would lose what it holds."""
 
     @classmethod
     def lc_id(cls) -> list[str]:

@@ -58,7 +58,7 @@ class ReplyReader:
         self._stops = StopStrings(stops)
         self._in_thought = parts is not None and parts.opened != ""
         self._is_text = parts is None or parts.text
-        """Whether what begins like the mark of a call may be text, as in an answer that has begun."""
+        """Whether the beginning of a mark may be text, as it is once an answer has begun."""
         self._call: CallText | None = None
         """The call that the text so far leaves open."""
         self._past_mark = ""
