@@ -24,8 +24,8 @@ from langchain_cope.engine.base.bundled import STARTER, default_model
 from langchain_cope.engine.base.chat_template import ensure_chat_template
 from langchain_cope.engine.base.context import context_of
 from langchain_cope.engine.base.cpu_dtype import cpu_dtype
-from langchain_cope.engine.base.gguf_cache import GgufFile
-from langchain_cope.engine.base.gguf_source import find_gguf
+from langchain_cope.engine.base.gguf.cache import GgufFile
+from langchain_cope.engine.base.gguf.source import find_gguf
 from langchain_cope.engine.forward.fused_weights import fuse_weights
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
 

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import Written, permute, unpermute, write_gguf
 
 from langchain_cope.engine import Base, load_base
-from langchain_cope.engine.base.gguf_header import read_header
+from langchain_cope.engine.base.gguf.header import read_header
 from langchain_cope.errors import ModelError
 
 Tiny = Callable[..., Path]

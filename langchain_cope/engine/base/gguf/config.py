@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
-from langchain_cope.engine.base.gguf_header import GgufHeader
-from langchain_cope.engine.base.gguf_rope import set_rope
+from langchain_cope.engine.base.gguf.header import GgufHeader
+from langchain_cope.engine.base.gguf.rope import set_rope
 from langchain_cope.errors import ModelError
 
 # Kinds of text splitting in llama.cpp that take every digit for itself, then split as GPT-2 does.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from langchain_cope.engine.base.gguf_header import GgufHeader
+from langchain_cope.engine.base.gguf.header import GgufHeader
 from langchain_cope.errors import ModelError
 
 FREQUENCIES = "rope_freqs.weight"

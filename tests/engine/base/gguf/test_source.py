@@ -13,7 +13,7 @@ from gguf_files import write_gguf
 
 from langchain_cope import ChatCoPe
 from langchain_cope.engine import load_base
-from langchain_cope.engine.base.gguf_source import gguf_path
+from langchain_cope.engine.base.gguf.source import gguf_path
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
 
 Tiny = Callable[..., Path]

@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from langchain_cope.engine.base import bundled, ollama
-from langchain_cope.engine.base.gguf_cache import GgufFile
+from langchain_cope.engine.base import bundled
+from langchain_cope.engine.base.gguf import ollama
+from langchain_cope.engine.base.gguf.cache import GgufFile
 from langchain_cope.errors import ModelError, ModelNotFound
 
 _MAGIC = b"GGUF"

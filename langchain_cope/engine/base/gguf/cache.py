@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from langchain_cope.atomic_files import atomic_folder
 from langchain_cope.engine.base.digests import cached_digest
-from langchain_cope.engine.base.gguf_header import GgufHeader, read_header
+from langchain_cope.engine.base.gguf.header import GgufHeader, read_header
 from langchain_cope.engine.base.user_cache import cache_folder
 from langchain_cope.errors import InputError, ModelError
 
@@ -110,7 +110,7 @@ class GgufFile:
             shutil.rmtree(left, ignore_errors=True)
 
     def _write_description(self, folder: Path) -> None:
-        from langchain_cope.engine.base.gguf_config import save_config_and_tokenizer
+        from langchain_cope.engine.base.gguf.config import save_config_and_tokenizer
 
         save_config_and_tokenizer(self.path, self.header, folder)
 
@@ -119,7 +119,7 @@ class GgufFile:
     ) -> None:
         from transformers import AutoConfig
 
-        from langchain_cope.engine.base.gguf_tensors import Unpacking
+        from langchain_cope.engine.base.gguf.tensors import Unpacking
 
         config = AutoConfig.from_pretrained(description)
         unpacking = Unpacking(self.path, self.header, config)
