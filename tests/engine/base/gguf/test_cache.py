@@ -205,6 +205,16 @@ def test_a_cache_in_the_way_of_a_file_is_named(file: Path, cache: Path) -> None:
         load_base(file, device="cpu")
 
 
+@pytest.mark.parametrize("taken", ["*/model.safetensors", "*/tokenizer.json", "*/*"])
+def test_files_that_were_taken_out_of_the_cache_come_back(taken: str, file: Path) -> None:
+    folder = GgufFile.of(file).unpacked(torch.float32, CPU)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for path in folder.parent.glob(taken):
+        path.unlink()
+    assert GgufFile.of(file).unpacked(torch.float32, CPU) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_another_version_of_unpacking_unpacks_anew(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,9 @@ import hashlib
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_gguf
 
 from langchain_cope import ChatCoPe
-from langchain_cope.engine import load_base
+from langchain_cope.engine import gguf_context, load_base
 from langchain_cope.engine.base.gguf.source import gguf_path
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
 
@@ -52,6 +54,29 @@ def test_the_same_file_anywhere_is_the_same_base(
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_lies_beside_a_file_changes_nothing(
+    file: Path, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = fingerprint(file)
+    beside = tmp_path / "model.gguf"
+    shutil.copyfile(file, beside)
+    settings = {"chat_template": "another", "eos_token": "<|endoftext|>", "model_max_length": 7}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    shutil.copyfile(tiny("llama") / "tokenizer.json", tmp_path / "tokenizer.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    assert fingerprint(beside) == original
+
+
+def test_starter_is_the_bundled_base_beside_a_folder_of_that_name(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "starter").mkdir()
+    shutil.copyfile(file, tmp_path / "starter" / "model.gguf")
+    monkeypatch.chdir(tmp_path)
+    assert gguf_path("starter", None) is None
 
 
 def test_other_bytes_are_another_base(file: Path, tmp_path: Path) -> None:
@@ -98,6 +123,51 @@ def test_a_file_of_a_hub_repository_comes_from_its_cache(
     assert fingerprint("someone/Some.Model-GGUF:q8/m.gguf") == fingerprint(file)
     with pytest.raises(ModelNotFound, match=r"no file 'x.gguf' of 'someone/Some.Model-GGUF' here"):
         load_base("someone/Some.Model-GGUF:x.gguf", device="cpu")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Has one file, whatever it is asked for, and counts the questions."""
+
+    content = b""
+    num_asked = 0
+
+    def do_HEAD(self) -> None:
+        type(self).num_asked += 1
+        self.send_response(200)
+        for name, value in {
+            "ETag": f'"{hashlib.sha256(self.content).hexdigest()}"',
+            "X-Repo-Commit": "0" * 40,
+            "Content-Length": str(len(self.content)),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_hub_is_asked_for_a_file_once_a_process(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Hub.content = file.read_bytes()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{hub.server_port}"
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        base = load_base("someone/served-GGUF:m.gguf", device="cpu")
+        num_asked = Hub.num_asked
+        assert num_asked > 0
+        assert load_base("someone/served-GGUF:m.gguf", device="cpu") is base
+        assert Hub.num_asked == num_asked
+        hub.shutdown()
 
 
 def pull(models: Path, file: Path, place: str = f"{LIBRARY}/tiny/latest") -> Path:
@@ -203,6 +273,13 @@ def test_the_profile_knows_a_files_context_before_it_is_unpacked(file: Path) -> 
     assert (ChatCoPe(model=str(file)).profile or {})["max_input_tokens"] == 255
     assert (ChatCoPe(model="smollm2").profile or {})["max_input_tokens"] == 8191
     assert ChatCoPe(model="ollama:nobody-has-this").profile is None
+
+
+def test_the_context_is_read_without_the_tokens(file: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    data = file.read_bytes()
+    cut.write_bytes(data[: data.index(b"tokenizer.ggml.tokens") + 200])
+    assert gguf_context(cut) == 256
 
 
 def test_without_the_package_gguf_the_error_says_what_to_install(
