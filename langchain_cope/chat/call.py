@@ -47,8 +47,7 @@ CALL_OPTIONS = (
 """The keywords that a call takes beside `stop`."""
 # LangChain's own, of no meaning here.
 _CORE_OPTIONS = ("stream", "ls_structured_output_format", "structured_output_format")
-_THOUGHT, _NO_THOUGHT = "<think>", "\n</think>\n\n"
-_END_OF_PROMPT = 16  # tokens in which the mark of a thought would stand
+_NO_THOUGHT = "\n</think>\n\n"
 
 
 class ChatContextOverflow(ContextOverflow, ContextOverflowError):  # noqa: N818
@@ -154,12 +153,10 @@ def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tu
     That part is the mark of a thought where the chat template opens one, else nothing.
     """
     ids = _prompt_ids(base, messages, use)
-    end = str(base.tokenizer.decode(ids[-_END_OF_PROMPT:])).rstrip()
-    if not end.endswith(_THOUGHT):
-        return ids, ""
-    if use.forced:  # what the answer is held to leaves no room for thoughts
+    opened = base.thought_opened_by(ids)
+    if opened and use.forced:  # what the answer is held to leaves no room for thoughts
         return [*ids, *base.tokenizer.encode(_NO_THOUGHT, add_special_tokens=False)], ""
-    return ids, _THOUGHT
+    return ids, opened
 
 
 def tokens_in(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> int:
