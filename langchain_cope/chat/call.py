@@ -3,6 +3,7 @@
 `ChatCoPe._prepare` makes a `Call` with the functions below; `Call.chunks` is the way back.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -127,6 +128,18 @@ def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in options.items() if value is not None or name in USER_OPTIONS
     }
+
+
+def deadline_of(timeout: object) -> float | None:
+    """Return when a call of that many seconds ends, by `time.monotonic()`; None: never.
+
+    Raises InputError unless it is a number or None.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise InputError(f"timeout must be a number of seconds or None, not {timeout!r}")
+    return time.monotonic() + timeout
 
 
 def contrast_of(*levels: tuple[float | None, float | None]) -> Contrast:

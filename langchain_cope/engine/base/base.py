@@ -190,7 +190,7 @@ class Base:
 
     def thought_opened_by(self, prompt: Sequence[int]) -> str:
         """Return the mark of a thought where `prompt` ends with it, and the reply begins in one."""
-        end = str(self.tokenizer.decode(prompt[-_END_OF_PROMPT:])).rstrip()
+        end = str(self.tokenizer.decode(list(prompt[-_END_OF_PROMPT:]))).rstrip()
         return THINK if end.endswith(THINK) else ""
 
     def conversation_ids(self, messages: list[Message]) -> list[int]:

@@ -157,15 +157,7 @@ def _load(arguments: _Arguments) -> Base:
     model.eval().requires_grad_(False)
     if quantization is None:
         fuse_weights(model)
-    # A prompt that is too long is refused by us, with the numbers; the tokenizer need not warn too.
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    if ensure_chat_template(tokenizer):
-        another = "set `chat_template` in its tokenizer_config.json"
-        _log.warning(
-            "%s has no chat template; the plain one is used (System/User/Assistant lines, see the "
-            "README). For another, %s.",
-            *(name, "give a file that holds it" if arguments.gguf else another),
-        )
+    _settle(tokenizer, arguments)
     limit = context_of(config.get_text_config().to_dict(), tokenizer.model_max_length)
     return Base(
         name=name,
@@ -178,6 +170,19 @@ def _load(arguments: _Arguments) -> Base:
         quantization=_quantization_text(quantization),
         weights_digest=arguments.gguf.digest if arguments.gguf else None,
     )
+
+
+def _settle(tokenizer: Any, arguments: _Arguments) -> None:
+    """Make a tokenizer quiet, and give it a chat template where it has none."""
+    # A prompt that is too long is refused by us, with the numbers; the tokenizer need not warn too.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if ensure_chat_template(tokenizer):
+        another = "set `chat_template` in its tokenizer_config.json"
+        _log.warning(
+            "%s has no chat template; the plain one is used (System/User/Assistant lines, see the "
+            "README). For another, %s.",
+            *(arguments.name, "give a file that holds it" if arguments.gguf else another),
+        )
 
 
 def _unpacked(arguments: _Arguments, gguf: GgufFile) -> _Arguments:
