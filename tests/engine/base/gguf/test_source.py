@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import threading
@@ -217,13 +218,32 @@ def test_what_ollama_has_pulled_is_found_by_its_name(
     assert found.read_bytes() == file.read_bytes()
 
 
-def test_a_model_of_ollamas_home_folder_is_the_same_base(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["home/.ollama/models", "service"])
+def test_a_model_where_ollama_usually_keeps_them_is_the_same_base(
+    place: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    pull(tmp_path / ".ollama" / "models", file)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("langchain_cope.engine.base.gguf.ollama._SERVICE", tmp_path / "service")
+    with pytest.raises(ModelNotFound, match=rf"in {tmp_path}/home/\S+ or {tmp_path}/service: "):
+        gguf_path("ollama:tiny", None)
+    pull(tmp_path / place, file)
     assert fingerprint("ollama:tiny") == fingerprint(file)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_model_that_may_not_be_read_is_told_from_none(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    pull(tmp_path, file)
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(ModelError, match="may not be read by this user"):
+            gguf_path("ollama:tiny", None)
+    finally:
+        os.seteuid(0)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +266,7 @@ def test_what_ollama_lacks_is_said_with_the_command(
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
     manifest = pull(tmp_path, file)
     with pytest.raises(
-        ModelNotFound, match=f"no model 'other:7b' in {tmp_path} .*ollama pull other:7b"
+        ModelNotFound, match=f"no model 'other:7b' in {tmp_path}: .*ollama pull other:7b"
     ):
         load_base("ollama:other:7b", device="cpu")
     whole = manifest.read_text()
@@ -261,6 +281,9 @@ def test_what_ollama_lacks_is_said_with_the_command(
         manifest.write_text(text)
         with pytest.raises(ModelError, match=reason):
             load_base("ollama:tiny", device="cpu")
+    manifest.write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_base("ollama:tiny", device="cpu")
     manifest.write_text(whole)
     next((tmp_path / "blobs").iterdir()).unlink()
     with pytest.raises(
