@@ -7,12 +7,12 @@ What you write is kept in the folder chatbot-history, your adapter in the defaul
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.chat_history import InMemoryChatMessageHistory
+from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 
 from adapter_store import AdapterNotFoundError, AdapterStoreError
@@ -31,6 +31,21 @@ COMMANDS = ("me", "base", "both", "alpha", "good", "fix", "personalize", "undo",
 TURNS = 4  # of a conversation: it is learnt or held out as a whole, so many short ones teach more
 
 
+class Talk(BaseChatMessageHistory):
+    """One conversation, in memory."""
+
+    def __init__(self) -> None:
+        self.messages: list[BaseMessage] = []
+
+    def add_messages(self, messages: Sequence[BaseMessage]) -> None:
+        """Add what was said."""
+        self.messages.extend(messages)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.messages.clear()
+
+
 class Chatbot:
     """One user's conversations. Each command is the method of its name."""
 
@@ -47,7 +62,7 @@ class Chatbot:
         """Begin a new conversation."""
         number = self.history.count(self.user)
         self.talk = RecordedChatHistory(
-            InMemoryChatMessageHistory(), self.history, user_id=self.user, session_id=str(number)
+            Talk(), self.history, user_id=self.user, session_id=str(number)
         )
 
     def say(self, text: str) -> None:
@@ -83,7 +98,10 @@ class Chatbot:
 
     def alpha(self, number: str) -> None:
         """Contrast your model with the base by this much: 0.3, or 0 for not at all."""
-        self.contrast = float(number)
+        contrast = float(number)
+        if not contrast >= 0:
+            raise ValueError(f"{number} is below 0: give 0.3, say")
+        self.contrast = contrast
 
     def good(self, _: str) -> None:
         """Learn the last answer: it is what you would have written."""
@@ -94,6 +112,8 @@ class Chatbot:
     def fix(self, text: str) -> None:
         """Learn this text instead of the last answer, as what you would have written."""
         question, answer = self.last_answer()
+        if not text:
+            raise ValueError("write the text behind /fix")
         edit = {"prompt": question, "answer": answer, "score": 0, "correction": text}
         self.history.add(self.user, [edit])
         print("noted")
@@ -144,8 +164,8 @@ class Progress(BaseCallbackHandler):
 
 
 def lines() -> Iterator[str]:
-    """Yield what is typed, until Ctrl-D."""
-    with suppress(EOFError):
+    """Yield what is typed, until Ctrl-D or Ctrl-C."""
+    with suppress(EOFError, KeyboardInterrupt):
         while True:
             yield input("> ")
 
@@ -166,6 +186,8 @@ def main(user: str = "me", file: str | None = None) -> None:
                 bot.say(line)
         except (CopeError, AdapterStoreError, ValueError) as error:
             print(error)
+        except KeyboardInterrupt:  # of an answer, or a training
+            print("\nstopped")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ call in `chat/call.py` and its user in `chat/user.py`.
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -38,6 +37,7 @@ from langchain_cope.chat.call import (
     ChatModelNotFound,
     check_options,
     contrast_of,
+    deadline_of,
     prompt_of,
     reply_parts,
     tokens_in,
@@ -485,8 +485,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         self._check_open()
         kwargs = without_none(kwargs)
         check_options(kwargs)
-        timeout = kwargs.get("timeout", self.timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(kwargs.get("timeout", self.timeout))
         options = self._pin(kwargs)
         user: PinnedUser = options[PINNED]
         base = user.engine.base

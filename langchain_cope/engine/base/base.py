@@ -19,9 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from langchain_cope.engine.base.chat_template import ChatTemplate
 from langchain_cope.engine.base.fingerprint import fingerprint_of
 from langchain_cope.engine.base.forms import Message
-from langchain_cope.engine.base.reply_format import ReplyFormat, reply_format_of
+from langchain_cope.engine.base.reply_format import THINK, ReplyFormat, reply_format_of
 from langchain_cope.engine.base.turn_end import TurnEnd, turn_end_of
 from langchain_cope.engine.grammar.vocabulary import Vocabulary, make_vocabulary
+
+_END_OF_PROMPT = 16  # tokens in which the mark of a thought would stand
 
 
 @dataclass(eq=False)
@@ -187,6 +189,11 @@ class Base:
             InputError: the chat template refuses the conversation, or leaves out a message.
         """
         return self.chat_template.ids(messages, add_generation_prompt=True, tools=tools)
+
+    def thought_opened_by(self, prompt: Sequence[int]) -> str:
+        """Return the mark of a thought where `prompt` ends with it, and the reply begins in one."""
+        end = str(self.tokenizer.decode(list(prompt[-_END_OF_PROMPT:]))).rstrip()
+        return THINK if end.endswith(THINK) else ""
 
     def conversation_ids(self, messages: list[Message]) -> list[int]:
         """Return the token ids of a whole conversation, the end of the last turn included.
