@@ -10,7 +10,7 @@ call in `chat/call.py` and its user in `chat/user.py`.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -529,7 +529,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
 
     def _stops(self, stop: list[str] | None) -> list[str]:
         texts = self.stop if stop is None else stop
-        return [texts] if isinstance(texts, str) else list(texts or [])
+        is_one = isinstance(texts, str) or not isinstance(texts, Iterable)
+        return [] if texts is None else [texts] if is_one else list(texts)
 
     def _engine(self, model: str | None = None, holder: object = None) -> "Engine":
         self._check_open()
