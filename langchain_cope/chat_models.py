@@ -528,9 +528,11 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         return Sampling(stop=tuple(self._stops(stop)), **values)
 
     def _stops(self, stop: list[str] | None) -> list[str]:
-        texts = self.stop if stop is None else stop
+        texts: Any = self.stop if stop is None else stop
+        if texts is None:
+            return []
         is_one = isinstance(texts, str) or not isinstance(texts, Iterable)
-        return [] if texts is None else [texts] if is_one else list(texts)
+        return [texts] if is_one else list(texts)
 
     def _engine(self, model: str | None = None, holder: object = None) -> "Engine":
         self._check_open()
