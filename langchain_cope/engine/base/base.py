@@ -100,7 +100,11 @@ class Base:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """What makes prompts of messages."""
-        return ChatTemplate(self.tokenizer, native_tools=self.reply_format.native_tools)
+        return ChatTemplate(
+            self.tokenizer,
+            native_tools=self.reply_format.native_tools,
+            thinks=bool(self.reply_format.thought_names),
+        )
 
     @cached_property
     def markers(self) -> frozenset[int]:

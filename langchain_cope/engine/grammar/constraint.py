@@ -20,10 +20,11 @@ from langchain_cope.errors import InputError
 class Constraint:
     """Where one answer stands in its grammar. The engine's thread owns it."""
 
-    def __init__(self, matcher: Any, eos_ids: frozenset[int]) -> None:
-        """Constrain an answer by `matcher`, llguidance's parser; `eos_ids` end answers."""
+    def __init__(self, matcher: Any, vocabulary: Vocabulary) -> None:
+        """Constrain an answer by `matcher`, llguidance's parser of tokens of `vocabulary`."""
         self._matcher = matcher
-        self._eos_ids = eos_ids
+        self._tokenizer = vocabulary.tokenizer
+        self._eos_ids = vocabulary.eos_ids
         self._stuck = False
 
     @property
@@ -47,6 +48,8 @@ class Constraint:
             self._matcher.consume_tokens(list(drafted))
         bias = bytearray(self._matcher.compute_logit_bias())
         allowed = torch.frombuffer(bias, dtype=torch.uint8).bool()
+        if int(allowed.sum()) == 1:
+            allowed = self._spelled(allowed)
         if drafted:
             self._matcher.rollback(len(drafted))
         if self.error or not bool(allowed.any()):
@@ -54,6 +57,22 @@ class Constraint:
             allowed = torch.zeros_like(allowed)
             allowed[list(self._eos_ids)] = True
         return allowed
+
+    def _spelled(self, allowed: Tensor) -> Tensor:
+        """Return the one allowed token, or the first of the text that it stands for.
+
+        llguidance has the base's tokenizer read text without an alternative (an enum's value, a
+        name), which makes control tokens of what spells them.
+        """
+        token = int(allowed.int().argmax())
+        if not self._tokenizer.is_special_token(token):
+            return allowed
+        text = self._matcher.compute_ff_bytes().decode(errors="ignore")
+        if not text.startswith(self._tokenizer.decode_str([token])):
+            return allowed
+        spelled = torch.zeros_like(allowed)
+        spelled[self._tokenizer.greedy_tokenize(text)[0]] = True
+        return spelled
 
     def push(self, token: int) -> None:
         """Go on with `token`, the answer's next one."""
@@ -83,4 +102,4 @@ def compile_grammar(
     if matcher.is_error():
         reason = first_line(matcher.get_error())
         raise InputError(f"no grammar can be made of this schema: {reason}")
-    return Constraint(matcher, vocabulary.eos_ids)
+    return Constraint(matcher, vocabulary)
