@@ -159,7 +159,7 @@ def _requests(
             adapter=adapters[way.adapter],
             contrast=recipe.contrast if way.contrastive else ADAPTER_ALONE,
             sampling=sampling,
-            keep_for_reuse=False,
+            offline=True,
         )
         for way in WAYS
     ]

@@ -156,7 +156,7 @@ def _request(engine: Engine, example: Encoded, recipe: Recipe, draw: int) -> Req
         seed=int.from_bytes(digest[:7], "big"),
     )
     prompt = engine.base.prompt_ids(example.item.messages)
-    return Request(prompt=prompt, sampling=sampling, keep_for_reuse=False)
+    return Request(prompt=prompt, sampling=sampling, offline=True)
 
 
 def _is_usable(answer: Completion, example: Encoded) -> bool:
