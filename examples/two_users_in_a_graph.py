@@ -35,6 +35,7 @@ def learn(_: MessagesState, config: RunnableConfig) -> None:
     user = user_of(config)
     if store.active(user) is None:
         history = read_history(TEXTS[user], user_id=user)
+        print(f"learning from {len(history.items)} texts of {user} …", flush=True)
         learner.invoke({"user_id": user, "history": history.items}, config)
 
 
@@ -50,6 +51,8 @@ builder.add_edge(START, "learn")
 builder.add_edge("learn", "answer")
 graph = builder.compile(InMemorySaver())
 
+print("loading the model …", flush=True)
+chat.load()
 for user in TEXTS:
     # A thread for each user: what one said is not in the other's conversation.
     config: RunnableConfig = {"configurable": {"user_id": user, "thread_id": user}}
