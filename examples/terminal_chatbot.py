@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", message="The class `InMemoryChatMessageHistory
 
 COMMANDS = ("me", "base", "both", "alpha", "good", "fix", "personalize", "undo", "forget", "help")
 NOTHING_LEARNT = "Nothing was learnt yet, so both voices are the base's. /personalize learns."
-TURNS = 4  # of a conversation: it is learnt or held out as a whole, so many short ones teach more
+TURNS = 1  # of a conversation: smollm2 copies its earlier answers; give a larger base more
 
 
 class Chatbot:
@@ -41,7 +41,7 @@ class Chatbot:
 
     def __init__(self, user: str) -> None:
         self.user = user
-        self.model = ChatCoPe(max_tokens=80)
+        self.model = ChatCoPe(max_tokens=60)
         self.store = open_store(None)
         self.history = ChromaHistory("chatbot-history")
         self.voices: tuple[str | None, ...] = (None, user)

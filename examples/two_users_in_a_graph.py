@@ -57,11 +57,10 @@ for user in TEXTS:
     # A thread for each user: what one said is not in the other's conversation.
     config: RunnableConfig = {"configurable": {"user_id": user, "thread_id": user}}
     request = {"messages": [("user", QUESTION)]}
-    for mode, chunk in graph.stream(request, config, stream_mode=["custom", "messages"]):
+    for mode, chunk in graph.stream(request, config, stream_mode=["custom", "updates"]):
         if mode == "custom":  # the training's progress
             line = f"{user}: {chunk['stage']} {chunk['step']} of {chunk['total']}"
             print(f"\r{line:40}", end="", flush=True)
-        elif chunk[1]["langgraph_node"] == "answer":
-            print(chunk[0].text, end="", flush=True)
-    print()
+        elif "answer" in chunk:
+            print(f"\r{user}: {chunk['answer']['messages'][-1].text:40}", flush=True)
 print(f"base: {chat.invoke(QUESTION).text}")
