@@ -5,6 +5,8 @@ differ, and are decoded together. A question is answered by a call (`tool_choice
 small base hardly ever calls a tool by itself (`--free` leaves it the choice); after the result it
 calls again or answers, as it likes.
 
+The tools bound the length of their strings, as is wise with a small base (docs/chat.md).
+
 Counted are calls that are invalid, which only those are that the token budget cuts; calls that a
 run repeats although their result is in the conversation; and runs that end by the recursion limit.
 How often the right tool was called with the right arguments says what the base understands; it is
@@ -15,15 +17,19 @@ import argparse
 import asyncio
 import json
 from collections import Counter
-from typing import Any
+from typing import Annotated, Any
 
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelRequest, wrap_model_call
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphRecursionError
+from pydantic import Field
 
 from langchain_cope import ChatCoPe
+
+# A small base may never close a string of its own; the schema closes it.
+Short = Annotated[str, Field(max_length=40)]
 
 
 def add(a: int, b: int) -> int:
@@ -31,12 +37,12 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-def get_weather(city: str) -> str:
+def get_weather(city: Short) -> str:
     """Tell the weather in a city."""
     return f"In {city} it is sunny, 21 degrees."
 
 
-def look_up(word: str) -> str:
+def look_up(word: Short) -> str:
     """Explain what a word means."""
     return f"{word}: evening light after sunset."
 
