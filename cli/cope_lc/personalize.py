@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from adapter_store import AdapterStore
     from langchain_cope.history import UserHistory
     from langchain_cope.personalize import PersonalizeResult, PersonalizeUser, Sample
 
