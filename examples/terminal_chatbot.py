@@ -28,7 +28,8 @@ from langchain_cope.errors import CopeError
 from langchain_cope.stores import open_store
 
 COMMANDS = ("me", "base", "both", "alpha", "good", "fix", "personalize", "undo", "forget", "help")
-TURNS = 4  # of a conversation: it is learnt or held out as a whole, so many short ones teach more
+NOTHING_LEARNT = "Nothing was learnt yet, so both voices are the base's. /personalize learns."
+TURNS = 1  # of a conversation: smollm2 copies its earlier answers; give a larger base more
 
 
 class Talk(BaseChatMessageHistory):
@@ -51,7 +52,7 @@ class Chatbot:
 
     def __init__(self, user: str) -> None:
         self.user = user
-        self.model = ChatCoPe(max_tokens=80)
+        self.model = ChatCoPe(max_tokens=60)
         self.store = open_store(None)
         self.history = ChromaHistory("chatbot-history")
         self.voices: tuple[str | None, ...] = (None, user)
@@ -81,12 +82,14 @@ class Chatbot:
         for chunk in self.model.stream(messages, user_id=voice, alpha=self.contrast):
             answer += chunk.text
             print(chunk.text, end="", flush=True)
-        print()
+        print("" if answer.endswith("\n") else "\n", end="")
         return answer
 
     def me(self, _: str) -> None:
         """Answer as you would."""
         self.voices = (self.user,)
+        if self.store.active(self.user) is None:
+            print(NOTHING_LEARNT)
 
     def base(self, _: str) -> None:
         """Answer as the model does without what it learnt."""
@@ -98,10 +101,11 @@ class Chatbot:
 
     def alpha(self, number: str) -> None:
         """Contrast your model with the base by this much: 0.3, or 0 for not at all."""
-        contrast = float(number)
-        if not contrast >= 0:
-            raise ValueError(f"{number} is below 0: give 0.3, say")
-        self.contrast = contrast
+        with suppress(ValueError):
+            if 0 <= float(number) <= 1:
+                self.contrast = float(number)
+                return
+        raise ValueError(f"a number from 0 to 1 is needed, as in /alpha 0.3, not {number!r}")
 
     def good(self, _: str) -> None:
         """Learn the last answer: it is what you would have written."""
@@ -111,9 +115,9 @@ class Chatbot:
 
     def fix(self, text: str) -> None:
         """Learn this text instead of the last answer, as what you would have written."""
-        question, answer = self.last_answer()
         if not text:
-            raise ValueError("write the text behind /fix")
+            raise ValueError("write your text behind it: /fix This is how I would say it.")
+        question, answer = self.last_answer()
         edit = {"prompt": question, "answer": answer, "score": 0, "correction": text}
         self.history.add(self.user, [edit])
         print("noted")
@@ -127,6 +131,7 @@ class Chatbot:
 
     def personalize(self, _: str) -> None:
         """Learn from all that was recorded."""
+        print("learning; this takes minutes, and Ctrl-C stops it", flush=True)
         learn = PersonalizeUser(store=self.store, history=self.history)
         result = learn.invoke({"user_id": self.user}, {"callbacks": [Progress()]})
         print(f"\n{'learnt' if result.published else 'kept as it was'}: {result.reason}")
@@ -164,10 +169,15 @@ class Progress(BaseCallbackHandler):
 
 
 def lines() -> Iterator[str]:
-    """Yield what is typed, until Ctrl-D or Ctrl-C."""
-    with suppress(EOFError, KeyboardInterrupt):
-        while True:
+    """Yield what is typed, until Ctrl-D."""
+    while True:
+        try:
             yield input("> ")
+        except KeyboardInterrupt:
+            print("\nCtrl-D ends")
+        except EOFError:
+            print()
+            return
 
 
 def main(user: str = "me", file: str | None = None) -> None:
@@ -175,19 +185,25 @@ def main(user: str = "me", file: str | None = None) -> None:
     bot = Chatbot(user)
     if file is not None:
         bot.history.add(user, read_history(file, user_id=user).items)
+    print("loading the model …", flush=True)
+    bot.model.load()
     print(f"{bot.history.count(user)} texts of {user} are recorded. /help shows the commands.")
+    if bot.store.active(user) is None:
+        print(NOTHING_LEARNT)
     for line in map(str.strip, lines()):
         command, _, argument = line.partition(" ")
         try:
-            if command.startswith("/"):
-                name = command[1:] if command[1:] in COMMANDS else "help"
-                getattr(bot, name)(argument)
+            if command[1:] in COMMANDS and command[0] == "/":
+                getattr(bot, command[1:])(argument)
+            elif line.startswith("/"):
+                print(f"there is no {command}; these are there:")
+                bot.help(argument)
             elif line:
                 bot.say(line)
+        except KeyboardInterrupt:
+            print("\nstopped")
         except (CopeError, AdapterStoreError, ValueError) as error:
             print(error)
-        except KeyboardInterrupt:  # of an answer, or a training
-            print("\nstopped")
 
 
 if __name__ == "__main__":

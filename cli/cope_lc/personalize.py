@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from adapter_store import AdapterStore
     from langchain_cope.history import UserHistory
     from langchain_cope.personalize import PersonalizeResult, PersonalizeUser, Sample
 
@@ -193,15 +192,18 @@ def _train(chain: "PersonalizeUser", history: "UserHistory") -> "PersonalizeResu
         with progress_display() as display:
             return chain.invoke(request, {"callbacks": [listener(display)]})
     except KeyboardInterrupt:
-        raise Cancelled(_stopped(chain.store, user, before)) from None
+        raise Cancelled(_stopped(chain, user, before)) from None
 
 
-def _stopped(store: "AdapterStore", user: str, before: str | None) -> str:
+def _stopped(chain: "PersonalizeUser", user: str, before: str | None) -> str:
     """Return what Ctrl-C found: it may come in the moment between publishing and telling."""
-    active = store.active(user)
-    if active == before:
+    active = chain.store.active(user)
+    if active != before:
+        return f"stopped; {active} had been published already"
+    if chain.job_dir is None:
         return "stopped; nothing was published"
-    return f"stopped; {active} had been published already"
+    kept = f"what was finished is kept in {chain.job_dir}: the same command goes on after it"
+    return f"stopped; nothing was published; {kept}"
 
 
 def _show_result(

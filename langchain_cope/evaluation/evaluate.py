@@ -161,7 +161,7 @@ def _requests(
             contrast=recipe.contrast if way.contrastive else ADAPTER_ALONE,
             sampling=sampling,
             parts=parts,
-            keep_for_reuse=False,
+            offline=True,
         )
         for way in WAYS
     ]

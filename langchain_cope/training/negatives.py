@@ -163,7 +163,7 @@ def _request(engine: Engine, example: Encoded, recipe: Recipe, draw: int) -> Req
     )
     prompt = engine.base.prompt_ids(example.item.messages)
     parts = parts_of_reply(engine.base, prompt)
-    return Request(prompt=prompt, sampling=sampling, parts=parts, keep_for_reuse=False)
+    return Request(prompt=prompt, sampling=sampling, parts=parts, offline=True)
 
 
 def _is_usable(answer: Completion, example: Encoded) -> bool:

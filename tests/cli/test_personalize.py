@@ -87,19 +87,31 @@ def test_a_refusal_of_the_gate_is_no_error(
     assert store.active("alice") == before["version"]
 
 
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (RuntimeError("the disk burnt"), "(--job-dir) goes on after that"),
+        (KeyboardInterrupt(), "stopped; nothing was published; what was finished is kept in"),
+    ],
+    ids=["an error", "Ctrl-C"],
+)
 def test_the_same_command_goes_on_from_its_job_folder(
     personalize: Callable,
     history: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    end: BaseException,
+    said: str,
 ) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError("the disk burnt")
+        raise end
 
     words = ("--user", "alice", "--always", "--job-dir", tmp_path / "jobs")
     with monkeypatch.context() as patch:
         patch.setattr("langchain_cope.training.dpo.train_dpo", broken)
-        assert personalize(history(), *words).code == 1
+        outcome = personalize(history(), *words)
+    assert outcome.code == 1
+    assert said in outcome.stderr
     outcome = personalize(history(), *words)
     assert outcome.code == 0, outcome.stderr
     stages = started_stages(outcome.stderr)
