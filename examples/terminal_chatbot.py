@@ -7,13 +7,12 @@ What you write is kept in the folder chatbot-history, your adapter in the defaul
 """
 
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.chat_history import InMemoryChatMessageHistory
+from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 
 from adapter_store import AdapterNotFoundError, AdapterStoreError
@@ -28,12 +27,24 @@ from langchain_cope import (
 from langchain_cope.errors import CopeError
 from langchain_cope.stores import open_store
 
-# LangChain prefers its checkpointers, which need a graph.
-warnings.filterwarnings("ignore", message="The class `InMemoryChatMessageHistory`")
-
 COMMANDS = ("me", "base", "both", "alpha", "good", "fix", "personalize", "undo", "forget", "help")
 NOTHING_LEARNT = "Nothing was learnt yet, so both voices are the base's. /personalize learns."
 TURNS = 1  # of a conversation: smollm2 copies its earlier answers; give a larger base more
+
+
+class Talk(BaseChatMessageHistory):
+    """One conversation, in memory."""
+
+    def __init__(self) -> None:
+        self.messages: list[BaseMessage] = []
+
+    def add_messages(self, messages: Sequence[BaseMessage]) -> None:
+        """Add what was said."""
+        self.messages.extend(messages)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.messages.clear()
 
 
 class Chatbot:
@@ -52,7 +63,7 @@ class Chatbot:
         """Begin a new conversation."""
         number = self.history.count(self.user)
         self.talk = RecordedChatHistory(
-            InMemoryChatMessageHistory(), self.history, user_id=self.user, session_id=str(number)
+            Talk(), self.history, user_id=self.user, session_id=str(number)
         )
 
     def say(self, text: str) -> None:
@@ -91,10 +102,10 @@ class Chatbot:
     def alpha(self, number: str) -> None:
         """Contrast your model with the base by this much: 0.3, or 0 for not at all."""
         with suppress(ValueError):
-            if 0 <= float(number) <= 1:
+            if float(number) >= 0:
                 self.contrast = float(number)
                 return
-        raise ValueError(f"a number from 0 to 1 is needed, as in /alpha 0.3, not {number!r}")
+        raise ValueError(f"a number from 0 on is needed, as in /alpha 0.3, not {number!r}")
 
     def good(self, _: str) -> None:
         """Learn the last answer: it is what you would have written."""
@@ -104,9 +115,9 @@ class Chatbot:
 
     def fix(self, text: str) -> None:
         """Learn this text instead of the last answer, as what you would have written."""
-        if not text:
-            raise ValueError("write your text behind it: /fix This is how I would say it.")
         question, answer = self.last_answer()
+        if not text:
+            raise ValueError("write the text behind /fix")
         edit = {"prompt": question, "answer": answer, "score": 0, "correction": text}
         self.history.add(self.user, [edit])
         print("noted")
@@ -189,7 +200,7 @@ def main(user: str = "me", file: str | None = None) -> None:
                 bot.help(argument)
             elif line:
                 bot.say(line)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # of an answer, or a training
             print("\nstopped")
         except (CopeError, AdapterStoreError, ValueError) as error:
             print(error)

@@ -109,7 +109,7 @@ def personalize(
         )
         result = _train(chain, history)
     outcome = {"store": chain.store.url, **result.model_dump(mode="json")}
-    Output(as_json).show(outcome, lambda: _show_result(result, history, store))
+    Output(as_json).show(outcome, lambda: _show_result(result, history, model, store))
 
 
 def _facts(history: "UserHistory") -> dict[str, Any]:
@@ -206,7 +206,9 @@ def _stopped(chain: "PersonalizeUser", user: str, before: str | None) -> str:
     return f"stopped; nothing was published; {kept}"
 
 
-def _show_result(result: "PersonalizeResult", history: "UserHistory", store: str | None) -> None:
+def _show_result(
+    result: "PersonalizeResult", history: "UserHistory", model: str, store: str | None
+) -> None:
     from cope_lc.metrics_table import metrics_table
     from cope_lc.progress import duration
     from langchain_cope.training.progress import Stage
@@ -228,7 +230,7 @@ def _show_result(result: "PersonalizeResult", history: "UserHistory", store: str
     in_all = duration(sum(result.timings.values()))
     say(out, f"\ntime: {', '.join(stages)}; {in_all} in all\n", "dim")
     _show_answers(out, result)
-    say(out, f"next: {_next(result, store)}", whole=True)
+    say(out, f"next: {_next(result, model, store)}", whole=True)
 
 
 def _show_answers(out: "Console", result: "PersonalizeResult") -> None:
@@ -269,9 +271,12 @@ def _without_shared_start(samples: "list[Sample]") -> list[str]:
     ]
 
 
-def _next(result: "PersonalizeResult", store: str | None) -> str:
+def _next(result: "PersonalizeResult", model: str, store: str | None) -> str:
     """Return what to do now, as a command to copy."""
+    from langchain_cope.engine import default_model
+
     if not result.published:
         return "add items to the history, or publish it all the same with --always"
+    which = "" if model == default_model() else f" --model {shlex.quote(model)}"
     where = f" --store {shlex.quote(store)}" if store else ""
-    return f"cope-lc chat --user {shlex.quote(result.user_id)}{where}"
+    return f"cope-lc chat --user {shlex.quote(result.user_id)}{which}{where}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from langchain_cope import ChatCoPe, PersonalizeUser
@@ -152,5 +153,13 @@ def test_where_the_fingerprint_holds_the_dtype_it_is_float32_everywhere(
     assert load_base(tmp_path, device="cpu").dtype == torch.float32
 
 
-def test_a_gguf_file_is_computed_in_the_measured_dtype() -> None:
-    assert load_base("smollm2", device="cpu").dtype == cpu_dtype(LARGE)
+def test_a_gguf_file_is_computed_in_the_measured_dtype(
+    tiny: Tiny,
+    tmp_path: Path,
+    measured: Callable[..., list[torch.dtype]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "SMALL_BASE", 0)
+    measured(float32=1.0, bfloat16=0.5)
+    file = write_gguf(tmp_path / "model.gguf", tiny("llama")).path
+    assert load_base(file, device="cpu").dtype == torch.bfloat16
