@@ -59,7 +59,7 @@ def tool_first(
     return handler(request.override(messages=[answer], tools=[]))
 
 
-chat = ChatCoPe(max_tokens=60)
+chat = ChatCoPe(max_tokens=100)
 agent = create_agent(
     chat,
     [weather, my_appointments],

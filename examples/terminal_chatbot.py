@@ -102,10 +102,10 @@ class Chatbot:
     def alpha(self, number: str) -> None:
         """Contrast your model with the base by this much: 0.3, or 0 for not at all."""
         with suppress(ValueError):
-            if 0 <= float(number) <= 1:
+            if float(number) >= 0:
                 self.contrast = float(number)
                 return
-        raise ValueError(f"a number from 0 to 1 is needed, as in /alpha 0.3, not {number!r}")
+        raise ValueError(f"a number of at least 0 is needed, as in /alpha 0.3, not {number!r}")
 
     def good(self, _: str) -> None:
         """Learn the last answer: it is what you would have written."""
@@ -115,9 +115,9 @@ class Chatbot:
 
     def fix(self, text: str) -> None:
         """Learn this text instead of the last answer, as what you would have written."""
-        if not text:
-            raise ValueError("write your text behind it: /fix This is how I would say it.")
         question, answer = self.last_answer()
+        if not text:
+            raise ValueError("write the text behind /fix")
         edit = {"prompt": question, "answer": answer, "score": 0, "correction": text}
         self.history.add(self.user, [edit])
         print("noted")
@@ -200,7 +200,7 @@ def main(user: str = "me", file: str | None = None) -> None:
                 bot.help(argument)
             elif line:
                 bot.say(line)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # of an answer, or a training
             print("\nstopped")
         except (CopeError, AdapterStoreError, ValueError) as error:
             print(error)

@@ -86,6 +86,8 @@ def test_the_chatbot_records_learns_shows_both_and_forgets(run: Run, tmp_path: P
     assert out.count("you wrote: ") >= 2
     assert out.count("base: ") >= 5
     assert "as in /alpha 0.3, not 'high'" in out
+    assert "as in /alpha 0.3, not '-1'" in out
+    assert "write the text behind /fix" in out
     assert "forgetting 'robin'" in out
     assert "/undo         Go back to what was learnt before the last time." in out
     again = run("terminal_chatbot.py", "robin")
