@@ -9,13 +9,15 @@ replaced is how the model computes the log-probabilities that both trainers ask 
 - attention gets no mask, as batches are padded at their end, where a causal model never looks, and
   on a CPU it is computed in float32 where the texts are short: torch's gradients of it in bfloat16
   take five times as long there;
-- logits are made of the positions that bear a loss, not of the whole prompt.
+- logits are made of the positions that bear a loss, not of the whole prompt;
+- DPO reads what the two answers of a pair have in common, their prompt, once and not twice.
 
 `tests/training/test_fast.py` says when a new version of peft or TRL makes one of these void.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,19 +31,47 @@ from transformers.masking_utils import sdpa_mask
 
 NOISE_SIZE = 1 << 22  # numbers that dropout draws for a whole training; a few MB
 SHORT_TEXT = 256  # tokens; from about 400 on bfloat16 is the faster one
+PROBE_TOLERANCE = 0.02  # of the states' size: rounding in bfloat16 makes a third, a wrong mask more
 SHORT_FLOAT32 = "sdpa_short_float32"  # the name that transformers knows our attention by
 
 
 def speed_up(model: PeftModel) -> None:
-    """Make `model`, which carries one LoRA adapter on a tree of its own, train faster."""
+    """Make `model`, which carries one LoRA adapter on a tree of its own, train faster.
+
+    For DPO, `share_prompts` comes first.
+    """
     tree = model.get_base_model()
     _use_fast_attention(tree)
     backbone = tree.base_model
-    backbone.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    if not isinstance(backbone.forward, _SharedPrompts):  # that one makes masks of its own
+        backbone.register_forward_pre_hook(_without_mask, with_kwargs=True)
     noise: dict[float, Tensor] = {}
     for module in model.modules():
         if isinstance(module, LoraLinear) and type(module.base_layer) is torch.nn.Linear:
             _FastLayer(module, noise)
+
+
+def share_prompts(model: PeftModel) -> None:
+    """Let a backbone that gets pairs, chosen rows before rejected ones, read each prompt once.
+
+    It then reads one row a pair, `prompt chosen rejected`, whose mask hides the chosen answer from
+    the rejected one, and gives the states back as the rows that were asked for. A model whose
+    states are others that way (one without attention, say) is left as it is.
+    """
+    backbone = model.get_base_model().base_model
+    if getattr(backbone.config, "sliding_window", None) is None:
+        plain, shared = backbone.forward, _SharedPrompts(backbone.forward)
+        probe = torch.tensor([[0, 1, 2, 3, 1], [0, 1, 1, 2, 0]], device=backbone.device)
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], device=backbone.device)
+        with torch.no_grad():
+            try:
+                expected = plain(probe, attention_mask=mask, use_cache=False).last_hidden_state
+                states = shared(probe, attention_mask=mask, use_cache=False).last_hidden_state
+            except (TypeError, ValueError, RuntimeError):  # no masks or positions of that shape
+                return
+        difference = ((states - expected) * mask.unsqueeze(-1)).float().norm()
+        if difference <= PROBE_TOLERANCE * expected.float().norm():
+            backbone.forward = shared
 
 
 @contextmanager
@@ -88,6 +118,84 @@ def _without_mask(
     if mask is not None and mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         kwargs = {**kwargs, "attention_mask": None}
     return args, kwargs
+
+
+class _SharedPrompts:
+    """A backbone's forward over pairs of rows that begin alike."""
+
+    def __init__(self, forward: Any) -> None:
+        """Read with `forward`, the backbone's own."""
+        self._forward = forward
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Take `(2 P, L)` ids of P chosen rows and their P rejected ones, padded at the end.
+
+        Returns what the backbone does; its `last_hidden_state` is `(2 P, L, width)`.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        rows = [row[: int(keep.sum())] for row, keep in zip(input_ids, attention_mask, strict=True)]
+        pairs = list(zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True))
+        layouts = [_PairLayout.of(chosen, rejected) for chosen, rejected in pairs]
+        longest = max(layout.length for layout in layouts)
+        packed = input_ids.new_zeros(len(pairs), longest)
+        positions = torch.zeros_like(packed)
+        visible = torch.zeros(len(pairs), 1, longest, longest, dtype=torch.bool)
+        back = input_ids.new_zeros(2, len(pairs), input_ids.shape[1])
+        for index, layout in enumerate(layouts):
+            chosen, rejected = pairs[index]
+            packed[index, : layout.length] = torch.cat([chosen, rejected[layout.shared :]])
+            positions[index] = layout.positions(longest)
+            visible[index, 0] = layout.visible(longest)
+            back[0, index, : len(chosen)] = torch.arange(len(chosen))
+            back[1, index, : len(rejected)] = layout.rejected_columns()
+        out = self._forward(
+            packed,
+            attention_mask=visible.to(input_ids.device),
+            position_ids=positions,
+            **kwargs,
+        )
+        states = out.last_hidden_state
+        rows_of = torch.arange(len(pairs), device=states.device)[:, None]
+        out.last_hidden_state = torch.cat([states[rows_of, back[0]], states[rows_of, back[1]]])
+        return out
+
+
+@dataclass(frozen=True)
+class _PairLayout:
+    """Where the tokens of one pair stand in its row: shared ones, chosen ones, rejected ones."""
+
+    shared: int
+    chosen: int
+    length: int
+
+    @classmethod
+    def of(cls, chosen: Tensor, rejected: Tensor) -> "_PairLayout":
+        """Return the layout of two rows of ids, without padding."""
+        shortest = min(len(chosen), len(rejected))
+        differs = (chosen[:shortest] != rejected[:shortest]).nonzero()
+        shared = int(differs[0]) if len(differs) else shortest
+        return cls(shared, len(chosen), len(chosen) + len(rejected) - shared)
+
+    def positions(self, width: int) -> Tensor:
+        """Return `(width,)` positions: the rejected answer begins where the chosen one does."""
+        columns = torch.arange(width)
+        return torch.where(columns < self.chosen, columns, columns - self.chosen + self.shared)
+
+    def visible(self, width: int) -> Tensor:
+        """Return `(width, width)`: whether the token of a row sees that of a column."""
+        columns = torch.arange(width)
+        of_chosen = (columns >= self.shared) & (columns < self.chosen)
+        of_rejected = columns >= self.chosen
+        before = columns[:, None] >= columns
+        return before & ~(of_rejected[:, None] & of_chosen)
+
+    def rejected_columns(self) -> Tensor:
+        """Return the columns of the rejected row's tokens, the shared ones included."""
+        rest = torch.arange(self.chosen, self.length)
+        return torch.cat([torch.arange(self.shared), rest])
 
 
 class _FastLayer:

@@ -18,6 +18,7 @@ from langchain_cope.training.fast import (
     _AdaptedLinear,
     _attention,
     _noise,
+    _SharedPrompts,
     _without_mask,
 )
 from langchain_cope.training.sft import sft_trainer, train_sft
@@ -33,6 +34,7 @@ def slow_down(monkeypatch):
     def undo():
         monkeypatch.setattr(sft, "speed_up", lambda model: None)
         monkeypatch.setattr(dpo, "speed_up", lambda model: None)
+        monkeypatch.setattr(dpo, "share_prompts", lambda model: None)
         monkeypatch.setattr(trainer, "logits_of_completions_alone", nullcontext)
 
     return undo
@@ -85,6 +87,41 @@ def test_dpo_takes_the_steps_of_trl_and_peft(
     ours = steps_of(build, monitor)
     slow_down()
     assert_same_steps(ours, steps_of(build, monitor))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dpo_reads_what_two_answers_share_once(
+    make_base, items, recipe, monitor, tmp_path, architecture
+):
+    base = make_base(architecture)
+    train_sft(base, encoded(base, items), recipe, tmp_path / "sft", monitor)
+    pairs = [pair(base, 0)]
+    read = []
+
+    def build():
+        trainer = dpo_trainer(base, pairs, recipe, tmp_path / "sft", str(tmp_path))
+        embedding = trainer.model.get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
+        return trainer
+
+    steps_of(build, monitor)
+    apart = len(pairs[0].chosen_ids) + len(pairs[0].rejected_ids)
+    assert set(read) == {len(pairs[0].prompt_ids) + apart}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [([1, 2, 3, 4], [1, 2, 5]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 2]), ([1], [2]), ([1], [1])],
+)
+def test_states_of_pairs_are_those_of_their_rows_alone(make_base, chosen, rejected):
+    backbone = make_base().skeleton().base_model
+    width = max(len(chosen), len(rejected)) + 1
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in (chosen, rejected)])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in (chosen, rejected)])
+    together = _SharedPrompts(backbone.forward)(ids, attention_mask=mask).last_hidden_state
+    for row, states in zip((chosen, rejected), together, strict=True):
+        alone = backbone(torch.tensor([row])).last_hidden_state[0]
+        torch.testing.assert_close(states[: len(row)], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_logits_are_made_where_labels_are_and_nowhere_else(
