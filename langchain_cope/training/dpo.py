@@ -55,17 +55,18 @@ def dpo_trainer(
         **arguments(base, recipe.dpo, len(pairs), recipe.seed, scratch),
         beta=recipe.dpo.beta,
         loss_type=["sigmoid"],
-        # Each pair is seen once in the paper's one epoch: to precompute would run the same
-        # forwards, and hash the model.
+        # TRL would run the forwards that mining has run already, and hash the model.
         precompute_ref_log_probs=False,
     )
     trainer = _PairTrainer(
         model=skeleton,
         args=on_one_device(config),
-        train_dataset=Dataset.from_list([_row(pair) for pair in pairs]),
+        train_dataset=_dataset(pairs),
         processing_class=tokenizer_copy(base),
         peft_config=lora_config(skeleton, recipe.sft),
     )
+    # Known from mining, the reference needs no forwards of its own.
+    trainer.precompute_ref_logps = "ref_chosen_logps" in trainer.train_dataset.column_names
     load_weights(trainer.model, sft)
     share_prompts(trainer.model)
     speed_up(trainer.model)
@@ -83,9 +84,17 @@ class _PairTrainer(DPOTrainer):  # type: ignore[misc]
         return dataset
 
 
-def _row(pair: Pair) -> dict[str, list[int]]:
-    return {
-        "prompt_ids": pair.prompt_ids,
-        "chosen_ids": pair.chosen_ids,
-        "rejected_ids": pair.rejected_ids,
+def _dataset(pairs: Sequence[Pair]) -> Dataset:
+    """Return the pairs under TRL's names, with the reference's log-probabilities where known."""
+    columns: dict[str, list[Any]] = {
+        "prompt_ids": [pair.prompt_ids for pair in pairs],
+        "chosen_ids": [pair.chosen_ids for pair in pairs],
+        "rejected_ids": [pair.rejected_ids for pair in pairs],
     }
+    reference = {
+        "ref_chosen_logps": [pair.chosen_base_log_prob for pair in pairs],
+        "ref_rejected_logps": [pair.rejected_base_log_prob for pair in pairs],
+    }
+    if not any(None in log_probs for log_probs in reference.values()):
+        columns |= reference
+    return Dataset.from_dict(columns)

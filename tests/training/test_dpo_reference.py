@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch.nn.functional import logsigmoid
 from training.tiny import Heard
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
-from langchain_cope.training.dpo import _PairTrainer, _row, dpo_trainer, train_dpo
+from langchain_cope.training.dpo import _dataset, _PairTrainer, dpo_trainer, train_dpo
 from langchain_cope.training.encode import encode, fit
 from langchain_cope.training.negatives import Pair
 from langchain_cope.training.progress import Stage
@@ -60,7 +59,7 @@ def plain_log_probs(base, pairs, folder=None):
 
 def check_reference(trainer, base, pairs):
     with random_state_kept():
-        batch = trainer.data_collator([_row(pair) for pair in pairs])
+        batch = trainer.data_collator(list(_dataset(pairs)))
         chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
     reference = torch.stack([chosen, rejected], dim=1)
     assert torch.allclose(reference, plain_log_probs(base, pairs), atol=1e-4, rtol=0)
@@ -86,7 +85,7 @@ def test_the_same_check_fails_on_trls_stock_construction(base, trained, tmp_path
         stock = _PairTrainer(
             model=PeftModel.from_pretrained(plain, sft, is_trainable=True),
             args=DPOConfig(**arguments(base, recipe.dpo, len(pairs), 0, str(tmp_path)), beta=1.0),
-            train_dataset=Dataset.from_list([_row(pair) for pair in pairs]),
+            train_dataset=_dataset(pairs),
             processing_class=tokenizer_copy(base),
         )
     with pytest.raises(AssertionError):

@@ -109,6 +109,37 @@ def test_dpo_reads_what_two_answers_share_once(
     assert set(read) == {len(pairs[0].prompt_ids) + apart}
 
 
+def test_a_reference_that_mining_knows_is_not_computed_again(
+    base, engine, items, recipe, monitor, tmp_path
+):
+    train_sft(base, encoded(base, items), recipe, tmp_path / "sft", monitor)
+    plain = [pair(base, number) for number in range(6)]
+    known = []
+    for each in plain:
+        sides = [(each.prompt_ids, ids) for ids in (each.chosen_ids, each.rejected_ids)]
+        chosen, rejected = (float(scores.sum()) for scores in engine.score(sides))
+        known.append(
+            replace(each, chosen_base_log_prob=chosen, rejected_base_log_prob=rejected)
+        )
+    recipe = replace(recipe, dpo=replace(recipe.dpo, batch_size=2, beta=0.5))
+    steps, num_forwards = [], []
+    for pairs in (known, plain):
+        num_forwards.append(0)
+
+        def build(pairs=pairs):
+            trainer = dpo_trainer(base, pairs, recipe, tmp_path / "sft", str(tmp_path))
+
+            def count(*_):
+                num_forwards[-1] += 1
+
+            trainer.model.get_input_embeddings().register_forward_pre_hook(count)
+            return trainer
+
+        steps.append(steps_of(build, monitor))
+    assert_same_steps(*steps)
+    assert num_forwards == [3, 6]
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected"),
     [([1, 2, 3, 4], [1, 2, 5]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 2]), ([1], [2]), ([1], [1])],
