@@ -42,7 +42,9 @@ class LoadedBase(Protocol):
     model: PreTrainedModel
     task_adapter: Path | None
     quantization: str | None
-    weights_digest: str | None
+
+    @property
+    def weights_digest(self) -> str | None: ...
 
 
 def fingerprint_of(base: LoadedBase) -> dict[str, str]:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from langchain_cope.engine.forward.attention import additive, grouped_attention, row_mask
-from langchain_cope.engine.forward.fused_weights import GROUPS, fused
+from langchain_cope.engine.forward.fused_weights import GROUPS
 from langchain_cope.engine.forward.inputs import Inputs
 from langchain_cope.engine.forward.lora_rows import LoraRows, Site
 from langchain_cope.engine.forward.matmul_order import MatmulOrder
+from langchain_cope.engine.forward.packed_weights import BlocksOf
+from langchain_cope.engine.forward.products import Product, pack, set_packed_rows
 
 _MODEL = {"model", "lm_head"}
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -47,57 +49,43 @@ class _Norm:
 
 
 @dataclass(frozen=True)
-class _Product:
-    """One product with a weight, and the site where adapters change it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    site: Site
-
-    @classmethod
-    def of(cls, path: str, module: nn.Module, names: tuple[str, ...]) -> "_Product | None":
-        """Return the product of the linear layers `names` of `module`, if they lie side by side."""
-        layers = [getattr(module, name) for name in names]
-        weight = fused([layer.weight for layer in layers])
-        bias = fused([layer.bias for layer in layers])
-        if weight is None or (bias is None and any(layer.bias is not None for layer in layers)):
-            return None
-        paths = tuple(f"{path}.{name}" for name in names)
-        return cls(weight, bias, Site(paths, tuple(layer.out_features for layer in layers)))
-
-
-@dataclass(frozen=True)
 class _Layer:
     first_norm: _Norm
-    qkv: _Product
+    qkv: Product
     query_norm: _Norm | None
     key_norm: _Norm | None
-    output: _Product
+    output: Product
     second_norm: _Norm
-    gate_up: _Product
+    gate_up: Product
     activation: Callable[[Tensor], Tensor]
-    down: _Product
+    down: Product
     scaling: float
+
+    @property
+    def products(self) -> list[Product]:
+        return [self.qkv, self.output, self.gate_up, self.down]
 
 
 class LlamaForward:
     """See `Forward`."""
 
-    def __init__(self, model: Any, layers: list[_Layer], order: MatmulOrder) -> None:
+    def __init__(
+        self, model: Any, layers: list[_Layer], head: Product, order: MatmulOrder
+    ) -> None:
         decoder = model.model
         self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        self._output_head = model.lm_head
         self._norm = _Norm.of(decoder.norm)
         self._layers = layers
-        self._linear = order
+        self._output_head = head
+        self._order = order
         attention = decoder.layers[0].self_attn
         self._size: int = attention.head_dim
         self._groups = attention.k_proj.out_features // self._size
         self._heads = attention.q_proj.out_features // self._size
         self.sites: dict[str, Site] = {}
         for layer in layers:
-            for product in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            for product in layer.products:
                 self.sites.update(dict.fromkeys(product.site.paths, product.site))
 
     @classmethod
@@ -117,7 +105,31 @@ class LlamaForward:
             if layer is None:
                 return None
             layers.append(layer)
-        return cls(model, layers, order) if layers else None
+        head = Product.of("", model, ("lm_head",))
+        return cls(model, layers, head, order) if layers and head else None
+
+    def pack(self, blocks_of: BlocksOf) -> None:
+        """Compute forwards of few rows with packed blocks, where there are some and it pays."""
+        for products in self._alike:
+            pack(products, blocks_of, self._order)
+
+    @property
+    def packed_rows(self) -> tuple[int, ...]:
+        """The most rows that packed products compute: of the layers, and of the output head."""
+        return tuple(products[0].packed_rows for products in self._alike)
+
+    @packed_rows.setter
+    def packed_rows(self, most: tuple[int, ...]) -> None:
+        for products, rows in zip(self._alike, most, strict=True):
+            set_packed_rows(products, rows)
+
+    @property
+    def _alike(self) -> list[list[Product]]:
+        """The products of all layers, and that of the output head, which is a larger one."""
+        return [
+            [product for layer in self._layers for product in layer.products],
+            [self._output_head],
+        ]
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """See `Forward`."""
@@ -136,7 +148,7 @@ class LlamaForward:
             gated = layer.activation(gated[..., :width]) * gated[..., width:]
             states = states + self._product(layer.down, gated, inputs.lora)
         last = self._norm(states[inputs.logit_rows, inputs.logit_columns])
-        return self._linear(last, self._output_head.weight, self._output_head.bias)
+        return self._output_head(last, self._order)
 
     def _attend(
         self,
@@ -168,8 +180,8 @@ class LlamaForward:
         mixed = grouped_attention(queries, keys, values, mask, layer.scaling)
         return mixed.transpose(1, 2).reshape(num_rows, num_queries, -1)
 
-    def _product(self, product: _Product, states: Tensor, lora: LoraRows) -> Tensor:
-        output = self._linear(states, product.weight, product.bias)
+    def _product(self, product: Product, states: Tensor, lora: LoraRows) -> Tensor:
+        output = product(states, self._order)
         lora.add(product.site, states, output)
         return output
 
@@ -199,10 +211,10 @@ def _layer(path: str, module: nn.Module) -> _Layer | None:
         return None
     if not all(map(_is_rms_norm, norms + head_norms)):
         return None
-    qkv = _Product.of(f"{path}.self_attn", attention, GROUPS[0])
-    output = _Product.of(f"{path}.self_attn", attention, ("o_proj",))
-    gate_up = _Product.of(f"{path}.mlp", mlp, GROUPS[1])
-    down = _Product.of(f"{path}.mlp", mlp, ("down_proj",))
+    qkv = Product.of(f"{path}.self_attn", attention, GROUPS[0])
+    output = Product.of(f"{path}.self_attn", attention, ("o_proj",))
+    gate_up = Product.of(f"{path}.mlp", mlp, GROUPS[1])
+    down = Product.of(f"{path}.mlp", mlp, ("down_proj",))
     if qkv is None or output is None or gate_up is None or down is None:
         return None
     query_norm, key_norm = map(_Norm.of, head_norms) if head_norms else (None, None)
