@@ -72,7 +72,9 @@ def _differs(
     requests = [choice.active.request for choice in choices]
     if not any(request.contrastive for request in requests):
         return torch.zeros_like(tokens, dtype=torch.bool)
-    plain = all(r.sampling.temperature == 0 and r.sampling.repetition_penalty == 1 for r in requests)
+    plain = all(
+        r.sampling.temperature == 0 and r.sampling.repetition_penalty == 1 for r in requests
+    )
     likeliest = tokens if plain else scores.argmax(-1)
     return likeliest != personal.argmax(-1)
 

@@ -99,13 +99,13 @@ class EngineOptions:
 
     The answer stays the same, up to rounding.
     """
-    packed_weights: bool = True
-    """Compute steps of few rows with the 4-bit blocks of a GGUF base, where that is faster.
-
-    They are in memory beside the weights: a quarter more.
-    """
     prefill_pause: float = field(default=0.1, metadata={"validation_alias": "stall"})
     """Seconds, about, that prompts may delay running answers at a time. Formerly named `stall`."""
+    packed_weights: bool = True
+    """Compute steps of few rows with the blocks of a GGUF file, where that is faster.
+
+    They are in memory beside the weights: a third to two fifths more.
+    """
 
     def __post_init__(self) -> None:
         memory = self.kv_memory

@@ -44,7 +44,8 @@ class LoadedBase(Protocol):
     quantization: str | None
 
     @property
-    def weights_digest(self) -> str | None: ...
+    def weights_digest(self) -> str | None:
+        """Digest of the file that the weights were unpacked from, if there is one."""
 
 
 def fingerprint_of(base: LoadedBase) -> dict[str, str]:

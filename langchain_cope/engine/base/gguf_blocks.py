@@ -1,8 +1,7 @@
 """The 4-bit blocks of a GGUF file's matrices, as products with few rows take them.
 
-Read where an engine starts, not kept: the file has them already, and packing takes less time than
-a second copy in the cache would take room. A matrix of other values (a task adapter was merged into
-it, say) is left alone.
+Read where an engine starts, and kept nowhere else: the file has them already. A matrix of other
+values (a task adapter was merged into it, say) is left alone.
 """
 
 import logging

@@ -73,9 +73,7 @@ class _Layer:
 class LlamaForward:
     """See `Forward`."""
 
-    def __init__(
-        self, model: Any, layers: list[_Layer], head: Product, order: MatmulOrder
-    ) -> None:
+    def __init__(self, model: Any, layers: list[_Layer], head: Product, order: MatmulOrder) -> None:
         decoder = model.model
         self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
@@ -177,7 +175,7 @@ class LlamaForward:
         # The rotation pairs entry i with i + size / 2: halves that change places bring each its
         # partner, the sign is in the sine. (`roll` and `cat` take several times as long as `flip`.)
         cos, sin = rotation
-        swapped = qk.unflatten(-1, (2, self._size // 2)).flip(-2).flatten(-2)
+        swapped = qk.view(*qk.shape[:-1], 2, self._size // 2).flip(-2).flatten(-2)
         qk = torch.addcmul(qk * cos, swapped, sin)
         if mask is None:  # one query, at the end of rows of one length
             inputs.kv.write_at(index, end - 1, qk[:, :, heads:], values)

@@ -8,6 +8,7 @@ one rounds each weight to bfloat16, the other the scale and the zero of each blo
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Blocks:
         # One piece of memory for all: fresh pages would cost more than the arithmetic.
         values = torch.empty(step, num_codes // BLOCK, BLOCK)
         pieces = zip(
-            *(part.split(step) for part in (self.codes, self.scales, self.zeros, weight)),
+            *(torch.split(part, step) for part in (self.codes, self.scales, self.zeros, weight)),
             strict=True,
         )
         return all(torch.equal(self._values(values, *piece), rows) for *piece, rows in pieces)
@@ -77,7 +78,9 @@ class PackedWeight:
         self._planes = parts[0].planes
         # The kernel's own order, the same for pieces; the number is of no meaning on a CPU.
         pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-        self._codes = torch.cat([pack(piece.int(), 2) for piece in codes.split(_ROWS_PACKED)])
+        self._codes = torch.cat(
+            [pack(piece.int(), 2) for piece in torch.split(codes, _ROWS_PACKED)]
+        )
         both = torch.stack([scales, zeros], dim=-1).transpose(0, 1)
         self._scales = both.to(torch.bfloat16).contiguous()  # (blocks of a row, out, 2)
 
@@ -108,19 +111,20 @@ class PackedWeight:
         return product.view(*states.shape[:-1], -1)
 
 
-def rows_that_pay(
-    packed: Sequence[PackedWeight], weights: Sequence[Tensor], linear: Linear
-) -> int:
+def rows_that_pay(packed: Sequence[PackedWeight], weights: Sequence[Tensor], linear: Linear) -> int:
     """Return up to how many rows `packed` products are faster than those with `weights`; or 0."""
     most = 0
     packed, weights = packed[:_MAX_WEIGHTS], weights[:_MAX_WEIGHTS]
     for rows in ROWS:
         states = weights[0].new_ones(rows, weights[0].shape[1])
-        dense, few = [], []
-        for _ in range(_TRIALS):  # in turns: what disturbs one disturbs the other
-            dense.append(_seconds(lambda: [linear(states, weight, None) for weight in weights]))
-            few.append(_seconds(lambda: [product(states, None) for product in packed]))
-        if min(few) > _MARGIN * min(dense):
+        ways = (
+            partial(_all, [partial(linear, states, weight, None) for weight in weights]),
+            partial(_all, [partial(product, states, None) for product in packed]),
+        )
+        # In turns: what disturbs one disturbs the other.
+        times = [[_seconds(way) for way in ways] for _ in range(_TRIALS)]
+        dense, few = (min(column) for column in zip(*times, strict=True))
+        if few > _MARGIN * dense:
             break
         most = rows
     return most
@@ -133,6 +137,11 @@ def can_pack(weight: Tensor) -> bool:
         and weight.dtype == torch.bfloat16
         and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
     )
+
+
+def _all(works: Sequence[Callable[[], object]]) -> None:
+    for work in works:
+        work()
 
 
 def _seconds(work: Callable[[], object]) -> float:
