@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from langchain_cope.engine.adapter import low_rank_dtype
 from langchain_cope.engine.answer import ActiveRequest, NextToken
+from langchain_cope.engine.base.kept_order import matmul_order
 from langchain_cope.engine.decoding.speculation import MAX_DRAFT, PromptLookup, Speculation
 from langchain_cope.engine.device import free_bytes
 from langchain_cope.engine.forward.choose import choose_forward
 from langchain_cope.engine.forward.kv_cache import KeyValues, layer_shapes
 from langchain_cope.engine.forward.lora_rows import LoraRows
-from langchain_cope.engine.forward.packed_weights import BlocksOf
+from langchain_cope.engine.forward.packed_weights import BlockSource
 from langchain_cope.engine.next_token import TokenChoice, choose
 from langchain_cope.engine.options import EngineOptions
 from langchain_cope.engine.prefix_cache import PrefixCache
@@ -36,7 +37,7 @@ class Batch:
         model: PreTrainedModel,
         context: int,
         options: EngineOptions,
-        blocks_of: BlocksOf | None = None,
+        block_source: BlockSource | None = None,
     ) -> None:
         """Raises ModelError, with the model's class, for an architecture that cannot be served."""
         self._context = context
@@ -44,7 +45,8 @@ class Batch:
         """Bytes for keys and values of all rows."""
         with torch.inference_mode():
             self._shapes = layer_shapes(model)
-            self.forward = choose_forward(model, self._shapes, blocks_of)
+            order = matmul_order(model)
+            self.forward = choose_forward(model, self._shapes, order, block_source)
         self._like = torch.empty(0, dtype=model.dtype, device=model.device)
         self._decode_rows, self._prefill_rows = self.new_rows(), self.new_rows()
         self._speculation = Speculation() if options.speculation else None
@@ -98,7 +100,7 @@ class Batch:
         self._make_room()
         for row in rows:
             index = self._prefill_rows.add(row)
-            if blocks := self.prefixes.find(row):
+            if not active.request.offline and (blocks := self.prefixes.find(row)):
                 self._prefill_rows.kv.fill(index, blocks)
                 row.length = sum(block[0][0].shape[1] for block in blocks)
                 self.num_reused += row.length
@@ -182,7 +184,7 @@ class Batch:
         for active in requests:
             if self._speculation is not None and active.lookup is not None:
                 self._speculation.update_hit_rate(active.lookup)
-            keep = active.finished and active.is_number and active.request.keep_for_reuse
+            keep = active.finished and active.is_number and not active.request.offline
             for row in active.rows:
                 for rows in (self._decode_rows, self._prefill_rows):
                     if row in rows:  # in neither, where there was no memory to admit it
@@ -251,7 +253,7 @@ class Batch:
             self._prefill_rows.release()
 
     def _look_up(self, active: ActiveRequest) -> None:
-        if self._speculation is not None:
+        if self._speculation is not None and not active.request.offline:
             recent = active.adapter.recent if active.adapter is not None else ()
             tokens = [*recent, *active.tokens[-LOOKUP_PROMPT:]]
             active.lookup = PromptLookup(tokens, self._speculation.usual_hit_rate)

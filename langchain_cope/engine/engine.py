@@ -85,8 +85,8 @@ class Engine:
         """Raises ModelError, with the model's class, for an architecture that cannot be served."""
         self.base = base
         self.options = options or EngineOptions()
-        blocks = base.blocks() if self.options.packed_weights else None
-        self._batch = Batch(base.skeleton(), base.context, self.options, blocks)
+        source = base.block_source() if self.options.packed_weights else None
+        self._batch = Batch(base.skeleton(), base.context, self.options, source)
         self._slots = AdapterSlots(self.options.adapter_slots, self._read_adapter, self._notify)
         self._wake = threading.Condition()
         """Held while the waiting line or the calls change; notified where there is work."""
@@ -132,7 +132,11 @@ class Engine:
 
     @classmethod
     def running(cls) -> list["Engine"]:
-        """Return the engines of this process that are not closed."""
+        """Return the engines of this process that are not closed.
+
+        Raises EngineClosed in a process that was forked from one with a base.
+        """
+        forks.check()
         with _engines_lock:
             return [engine for engine in _engines.values() if not engine._closed]
 

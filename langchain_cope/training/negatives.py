@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from langchain_cope.engine import Adapter, Base, Completion, Engine, Request, Sampling
-from langchain_cope.training.encode import Encoded, common_prefix, encode, encode_candidate
+from langchain_cope.training.encode import (
+    Encoded,
+    common_prefix,
+    encode,
+    encode_candidate,
+    parts_of_reply,
+)
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 
@@ -93,10 +99,10 @@ def mine_negatives(
 ) -> tuple[list[Pair], list[str]]:
     """Return a pair for every item with a usable candidate, in order, and notes.
 
-    Candidates are sampled from the base and scored against the adapter `sft`. Empty ones and copies
-    of the user's own text are dropped; one cut at the limit is scored, and trained on, without the
-    end of the turn. `recipe.max_new_tokens` must be set. Raises `Cancelled` within one forward of
-    the model after `monitor` asks for a stop.
+    Candidates are sampled from the base, without what it thinks before it answers, and scored
+    against the adapter `sft`. Empty ones and copies of the user's own text are dropped; one cut at
+    the limit is scored, and trained on, without the end of the turn. `recipe.max_new_tokens` must
+    be set. Raises `Cancelled` within one forward of the model after `monitor` asks for a stop.
     """
     pairs: list[Pair] = []
     num_usable = 0
@@ -156,7 +162,8 @@ def _request(engine: Engine, example: Encoded, recipe: Recipe, draw: int) -> Req
         seed=int.from_bytes(digest[:7], "big"),
     )
     prompt = engine.base.prompt_ids(example.item.messages)
-    return Request(prompt=prompt, sampling=sampling, keep_for_reuse=False)
+    parts = parts_of_reply(engine.base, prompt)
+    return Request(prompt=prompt, sampling=sampling, parts=parts, offline=True)
 
 
 def _is_usable(answer: Completion, example: Encoded) -> bool:

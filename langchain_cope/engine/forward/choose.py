@@ -17,7 +17,7 @@ from langchain_cope.engine.forward.kv_cache import KeyValues, LayerShape
 from langchain_cope.engine.forward.llama import LlamaForward
 from langchain_cope.engine.forward.lora_rows import LoraRows
 from langchain_cope.engine.forward.matmul_order import MatmulOrder
-from langchain_cope.engine.forward.packed_weights import BlocksOf
+from langchain_cope.engine.forward.packed_weights import BlockSource
 from langchain_cope.engine.forward.plain import PlainForward
 from langchain_cope.errors import ModelError
 
@@ -28,14 +28,18 @@ Shapes = Sequence[LayerShape | None]
 
 
 def choose_forward(
-    model: PreTrainedModel, shapes: Shapes, blocks_of: BlocksOf | None = None
+    model: PreTrainedModel,
+    shapes: Shapes,
+    order: MatmulOrder,
+    block_source: BlockSource | None = None,
 ) -> Forward:
     """Return the fastest forward that gives what `model` itself gives.
 
     Args:
         model: the model, in inference mode.
         shapes: what its layers keep of a position.
-        blocks_of: gives the blocks of its parameters, where a file has some.
+        order: of its products.
+        block_source: gives the blocks of its parameters, where a file has some.
 
     Raises:
         ModelError: none does, with the model's class.
@@ -43,14 +47,13 @@ def choose_forward(
     prompts = _check_prompts(model)
     logits = [model(input_ids=prompt.unsqueeze(0), use_cache=False).logits for prompt in prompts]
     expected = torch.stack([each[0, -1].float() for each in logits])
-    order = MatmulOrder.measured(model)
     name = type(model).__name__
     try:
         if llama := LlamaForward.of(model, order):
             difference = _difference(llama, model, shapes, prompts, expected)
             if difference <= _tolerance(model.dtype) / 2:
-                if blocks_of is not None:
-                    _pack(llama, blocks_of, model, shapes, prompts, expected)
+                if block_source is not None:
+                    _pack(llama, block_source, model, shapes, prompts, expected)
                 return llama
             _log.debug("%s is not served by LlamaForward: it differs by %.3g", name, difference)
     except Exception:  # it has the parts, but in other sizes, say
@@ -72,14 +75,14 @@ def choose_forward(
 
 def _pack(
     llama: LlamaForward,
-    blocks_of: BlocksOf,
+    source: BlockSource,
     model: PreTrainedModel,
     shapes: Shapes,
     prompts: Sequence[Tensor],
     expected: Tensor,
 ) -> None:
     """Let `llama` compute few rows with packed blocks, if it then gives the same."""
-    llama.pack(blocks_of)
+    llama.pack(source)
     rows = llama.packed_rows
     llama.packed_rows = tuple(_ANY if most else 0 for most in rows)  # the prompts have more
     difference = _difference(llama, model, shapes, prompts, expected)

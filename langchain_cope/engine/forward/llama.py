@@ -20,7 +20,7 @@ from langchain_cope.engine.forward.fused_weights import GROUPS
 from langchain_cope.engine.forward.inputs import Inputs
 from langchain_cope.engine.forward.lora_rows import LoraRows, Site
 from langchain_cope.engine.forward.matmul_order import MatmulOrder
-from langchain_cope.engine.forward.packed_weights import BlocksOf
+from langchain_cope.engine.forward.packed_weights import BlockSource
 from langchain_cope.engine.forward.products import Product, pack, set_packed_rows
 
 _MODEL = {"model", "lm_head"}
@@ -110,10 +110,10 @@ class LlamaForward:
         head = Product.of("", model, ("lm_head",))
         return cls(model, layers, head, order) if layers and head else None
 
-    def pack(self, blocks_of: BlocksOf) -> None:
+    def pack(self, source: BlockSource) -> None:
         """Compute forwards of few rows with packed blocks, where there are some and it pays."""
         for products in self._alike:
-            pack(products, blocks_of, self._order)
+            pack(products, source, self._order)
 
     @property
     def packed_rows(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,8 +63,18 @@ class Blocks:
         return planes[:, 0].to(torch.bfloat16)
 
 
-BlocksOf = Callable[[Tensor], Blocks | None]
-"""From a parameter of the model to its blocks, or None where it has none, or other values."""
+class BlockSource(Protocol):
+    """What gives the blocks of a model's parameters."""
+
+    def blocks(self, parameter: Tensor, /) -> Blocks | None:
+        """Return the blocks of a parameter, or None where it has none, or other values."""
+        ...
+
+    def most_rows(
+        self, packed: "Sequence[PackedWeight]", weights: Sequence[Tensor], linear: Linear, /
+    ) -> int:
+        """Return what `rows_that_pay` does, or did on this machine."""
+        ...
 
 
 class PackedWeight:
@@ -75,7 +86,7 @@ class PackedWeight:
         scales, zeros = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("scales", "zeros")
         )
-        self._planes = parts[0].planes
+        self.planes = parts[0].planes
         # The kernel's own order, the same for pieces; the number is of no meaning on a CPU.
         pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
         self._codes = torch.cat(
@@ -85,7 +96,7 @@ class PackedWeight:
         self._scales = both.to(torch.bfloat16).contiguous()  # (blocks of a row, out, 2)
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor], blocks_of: BlocksOf) -> "PackedWeight | None":
+    def of(cls, weights: Sequence[Tensor], source: BlockSource) -> "PackedWeight | None":
         """Return the packed product with `weights` side by side, or None where one has no blocks.
 
         Small ones have none: they differ little.
@@ -93,7 +104,7 @@ class PackedWeight:
         num_outputs = sum(len(weight) for weight in weights)
         if num_outputs % _OUTPUTS or num_outputs * weights[0].shape[1] < LARGE:
             return None
-        parts = [blocks for weight in weights if (blocks := blocks_of(weight)) is not None]
+        parts = [blocks for weight in weights if (blocks := source.blocks(weight)) is not None]
         if len(parts) < len(weights) or len({blocks.planes for blocks in parts}) > 1:
             return None
         return cls(parts)
@@ -101,8 +112,8 @@ class PackedWeight:
     def __call__(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product: from `(…, in)` in bfloat16 to `(…, out)`."""
         flat = states.reshape(-1, states.shape[-1])
-        if self._planes > 1:
-            flat = flat.repeat(1, self._planes)
+        if self.planes > 1:
+            flat = flat.repeat(1, self.planes)
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             flat, self._codes, BLOCK, self._scales
         )

@@ -9,10 +9,9 @@ from langchain_cope.engine.forward.fused_weights import fused
 from langchain_cope.engine.forward.lora_rows import Site
 from langchain_cope.engine.forward.matmul_order import MatmulOrder
 from langchain_cope.engine.forward.packed_weights import (
-    BlocksOf,
+    BlockSource,
     PackedWeight,
     can_pack,
-    rows_that_pay,
 )
 
 
@@ -49,18 +48,18 @@ class Product:
         return order(states, self.weight, self.bias)
 
 
-def pack(products: Sequence[Product], blocks_of: BlocksOf, order: MatmulOrder) -> None:
+def pack(products: Sequence[Product], source: BlockSource, order: MatmulOrder) -> None:
     """Give the products packed ones, for as many rows as these are measured to be faster."""
     for product in products:
         if can_pack(product.weight):
-            product.packed = PackedWeight.of(product.parameters, blocks_of)
+            product.packed = PackedWeight.of(product.parameters, source)
     shapes = [product.weight.shape for product in products if product.packed is not None]
     if shapes:
         usual = max(set(shapes), key=lambda shape: (shapes.count(shape), shape.numel()))
         timed = [each for each in products if each.packed and each.weight.shape == usual]
         set_packed_rows(
             products,
-            rows_that_pay(
+            source.most_rows(
                 [product.packed for product in timed if product.packed],
                 [product.weight for product in timed],
                 order,

@@ -17,7 +17,8 @@ from langchain_cope.engine import (
     Sampling,
     load_base,
 )
-from langchain_cope.engine.forward import packed_weights, products
+from langchain_cope.engine.base.gguf import blocks
+from langchain_cope.engine.forward import packed_weights
 from langchain_cope.engine.forward.packed_weights import PackedWeight
 
 Tiny = Callable[..., Path]
@@ -32,7 +33,7 @@ def _small_weights_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """Pack what is small, too, and use it up to `FEW` rows, whatever this machine is fast at."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(packed_weights, "LARGE", 0)
-    monkeypatch.setattr(products, "rows_that_pay", lambda *_: FEW)
+    monkeypatch.setattr(blocks, "rows_that_pay", lambda *_: FEW)
 
 
 @pytest.fixture
@@ -100,11 +101,11 @@ def test_packed_products_are_those_of_the_files_values(
     """Queries and keys lie in another order in the file (`gguf_files.permute`)."""
     written = write_gguf(tmp_path / "model.gguf", tiny("llama", **SIZES), kind)
     base = loaded(written)
-    blocks_of = base.blocks()
-    assert blocks_of is not None
+    source = base.block_source()
+    assert source is not None
     paths = [f"model.layers.1.{name}.weight" for name in names]
     weights = [base.model.get_parameter(path) for path in paths]
-    product = PackedWeight.of(weights, blocks_of)
+    product = PackedWeight.of(weights, source)
     assert product is not None
     held = torch.cat([written.source.get_parameter(path) for path in paths]).double()
     generator = torch.Generator().manual_seed(0)

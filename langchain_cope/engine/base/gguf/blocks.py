@@ -4,8 +4,9 @@ Read where an engine starts, and kept nowhere else: the file has them already. A
 values (a task adapter was merged into it, say) is left alone.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,26 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from langchain_cope.engine.base.gguf_cache import GgufFile
-from langchain_cope.engine.base.gguf_header import PackedTensor
-from langchain_cope.engine.base.gguf_tensors import Unpacking
-from langchain_cope.engine.forward.packed_weights import BLOCK, Blocks
+from langchain_cope.engine.base.cpu_dtype import cpu_features
+from langchain_cope.engine.base.gguf.cache import GgufFile
+from langchain_cope.engine.base.gguf.header import PackedTensor
+from langchain_cope.engine.base.gguf.tensors import Unpacking
+from langchain_cope.engine.base.user_cache import read_entry, write_entry
+from langchain_cope.engine.forward.matmul_order import Linear
+from langchain_cope.engine.forward.packed_weights import (
+    BLOCK,
+    ROWS,
+    Blocks,
+    PackedWeight,
+    rows_that_pay,
+)
 from langchain_cope.errors import ModelError
 
 _log = logging.getLogger(__name__)
 
 
 class FileBlocks:
-    """See `BlocksOf`: the blocks of the parameters of `model`, which was unpacked from `file`."""
+    """See `BlockSource`: those of a model that was unpacked from a GGUF file."""
 
     def __init__(self, file: GgufFile, model: PreTrainedModel) -> None:
         self._path = file.path
@@ -35,7 +45,7 @@ class FileBlocks:
         except ModelError:  # the file has gone since
             _log.debug("no blocks of %s", file.path, exc_info=True)
 
-    def __call__(self, parameter: Tensor) -> Blocks | None:
+    def blocks(self, parameter: Tensor) -> Blocks | None:
         """Return the blocks of a parameter of the model, or None where it has no such values."""
         name = self._names.get(id(parameter), "")
         if self._unpacking is None or name not in self._unpacking.weights:
@@ -53,6 +63,24 @@ class FileBlocks:
             _log.debug("no blocks of %s in %s", name, self._path, exc_info=True)
             return None
         return blocks if blocks.equal(parameter) else None
+
+    def most_rows(
+        self, packed: Sequence[PackedWeight], weights: Sequence[Tensor], linear: Linear
+    ) -> int:
+        """Return up to how many rows packed products are the faster ones.
+
+        Measured once a machine and kept, so that every process on it gives the same answers.
+        """
+        facts = (cpu_features(), torch.__version__, torch.get_num_threads())
+        kind = f"{facts} {len(weights) > 1} {packed[0].planes} {tuple(weights[0].shape)}"
+        entry = Path("packed") / hashlib.sha256(kind.encode()).hexdigest()
+        kept = read_entry(entry)
+        known = {str(rows): rows for rows in (0, *ROWS)}
+        if kept in known:
+            return known[kept]
+        most = rows_that_pay(packed, weights, linear)
+        write_entry(entry, str(most))
+        return most
 
 
 def _raw(path: Path, tensor: PackedTensor, order: Tensor) -> Tensor:
