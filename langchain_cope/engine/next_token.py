@@ -31,7 +31,7 @@ class TokenChoice:
 
 def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     """Return the next token of every choice; `logits` is `(N, V)`."""
-    personal = _allowed(logits[[choice.personal for choice in choices]], choices)
+    personal = _allowed(_rows(logits, [choice.personal for choice in choices]), choices)
     scores = _scores(logits, personal, choices)
     samplings = [choice.active.request.sampling for choice in choices]
     seen = [
@@ -40,7 +40,7 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     ]
     steps = [len(choice.active.answer_ids) + len(choice.drafted) for choice in choices]
     tokens = choose_tokens(scores, samplings, seen, steps)
-    differs = scores.argmax(-1) != personal.argmax(-1)
+    differs = _differs(scores, personal, tokens, choices)
     # One entry that is no number makes all scores of its row NaN.
     unusable = scores.gather(1, tokens.unsqueeze(1)).squeeze(1).isnan()
     # The step's one wait for the device.
@@ -57,6 +57,28 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     ]
 
 
+def _rows(logits: Tensor, indices: Sequence[int]) -> Tensor:
+    """Return those rows of `logits`; neighbours are no copy."""
+    first = indices[0]
+    if list(indices) == list(range(first, first + len(indices))):
+        return logits[first : first + len(indices)]
+    return logits[indices]
+
+
+def _differs(
+    scores: Tensor, personal: Tensor, tokens: Tensor, choices: Sequence[TokenChoice]
+) -> Tensor:
+    """Return `(choices,)`: whether the contrast's likeliest token is not the personal model's."""
+    requests = [choice.active.request for choice in choices]
+    if not any(request.contrastive for request in requests):
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    plain = all(
+        r.sampling.temperature == 0 and r.sampling.repetition_penalty == 1 for r in requests
+    )
+    likeliest = tokens if plain else scores.argmax(-1)
+    return likeliest != personal.argmax(-1)
+
+
 def _allowed(personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
     """Return `personal` `(choices, V)` with −inf where a request's grammar forbids a token."""
     indices, masks = [], []
@@ -66,6 +88,7 @@ def _allowed(personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
             masks.append(choice.active.constraint.mask(choice.drafted))
     if indices:
         forbidden = ~torch.stack(masks).to(personal.device)
+        personal = personal.clone()  # it may be part of the logits, which others read
         personal[indices] = personal[indices].masked_fill(forbidden, -torch.inf)
     return personal
 
@@ -80,7 +103,7 @@ def _scores(logits: Tensor, personal: Tensor, choices: Sequence[TokenChoice]) ->
     contrasts = [choices[index].active.request.contrast for index in contrasted]
     alpha = torch.tensor([[each.alpha] for each in contrasts], device=logits.device)
     tau = torch.tensor([[each.tau] for each in contrasts], device=logits.device)
-    base = logits[[choices[index].base for index in contrasted]]
+    base = _rows(logits, [choices[index].base for index in contrasted])
     if len(contrasted) == len(choices):
         return contrast(personal, base, alpha, tau)
     scores = torch.log_softmax(personal.float(), dim=-1)
