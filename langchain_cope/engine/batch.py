@@ -20,7 +20,7 @@ from langchain_cope.engine.forward.kv_cache import KeyValues, layer_shapes
 from langchain_cope.engine.forward.lora_rows import LoraRows
 from langchain_cope.engine.next_token import TokenChoice, choose
 from langchain_cope.engine.options import EngineOptions
-from langchain_cope.engine.prefix_cache import PrefixCache
+from langchain_cope.engine.prefix_cache import BLOCK, PrefixCache, num_shared
 from langchain_cope.engine.rows import Row, Rows
 
 MIN_COLUMNS = 16  # tokens of a prompt that are read at a time, at least
@@ -42,6 +42,7 @@ class Batch:
         self._decode_rows, self._prefill_rows = self.new_rows(), self.new_rows()
         self._speculation = Speculation() if options.speculation else None
         self.prefixes = PrefixCache(options.prefix_cache, self.bytes_per_position)
+        self._shares = options.prefix_cache > 0
         self.decoding: list[ActiveRequest] = []
         """Requests that have their first token."""
         self.prefilling: list[ActiveRequest] = []
@@ -81,20 +82,41 @@ class Batch:
         num_rows = sum(active.request.num_rows for active in requests)
         return num_rows * (answer + prompt) * self.bytes_per_position
 
+    def is_being_read(self, active: ActiveRequest) -> bool:
+        """Tell whether to wait: the prompt's beginning, or all of it, is being read for another.
+
+        Once it is read, `admit` copies it. That it is worth the wait holds for each of its rows.
+        """
+        if not self._shares or not self.prefilling:
+            return False
+        for row in _new_rows(active):
+            at_hand = max(BLOCK * len(self.prefixes.find(row)), self._longest_copy(row)[0])
+            to_come = max(
+                num_shared(row.tokens, other.tokens, len(row.tokens) - 1)
+                for other in self._prefill_rows.of_owner(row.owner)
+            )
+            if to_come - at_hand < BLOCK:
+                return False
+        return True
+
     def admit(self, active: ActiveRequest) -> None:
-        """Take a request in: its rows are there, its prompt is to be read."""
-        rows = [Row(active.tokens, active.adapter)]
-        if active.request.two_rows:
-            rows.append(Row(active.tokens, None))
+        """Take a request in: its rows are there, its prompt is to be read.
+
+        What another row or the prefix cache holds of it is copied.
+        """
         self.prefilling.append(active)
-        active.rows = tuple(rows)
+        active.rows = _new_rows(active)
         self._make_room()
-        for row in rows:
+        for row in active.rows:
+            length, other, source = self._longest_copy(row)
             index = self._prefill_rows.add(row)
-            if blocks := self.prefixes.find(row):
+            blocks = self.prefixes.find(row)
+            if other is not None and source is not None and length >= BLOCK * len(blocks):
+                self._prefill_rows.copy_beginning(row, other, source, length)
+            elif blocks:
                 self._prefill_rows.kv.fill(index, blocks)
-                row.length = sum(block[0][0].shape[1] for block in blocks)
-                self.num_reused += row.length
+                row.length = BLOCK * len(blocks)
+            self.num_reused += row.length
 
     def prefill(self, max_tokens: int) -> int:
         """Read the next piece of every prompt in one forward of about `max_tokens` at most.
@@ -219,6 +241,21 @@ class Batch:
         for kv, rows, positions in sorted(sizes, key=lambda size: size[0].bytes_for(*size[1:])):
             kv.reserve(rows, positions, exactly=exactly)
 
+    def _longest_copy(self, row: Row) -> tuple[int, Row | None, Rows | None]:
+        """Return how much of a new row's prompt may be copied, and from which row of which rows.
+
+        At least one token is left to compute.
+        """
+        best: tuple[int, Row | None, Rows | None] = (0, None, None)
+        if self._shares:
+            for rows in (self._decode_rows, self._prefill_rows):
+                for other in rows.of_owner(row.owner):
+                    most = min(other.length, len(row.tokens) - 1)
+                    if most > best[0]:
+                        length = num_shared(row.tokens, other.tokens, most)
+                        best = max(best, (length, other, rows), key=lambda copy: copy[0])
+        return best
+
     def _start_answers(self, ready: list[ActiveRequest]) -> None:
         """Choose first tokens where prompts are read; the rows move over to the answers'."""
         if not ready:
@@ -279,6 +316,12 @@ class Batch:
         self.num_tokens += num_taken
         self.num_drafted += len(draft)
         self.num_accepted += num_taken - 1
+
+
+def _new_rows(active: ActiveRequest) -> tuple[Row, ...]:
+    """Return the rows of a request: the personal one, then the base's where it has two."""
+    personal = Row(active.tokens, active.adapter)
+    return (personal, Row(active.tokens, None)) if active.request.two_rows else (personal,)
 
 
 def _kv_bytes(memory: int | float, device: torch.device) -> int:

@@ -65,7 +65,7 @@ class Statistics:
     accepted: int
     """Those of them that came true."""
     prefix_tokens_reused: int
-    """Tokens of prompts, a row each, that the prefix cache held."""
+    """Tokens of prompts, a row each, that were copied: from the prefix cache or another row."""
     adapters_loaded: int
     """Adapters that were loaded into a slot."""
     adapters_evicted: int

@@ -4,7 +4,7 @@ The index of a row among them is its index in the cache. A row that joins or lea
 three others, whatever the number of rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class Row:
         """Tokens that are not in the cache yet."""
         return len(self.tokens) - self.length
 
+    @property
+    def owner(self) -> Hashable:
+        """Whose keys and values these are: only rows of the same owner may share them."""
+        return None if self.adapter is None else self.adapter.owner
+
 
 class Rows:
     """Rows that share a cache and go through the model together."""
@@ -53,6 +58,10 @@ class Rows:
         """Return the rows in the order in which they lie in the cache."""
         return self._personal + self._base
 
+    def of_owner(self, owner: Hashable) -> list[Row]:
+        """Return the rows of one owner, which may share their beginnings."""
+        return [row for row in (self._personal if owner else self._base) if row.owner == owner]
+
     def add(self, row: Row, source: "Rows | None" = None) -> int:
         """Take `row` in and return its index.
 
@@ -72,6 +81,12 @@ class Rows:
         else:
             self.kv.copy_row(source.kv, source.all().index(row), index, row.length)
         return index
+
+    def copy_beginning(self, row: Row, other: Row, source: "Rows", length: int) -> None:
+        """Copy the first `length` positions of `other`, one of the rows of `source`, to `row`."""
+        index, source_index = self.all().index(row), source.all().index(other)
+        self.kv.copy_row(source.kv, source_index, index, length)
+        row.length = length
 
     def remove(self, row: Row) -> None:
         """Take `row` out; the last row of its kind closes the gap."""
