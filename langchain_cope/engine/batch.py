@@ -91,10 +91,9 @@ class Batch:
             return False
         for row in _new_rows(active):
             at_hand = max(BLOCK * len(self.prefixes.find(row)), self._longest_copy(row)[0])
-            to_come = max(
-                num_shared(row.tokens, other.tokens, len(row.tokens) - 1)
-                for other in self._prefill_rows.of_owner(row.owner)
-            )
+            others = self._prefill_rows.of_owner(row.owner)
+            most = len(row.tokens) - 1
+            to_come = max((num_shared(row.tokens, each.tokens, most) for each in others), default=0)
             if to_come - at_hand < BLOCK:
                 return False
         return True

@@ -60,7 +60,8 @@ class Rows:
 
     def of_owner(self, owner: Hashable) -> list[Row]:
         """Return the rows of one owner, which may share their beginnings."""
-        return [row for row in (self._personal if owner else self._base) if row.owner == owner]
+        rows = self._base if owner is None else self._personal
+        return [row for row in rows if row.owner == owner]
 
     def add(self, row: Row, source: "Rows | None" = None) -> int:
         """Take `row` in and return its index.
