@@ -293,7 +293,8 @@ class Batch:
         hit_rates = []
         for active in self.decoding:
             room = min(MAX_DRAFT, active.limit - len(active.tokens) - 1)
-            draft = active.lookup.propose(room) if active.lookup and room > 0 else []
+            may_guess = active.lookup is not None and active.forced is None and room > 0
+            draft = active.lookup.propose(room) if active.lookup and may_guess else []
             if active.constraint is not None:
                 draft = active.constraint.possible(draft)
             proposals[active] = draft
@@ -308,7 +309,9 @@ class Batch:
         for index, token in enumerate(chosen):
             num_taken += 1
             active.push(token)
-            if active.finished or index == len(draft) or token.token != draft[index]:
+            if active.finished or active.forced is not None:
+                break
+            if index == len(draft) or token.token != draft[index]:
                 break
         for row in active.rows:
             row.length += num_taken

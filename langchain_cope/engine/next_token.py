@@ -40,6 +40,10 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     ]
     steps = [len(choice.active.answer_ids) + len(choice.drafted) for choice in choices]
     tokens = choose_tokens(scores, samplings, seen, steps)
+    forced = [index for index, choice in enumerate(choices) if choice.active.forced is not None]
+    if forced:
+        given = [choices[index].active.forced for index in forced]
+        tokens[forced] = torch.tensor(given, device=tokens.device)
     # One entry that is no number makes all scores of its row NaN.
     unusable = scores.gather(1, tokens.unsqueeze(1)).squeeze(1).isnan()
     flags = torch.stack([_differs(scores, personal, choices), unusable]).to(tokens.dtype)

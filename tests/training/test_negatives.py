@@ -31,11 +31,12 @@ class Overheard:
         self.engine, self.base = engine, engine.base
         self.requests, self.answers = [], []
 
-    def generate(self, requests, should_stop):
-        answers = self.engine.generate(requests, should_stop)
+    def generate_each(self, requests, should_stop):
+        requests = list(requests)
         self.requests += requests
-        self.answers += answers
-        return answers
+        for answer in self.engine.generate_each(requests, should_stop):
+            self.answers.append(answer)
+            yield answer
 
     def score(self, *arguments):
         return self.engine.score(*arguments)
@@ -48,11 +49,10 @@ class Scripted(Overheard):
         super().__init__(engine)
         self.script = iter(answers)
 
-    def generate(self, requests, should_stop):
-        return [
-            Completion(text, (1,), reason, 0.0)
-            for text, reason in [next(self.script) for _ in requests]
-        ]
+    def generate_each(self, requests, should_stop):
+        for _ in requests:
+            text, reason = next(self.script)
+            yield Completion(text, (1,), reason, 0.0)
 
 
 def mean_log_ratio(base, folder, prompt, completion):
