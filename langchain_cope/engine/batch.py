@@ -101,21 +101,27 @@ class Batch:
     def admit(self, active: ActiveRequest) -> None:
         """Take a request in: its rows are there, its prompt is to be read.
 
-        What another row or the prefix cache holds of it is copied.
+        What another row or the prefix cache holds of it is copied. Where that is all but the last
+        token, the next decoding step reads that one and gives the first of the answer.
         """
-        self.prefilling.append(active)
         active.rows = _new_rows(active)
+        copies = [self._longest_copy(row) for row in active.rows]
+        whole = len(active.tokens) - 1
+        is_read = whole > 0 and all(length == whole for length, _, _ in copies)
+        (self.decoding if is_read else self.prefilling).append(active)
+        rows = self._decode_rows if is_read else self._prefill_rows
         self._make_room()
-        for row in active.rows:
-            length, other, source = self._longest_copy(row)
-            index = self._prefill_rows.add(row)
+        for row, (length, other, source) in zip(active.rows, copies, strict=True):
+            index = rows.add(row)
             blocks = self.prefixes.find(row)
             if other is not None and source is not None and length >= BLOCK * len(blocks):
-                self._prefill_rows.copy_beginning(row, other, source, length)
+                rows.copy_beginning(row, other, source, length)
             elif blocks:
-                self._prefill_rows.kv.fill(index, blocks)
+                rows.kv.fill(index, blocks)
                 row.length = BLOCK * len(blocks)
             self.num_reused += row.length
+        if is_read:
+            self._look_up(active)
 
     def prefill(self, max_tokens: int) -> int:
         """Read the next piece of every prompt in one forward of about `max_tokens` at most.
