@@ -112,13 +112,12 @@ class Batch:
         rows = self._decode_rows if is_read else self._prefill_rows
         self._make_room()
         for row, (length, other, source) in zip(active.rows, copies, strict=True):
-            index = rows.add(row)
             blocks = self.prefixes.find(row)
-            if other is not None and source is not None and length >= BLOCK * len(blocks):
-                rows.copy_beginning(row, other, source, length)
-            elif blocks:
-                rows.kv.fill(index, blocks)
-                row.length = BLOCK * len(blocks)
+            row.length = max(length, BLOCK * len(blocks))
+            if row.length == length:
+                rows.add(row, source, other)
+            else:
+                rows.kv.fill(rows.add(row), blocks)
             self.num_reused += row.length
         if is_read:
             self._look_up(active)

@@ -63,10 +63,11 @@ class Rows:
         rows = self._base if owner is None else self._personal
         return [row for row in rows if row.owner == owner]
 
-    def add(self, row: Row, source: "Rows | None" = None) -> int:
+    def add(self, row: Row, source: "Rows | None" = None, other: Row | None = None) -> int:
         """Take `row` in and return its index.
 
-        Its keys and values are copied from `source`, where one is given.
+        Where `source` is given, its keys and values are copied from there: its own, or those of
+        `other`, which begins with the same `row.length` tokens.
         """
         index = len(self)
         if row.adapter is None:
@@ -80,14 +81,8 @@ class Rows:
         if source is None:
             self.kv.zero_row(index)
         else:
-            self.kv.copy_row(source.kv, source.all().index(row), index, row.length)
+            self.kv.copy_row(source.kv, source.all().index(other or row), index, row.length)
         return index
-
-    def copy_beginning(self, row: Row, other: Row, source: "Rows", length: int) -> None:
-        """Copy the first `length` positions of `other`, one of the rows of `source`, to `row`."""
-        index, source_index = self.all().index(row), source.all().index(other)
-        self.kv.copy_row(source.kv, source_index, index, length)
-        row.length = length
 
     def remove(self, row: Row) -> None:
         """Take `row` out; the last row of its kind closes the gap."""

@@ -71,9 +71,11 @@ def log_probs(
     targets: list[int] = []
     for index, (prompt, completion) in enumerate(sequences):
         row = Row([*prompt, *completion], adapter)
-        rows.add(row)
         if shared := prompts.get(tuple(prompt)):
-            rows.copy_beginning(row, shared, prompt_rows, shared.length)
+            row.length = shared.length
+            rows.add(row, prompt_rows, shared)
+        else:
+            rows.add(row)
         ids.append(row.tokens[row.length : -1])
         first = len(prompt) - 1 - row.length
         logits_at += [(index, column) for column in range(first, first + len(completion))]

@@ -238,4 +238,6 @@ def test_who_waits_for_a_prompt_keeps_its_deadline_and_place(
             streams[3].completion()
         for stream in (*streams[:3], streams[4]):
             stream.completion()
-    assert list(served.values()) == [200, 200, 200, 5], "the room of those who wait is not given away"
+    assert list(served.values()) == [200, 200, 200, 5], (
+        "the room of those who wait is not given away"
+    )
