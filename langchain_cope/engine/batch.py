@@ -248,9 +248,11 @@ class Batch:
     def _longest_copy(self, row: Row) -> tuple[int, Row | None, Rows | None]:
         """Return how much of a new row's prompt may be copied, and from which row of which rows.
 
-        At least one token is left to compute.
+        At least one token is left to compute. A few tokens are not worth it: to read them costs as
+        much as the padding.
         """
-        best: tuple[int, Row | None, Rows | None] = (0, None, None)
+        nothing: tuple[int, Row | None, Rows | None] = (0, None, None)
+        best = nothing
         if self._shares:
             for rows in (self._decode_rows, self._prefill_rows):
                 for other in rows.of_owner(row.owner):
@@ -258,7 +260,7 @@ class Batch:
                     if most > best[0]:
                         length = num_shared(row.tokens, other.tokens, most)
                         best = max(best, (length, other, rows), key=lambda copy: copy[0])
-        return best
+        return best if best[0] >= MIN_COLUMNS else nothing
 
     def _start_answers(self, ready: list[ActiveRequest]) -> None:
         """Choose first tokens where prompts are read; the rows move over to the answers'."""
