@@ -34,10 +34,10 @@ import torch
 import transformers.modeling_gguf_pytorch_utils
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import langchain_cope.engine.base.gguf_config
-import langchain_cope.engine.base.gguf_tensors  # noqa: F401
+import langchain_cope.engine.base.gguf.config
+import langchain_cope.engine.base.gguf.tensors  # noqa: F401
 from langchain_cope.engine import load_base
-from langchain_cope.engine.base.gguf_source import find_gguf
+from langchain_cope.engine.base.gguf.source import find_gguf
 
 SEED = 0
 

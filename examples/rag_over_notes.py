@@ -7,10 +7,12 @@ in the default store. The notes, in examples/data/notes.txt, are invented.
 
 import sys
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import chromadb
 from chromadb.config import Settings
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig, RunnableLambda
@@ -54,6 +56,15 @@ def closest(question: str, config: RunnableConfig) -> dict[str, str]:
     return {"question": question, "notes": "\n".join(found["documents"][0])}
 
 
+class Progress(BaseCallbackHandler):
+    """Shows how far a training is, on one line."""
+
+    def on_custom_event(self, name: str, data: Any, **_: Any) -> None:
+        """Show one step."""
+        line = f"  {data['stage']}: {data['step']} of {data['total']}"
+        print(f"\r{line:40}", end="", flush=True)
+
+
 prompt = ChatPromptTemplate.from_template("My notes:\n{notes}\n\nQuestion: {question}")
 search = RunnableLambda(closest) | prompt
 chat = ChatCoPe(store=store, max_tokens=40)
@@ -62,7 +73,8 @@ lines = (Path(__file__).parent / "data" / "notes.txt").read_text(encoding="utf-8
 notes.add("kim", [{"text": line} for line in lines])
 if store.active("kim") is None:
     print(f"learning from {len(lines)} notes …", flush=True)
-    print(PersonalizeUser(store=store, history=notes).invoke({"user_id": "kim"}).reason)
+    learner = PersonalizeUser(store=store, history=notes)
+    print("\n" + learner.invoke({"user_id": "kim"}, {"callbacks": [Progress()]}).reason)
 
 question = " ".join(sys.argv[1:]) or "What does the lamp in the hall take?"
 found = search.invoke(question, {"configurable": {"user_id": "kim"}})

@@ -7,12 +7,12 @@ What you write is kept in the folder chatbot-history, your adapter in the defaul
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.chat_history import InMemoryChatMessageHistory
+from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 
 from adapter_store import AdapterNotFoundError, AdapterStoreError
@@ -28,7 +28,23 @@ from langchain_cope.errors import CopeError
 from langchain_cope.stores import open_store
 
 COMMANDS = ("me", "base", "both", "alpha", "good", "fix", "personalize", "undo", "forget", "help")
-TURNS = 4  # of a conversation: it is learnt or held out as a whole, so many short ones teach more
+NOTHING_LEARNT = "Nothing was learnt yet, so both voices are the base's. /personalize learns."
+TURNS = 1  # of a conversation: smollm2 copies its earlier answers; give a larger base more
+
+
+class Talk(BaseChatMessageHistory):
+    """One conversation, in memory."""
+
+    def __init__(self) -> None:
+        self.messages: list[BaseMessage] = []
+
+    def add_messages(self, messages: Sequence[BaseMessage]) -> None:
+        """Add what was said."""
+        self.messages.extend(messages)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.messages.clear()
 
 
 class Chatbot:
@@ -36,7 +52,7 @@ class Chatbot:
 
     def __init__(self, user: str) -> None:
         self.user = user
-        self.model = ChatCoPe(max_tokens=80)
+        self.model = ChatCoPe(max_tokens=60)
         self.store = open_store(None)
         self.history = ChromaHistory("chatbot-history")
         self.voices: tuple[str | None, ...] = (None, user)
@@ -47,7 +63,7 @@ class Chatbot:
         """Begin a new conversation."""
         number = self.history.count(self.user)
         self.talk = RecordedChatHistory(
-            InMemoryChatMessageHistory(), self.history, user_id=self.user, session_id=str(number)
+            Talk(), self.history, user_id=self.user, session_id=str(number)
         )
 
     def say(self, text: str) -> None:
@@ -66,12 +82,14 @@ class Chatbot:
         for chunk in self.model.stream(messages, user_id=voice, alpha=self.contrast):
             answer += chunk.text
             print(chunk.text, end="", flush=True)
-        print()
+        print("" if answer.endswith("\n") else "\n", end="")
         return answer
 
     def me(self, _: str) -> None:
         """Answer as you would."""
         self.voices = (self.user,)
+        if self.store.active(self.user) is None:
+            print(NOTHING_LEARNT)
 
     def base(self, _: str) -> None:
         """Answer as the model does without what it learnt."""
@@ -83,7 +101,11 @@ class Chatbot:
 
     def alpha(self, number: str) -> None:
         """Contrast your model with the base by this much: 0.3, or 0 for not at all."""
-        self.contrast = float(number)
+        with suppress(ValueError):
+            if float(number) >= 0:
+                self.contrast = float(number)
+                return
+        raise ValueError(f"a number of at least 0 is needed, as in /alpha 0.3, not {number!r}")
 
     def good(self, _: str) -> None:
         """Learn the last answer: it is what you would have written."""
@@ -94,6 +116,8 @@ class Chatbot:
     def fix(self, text: str) -> None:
         """Learn this text instead of the last answer, as what you would have written."""
         question, answer = self.last_answer()
+        if not text:
+            raise ValueError("write the text behind /fix")
         edit = {"prompt": question, "answer": answer, "score": 0, "correction": text}
         self.history.add(self.user, [edit])
         print("noted")
@@ -107,6 +131,7 @@ class Chatbot:
 
     def personalize(self, _: str) -> None:
         """Learn from all that was recorded."""
+        print("learning; this takes minutes, and Ctrl-C stops it", flush=True)
         learn = PersonalizeUser(store=self.store, history=self.history)
         result = learn.invoke({"user_id": self.user}, {"callbacks": [Progress()]})
         print(f"\n{'learnt' if result.published else 'kept as it was'}: {result.reason}")
@@ -145,9 +170,14 @@ class Progress(BaseCallbackHandler):
 
 def lines() -> Iterator[str]:
     """Yield what is typed, until Ctrl-D."""
-    with suppress(EOFError):
-        while True:
+    while True:
+        try:
             yield input("> ")
+        except KeyboardInterrupt:
+            print("\nCtrl-D ends")
+        except EOFError:
+            print()
+            return
 
 
 def main(user: str = "me", file: str | None = None) -> None:
@@ -155,15 +185,23 @@ def main(user: str = "me", file: str | None = None) -> None:
     bot = Chatbot(user)
     if file is not None:
         bot.history.add(user, read_history(file, user_id=user).items)
+    print("loading the model …", flush=True)
+    bot.model.load()
     print(f"{bot.history.count(user)} texts of {user} are recorded. /help shows the commands.")
+    if bot.store.active(user) is None:
+        print(NOTHING_LEARNT)
     for line in map(str.strip, lines()):
         command, _, argument = line.partition(" ")
         try:
-            if command.startswith("/"):
-                name = command[1:] if command[1:] in COMMANDS else "help"
-                getattr(bot, name)(argument)
+            if command[1:] in COMMANDS and command[0] == "/":
+                getattr(bot, command[1:])(argument)
+            elif line.startswith("/"):
+                print(f"there is no {command}; these are there:")
+                bot.help(argument)
             elif line:
                 bot.say(line)
+        except KeyboardInterrupt:  # of an answer, or a training
+            print("\nstopped")
         except (CopeError, AdapterStoreError, ValueError) as error:
             print(error)
 

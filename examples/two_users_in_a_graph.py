@@ -35,6 +35,7 @@ def learn(_: MessagesState, config: RunnableConfig) -> None:
     user = user_of(config)
     if store.active(user) is None:
         history = read_history(TEXTS[user], user_id=user)
+        print(f"learning from {len(history.items)} texts of {user} …", flush=True)
         learner.invoke({"user_id": user, "history": history.items}, config)
 
 
@@ -50,15 +51,16 @@ builder.add_edge(START, "learn")
 builder.add_edge("learn", "answer")
 graph = builder.compile(InMemorySaver())
 
+print("loading the model …", flush=True)
+chat.load()
 for user in TEXTS:
     # A thread for each user: what one said is not in the other's conversation.
     config: RunnableConfig = {"configurable": {"user_id": user, "thread_id": user}}
     request = {"messages": [("user", QUESTION)]}
-    for mode, chunk in graph.stream(request, config, stream_mode=["custom", "messages"]):
+    for mode, chunk in graph.stream(request, config, stream_mode=["custom", "updates"]):
         if mode == "custom":  # the training's progress
             line = f"{user}: {chunk['stage']} {chunk['step']} of {chunk['total']}"
             print(f"\r{line:40}", end="", flush=True)
-        elif chunk[1]["langgraph_node"] == "answer":
-            print(chunk[0].text, end="", flush=True)
-    print()
+        elif "answer" in chunk:
+            print(f"\r{user}: {chunk['answer']['messages'][-1].text:40}", flush=True)
 print(f"base: {chat.invoke(QUESTION).text}")

@@ -9,8 +9,7 @@ call in `chat/call.py` and its user in `chat/user.py`.
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -38,6 +37,7 @@ from langchain_cope.chat.call import (
     ChatModelNotFound,
     check_options,
     contrast_of,
+    deadline_of,
     prompt_of,
     reply_parts,
     tokens_in,
@@ -485,8 +485,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         self._check_open()
         kwargs = without_none(kwargs)
         check_options(kwargs)
-        timeout = kwargs.get("timeout", self.timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(kwargs.get("timeout", self.timeout))
         options = self._pin(kwargs)
         user: PinnedUser = options[PINNED]
         base = user.engine.base
@@ -528,8 +527,11 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         return Sampling(stop=tuple(self._stops(stop)), **values)
 
     def _stops(self, stop: list[str] | None) -> list[str]:
-        texts = self.stop if stop is None else stop
-        return [texts] if isinstance(texts, str) else list(texts or [])
+        texts: Any = self.stop if stop is None else stop
+        if texts is None:
+            return []
+        is_one = isinstance(texts, str) or not isinstance(texts, Iterable)
+        return [texts] if is_one else list(texts)
 
     def _engine(self, model: str | None = None, holder: object = None) -> "Engine":
         self._check_open()

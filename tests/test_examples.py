@@ -19,9 +19,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 ONE_EPOCH = replace(QUICK, sft=replace(QUICK.sft, epochs=1), negatives=Negatives(candidates=1))
 Run = Callable[..., str]
 
-# LangChain prefers its checkpointers; apps that have chat histories keep them all the same.
-pytestmark = pytest.mark.filterwarnings("ignore:The class `InMemoryChatMessageHistory`")
-
 
 @pytest.fixture
 def run(
@@ -74,6 +71,8 @@ def test_the_chatbot_records_learns_shows_both_and_forgets(run: Run, tmp_path: P
         And now?
         /undo
         /alpha high
+        /alpha -1
+        /fix
         /nothing
         /forget
         /base
@@ -86,7 +85,9 @@ def test_the_chatbot_records_learns_shows_both_and_forgets(run: Run, tmp_path: P
     assert "learnt: better" in out or "kept as it was: not better" in out
     assert out.count("you wrote: ") >= 2
     assert out.count("base: ") >= 5
-    assert "could not convert string to float: 'high'" in out
+    assert "as in /alpha 0.3, not 'high'" in out
+    assert "as in /alpha 0.3, not '-1'" in out
+    assert "write the text behind /fix" in out
     assert "forgetting 'robin'" in out
     assert "/undo         Go back to what was learnt before the last time." in out
     again = run("terminal_chatbot.py", "robin")

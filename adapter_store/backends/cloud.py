@@ -10,6 +10,7 @@ erased: let those expire.
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +33,8 @@ _ENDPOINTS = {
     "az": ("azure_storage_endpoint", "azure_endpoint", "endpoint"),
 }
 _T = TypeVar("_T")
+
+_opening = threading.Lock()  # a variable of the environment is hidden meanwhile
 
 _used_by: int | None = None
 """The process that first used obstore.
@@ -65,30 +68,8 @@ class ObjectBackend:
                 "pip install 'langchain-cope[cloud]'"
             ) from None
         parts = _split(url)
-        options = _options(parts, url)
-        client = dict(_CLIENT)
-        if options.get("endpoint", "").lower().startswith("http://"):
-            client["allow_http"] = True
-        host = parts.netloc.rpartition("@")[2]
-        if not host or parts.fragment:
-            raise BackendError(
-                f"{without_secrets(url)} names no bucket: write {parts.scheme}://bucket/prefix"
-            )
-        settings: Any = {
-            "config": options or None,
-            "client_options": client,
-            "retry_config": _RETRIES,
-        }
-        # obstore would take this variable before the endpoint that it is given, the one decided.
-        s3_endpoint = os.environ.pop("AWS_ENDPOINT_URL_S3", None)
-        try:
-            store = from_url(f"{parts.scheme.lower()}://{host}{parts.path}", **settings)
-        except Exception as error:  # obstore's errors and plain ValueErrors
-            raise BackendError(f"cannot open {without_secrets(url)}: {_reason(error)}") from None
-        finally:
-            if s3_endpoint is not None:
-                os.environ["AWS_ENDPOINT_URL_S3"] = s3_endpoint
-        return cls(store, url)
+        with _opening:
+            return cls(_opened(from_url, parts, url), url)
 
     def __repr__(self) -> str:
         return f"ObjectBackend({without_secrets(self._url)!r})"
@@ -192,6 +173,33 @@ def _split(url: str) -> SplitResult:
             f"{without_secrets(url)} is not a URL: write {url.partition(':')[0]}://bucket/prefix, "
             "and what is special in a name or a password with %, such as %2F"
         ) from None
+
+
+def _opened(from_url: Callable[..., Any], parts: SplitResult, url: str) -> Any:
+    """Return obstore's store of a URL, which `from_url` makes; for one thread at a time."""
+    options = _options(parts, url)
+    client = dict(_CLIENT)
+    if options.get("endpoint", "").lower().startswith("http://"):
+        client["allow_http"] = True
+    host = parts.netloc.rpartition("@")[2]
+    if not host or parts.fragment:
+        raise BackendError(
+            f"{without_secrets(url)} names no bucket: write {parts.scheme}://bucket/prefix"
+        )
+    settings: Any = {
+        "config": options or None,
+        "client_options": client,
+        "retry_config": _RETRIES,
+    }
+    # obstore would take this variable before the endpoint that it is given, the one decided.
+    s3_endpoint = os.environ.pop("AWS_ENDPOINT_URL_S3", None)
+    try:
+        return from_url(f"{parts.scheme.lower()}://{host}{parts.path}", **settings)
+    except Exception as error:  # obstore's errors and plain ValueErrors
+        raise BackendError(f"cannot open {without_secrets(url)}: {_reason(error)}") from None
+    finally:
+        if s3_endpoint is not None:
+            os.environ["AWS_ENDPOINT_URL_S3"] = s3_endpoint
 
 
 def _options(parts: SplitResult, url: str) -> dict[str, str]:

@@ -142,7 +142,7 @@ def _bfloat16() -> str:
         facts = _CPU_FACTS.read_text(encoding="utf-8")
     except OSError:
         return "bfloat16 unknown"
-    flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in facts]
+    flags = sorted({word for word in facts.split() if "bf16" in word})
     if flags:
         return f"bfloat16 in hardware ({', '.join(flags)})"
     return "no bfloat16 in hardware: models compute in float32"

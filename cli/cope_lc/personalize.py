@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from adapter_store import AdapterStore
     from langchain_cope.history import UserHistory
     from langchain_cope.personalize import PersonalizeResult, PersonalizeUser, Sample
 
@@ -110,7 +109,7 @@ def personalize(
         )
         result = _train(chain, history)
     outcome = {"store": chain.store.url, **result.model_dump(mode="json")}
-    Output(as_json).show(outcome, lambda: _show_result(result, history, store))
+    Output(as_json).show(outcome, lambda: _show_result(result, history, model, store))
 
 
 def _facts(history: "UserHistory") -> dict[str, Any]:
@@ -193,18 +192,23 @@ def _train(chain: "PersonalizeUser", history: "UserHistory") -> "PersonalizeResu
         with progress_display() as display:
             return chain.invoke(request, {"callbacks": [listener(display)]})
     except KeyboardInterrupt:
-        raise Cancelled(_stopped(chain.store, user, before)) from None
+        raise Cancelled(_stopped(chain, user, before)) from None
 
 
-def _stopped(store: "AdapterStore", user: str, before: str | None) -> str:
+def _stopped(chain: "PersonalizeUser", user: str, before: str | None) -> str:
     """Return what Ctrl-C found: it may come in the moment between publishing and telling."""
-    active = store.active(user)
-    if active == before:
+    active = chain.store.active(user)
+    if active != before:
+        return f"stopped; {active} had been published already"
+    if chain.job_dir is None:
         return "stopped; nothing was published"
-    return f"stopped; {active} had been published already"
+    kept = f"what was finished is kept in {chain.job_dir}: the same command goes on after it"
+    return f"stopped; nothing was published; {kept}"
 
 
-def _show_result(result: "PersonalizeResult", history: "UserHistory", store: str | None) -> None:
+def _show_result(
+    result: "PersonalizeResult", history: "UserHistory", model: str, store: str | None
+) -> None:
     from cope_lc.metrics_table import metrics_table
     from cope_lc.progress import duration
     from langchain_cope.training.progress import Stage
@@ -226,7 +230,7 @@ def _show_result(result: "PersonalizeResult", history: "UserHistory", store: str
     in_all = duration(sum(result.timings.values()))
     say(out, f"\ntime: {', '.join(stages)}; {in_all} in all\n", "dim")
     _show_answers(out, result)
-    say(out, f"next: {_next(result, store)}", whole=True)
+    say(out, f"next: {_next(result, model, store)}", whole=True)
 
 
 def _show_answers(out: "Console", result: "PersonalizeResult") -> None:
@@ -267,9 +271,12 @@ def _without_shared_start(samples: "list[Sample]") -> list[str]:
     ]
 
 
-def _next(result: "PersonalizeResult", store: str | None) -> str:
+def _next(result: "PersonalizeResult", model: str, store: str | None) -> str:
     """Return what to do now, as a command to copy."""
+    from langchain_cope.engine import default_model
+
     if not result.published:
         return "add items to the history, or publish it all the same with --always"
+    which = "" if model == default_model() else f" --model {shlex.quote(model)}"
     where = f" --store {shlex.quote(store)}" if store else ""
-    return f"cope-lc chat --user {shlex.quote(result.user_id)}{where}"
+    return f"cope-lc chat --user {shlex.quote(result.user_id)}{which}{where}"

@@ -185,7 +185,16 @@ class BindsTools(TakesTools, Binds, Together):
         return BoundChat(bound=self)
 
 
-class Generates(Chat):
+class Written(Chat):
+    """A wrapper around a chat, written out as what it is: core's would lose what it holds."""
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        """Return where its class is found when it is read back."""
+        return [*cls.__module__.split("."), cls.__name__]
+
+
+class Generates(Written):
     """A wrapper around a chat: `generate` and its siblings heed what it holds."""
 
     def generate(
@@ -302,11 +311,6 @@ class PreparesChat(Generates, DynamicRunnable):  # type: ignore[type-arg]
 class ConfigurableChat(PreparesChat, BindsTools, RunnableConfigurableFields):  # type: ignore[type-arg]
     """A chat with fields that the configuration of a call can set."""
 
-    @classmethod
-    def lc_id(cls) -> list[str]:
-        """Return the id of core's class, as which it is written out."""
-        return [*cls.get_lc_namespace(), "RunnableConfigurableFields"]
-
     def _prepare(self, config: RunnableConfig | None = None) -> tuple[Chat, RunnableConfig]:
         """Return (the chat as it is configured, the configuration)."""
         chat: Any
@@ -318,11 +322,6 @@ class ConfigurableChat(PreparesChat, BindsTools, RunnableConfigurableFields):  #
 
 class ChatAlternatives(PreparesChat, Binds, Together, RunnableConfigurableAlternatives):  # type: ignore[type-arg]
     """Chats of which the configuration of a call chooses one. Tools are bound to each of them."""
-
-    @classmethod
-    def lc_id(cls) -> list[str]:
-        """Return the id of core's class, as which it is written out."""
-        return [*cls.get_lc_namespace(), "RunnableConfigurableAlternatives"]
 
     def bind_tools(self, tools: Sequence[Any], **options: Any) -> Chat:
         """Return the alternatives, each with tools as it takes them."""
@@ -348,13 +347,8 @@ def _later(make: Callable[[], Any], changed: Callable[[Any], Any]) -> Callable[[
     return lambda: changed(make())
 
 
-class ChatWithFallbacks(Binds, RunnableWithFallbacks):  # type: ignore[type-arg]
+class ChatWithFallbacks(Written, Binds, RunnableWithFallbacks):  # type: ignore[type-arg]
     """A chat with others that answer when it fails. Core binds tools to each of them."""
-
-    @classmethod
-    def lc_id(cls) -> list[str]:
-        """Return the id of core's class, as which it is written out."""
-        return [*cls.get_lc_namespace(), "RunnableWithFallbacks"]
 
 
 def _fields(runnable: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 `ChatCoPe._prepare` makes a `Call` with the functions below; `Call.chunks` is the way back.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,8 +48,7 @@ CALL_OPTIONS = (
 """The keywords that a call takes beside `stop`."""
 # LangChain's own, of no meaning here.
 _CORE_OPTIONS = ("stream", "ls_structured_output_format", "structured_output_format")
-_THOUGHT, _NO_THOUGHT = "<think>", "\n</think>\n\n"
-_END_OF_PROMPT = 16  # tokens in which the mark of a thought would stand
+_NO_THOUGHT = "\n</think>\n\n"
 
 
 class ChatContextOverflow(ContextOverflow, ContextOverflowError):  # noqa: N818
@@ -130,6 +130,18 @@ def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def deadline_of(timeout: object) -> float | None:
+    """Return when a call of that many seconds ends, by `time.monotonic()`; None: never.
+
+    Raises InputError unless it is a number or None.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise InputError(f"timeout must be a number of seconds or None, not {timeout!r}")
+    return time.monotonic() + timeout
+
+
 def contrast_of(*levels: tuple[float | None, float | None]) -> Contrast:
     """Return the contrast whose α and τ come from the first level that gives them, else 0.1.
 
@@ -154,12 +166,10 @@ def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tu
     That part is the mark of a thought where the chat template opens one, else nothing.
     """
     ids = _prompt_ids(base, messages, use)
-    end = str(base.tokenizer.decode(ids[-_END_OF_PROMPT:])).rstrip()
-    if not end.endswith(_THOUGHT):
-        return ids, ""
-    if use.forced:  # what the answer is held to leaves no room for thoughts
+    opened = base.thought_opened_by(ids)
+    if opened and use.forced:  # what the answer is held to leaves no room for thoughts
         return [*ids, *base.tokenizer.encode(_NO_THOUGHT, add_special_tokens=False)], ""
-    return ids, _THOUGHT
+    return ids, opened
 
 
 def tokens_in(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> int:
@@ -204,7 +214,9 @@ def reply_parts(use: ToolUse, opened: str) -> "ReplyParts | None":
 
     if use.forced and not use.tools:  # one JSON value, whatever marks it holds
         return None
-    return ReplyParts(thoughts=not use.forced, calls=bool(use.tools), opened=opened)
+    return ReplyParts(
+        thoughts=not use.forced, calls=bool(use.tools), text=not use.forced, opened=opened
+    )
 
 
 def _token_metadata(token: "TokenLogprobs") -> dict[str, Any]:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     )
     from langchain_cope.engine.base.context import context_of
     from langchain_cope.engine.base.forms import Message
-    from langchain_cope.engine.base.gguf_header import gguf_context
-    from langchain_cope.engine.base.gguf_source import gguf_path
+    from langchain_cope.engine.base.gguf.header import gguf_context
+    from langchain_cope.engine.base.gguf.source import gguf_path
     from langchain_cope.engine.base.loading import load_base
     from langchain_cope.engine.base.reply_format import ANSWER, THOUGHT, ReplyFormat
     from langchain_cope.engine.call_text import CallPart
@@ -131,8 +131,8 @@ _MODULES = {
     "closed_schema": "grammar.schema",
     "context_of": "base.context",
     "default_model": "base.bundled",
-    "gguf_context": "base.gguf_header",
-    "gguf_path": "base.gguf_source",
+    "gguf_context": "base.gguf.header",
+    "gguf_path": "base.gguf.source",
     "give_back": "device",
     "is_number": "checks",
     "is_whole": "checks",

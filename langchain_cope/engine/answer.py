@@ -135,7 +135,9 @@ class ActiveRequest:
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         if grammar is not None:
-            self.constraint = compile_grammar(grammar, base.vocabulary)
+            self.constraint = compile_grammar(
+                grammar, base.vocabulary, self._stop_ids - self._eos_ids
+            )
 
     @property
     def ready(self) -> bool:

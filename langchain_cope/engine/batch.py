@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from langchain_cope.engine.adapter import low_rank_dtype
 from langchain_cope.engine.answer import ActiveRequest, NextToken
+from langchain_cope.engine.base.kept_order import matmul_order
 from langchain_cope.engine.decoding.speculation import MAX_DRAFT, PromptLookup, Speculation
 from langchain_cope.engine.device import free_bytes
 from langchain_cope.engine.forward.choose import choose_forward
@@ -37,7 +38,7 @@ class Batch:
         """Bytes for keys and values of all rows."""
         with torch.inference_mode():
             self._shapes = layer_shapes(model)
-            self.forward = choose_forward(model, self._shapes)
+            self.forward = choose_forward(model, self._shapes, matmul_order(model))
         self._like = torch.empty(0, dtype=model.dtype, device=model.device)
         self._decode_rows, self._prefill_rows = self.new_rows(), self.new_rows()
         self._speculation = Speculation() if options.speculation else None
@@ -111,6 +112,7 @@ class Batch:
         (self.decoding if is_read else self.prefilling).append(active)
         rows = self._decode_rows if is_read else self._prefill_rows
         self._make_room()
+<<<<<<< HEAD
         for row, (length, other, source) in zip(active.rows, copies, strict=True):
             blocks = self.prefixes.find(row)
             row.length = max(length, BLOCK * len(blocks))
@@ -121,6 +123,14 @@ class Batch:
             self.num_reused += row.length
         if is_read:
             self._look_up(active)
+=======
+        for row in rows:
+            index = self._prefill_rows.add(row)
+            if not active.request.offline and (blocks := self.prefixes.find(row)):
+                self._prefill_rows.kv.fill(index, blocks)
+                row.length = sum(block[0][0].shape[1] for block in blocks)
+                self.num_reused += row.length
+>>>>>>> main
 
     def prefill(self, max_tokens: int) -> int:
         """Read the next piece of every prompt in one forward of about `max_tokens` at most.
@@ -201,7 +211,7 @@ class Batch:
         for active in requests:
             if self._speculation is not None and active.lookup is not None:
                 self._speculation.update_hit_rate(active.lookup)
-            keep = active.finished and active.is_number and active.request.keep_for_reuse
+            keep = active.finished and active.is_number and not active.request.offline
             for row in active.rows:
                 for rows in (self._decode_rows, self._prefill_rows):
                     if row in rows:  # in neither, where there was no memory to admit it
@@ -287,7 +297,7 @@ class Batch:
             self._prefill_rows.release()
 
     def _look_up(self, active: ActiveRequest) -> None:
-        if self._speculation is not None:
+        if self._speculation is not None and not active.request.offline:
             recent = active.adapter.recent if active.adapter is not None else ()
             tokens = [*recent, *active.tokens[-LOOKUP_PROMPT:]]
             active.lookup = PromptLookup(tokens, self._speculation.usual_hit_rate)

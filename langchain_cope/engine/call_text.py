@@ -159,7 +159,8 @@ class JsonScan:
 
     def wrong_end(self) -> str:
         """Return an end that makes the text invalid, even for readers that complete JSON."""
-        quote = '"' if self.in_string else ""
+        escaped = "\\" if self._escaped else ""  # which would take the quote into the string
+        quote = f'{escaped}"' if self.in_string else ""
         wrong_bracket = "}" if self.open[-1:] == ["]"] else "]"
         return quote + wrong_bracket
 

@@ -3,15 +3,17 @@
 import math
 from typing import TypeGuard
 
+from langchain_cope.errors import InputError
+
 
 def check_option(name: str, value: object, expected: str, fits: bool, hint: str = "") -> None:
-    """Raise ValueError unless `fits`.
+    """Raise InputError unless `fits`.
 
     The text is `NAME must be EXPECTED, not VALUE`, and `: HINT` where a hint is given.
     """
     if not fits:
         message = f"{name} must be {expected}, not {value!r}"
-        raise ValueError(f"{message}: {hint}" if hint else message)
+        raise InputError(f"{message}: {hint}" if hint else message)
 
 
 def is_whole(value: object, *, least: float = -math.inf) -> TypeGuard[int]:

@@ -134,7 +134,11 @@ class Engine:
 
     @classmethod
     def running(cls) -> list["Engine"]:
-        """Return the engines of this process that are not closed."""
+        """Return the engines of this process that are not closed.
+
+        Raises EngineClosed in a process that was forked from one with a base.
+        """
+        forks.check()
         with _engines_lock:
             return [engine for engine in _engines.values() if not engine._closed]
 

@@ -23,6 +23,8 @@ class ReplyParts:
     """Whether it may hold thoughts; otherwise their marks are text."""
     calls: bool = False
     """Whether it may hold calls; otherwise their marks are text."""
+    text: bool = True
+    """Whether the answer may be any text; otherwise it is calls or JSON."""
     opened: str = ""
     """The end of the prompt that belongs to the reply: the mark of a thought, else nothing."""
 
@@ -55,6 +57,8 @@ class ReplyReader:
         self._parser = None if parts is None else _parser(template, parts)
         self._stops = StopStrings(stops)
         self._in_thought = parts is not None and parts.opened != ""
+        self._is_text = parts is None or parts.text
+        """Whether the beginning of a mark may be text, as it is once an answer has begun."""
         self._call: CallText | None = None
         """The call that the text so far leaves open."""
         self._past_mark = ""
@@ -86,7 +90,7 @@ class ReplyReader:
     def finish(self, *, cut: bool) -> list[Part]:
         """Return what was held back, once no more text comes.
 
-        A call that is still open is invalid where the reply was `cut`.
+        A call that is still open is invalid where the reply was `cut`, in its mark too.
         """
         if self.ended:
             return []
@@ -94,8 +98,10 @@ class ReplyReader:
         if self._parser is not None:
             _, events = self._parser.finalize()
             for event in events:
-                is_end = event["type"] == "region_close"  # of all that is open
-                parts += [] if is_end or self.ended else self._read(event)
+                if event["type"] == "region_close" or self.ended:  # of all that is open
+                    continue
+                in_mark = event["type"] == "region_chunk" and not self._is_text and cut
+                parts += self._open(CALLS) if in_mark and self.in_answer else self._read(event)
         return parts if self.ended else [*parts, *self._held(), *self._end_call(cut=cut)]
 
     def _read(self, event: dict[str, Any]) -> list[Part]:
@@ -135,6 +141,7 @@ class ReplyReader:
         if self._after_call:  # white space between two calls, or before what is said after them
             text = text.lstrip()
             self._after_call = not text
+        self._is_text = self._is_text or text != ""
         text = self._stops.push(text)
         self.ended = self._stops.stopped
         return [TextPart(ANSWER, text)] if text else []

@@ -51,6 +51,7 @@ class Request:
     """What the reply may hold beside the answer; None: all of it is the answer."""
     logprobs: bool = False
     """Report log π_user and log π_base of every token; this takes two rows even at α = 0."""
+<<<<<<< HEAD
     closing: tuple[int, ...] = ()
     """What the chat template puts after the end of the turn: read, not chosen, once that came.
 
@@ -58,8 +59,13 @@ class Request:
     """
     keep_for_reuse: bool = True
     """The answer's keys and values go to the prefix cache, as a chat's next prompt begins with it.
+=======
+    offline: bool = False
+    """Nobody waits for its tokens, and the same requests alone in the batch get the same answers.
+>>>>>>> main
 
-    False where no later prompt does: they are not worth the memory.
+    What goes by a clock, or by earlier answers, stays away from it: speculation, prompts read in
+    small pieces for the sake of others, the prefix cache.
     """
     holder: object = field(default=None, compare=False, repr=False)
     """For whom it is answered; `Engine.release` of that object ends it."""

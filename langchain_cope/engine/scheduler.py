@@ -154,8 +154,8 @@ class Scheduler:
             self._prefill_rate += RATE_SMOOTHING * (rate - self._prefill_rate)
 
     def _prompt_budget(self) -> int:
-        """Return how many tokens of prompts one forward reads: few where answers wait meanwhile."""
-        if not self._batch.decoding:
+        """Return how many tokens of prompts one forward reads: few where readers wait meanwhile."""
+        if all(active.request.offline for active in self._batch.decoding):
             return self._max_prompt_tokens
         tokens = int(self._options.prefill_pause * self._prefill_rate)
         return min(max(tokens, MIN_COLUMNS), self._max_prompt_tokens)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from langchain_cope._environment import a_home
-from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, Request, Sampling
+from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, ReplyParts, Request, Sampling
 from langchain_cope.errors import HistoryError
 from langchain_cope.evaluation.ways import WAYS
 from langchain_cope.history.items import Item
-from langchain_cope.training.encode import Encoded, fit
+from langchain_cope.training.encode import Encoded, fit, parts_of_reply
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
 
@@ -140,7 +140,8 @@ def _generate(
         requests = []
         for example in batch:
             prompt = engine.base.prompt_ids(example.item.messages)
-            requests += _requests(prompt, recipe, adapters, sampling)
+            parts = parts_of_reply(engine.base, prompt)
+            requests += _requests(prompt, parts, recipe, adapters, sampling)
         answers = iter(engine.generate(requests, monitor.should_stop))
         for example in batch:
             answer_of_way = {way.name: next(answers).text for way in WAYS}
@@ -150,7 +151,7 @@ def _generate(
 
 
 def _requests(
-    prompt: list[int], recipe: Recipe, adapters: Adapters, sampling: Sampling
+    prompt: list[int], parts: ReplyParts, recipe: Recipe, adapters: Adapters, sampling: Sampling
 ) -> list[Request]:
     """Return the question put to each way."""
     return [
@@ -159,7 +160,8 @@ def _requests(
             adapter=adapters[way.adapter],
             contrast=recipe.contrast if way.contrastive else ADAPTER_ALONE,
             sampling=sampling,
-            keep_for_reuse=False,
+            parts=parts,
+            offline=True,
         )
         for way in WAYS
     ]

@@ -67,7 +67,7 @@ def chatgpt_rows(row: Row) -> list[Row]:
             mark = f"[{lost.left_out[0]}]"
             messages.append({"role": OTHER_SIDE[spoken.role], "content": mark, "weight": 0})
             weight = 0 if spoken.role == "assistant" else weight
-        messages.append({"role": spoken.role, "content": spoken.texts, "weight": weight})
+        messages.append({"role": spoken.role, "content": "\n".join(spoken.texts), "weight": weight})
         lost = None
     conversation: dict[str, Any] = {"messages": messages, "created_at": _time(row, branch)}
     name = row.get("conversation_id", row.get("id"))

@@ -50,7 +50,7 @@ _SHAREGPT_ROLES = {
 }
 _TOOL_FIELDS = ("tool_calls", "tool_call_id", "name")
 # A tuple, not a set: a type in a file may be a value that cannot be hashed.
-_TEXT_PARTS = ("text", "input_text", "output_text")
+_TEXT_PARTS = ("text", "input_text", "output_text", "text-plain", "refusal")
 
 
 def plain_messages(messages: Any) -> Any:
@@ -105,7 +105,7 @@ def is_role(role: Any) -> TypeGuard[str]:
 
 
 def content_text(content: Located) -> tuple[str, int]:
-    """Return the text of a message's content, and how many of its parts are not text.
+    """Return the text of a message's content as a chat reads it, and how many parts are not text.
 
     Such parts are images, thoughts and calls. A turn that only calls tools has the content None.
     """
@@ -117,9 +117,12 @@ def content_text(content: Located) -> tuple[str, int]:
     for part in content.entries():
         if isinstance(part.value, str):
             texts.append(part.text())
-        elif part.row().get("type", "text" if "text" in part.row() else None) in _TEXT_PARTS:
-            texts.append(part.row().field("text").text())
-    return "\n".join(texts), len(content.value) - len(texts)
+            continue
+        row = part.row()
+        kind = row.get("type", "text" if "text" in row else None)
+        if kind in _TEXT_PARTS and (kind != "text-plain" or "text" in row):  # it may be a file
+            texts.append(row.field("refusal" if kind == "refusal" else "text").text())
+    return "".join(texts), len(content.value) - len(texts)
 
 
 def calls_of(message: Located) -> list[dict[str, Any]]:
@@ -180,7 +183,10 @@ def _from_langchain(message: Mapping[str, Any]) -> dict[str, Any]:
     role = _role(_langchain_type(message), _LANGCHAIN_ROLES)
     if role == "chat":
         role = inner.get("role")
-    plain = {"role": role, "content": inner.get("content")}
+    content = inner.get("content")
+    if role == "tool" and inner.get("status") == "error":  # as a chat's prompt says it
+        content = ["Error: ", *(content if isinstance(content, list) else [content or ""])]
+    plain = {"role": role, "content": content}
     return plain | {key: inner[key] for key in _TOOL_FIELDS if inner.get(key)}
 
 

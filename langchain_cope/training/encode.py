@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from langchain_cope.engine import Base, Message
+from langchain_cope.engine import Base, Message, ReplyParts
 from langchain_cope.history.items import Item
 
 _WORD = re.compile(r"\S+")
@@ -67,6 +67,11 @@ def closing_ids(base: Base) -> list[int]:
     )
     length = common_prefix(first[::-1], second[::-1])
     return first[len(first) - length :]
+
+
+def parts_of_reply(base: Base, prompt: Sequence[int]) -> ReplyParts:
+    """Return how a reply to `prompt` is taken apart: as in a chat, thoughts are not its text."""
+    return ReplyParts(opened=base.thought_opened_by(prompt))
 
 
 def encode_candidate(

@@ -16,10 +16,17 @@ from itertools import islice
 from langchain_cope.engine import Adapter, Base, Completion, Engine, Request, Sampling
 from langchain_cope.training.encode import (
     Encoded,
+<<<<<<< HEAD
     closing_ids,
     common_prefix,
     encode,
     encode_candidate,
+=======
+    common_prefix,
+    encode,
+    encode_candidate,
+    parts_of_reply,
+>>>>>>> main
 )
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
@@ -109,10 +116,10 @@ def mine_negatives(
 ) -> tuple[list[Pair], list[str]]:
     """Return a pair for every item with a usable candidate, in order, and notes.
 
-    Candidates are sampled from the base and scored against the adapter `sft`. Empty ones and copies
-    of the user's own text are dropped; one cut at the limit is scored, and trained on, without the
-    end of the turn. `recipe.max_new_tokens` must be set. Raises `Cancelled` within one forward of
-    the model after `monitor` asks for a stop.
+    Candidates are sampled from the base, without what it thinks before it answers, and scored
+    against the adapter `sft`. Empty ones and copies of the user's own text are dropped; one cut at
+    the limit is scored, and trained on, without the end of the turn. `recipe.max_new_tokens` must
+    be set. Raises `Cancelled` within one forward of the model after `monitor` asks for a stop.
     """
     pairs: list[Pair] = []
     num_usable, number = 0, recipe.negatives.candidates
@@ -170,6 +177,7 @@ def _requests(base: Base, example: Encoded, recipe: Recipe) -> list[Request]:
     return requests
 
 
+<<<<<<< HEAD
 def _candidates(
     base: Base, example: Encoded, answers: Sequence[Completion], recipe: Recipe
 ) -> list[_Candidate]:
@@ -203,6 +211,20 @@ def _sampled_log_probs(
         return None
     by_base = [token.log_p_base for token in answer.logprobs]
     return by_base[len(prompt_ids) - len(prompt) : len(seen) - len(prompt)]
+=======
+def _request(engine: Engine, example: Encoded, recipe: Recipe, draw: int) -> Request:
+    # A seed for every draw: the candidates do not depend on how items are batched.
+    digest = hashlib.sha256(f"{recipe.seed} {example.index} {draw}".encode()).digest()
+    sampling = Sampling(
+        max_tokens=recipe.max_new_tokens or engine.base.context,
+        temperature=recipe.negatives.temperature,
+        top_p=recipe.negatives.top_p,
+        seed=int.from_bytes(digest[:7], "big"),
+    )
+    prompt = engine.base.prompt_ids(example.item.messages)
+    parts = parts_of_reply(engine.base, prompt)
+    return Request(prompt=prompt, sampling=sampling, parts=parts, offline=True)
+>>>>>>> main
 
 
 def _is_usable(answer: Completion, example: Encoded) -> bool:

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import langchain_cope.engine.engine  # noqa: F401 - as a preloading server has imported it
-from langchain_cope import ChatCoPe, PersonalizeUser
+from langchain_cope import ChatCoPe, PersonalizeUser, forget
+from langchain_cope.engine.engine import _engines_lock  # as a preloading server has imported it
 
 QUESTION = "What is rain?"
 KILLED_AFTER = 20.0  # seconds; beyond any answer's, however busy the machine is
@@ -89,6 +89,9 @@ def main() -> None:
     with engine._wake:  # as another thread may hold it in the moment of the fork
         for name in ("invoke", "batch", "close"):
             results[f"lock held: {name}"] = in_child(calls(chat)[name])
+
+    with _engines_lock:
+        results["lock held: forget"] = in_child(lambda: forget("bob", store=STORE).failed)
 
     chunks = chat.stream(QUESTION, max_tokens=200)
     next(chunks)

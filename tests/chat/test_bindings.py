@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from langchain.agents import create_agent
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.load import dumps
+from langchain_core.load import dumps, loads
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.prompt_values import StringPromptValue
@@ -25,6 +25,10 @@ from langchain_core.tracers.log_stream import RunLogPatch
 
 from adapter_store import AdapterStore
 from langchain_cope import ChatCoPe
+from langchain_cope.chat.bindings import (
+    BoundChat,
+    ConfigurableChat,
+)
 from langchain_cope.engine import Engine, load_base
 from langchain_cope.errors import EngineClosed
 
@@ -396,10 +400,17 @@ def test_tools_are_refused_where_they_cannot_be_kept(chat: ChatCoPe) -> None:
         chat.bind(user_id="bob").configurable_fields(user_id=WHO)
 
 
-@pytest.mark.parametrize("kind", ["with_config", "configured", "fallbacks, tools", "alternatives"])
-def test_bindings_are_written_out_as_cores_own(kind: str, chat: ChatCoPe) -> None:
-    make, _ = KINDS[kind]
-    assert "langchain_cope.chat.bindings" not in dumps(make(chat))
+@pytest.mark.filterwarnings("ignore:The function `loads` is in beta")
+@pytest.mark.parametrize("kind", ["bound", "with_config", "configured", "configured, tools"])
+def test_a_binding_that_is_read_back_keeps_its_user_with_tools(
+    kind: str, chat: ChatCoPe, store: AdapterStore
+) -> None:
+    make, config = KINDS[kind]
+    written = dumps(make(chat.model_copy(update={"store": store.url})))
+    classes = [ChatCoPe, BoundChat, ConfigurableChat]
+    again = loads(written, allowed_objects=classes, valid_namespaces=["langchain_cope"])
+    answer = again.bind_tools([add]).invoke(QUESTION, config)
+    assert answer.response_metadata["user_id"] == "bob"
 
 
 def test_an_agent_on_a_configured_chat_answers_as_its_user(chat: ChatCoPe) -> None:

@@ -417,6 +417,12 @@ def test_a_seed_that_is_none_is_refused_before_it_can_harm_others(
         chat.invoke(QUESTION, seed=seed, temperature=1)
 
 
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], 5, [5], [None], b"a", [["a"]]])
+def test_a_stop_that_is_no_text_is_refused_as_input(chat: ChatCoPe, stop: Any) -> None:
+    with pytest.raises(InputError, match="stop must be strings that are not empty"):
+        chat.invoke(QUESTION, stop=stop)
+
+
 def test_a_copy_with_another_store_reads_that_store(chat: ChatCoPe, tmp_path: Path) -> None:
     assert chat.invoke(QUESTION).response_metadata["adapter_version"] is not None
     other = chat.model_copy(update={"store": AdapterStore(tmp_path / "other")})

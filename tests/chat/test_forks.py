@@ -67,3 +67,11 @@ def test_a_child_that_loads_after_the_fork_answers(outcomes: dict[str, dict[str,
     assert "hung" not in child, "neither the call nor the end of the process"
     assert f"content={parent['expected']!r}" in child["answer"]
     assert parent["answer"] == parent["expected"], "the parent goes on as before"
+
+
+def test_forgetting_in_a_forked_child_says_what_it_cannot_clear(
+    outcomes: dict[str, dict[str, Any]],
+) -> None:
+    outcome = outcomes["lock held: forget"]
+    assert "hung" not in outcome
+    assert "memory: this process was forked" in outcome["answer"]

@@ -141,6 +141,27 @@ def test_a_reply_in_pieces_makes_the_message_it_makes_as_a_whole(
         assert facts(message(template, pieces, cut=name.startswith("cut"))) == expected
 
 
+CUT = [
+    'a "quote", a \\ backslash, a line\nand a tab\t',
+    "é 日本 🙂",
+    ["\\", '"', {"b\\": {"c": [1, [2.5e10, None, True]]}}],
+    "</tool_call> <tool_call> {[",
+]
+
+
+@pytest.mark.parametrize("earlier", ["", call("f", {"a": 1}) + "\n", call("g", {}) + "\n"])
+@pytest.mark.parametrize("value", CUT, ids=str)
+def test_a_call_cut_at_any_character_is_no_call(
+    value: Any, earlier: str, template: dict[str, Any]
+) -> None:
+    text = call("f", {"a": value, "key \\": 1})
+    for end in range(1, len(text)):
+        pieces = [earlier, *text[:end]] if end % 2 else [earlier + text[:end]]
+        found = message(template, pieces, ReplyParts(False, calls=True, text=False), cut=True)
+        assert len(found.tool_calls) == (earlier != ""), text[:end]
+        assert [found.content, len(found.invalid_tool_calls)] == ["", 1], text[:end]
+
+
 ONE, TWO = call("f", {"a": 1}), call("f", {"a": 2})
 F1, F2 = ("f", {"a": 1}), ("f", {"a": 2})
 REPEATS: dict[str, tuple[str, list[Any]]] = {

@@ -14,6 +14,7 @@ from langchain_core.exceptions import ModelTimeoutError
 from langchain_core.messages import HumanMessage
 
 from langchain_cope import ChatCoPe
+from langchain_cope.errors import InputError
 
 QUESTION = "What is rain?"
 
@@ -58,6 +59,13 @@ def test_a_timeout_ends_a_call_although_the_model_is_stuck(
     with pytest.raises(ModelTimeoutError, match="not done in time"):
         call(stuck)
     assert time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize("timeout", ["5", (3, 5), True])
+def test_a_timeout_that_is_no_number_is_refused(timeout: Any, tiny: Callable[..., Path]) -> None:
+    chat = ChatCoPe(model=str(tiny("llama")))
+    with pytest.raises(InputError, match="timeout must be a number of seconds or None, not"):
+        chat.invoke(QUESTION, timeout=timeout)
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e300, None])

@@ -22,6 +22,23 @@ def test_a_sound_installation_passes(cope_lc: Callable, store_folder: Path) -> N
     assert "COPE_STORE" in found["store"]["found"]
 
 
+FACTS = {
+    "Features\t: fp asimd bf16 i8mm": "bfloat16 in hardware (bf16)",
+    "flags\t: fpu avx512_bf16 amx_bf16": "bfloat16 in hardware (amx_bf16, avx512_bf16)",
+    "flags\t: fpu avx2": "no bfloat16 in hardware",
+}
+
+
+@pytest.mark.parametrize("facts", FACTS)
+def test_bfloat16_is_found_on_every_kind_of_cpu(
+    facts: str, cope_lc: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name\t: a CPU\n{facts}\n")
+    monkeypatch.setattr("cope_lc.doctor._CPU_FACTS", tmp_path / "cpuinfo")
+    findings = cope_lc("doctor", "--json").json["findings"]
+    assert FACTS[facts] in next(each["found"] for each in findings if each["what"] == "cpu")
+
+
 def test_the_users_of_the_store_are_counted(cope_lc: Callable, publish: Callable) -> None:
     publish("alice")
     publish("bob")

@@ -29,7 +29,7 @@ def personalize(cope_lc: Callable, tiny: Callable[..., Path]) -> Callable:
 
 
 def test_a_history_is_learnt_published_and_shown(
-    personalize: Callable, history: Callable[..., Path], store: AdapterStore
+    personalize: Callable, history: Callable[..., Path], store: AdapterStore, cope_lc: Callable
 ) -> None:
     outcome = personalize(history(), "--user", "alice", "--always")
     assert outcome.code == 0, outcome.stderr
@@ -45,7 +45,8 @@ def test_a_history_is_learnt_published_and_shown(
     for number in (6, 7):
         answers = rf"prompt +… {number}\. *\nthe user wrote +It is {number}, friend\. *\nbase .*"
         assert re.search(rf"^{answers}\npersonalized +\S", voices, re.MULTILINE | re.DOTALL)
-    assert text.endswith("next: cope-lc chat --user alice\n")
+    [base] = re.findall(r"next: cope-lc chat --user alice --model (\S+)\n$", text)
+    assert cope_lc("chat", "--user", "alice", "--model", base, stdin="").code == 0
     stages = started_stages(outcome.stderr)
     assert stages == ["history", "base model", "SFT", "negatives", "DPO", "evaluation", "gate"]
     assert all(stage in text.partition("time: ")[2] for stage in stages)
@@ -86,19 +87,31 @@ def test_a_refusal_of_the_gate_is_no_error(
     assert store.active("alice") == before["version"]
 
 
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (RuntimeError("the disk burnt"), "(--job-dir) goes on after that"),
+        (KeyboardInterrupt(), "stopped; nothing was published; what was finished is kept in"),
+    ],
+    ids=["an error", "Ctrl-C"],
+)
 def test_the_same_command_goes_on_from_its_job_folder(
     personalize: Callable,
     history: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    end: BaseException,
+    said: str,
 ) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError("the disk burnt")
+        raise end
 
     words = ("--user", "alice", "--always", "--job-dir", tmp_path / "jobs")
     with monkeypatch.context() as patch:
         patch.setattr("langchain_cope.training.dpo.train_dpo", broken)
-        assert personalize(history(), *words).code == 1
+        outcome = personalize(history(), *words)
+    assert outcome.code == 1
+    assert said in outcome.stderr
     outcome = personalize(history(), *words)
     assert outcome.code == 0, outcome.stderr
     stages = started_stages(outcome.stderr)

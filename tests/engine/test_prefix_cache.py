@@ -84,7 +84,7 @@ def test_a_chat_goes_on_from_its_last_answer(
     assert engine.statistics().prefix_tokens_reused == 2 * ((length - 1) // BLOCK) * BLOCK
 
 
-def test_only_the_prompt_is_kept_of_an_answer_not_for_reuse(
+def test_only_the_prompt_is_kept_of_an_offline_answer(
     tiny: Tiny, adapter: Tiny, closing: list[Engine]
 ) -> None:
     closing += engines(tiny("llama"))
@@ -92,7 +92,7 @@ def test_only_the_prompt_is_kept_of_an_answer_not_for_reuse(
     ann, prompt = engine.load_adapter(adapter(tiny("llama"), seed=1)), tokens(BLOCK + 5, 7)
     sampling = Sampling(max_tokens=2 * BLOCK)
     (answer,) = engine.generate(
-        [Request(prompt, ann, Contrast(0.5), sampling=sampling, keep_for_reuse=False)]
+        [Request(prompt, ann, Contrast(0.5), sampling=sampling, offline=True)]
     )
     assert len(answer.token_ids) > BLOCK
     again = Request(

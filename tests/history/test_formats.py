@@ -259,7 +259,7 @@ def test_a_system_prompt_beside_a_row_leads_in_every_format(
     ("system", "expected"),
     [
         ("Be kind.", "Be kind."),
-        ([{"text": "Be"}, {"type": "text", "text": "kind."}], "Be\nkind."),
+        ([{"text": "Be"}, {"type": "text", "text": " kind."}], "Be kind."),
         ({"role": "system", "content": "Be kind."}, "Be kind."),
         ("", None),
         (None, None),

@@ -149,7 +149,7 @@ def test_text_parts_are_joined_and_other_parts_counted() -> None:
     parts = [
         {"type": "text", "text": "one"},
         {"type": "image_url", "image_url": {}},
-        {"type": "text", "text": "two"},
+        {"type": "text", "text": " two"},
     ]
     messages = [
         {"role": "user", "content": parts},
@@ -157,7 +157,7 @@ def test_text_parts_are_joined_and_other_parts_counted() -> None:
         turn("developer", "later"),
     ]
     history = as_history([{"messages": messages}])
-    assert history.items[0].prompt == [turn("user", "one\ntwo")]
+    assert history.items[0].prompt == [turn("user", "one two")]
     assert "parts of messages left out because they are not text: 1" in history.notes
 
 

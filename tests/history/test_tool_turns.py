@@ -175,3 +175,27 @@ def test_training_reads_calls_as_serving_does(tiny: Callable[..., Path], templat
     assert text.count("<tool_call>\n") == 2 + text.count("Call them with")
     (example,), notes = fit(base, [item], 512, 768)
     assert (example.prompt_ids, notes) == (prompt, [])
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [HumanMessage([{"type": "text", "text": "Weather "}, {"type": "text", "text": "in Ulm?"}])],
+        [HumanMessage(["Weather ", {"type": "text", "text": "in Ulm?"}])],
+        [HumanMessage([{"type": "text-plain", "text": "Ulm?", "mime_type": "text/plain"}])],
+        [HumanMessage("a"), AIMessage([{"type": "refusal", "refusal": "No."}]), HumanMessage("b")],
+        [*TALK[:3], ToolMessage("no such city", tool_call_id="1", status="error")],
+        [*TALK[:3], ToolMessage([{"type": "text", "text": "x"}], tool_call_id="1", status="error")],
+    ],
+    ids=["parts", "strings", "plain text", "refusal", "error", "error in parts"],
+)
+@pytest.mark.parametrize("dumped", [list, messages_to_dict])
+def test_a_message_is_learnt_as_the_text_that_a_chat_reads(
+    tiny: Callable[..., Path], before: list[Any], dumped: Callable[[list[Any]], Any]
+) -> None:
+    base = load_base(str(tiny(template=TOOLS)))
+    row = {"messages": dumped([*before, AIMessage("Mild.")])}
+    (*_, item) = as_history([row], target="assistant").items
+    prompt, _ = encode(base, item.messages, item.completion)
+    assert prompt == base.prompt_ids(template_messages(before))[: len(prompt)]
+    assert item.completion == "Mild."

@@ -1,11 +1,14 @@
+import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from tiny import THINKS_FIRST, make_adapter, make_model
 from training.tiny import Heard, make_item
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from langchain_cope.engine import STARTER, Completion, Engine, load_base
 from langchain_cope.errors import Cancelled
@@ -206,6 +209,46 @@ def test_empty_candidates_and_copies_are_dropped(engine, mining, recipe, monitor
         "5 of 6 candidates dropped: empty or the user's own text",
         "1 of 2 items skip DPO: no usable candidate",
     ]
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory):
+    """An engine of a base whose replies begin in a thought, which most of them end."""
+    folder = make_model(
+        tmp_path_factory.mktemp("thinker"), template=THINKS_FIRST, marks=("<think>", "</think>")
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("</think>")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[end] *= 4
+    model.save_pretrained(folder)
+    engine = Engine.of(load_base(folder, device="cpu"))
+    yield engine
+    engine.close()
+
+
+def test_what_the_base_thought_is_no_part_of_a_negative(thinker, items, recipe, monitor, tmp_path):
+    adapter = make_adapter(tmp_path / "sft", Path(thinker.base.name), seed=1)
+    examples, _ = fit(thinker.base, items, 200, 768)
+    overheard = Overheard(thinker)
+    pairs, notes = mine_negatives(
+        overheard,
+        examples,
+        replace(recipe, max_new_tokens=16),
+        thinker.load_adapter(adapter),
+        monitor,
+    )
+    shown = [
+        [token for token in answer.token_ids if token not in thinker.base.hidden_ids]
+        for answer in overheard.answers
+    ]
+    replies = [thinker.base.tokenizer.decode(ids) for ids in shown]
+    thought = re.compile(r"<think>.*?(</think>[ \t\n\r\f\v]*|$)", re.DOTALL)
+    answers = [thought.sub("", f"<think>{reply}") for reply in replies]
+    assert [answer.text for answer in overheard.answers] == answers
+    assert {pair.rejected for pair in pairs} <= set(answers) - {""}
+    assert len(pairs) > 3
+    assert notes[0] == f"{answers.count('')} of 18 candidates dropped: empty or the user's own text"
 
 
 def test_mining_stops_between_batches(engine, mining, recipe, monkeypatch):

@@ -19,9 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from langchain_cope.engine.base.chat_template import ChatTemplate
 from langchain_cope.engine.base.fingerprint import fingerprint_of
 from langchain_cope.engine.base.forms import Message
-from langchain_cope.engine.base.reply_format import ReplyFormat, reply_format_of
+from langchain_cope.engine.base.reply_format import THINK, ReplyFormat, reply_format_of
 from langchain_cope.engine.base.turn_end import TurnEnd, turn_end_of
 from langchain_cope.engine.grammar.vocabulary import Vocabulary, make_vocabulary
+
+_END_OF_PROMPT = 16  # tokens in which the mark of a thought would stand
 
 
 @dataclass(eq=False)
@@ -67,11 +69,13 @@ class Base:
     def eos_ids(self) -> frozenset[int]:
         """Every token that ends an answer.
 
-        Those of `generation_config`, the tokenizer's own and the one that closes the assistant's
-        turn in the chat template.
+        Those of `generation_config`, else of `config`, the tokenizer's own and those that close the
+        assistant's turn in the chat template.
         """
         settings = self.model.generation_config
         ids: Any = settings.eos_token_id if settings else None
+        if ids is None:
+            ids = getattr(self.model.config.get_text_config(), "eos_token_id", None)
         listed = ids if isinstance(ids, list) else [ids]
         own = [*listed, self.tokenizer.eos_token_id]
         return self.turn_end.ids | {token for token in own if token is not None}
@@ -96,7 +100,11 @@ class Base:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """What makes prompts of messages."""
-        return ChatTemplate(self.tokenizer, native_tools=self.reply_format.native_tools)
+        return ChatTemplate(
+            self.tokenizer,
+            native_tools=self.reply_format.native_tools,
+            thinks=bool(self.reply_format.thought_names),
+        )
 
     @cached_property
     def markers(self) -> frozenset[int]:
@@ -185,6 +193,11 @@ class Base:
             InputError: the chat template refuses the conversation, or leaves out a message.
         """
         return self.chat_template.ids(messages, add_generation_prompt=True, tools=tools)
+
+    def thought_opened_by(self, prompt: Sequence[int]) -> str:
+        """Return the mark of a thought where `prompt` ends with it, and the reply begins in one."""
+        end = str(self.tokenizer.decode(list(prompt[-_END_OF_PROMPT:]))).rstrip()
+        return THINK if end.endswith(THINK) else ""
 
     def conversation_ids(self, messages: list[Message]) -> list[int]:
         """Return the token ids of a whole conversation, the end of the last turn included.

@@ -35,8 +35,12 @@ _A_TOOL = {
     },
 }
 
-Shape = tuple[tuple[str, tuple[str, ...], bool, int], ...]
-"""Per message its role, its other fields, whether it has text, and its number of calls."""
+Shape = tuple[tuple[str, tuple[str, ...], int | None, int], ...]
+"""Per message its role, its other fields, its text, and its number of calls.
+
+The text is None where there is none, and else how many messages before it the same text stands
+first: templates drop a system turn that repeats an earlier one.
+"""
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -50,10 +54,19 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 class ChatTemplate:
     """The chat template of one tokenizer. Safe to use from several threads."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, native_tools: bool) -> None:
-        """`native_tools`: whether the template itself writes calls and results."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, native_tools: bool, thinks: bool = False
+    ) -> None:
+        """Prepare to render with the template of `tokenizer`.
+
+        Args:
+            tokenizer: has a chat template.
+            native_tools: whether the template itself writes calls and results.
+            thinks: whether it writes thoughts.
+        """
         self._tokenizer = tokenizer
         self._native_tools = native_tools
+        self._thinks = thinks
         self._contents = Contents(tokenizer)
         self._form = lru_cache(_SHAPES_KEPT)(self._find_form)
 
@@ -101,7 +114,11 @@ class ChatTemplate:
         only_this: tuple[Step, ...] | None = None
         knows_developer = "developer" in str(self._tokenizer.chat_template)
         tried: list[list[Message]] = []
-        for steps in forms(native_tools=self._native_tools, knows_developer=knows_developer):
+        for steps in forms(
+            native_tools=self._native_tools,
+            native_results=self._thinks,  # a user's turn ends that of which it shows the thoughts
+            knows_developer=knows_developer,
+        ):
             turns = reshaped(_marked(_with_answer(shape)), steps)
             if turns in tried:
                 continue
@@ -163,19 +180,21 @@ def _failure(faults: Sequence[int | Exception], shape: Shape) -> InputError:
 
 def _shape(messages: Sequence[Message]) -> Shape:
     """Return all of a conversation on which a template's choice of what it writes may rest."""
+    first: dict[str, int] = {}
     return tuple(
         (
             message["role"],
             tuple(sorted(message.keys() - {"role", "content", "tool_calls"})),
-            bool(message["content"].strip()),
+            index - first.setdefault(text, index) if text else None,
             len(message.get("tool_calls", ())),
         )
-        for message in messages
+        for index, message in enumerate(messages)
+        for text in (message["content"].strip(),)
     )
 
 
 def _with_answer(shape: Shape) -> Shape:
-    return (*shape, ("assistant", (), True, 0))
+    return (*shape, ("assistant", (), 0, 0))
 
 
 def _without_answer(shape: Shape) -> Shape:
@@ -186,8 +205,9 @@ def _without_answer(shape: Shape) -> Shape:
 def _marked(shape: Shape) -> list[Message]:
     """Return a conversation of that shape with a mark in the place of each text and each call."""
     messages: list[Message] = []
-    for index, (role, fields, has_text, num_calls) in enumerate(shape):
-        message: Message = {"role": role, "content": f"Textmark{index}z" if has_text else ""}
+    for index, (role, fields, text, num_calls) in enumerate(shape):
+        content = "" if text is None else f"Textmark{index - text}z"
+        message: Message = {"role": role, "content": content}
         message |= dict.fromkeys(fields, "call00000")  # some want ids of nine characters
         if num_calls:
             message["tool_calls"] = [_marked_call(index * 1000 + call) for call in range(num_calls)]
@@ -201,7 +221,7 @@ def _marked_call(number: int) -> dict[str, Any]:
 
 
 def _is_whole(found: Sequence[str], turns: Sequence[Message]) -> bool:
-    """Return whether each mark in `turns` was found once, those of texts in their order."""
+    """Return whether the marks in `turns` were all found, those of texts in their order."""
     expected = _MARK.findall(str(turns))
     return sorted(found) == sorted(expected) and _texts(found) == _texts(expected)
 
@@ -211,8 +231,10 @@ def _texts(marks: Sequence[str]) -> list[str]:
 
 
 def _first_lost(found: Sequence[str], messages: Sequence[Message]) -> int:
-    """Return the index of the first message whose marks were not found once."""
+    """Return the index of the first message whose marks were not found as often as they stand."""
+    expected = _MARK.findall(str(messages))
     for index, message in enumerate(messages):
-        if any(found.count(mark) != 1 for mark in _MARK.findall(str(message))):
+        marks = _MARK.findall(str(message))
+        if any(found.count(mark) != expected.count(mark) for mark in marks):
             return index
     return 0

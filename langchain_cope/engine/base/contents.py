@@ -24,7 +24,7 @@ _MARKS = (
 _LOOKS_LIKE_CONTROL = re.compile(r"<[|｜].+[|｜]>|</?[a-z]+_[a-z_]+>")
 _SECRET = secrets.token_hex(8)  # what no content can hold
 _OPEN, _CLOSE = f"zq{_SECRET}q", "zq"
-_WORD = re.compile(rf"{_OPEN}(\d+){_CLOSE}")
+_WORD = re.compile(rf"{_OPEN}(\d+){_CLOSE}", re.IGNORECASE)  # templates capitalize roles
 _BOUNDARY = f"\ue000{_SECRET}\ue001"
 
 
@@ -44,6 +44,7 @@ class Contents:
         self._numbers = {text: number for number, text in enumerate(self._texts)}
         self._hidden = _any_of(self._texts)
         self._separators = _any_of(list(self._tokens))
+        self._controls = set(self._tokens.values()) - {tokenizer.unk_token_id}
 
     def hide(self, value: Any) -> Any:
         """Return `value`, texts in lists and dictionaries, with neutral words for control texts."""
@@ -61,7 +62,7 @@ class Contents:
         Raises:
             InputError: the tokenizer cannot write a hidden text as ordinary text.
         """
-        if _OPEN not in rendered:
+        if not self._normalizes and not _WORD.search(rendered):
             return self._ordinary(rendered)
         ids: list[int] = []
         done = start = 0
@@ -69,13 +70,30 @@ class Contents:
         for separator in [*self._separators.finditer(rendered), None]:
             end = len(rendered) if separator is None else separator.start()
             after = None if separator is None else separator[0]
-            if _OPEN in rendered[start:end]:
+            if self._spells_control(rendered[start:end]):
                 ids += self._ordinary(rendered[done:start])
                 ids += self._as_text(rendered[start:end], before, after)
                 done = end
             if separator is not None:
                 before, start = after, separator.end()
         return ids + self._ordinary(rendered[done:])
+
+    def _spells_control(self, text: str) -> bool:
+        """Return whether a text between control tokens would be read as one, were it not hidden."""
+        if _WORD.search(text):
+            return True
+        return self._normalizes and not self._controls.isdisjoint(self._ordinary(text))
+
+    @cached_property
+    def _normalizes(self) -> bool:
+        """Whether other texts than the control tokens' own may be read as them.
+
+        A tokenizer may look for them after it has lowered case, say, or put plain for wide letters.
+        """
+        if not self._tokenizer.is_fast or self._tokenizer.backend_tokenizer.normalizer is None:
+            return False
+        entries = self._tokenizer.added_tokens_decoder
+        return any(entries[token].normalized for token in self._tokens.values())
 
     def _word(self, found: "re.Match[str]") -> str:
         return f"{_OPEN}{self._numbers[found[0]]}{_CLOSE}"
@@ -97,8 +115,7 @@ class Contents:
         if after is not None and entries[self._tokens[after]].lstrip:
             text = text.rstrip()
         ids = self._without_control(text, at_start=before is None)
-        controls = set(self._tokens.values()) - {self._tokenizer.unk_token_id}
-        if not controls.isdisjoint(ids):
+        if not self._controls.isdisjoint(ids):
             raise InputError(
                 "the base's tokenizer has no way to write its control tokens as ordinary text, "
                 f"but this text holds some: {text[:200]!r}; leave them out"

@@ -36,9 +36,18 @@ def cpu_dtype(num_parameters: int) -> torch.dtype:
         return _fastest()
 
 
+def cpu_features() -> str:
+    """Return what Linux says of the first core: its model and what it can do; else nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return ""
+    return "\n".join(line for line in lines if line.startswith(_IDENTITY))
+
+
 @functools.cache
 def _fastest() -> torch.dtype:
-    cpu = _cpu()
+    cpu = cpu_features()
     if "bf16" not in cpu:  # avx512_bf16 and amx_bf16 of x86, bf16 of Arm
         return torch.float32
     entry = Path("dtype") / hashlib.sha256(f"{cpu}\n{torch.__version__}".encode()).hexdigest()
@@ -49,15 +58,6 @@ def _fastest() -> torch.dtype:
     name = "bfloat16" if _bfloat16_is_faster() else "float32"
     write_entry(entry, name)
     return known[name]
-
-
-def _cpu() -> str:
-    """Return what Linux says of the first core: its model and what it can do; else nothing."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    except OSError:
-        return ""
-    return "\n".join(line for line in lines if line.startswith(_IDENTITY))
 
 
 def _bfloat16_is_faster() -> bool:

@@ -2,8 +2,8 @@
 
 A digest is cached under what the file system says of the files: path, device, inode, size, times
 of content and of inode. Where any of it differs, or a file is so young that a further write could
-leave its times as they are, it is computed anew. The cache is a folder of small files in the user's
-cache folder; losing it costs time only.
+leave its times as they are, it is computed anew. The cache is this process's memory and, for what
+takes long, a folder of small files in the user's cache folder; losing it costs time only.
 """
 
 import hashlib
@@ -16,9 +16,11 @@ from pathlib import Path
 from langchain_cope.engine.base.user_cache import read_entry, write_entry
 
 WORTH_BYTES = 64 * 1024**2
-"""Bytes below which hashing is too fast to be worth a cache."""
+"""Bytes below which hashing is too fast to be worth a file."""
 _SETTLED_SECONDS = 2.0  # tick of the coarsest clock of a file system
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+_computed: dict[str, str] = {}  # in this process, by name
 
 _FileState = tuple[str, int, int, int, int, int]
 """Path, device, inode, size, time of content and time of inode, in bytes and nanoseconds."""
@@ -29,20 +31,24 @@ def cached_digest(files: list[Path], compute: Callable[[], str]) -> str:
 
     Args:
         files: what `compute` reads.
-        compute: makes the digest; called where none is cached, and for files of less than
-            `WORTH_BYTES` together.
+        compute: makes the digest; called where none is cached.
     """
     states = _states(files)
-    if sum(size for _, _, _, size, _, _ in states) < WORTH_BYTES:
-        return compute()
-    entry = Path("digests") / _name(states)
-    cached = read_entry(entry)
+    name = _name(states)
+    if name in _computed:
+        return _computed[name]
+    entry = Path("digests") / name
+    is_worth = sum(size for _, _, _, size, _, _ in states) >= WORTH_BYTES
+    cached = read_entry(entry) if is_worth else None
     if cached is not None and _SHA256.fullmatch(cached):
+        _computed[name] = cached
         return cached
     digest = compute()
     newest = max(max(content, inode) for *_, content, inode in states) / 1e9
     if states == _states(files) and time.time() - newest > _SETTLED_SECONDS:
-        write_entry(entry, digest)
+        _computed[name] = digest
+        if is_worth:
+            write_entry(entry, digest)
     return digest
 
 

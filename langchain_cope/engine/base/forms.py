@@ -21,16 +21,24 @@ Step = Callable[[Sequence[Message]], list[Message]]
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def forms(*, native_tools: bool, knows_developer: bool) -> Iterator[tuple[Step, ...]]:
+def forms(
+    *, native_tools: bool, native_results: bool, knows_developer: bool
+) -> Iterator[tuple[Step, ...]]:
     """Yield the steps to each form.
 
     Args:
         native_tools: whether the template itself writes calls and results.
+        native_results: whether it is to write the results, though not the calls.
         knows_developer: whether it has the role `developer`, which is else the system's.
     """
     first: tuple[Step, ...] = () if knows_developer else (developer_as_system,)
+    as_text: tuple[Step | None, ...] = (calls_as_text,)
+    if native_tools:
+        as_text = (None, calls_as_text)
+    elif native_results:
+        as_text = (only_calls_as_text, calls_as_text)
     choices: tuple[tuple[Step | None, ...], ...] = (
-        (None, calls_as_text) if native_tools else (calls_as_text,),
+        as_text,
         (None, other_roles_as_user),
         (None, one_system_in_front, system_as_user),
         (None, merge_same_role),
@@ -116,6 +124,11 @@ def calls_as_text(messages: Sequence[Message]) -> list[Message]:
             plain.append({"role": "user", "content": _result_text(message)})
         after_result = is_result
     return plain
+
+
+def only_calls_as_text(messages: Sequence[Message]) -> list[Message]:
+    """Return the conversation with calls as text; results keep the role of a tool."""
+    return [_with_calls_as_text(message) for message in messages]
 
 
 def _user_turn(texts: Sequence[str]) -> list[Message]:

@@ -24,10 +24,11 @@ from langchain_cope.engine.base.bundled import STARTER, default_model
 from langchain_cope.engine.base.chat_template import ensure_chat_template
 from langchain_cope.engine.base.context import context_of
 from langchain_cope.engine.base.cpu_dtype import cpu_dtype
-from langchain_cope.engine.base.gguf_cache import GgufFile
-from langchain_cope.engine.base.gguf_source import find_gguf
+from langchain_cope.engine.base.gguf.cache import GgufFile
+from langchain_cope.engine.base.gguf.source import find_gguf
 from langchain_cope.engine.forward.fused_weights import fuse_weights
-from langchain_cope.errors import InputError, ModelError, ModelNotFound
+from langchain_cope.errors import CopeError, InputError, ModelError, ModelNotFound
+from langchain_cope.text import first_line
 
 _DEFAULT_CONTEXT = 10**6  # context of a base whose configuration names none
 # A base's own Python code is never run, and nobody is asked whether it may: unless told so,
@@ -90,9 +91,12 @@ def load_base(
     with _registry:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
-        if key not in _loaded:
-            _loaded[key] = _load(arguments)
-        return _loaded[key]
+        base = _loaded.get(key)
+        if base is None:
+            base = _load(arguments)
+            with _registry:
+                _loaded[key] = base
+        return base
 
 
 def unload_base(base: Base) -> None:
@@ -153,14 +157,7 @@ def _load(arguments: _Arguments) -> Base:
     model.eval().requires_grad_(False)
     if quantization is None:
         fuse_weights(model)
-    # A prompt that is too long is refused by us, with the numbers; the tokenizer need not warn too.
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    if ensure_chat_template(tokenizer):
-        _log.warning(
-            "%s has no chat template; the plain one is used (System/User/Assistant lines, see the "
-            "README). For another, set `chat_template` in its tokenizer_config.json.",
-            name,
-        )
+    _settle(tokenizer, arguments)
     limit = context_of(config.get_text_config().to_dict(), tokenizer.model_max_length)
     return Base(
         name=name,
@@ -175,14 +172,32 @@ def _load(arguments: _Arguments) -> Base:
     )
 
 
+def _settle(tokenizer: Any, arguments: _Arguments) -> None:
+    """Make a tokenizer quiet, and give it a chat template where it has none."""
+    # A prompt that is too long is refused by us, with the numbers; the tokenizer need not warn too.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if ensure_chat_template(tokenizer):
+        another = "set `chat_template` in its tokenizer_config.json"
+        _log.warning(
+            "%s has no chat template; the plain one is used (System/User/Assistant lines, see the "
+            "README). For another, %s.",
+            *(arguments.name, "give a file that holds it" if arguments.gguf else another),
+        )
+
+
 def _unpacked(arguments: _Arguments, gguf: GgufFile) -> _Arguments:
     """Return the arguments that load what `gguf` holds."""
-    with _quiet_transformers():
-        config = AutoConfig.from_pretrained(gguf.description())
-        dtype = _choose_dtype(arguments, config)
-        if isinstance(dtype, str):  # that of the checkpoint, which has many
-            dtype = torch.bfloat16
-        folder = gguf.unpacked(dtype, torch.device(arguments.device))
+    try:
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(gguf.description())
+            dtype = _choose_dtype(arguments, config)
+            if isinstance(dtype, str):  # that of the checkpoint, which has many
+                dtype = torch.bfloat16
+            folder = gguf.unpacked(dtype, torch.device(arguments.device))
+    except CopeError:
+        raise
+    except Exception as error:  # odd metadata raises any of a dozen kinds
+        raise ModelError(f"{gguf.path} cannot be unpacked: {first_line(error)}") from error
     _log.info("%s is computed in %s", arguments.name, dtype)
     return replace(arguments, source=str(folder), dtype=dtype)
 
@@ -270,9 +285,9 @@ def _adapter_folder(task_adapter: str) -> Path:
         try:
             folder = Path(snapshot_download(task_adapter, allow_patterns=[CONFIG, WEIGHTS]))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ModelNotFound(
-                f"no task adapter {task_adapter!r}, neither a folder nor on the hub ({reason})"
+                f"no task adapter {task_adapter!r}, neither a folder nor on the hub "
+                f"({first_line(error)})"
             ) from error
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:  # peft would fall back to pickled weights
@@ -300,14 +315,13 @@ def _merge(model: Any, task_adapter: Path, quantization: Any) -> Any:
 
 def _explain(name: str, source: str, error: Exception) -> Exception:
     """Return the error of ours that says why `source` could not be loaded."""
-    text = str(error).strip()
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error):
         return ModelError(
             f"the base model {name!r} needs Python code of its own (`auto_map` in its files), "
             "which is never run here: give a base of an architecture and a tokenizer that "
             "transformers itself has"
         )
-    reason = text.splitlines()[0] if text else type(error).__name__
+    reason = first_line(error)
     exists = _exists(Path(source))
     has_config = _exists(Path(source) / "config.json")
     if has_config or not (exists or isinstance(error, OSError)):

@@ -16,8 +16,10 @@ from langchain_cope.engine.grammar.schema import CALL_BEGIN, CALL_END
 
 THOUGHT, CALLS, ANSWER = "thought", "calls", "answer"
 """Fields of `ReplyFormat.template`."""
+THINK = "<think>"
+"""What begins a thought where a base says nothing else."""
 _THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking")
-_THOUGHT: dict[str, Any] = {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text"}
+_THOUGHT: dict[str, Any] = {"open": THINK, "close_pattern": r"</think>\s*", "content": "text"}
 _CALLS: dict[str, Any] = {"open": CALL_BEGIN, "close": CALL_END, "repeats": True, "content": "text"}
 _ANSWER: dict[str, Any] = {"content": "text"}
 _MARKS = ("open", "open_pattern", "close", "close_pattern")
@@ -83,7 +85,7 @@ def _as_text(field: dict[str, Any]) -> dict[str, Any]:
 
 def _known_to_trl(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     text = tokenizer.chat_template
-    if not isinstance(text, str) or "tools" not in text or CALL_BEGIN in text or "<think>" in text:
+    if not isinstance(text, str) or "tools" not in text or CALL_BEGIN in text or THINK in text:
         return None  # nothing to learn, which saves the seconds that TRL takes to import
     from trl.chat_template_utils import add_response_schema
 

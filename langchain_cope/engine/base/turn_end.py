@@ -24,22 +24,24 @@ class TurnEnd:
     """What ends an answer."""
 
     ids: frozenset[int] = frozenset()
-    """Tokens that close the assistant's turn."""
+    """Tokens that close the assistant's turn, or start the next where none closes it."""
     texts: tuple[str, ...] = ()
-    """Texts that start the next turn, where no token closes a turn."""
+    """Texts that close the assistant's turn or start the next, where no token does."""
 
 
 def turn_end_of(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     """Return what ends the assistant's turn; nothing where the template does not tell."""
     closing = _after_answer(tokenizer, ())
     following = [_after_answer(tokenizer, (role,)) for role in _NEXT_ROLES]
+    closes = _first_token(tokenizer, closing)
     if tokenizer.chat_template == PLAIN_TEMPLATE:  # no base was trained on its end token
-        return TurnEnd(_first_token(tokenizer, closing), _starts(tokenizer, following))
-    for text in (closing, *following):
-        ids = _first_token(tokenizer, text)
-        if ids:
-            return TurnEnd(ids)
-    return TurnEnd(texts=_starts(tokenizer, following))
+        return TurnEnd(closes, _starts(tokenizer, following))
+    starts = frozenset[int]().union(
+        *(_first_token(tokenizer, text, at_start=True) for text in following)
+    )
+    # What closes the last turn of all may also be what starts the next, whoever speaks then.
+    ids = closes | starts if closes <= starts else closes
+    return TurnEnd(ids) if ids else TurnEnd(texts=_starts(tokenizer, [closing, *following]))
 
 
 def _after_answer(tokenizer: PreTrainedTokenizerBase, next_roles: Sequence[str]) -> str:
@@ -54,20 +56,29 @@ def _after_answer(tokenizer: PreTrainedTokenizerBase, next_roles: Sequence[str])
     return after.partition(_NEXT)[0] if found else ""
 
 
-def _first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> frozenset[int]:
-    """Return the first control token in `text`, as a set; empty where it holds none."""
+def _first_token(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, at_start: bool = False
+) -> frozenset[int]:
+    """Return the first control token in `text`, as a set; empty where it holds none.
+
+    `at_start`: only one that nothing but white space comes before.
+    """
     ids = {entry.content: token for token, entry in tokenizer.added_tokens_decoder.items()}
     ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     controls = [content for content in ids if content.strip()]
     if not controls:
         return frozenset()
     longest_first = sorted(controls, key=len, reverse=True)
-    found = re.search("|".join(map(re.escape, longest_first)), text)
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    found = pattern.match(text.lstrip()) if at_start else pattern.search(text)
     return frozenset() if found is None else frozenset([ids[found[0]]])
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, following: Sequence[str]) -> tuple[str, ...]:
-    """Return what starts the next turn in `following`, without the tokens that close this one."""
+    """Return the text that ends this turn or starts the next in `following`, without tokens.
+
+    Of two texts of which one holds the other, the shorter.
+    """
     starts = set()
     for text in following:
         for token in tokenizer.all_special_tokens:
@@ -75,4 +86,4 @@ def _starts(tokenizer: PreTrainedTokenizerBase, following: Sequence[str]) -> tup
         start = text.strip()
         if len(start) > 1:
             starts.add(f"\n{start}" if "\n" in text[: text.index(start)] else start)
-    return tuple(sorted(starts))
+    return tuple(sorted(one for one in starts if not any(two in one for two in starts - {one})))

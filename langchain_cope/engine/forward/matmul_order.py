@@ -1,4 +1,4 @@
-"""The faster of two orders of a product with a weight, measured once on the machine at hand.
+"""The faster of two orders of a product with a weight, measured on the machine at hand.
 
 `x · Wᵀ` and `(W · xᵀ)ᵀ` are the same product. Which one a CPU's library is good at depends on the
 library, the processor, the dtype and the number of rows. Each order was twice as fast as the other
@@ -7,7 +7,7 @@ in bfloat16 want W first on the Xeon.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 LARGE = 1 << 18  # weights of a layer; smaller ones differ little
 ROWS = (2, 4, 8, 16, 32, 64)
 _MARGIN = 0.9  # the other order must take less than this share of the time
-_TRIALS = 5
+_TRIALS = 20
 _MAX_WEIGHTS = 16  # multiplied in a trial: so many that no cache holds them all
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -28,27 +28,21 @@ class MatmulOrder:
 
     def __init__(self, weight_first: frozenset[int]) -> None:
         """Take the numbers of `ROWS` for which W comes first."""
-        self._weight_first = weight_first
+        self.weight_first = weight_first
 
     @classmethod
-    def measured(cls, model: nn.Module) -> "MatmulOrder":
-        """Time both orders on the commonest large layers of `model`, if it is on a CPU."""
-        weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
-        weights = [weight for weight in weights if _can_be_ordered(weight)]
-        if not weights:
-            return cls(frozenset())
-        shapes = [weight.shape for weight in weights]
-        usual = max(set(shapes), key=shapes.count)
-        timed = [weight for weight in weights if weight.shape == usual][:_MAX_WEIGHTS]
+    def measured(cls, weights: Sequence[Tensor]) -> "MatmulOrder":
+        """Time both orders on weights of one shape."""
+        timed = list(weights[:_MAX_WEIGHTS])
         return cls(frozenset(rows for rows in ROWS if _weight_first_wins(timed, rows)))
 
     def __call__(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `Linear`."""
-        if self._weight_first and weight.numel() >= LARGE:
+        if self.weight_first and weight.numel() >= LARGE:
             num_rows = states.numel() // states.shape[-1]
             if num_rows > 1:
                 measured_rows = min(1 << (num_rows - 1).bit_length(), ROWS[-1] * 2)
-                if measured_rows in self._weight_first:
+                if measured_rows in self.weight_first:
                     return weight_first(states, weight, bias)
         return F.linear(states, weight, bias)
 
@@ -59,6 +53,15 @@ def weight_first(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         product += bias
     return product.view(*states.shape[:-1], -1)
+
+
+def usual_weights(model: nn.Module) -> list[Tensor]:
+    """Return the large weights of the commonest shape of `model`; none where it is on no CPU."""
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    weights = [weight for weight in weights if _can_be_ordered(weight)]
+    shapes = [weight.shape for weight in weights]
+    usual = max(sorted(set(shapes)), key=shapes.count, default=None)
+    return [weight for weight in weights if weight.shape == usual]
 
 
 def _can_be_ordered(weight: Tensor) -> bool:
@@ -72,9 +75,11 @@ def _can_be_ordered(weight: Tensor) -> bool:
 
 def _weight_first_wins(weights: list[Tensor], rows: int) -> bool:
     states = weights[0].new_ones(rows, weights[0].shape[1])
-    usual = min(_seconds(F.linear, states, weights) for _ in range(_TRIALS))
-    other = min(_seconds(weight_first, states, weights) for _ in range(_TRIALS))
-    return other < _MARGIN * usual
+    orders = (F.linear, weight_first)
+    # In turns, and the fastest of each: what disturbs some of them is left out.
+    trials = [[_seconds(order, states, weights) for order in orders] for _ in range(_TRIALS)]
+    usual, other = (min(times) for times in zip(*trials, strict=True))
+    return bool(other < _MARGIN * usual)
 
 
 def _seconds(order: Linear, states: Tensor, weights: list[Tensor]) -> float:

@@ -5,7 +5,7 @@ V_head is chosen among the allowed tokens and is never empty. Nothing hurries an
 its budget ends is the beginning of the whole one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from langchain_cope.errors import InputError
 class Constraint:
     """Where one answer stands in its grammar. The engine's thread owns it."""
 
-    def __init__(self, matcher: Any, eos_ids: frozenset[int]) -> None:
-        """Constrain an answer by `matcher`, llguidance's parser; `eos_ids` end answers."""
+    def __init__(self, matcher: Any, vocabulary: Vocabulary) -> None:
+        """Constrain an answer by `matcher`, llguidance's parser of tokens of `vocabulary`."""
         self._matcher = matcher
-        self._eos_ids = eos_ids
+        self._tokenizer = vocabulary.tokenizer
+        self._eos_ids = vocabulary.eos_ids
         self._stuck = False
 
     @property
@@ -47,6 +48,8 @@ class Constraint:
             self._matcher.consume_tokens(list(drafted))
         bias = bytearray(self._matcher.compute_logit_bias())
         allowed = torch.frombuffer(bias, dtype=torch.uint8).bool()
+        if int(allowed.sum()) == 1:
+            allowed = self._spelled(allowed)
         if drafted:
             self._matcher.rollback(len(drafted))
         if self.error or not bool(allowed.any()):
@@ -54,6 +57,22 @@ class Constraint:
             allowed = torch.zeros_like(allowed)
             allowed[list(self._eos_ids)] = True
         return allowed
+
+    def _spelled(self, allowed: Tensor) -> Tensor:
+        """Return the one allowed token, or the first of the text that it stands for.
+
+        llguidance has the base's tokenizer read text without an alternative (an enum's value, a
+        name), which makes control tokens of what spells them.
+        """
+        token = int(allowed.int().argmax())
+        if not self._tokenizer.is_special_token(token):
+            return allowed
+        text = self._matcher.compute_ff_bytes().decode(errors="ignore")
+        if not text.startswith(self._tokenizer.decode_str([token])):
+            return allowed
+        spelled = torch.zeros_like(allowed)
+        spelled[self._tokenizer.greedy_tokenize(text)[0]] = True
+        return spelled
 
     def push(self, token: int) -> None:
         """Go on with `token`, the answer's next one."""
@@ -65,20 +84,22 @@ class Constraint:
         return draft[: self._matcher.validate_tokens(draft)] if draft else draft
 
 
-def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> Constraint:
+def compile_grammar(
+    grammar: Grammar, vocabulary: Vocabulary, stop_ids: Collection[int] = ()
+) -> Constraint:
     """Return `grammar` made ready for one answer.
 
     Args:
         grammar: what the answer may be.
         vocabulary: `Base.vocabulary`.
+        stop_ids: special tokens that free text may hold, because they end it.
 
     Raises:
         InputError: no answer can be constrained to a schema; the message names the keyword.
     """
-    matcher = llguidance().LLMatcher(
-        vocabulary.tokenizer, to_lark(grammar, vocabulary), log_level=0
-    )
+    rules = to_lark(grammar, vocabulary, stop_ids)
+    matcher = llguidance().LLMatcher(vocabulary.tokenizer, rules, log_level=0)
     if matcher.is_error():
         reason = first_line(matcher.get_error())
         raise InputError(f"no grammar can be made of this schema: {reason}")
-    return Constraint(matcher, vocabulary.eos_ids)
+    return Constraint(matcher, vocabulary)

@@ -1,16 +1,20 @@
 """A grammar written in llguidance's dialect of Lark."""
 
 import json
+from collections.abc import Collection
 
 from langchain_cope.engine.grammar.schema import CALL_BEGIN, CALL_END, Grammar
 from langchain_cope.engine.grammar.vocabulary import Vocabulary
 
 
-def to_lark(grammar: Grammar, vocabulary: Vocabulary) -> str:
-    """Return the rules of `grammar` for answers in tokens of `vocabulary`."""
+def to_lark(grammar: Grammar, vocabulary: Vocabulary, stop_ids: Collection[int] = ()) -> str:
+    """Return the rules of `grammar` for answers in tokens of `vocabulary`.
+
+    Free text may hold the special tokens in `stop_ids`.
+    """
     lines = ["%llguidance {}"]
     if grammar.text:
-        lines += _free_text(grammar, vocabulary)
+        lines += _free_text(grammar, vocabulary, stop_ids)
     else:
         lines += _only_json(grammar, vocabulary)
     if grammar.calls:
@@ -25,15 +29,16 @@ def to_lark(grammar: Grammar, vocabulary: Vocabulary) -> str:
     return "\n".join(lines)
 
 
-def _free_text(grammar: Grammar, vocabulary: Vocabulary) -> list[str]:
+def _free_text(grammar: Grammar, vocabulary: Vocabulary, stop_ids: Collection[int]) -> list[str]:
     """Return the rules of text with calls in it; without calls, of any text."""
     lines = []
     pieces, ends = [], ["tail"]
     if grammar.calls and grammar.several:
         pieces.append("tag")
-    if vocabulary.markers:
+    markers = sorted({*vocabulary.markers, *stop_ids})
+    if markers:
         pieces.append("marker")
-        lines.append(f"marker: TEXT <[{','.join(map(str, vocabulary.markers))}]>")
+        lines.append(f"marker: TEXT <[{','.join(map(str, markers))}]>")
     if grammar.calls and not grammar.several:
         ends.append("tag BLANK")
     before = f"({' | '.join(pieces)})* " if pieces else ""

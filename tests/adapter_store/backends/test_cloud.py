@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from forgetful_s3 import forgetful_s3
 
 from adapter_store import AdapterNotFoundError, AdapterStore, BackendError, LocalBackend
+from adapter_store.backends.cloud import ObjectBackend
 from adapter_store.backends.protocol import open_backend
 
 BASE = {"weights": "w"}
@@ -224,6 +226,17 @@ def test_an_endpoint_in_plain_http_may_be_an_option_of_the_url(
     bucket = s3_url.partition("@")[2].partition("/")[0]
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     assert AdapterStore(f"s3://k:s@{bucket}/x?{option}={s3_server}").versions("alice") == []
+
+
+def test_threads_that_open_at_once_all_find_the_endpoint(monkeypatch, without_aws):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+
+    def endpoint(_):
+        return ObjectBackend.from_url("s3://bucket/x")._store.config.get("endpoint")
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(endpoint, range(16))) == {"http://127.0.0.1:9"}
+    assert os.environ["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:9"
 
 
 PROFILES = """[default]

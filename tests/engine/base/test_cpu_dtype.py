@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from langchain_cope import ChatCoPe, PersonalizeUser
@@ -39,7 +40,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[torch.dtype]
             slowed = 100.0 if len(calls) % 5 else 1.0  # other work, most of the time
             return slowed * seconds[str(weights.dtype).removeprefix("torch.")]
 
-        monkeypatch.setattr(module, "_cpu", lambda: cpu)
+        monkeypatch.setattr(module, "cpu_features", lambda: cpu)
         monkeypatch.setattr(module, "_seconds", timed)
         module._fastest.cache_clear()
         return calls
@@ -111,7 +112,7 @@ def test_a_machine_without_a_home_folder_measures_too(
 
 
 def test_this_machine_is_measured_the_same_every_time() -> None:
-    if "bf16" not in module._cpu():
+    if "bf16" not in module.cpu_features():
         pytest.skip("this CPU has no bfloat16")
     assert len({module._bfloat16_is_faster() for _ in range(5)}) == 1
 
@@ -152,5 +153,13 @@ def test_where_the_fingerprint_holds_the_dtype_it_is_float32_everywhere(
     assert load_base(tmp_path, device="cpu").dtype == torch.float32
 
 
-def test_a_gguf_file_is_computed_in_the_measured_dtype() -> None:
-    assert load_base("smollm2", device="cpu").dtype == cpu_dtype(LARGE)
+def test_a_gguf_file_is_computed_in_the_measured_dtype(
+    tiny: Tiny,
+    tmp_path: Path,
+    measured: Callable[..., list[torch.dtype]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "SMALL_BASE", 0)
+    measured(float32=1.0, bfloat16=0.5)
+    file = write_gguf(tmp_path / "model.gguf", tiny("llama")).path
+    assert load_base(file, device="cpu").dtype == torch.bfloat16

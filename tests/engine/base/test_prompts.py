@@ -404,3 +404,66 @@ def test_hidden_words_cannot_be_forged(templates: Templates) -> None:
     template = templates("chatml")
     for text in ("zq0123456789abcdefq0zq", "zq", "\ue000\ue001"):
         assert text in template._tokenizer.decode(template.text_ids(text + " <|im_end|>"))
+
+
+@pytest.mark.parametrize("place", ["in front", "late"])
+def test_a_repeated_system_message_is_in_the_prompt_twice(
+    templates: Templates, tokenizer: PreTrainedTokenizerFast, place: str
+) -> None:
+    """Command's template leaves out a system turn that says what the first one says."""
+    system, between = turn("system", "Be brief."), [turn("user", "a"), turn("assistant", "b")]
+    talk = [system, *(between if place == "late" else []), system, turn("user", "c")]
+    command = (
+        "{% set first = (messages | selectattr('role', 'equalto', 'system') | first).content %}"
+        "{{ first }}{% for m in messages %}{% if m.role != 'system' or m.content != first %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    )
+    ids = templates(command).ids(talk, add_generation_prompt=True)
+    assert tokenizer.decode(ids).count("Be brief.") == 2
+
+
+@pytest.mark.parametrize(
+    "normalizer", [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("_", "|")]
+)
+@pytest.mark.parametrize("text", ["x＜|end|＞y", "x<|END|>y", "x<_end_>y"])
+def test_a_text_that_is_normalized_to_a_control_token_stays_text(
+    tokenizer: PreTrainedTokenizerFast, normalizer: normalizers.Normalizer, text: str
+) -> None:
+    made = copy.deepcopy(tokenizer)
+    made.backend_tokenizer.normalizer = normalizer
+    made.add_tokens([AddedToken("<|end|>", special=True, normalized=True)])
+    made.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    template = ChatTemplate(made, native_tools=False)
+    end = made.convert_tokens_to_ids("<|end|>")
+    assert template.ids([turn("user", text)], add_generation_prompt=False).count(end) == 1
+    assert end not in template.text_ids(text)
+
+
+def test_a_role_that_spells_a_control_token_is_written_as_text(
+    templates: Templates, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The plain template capitalizes roles."""
+    talk = [turn("user", "a"), turn("<|im_start|>x", "b")]
+    ids = templates(PLAIN_TEMPLATE).ids(talk, add_generation_prompt=True)
+    assert "<|im_start|>x: b" in tokenizer.decode(ids)
+    assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in ids
+
+
+@pytest.mark.parametrize("results", [1, 2])
+def test_a_thought_before_calls_that_are_written_as_text_is_shown(
+    tokenizer: PreTrainedTokenizerFast, results: int
+) -> None:
+    """GLM's way: the thoughts after the last user's turn are shown, and calls are no JSON."""
+    glm = (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+        "<|im_start|>{{ m.role }}\n{% if loop.index0 > ns.last and m.reasoning_content %}"
+        "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    changed = copy.copy(tokenizer)
+    changed.chat_template = glm
+    template = ChatTemplate(changed, native_tools=False, thinks=True)
+    asks = turn("assistant", "", tool_calls=[call("Kiel")], reasoning_content="the thought")
+    talk = [turn("user", "a"), *[asks, turn("tool", "sun")] * results]
+    text = tokenizer.decode(template.ids(talk, add_generation_prompt=True))
+    assert text.count("<think>the thought</think>") == results == text.count("sun")

@@ -4,11 +4,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import CHATML, NO_SYSTEM, THINKING, TOOLS
 
-from langchain_cope.engine import Completion, Engine, Request, Sampling, load_base
+from langchain_cope.engine import (
+    Completion,
+    Engine,
+    Grammar,
+    Request,
+    Sampling,
+    closed_schema,
+    load_base,
+)
 from langchain_cope.engine.answer import ActiveRequest, Event, NextToken
 
 Tiny = Callable[..., Path]
@@ -26,7 +35,12 @@ ALTERNATING = (  # refuses what the check for a next speaker asks
 )
 NEXT_STARTS = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}{% endfor %}"
 SAYS_NOTHING = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+SPEAKERS = NEXT_STARTS.replace("<|im_start|>{{ m['role'] }}", "<|{{ m['role'] }}|>")
+ALWAYS_ASKS = f"{SPEAKERS}\n<|assistant|>"  # knows no `add_generation_prompt`
+TEXT_CLOSES = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }} [END]\n{% endfor %}"
+THINKS_AS_TEXT = ALPACA.replace("Response:\n", "Response:\n<think>")
 PLAIN_STARTS = {"\nUser:", "\nSystem:", "\nAssistant:"}
+MARKS = ("<|user|>", "<|assistant|>", "<|system|>", "<think>")
 ENDS: dict[str, tuple[str | None, set[str], set[str]]] = {
     "ChatML": (CHATML, {"<|im_end|>"}, set()),
     "no system role": (NO_SYSTEM, {"<|im_end|>"}, set()),
@@ -35,16 +49,21 @@ ENDS: dict[str, tuple[str | None, set[str], set[str]]] = {
     "end between turns": (BETWEEN, {"<|im_end|>"}, set()),
     "alternating": (ALTERNATING, {"<|im_end|>"}, set()),
     "next turn starts with a token": (NEXT_STARTS, {"<|im_start|>"}, set()),
+    "any speaker is a token": (SPEAKERS, {"<|user|>", "<|assistant|>", "<|system|>"}, set()),
+    "asks for an answer": (ALWAYS_ASKS, {"<|user|>", "<|assistant|>", "<|system|>"}, set()),
+    "text closes": (TEXT_CLOSES, set(), {"[END]"}),
+    "tokens as text": (CHATML.replace("<|im_", "<|my_"), set(), {"<|my_end|>"}),
+    "text before a thought": (THINKS_AS_TEXT, set(), {"\n### Instruction:", "\n### Response:"}),
     "text alone": (ALPACA, set(), {"\n### Instruction:", "\n### Response:"}),
     "nothing": (SAYS_NOTHING, set(), set()),
     "no template": (None, {OTHER_EOS}, PLAIN_STARTS),
 }
 
 
-def with_other_eos(folder: Path, target: Path) -> Path:
+def with_other_eos(folder: Path, target: Path, of_config: Any = 0) -> Path:
     """Copy a tiny base; its end-of-sequence token becomes one that its template never writes."""
     shutil.copytree(folder, target)
-    for name, end in (("tokenizer_config.json", OTHER_EOS), ("config.json", 0)):
+    for name, end in (("tokenizer_config.json", OTHER_EOS), ("config.json", of_config)):
         path = target / name
         fields = json.loads(path.read_text())
         fields["eos_token" if isinstance(end, str) else "eos_token_id"] = end
@@ -57,13 +76,25 @@ def with_other_eos(folder: Path, target: Path) -> Path:
 def test_what_ends_a_turn_is_read_from_the_template(
     template: str | None, tokens: set[str], texts: set[str], tiny: Tiny, tmp_path: Path
 ) -> None:
-    folder = with_other_eos(tiny("llama", template=template), tmp_path / "model")
+    folder = with_other_eos(tiny("llama", template=template, marks=MARKS), tmp_path / "model")
     base = load_base(folder, device="cpu")
     end = base.turn_end
     assert set(base.tokenizer.convert_ids_to_tokens(list(end.ids))) == tokens
     assert set(end.texts) == texts
     assert base.eos_ids == end.ids | {base.tokenizer.eos_token_id}
     assert base.vocabulary.eos_ids == base.eos_ids, "grammars end where answers end"
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [([3, 4], {}, {0, 3, 4}), (3, {"eos_token_id": [4, 5]}, {0, 4, 5}), (3, {}, {0, 3})],
+)
+def test_ends_that_the_models_files_list(
+    config: Any, generation: dict[str, Any], ends: set[int], tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = with_other_eos(tiny("llama", template=SAYS_NOTHING), tmp_path / "model", config)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, **generation}))
+    assert load_base(folder, device="cpu").eos_ids == ends
 
 
 def test_the_templates_end_token_ends_answers_whatever_the_eos_token(
@@ -105,6 +136,24 @@ def test_a_special_token_as_a_stop_string_ends_the_answer(engine: Engine) -> Non
         else:
             assert stopped == free
     assert num_stopped
+
+
+def test_a_special_token_as_a_stop_string_ends_text_that_may_call_tools(engine: Engine) -> None:
+    grammar = Grammar((("f", closed_schema({"type": "object", "properties": {}})),), text=True)
+    stop = "<|im_start|>"
+    requests = [
+        Request(
+            [20, 30, 40],
+            sampling=Sampling(max_tokens=100, temperature=3.0, seed=seed, stop=(stop,)),
+            grammar=grammar,
+        )
+        for seed in range(16)
+    ]
+    start = engine.base.tokenizer.convert_tokens_to_ids(stop)
+    stopped = [each for each in engine.generate(requests) if start in each.token_ids]
+    assert stopped
+    assert all(each.token_ids.index(start) == len(each.token_ids) - 1 for each in stopped)
+    assert {each.finish_reason for each in stopped} == {"stop"}
 
 
 SAID: dict[str, tuple[str, str]] = {

@@ -416,3 +416,31 @@ def test_a_schema_without_a_grammar_fails_where_it_is_asked_for(engine: Engine) 
     for schema in (float("nan"), {"enum": {1, 2}}, [1], "{}"):
         with pytest.raises(InputError):
             closed_schema(schema)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("speculation", [False, True])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": ["x<|im_end|>y"]},
+        {"enum": ["<|im_start|>a", "<|im_start|>b"]},
+        {"type": "string", "pattern": r"^<\|im_end\|>$"},
+        {"const": {"</tool_call>": "<tool_call>"}},
+    ],
+    ids=["enum", "alternatives", "pattern", "marks of calls"],
+)
+def test_a_control_token_in_a_schema_is_written_as_text(
+    schema: dict[str, Any], speculation: bool, tiny: Tiny
+) -> None:
+    base = load_base(tiny("llama", context=2048, marks=MARKS, likely=CLOSING), dtype="float32")
+    engine = Engine(base, EngineOptions(speculation=speculation))
+    answer, called = engine.generate(
+        [
+            constrained(0, Grammar(answer=closed_schema(schema))),
+            constrained(0, Grammar((("f", closed_schema(schema)),), several=False)),
+        ]
+    )
+    engine.close()
+    jsonschema.validate(json.loads(answer.text), schema)
+    call = called.text.removeprefix(f"{CALL_BEGIN}\n").removesuffix(f"\n{CALL_END}")
+    jsonschema.validate(json.loads(call)["arguments"], schema)

@@ -23,6 +23,7 @@ _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?")
 _USUAL = ("registry.ollama.ai", "library")
+_SERVICE = Path("/usr/share/ollama/.ollama/models")  # of Ollama where Linux runs it as a service
 
 
 def ollama_file(name: str) -> Path:
@@ -32,15 +33,7 @@ def ollama_file(name: str) -> Path:
         ModelNotFound: Ollama has not pulled it, or the name is none.
         ModelError: what Ollama keeps cannot be read, or is no GGUF model alone.
     """
-    models = _models_folder()
-    manifest = models / "manifests" / _manifest_path(name)
-    try:
-        text = manifest.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelNotFound(
-            f"Ollama has no model {name!r} in {models} ({manifest} is not there): "
-            f"`ollama pull {name}` brings it; OLLAMA_MODELS names another folder"
-        ) from error
+    models, manifest, text = _manifest(name)
     file = models / "blobs" / f"sha256-{_model_digest(name, manifest, text)}"
     if not file.is_file():
         raise ModelNotFound(
@@ -50,9 +43,29 @@ def ollama_file(name: str) -> Path:
     return file
 
 
-def _models_folder() -> Path:
+def _manifest(name: str) -> tuple[Path, Path, bytes]:
+    """Return the folder of models that has the name, its manifest, and what that says."""
+    path, folders = _manifest_path(name), _models_folders()
+    for models in folders:
+        manifest = models / "manifests" / path
+        try:
+            return models, manifest, manifest.read_bytes()
+        except PermissionError as error:
+            raise ModelError(
+                f"{manifest} may not be read by this user: be in Ollama's group, or name another "
+                "folder with OLLAMA_MODELS"
+            ) from error
+        except OSError:
+            continue
+    raise ModelNotFound(
+        f"Ollama has no model {name!r} in {' or '.join(map(str, folders))}: "
+        f"`ollama pull {name}` brings it; OLLAMA_MODELS names another folder"
+    )
+
+
+def _models_folders() -> list[Path]:
     given = os.environ.get("OLLAMA_MODELS")
-    return Path(given).expanduser() if given else Path.home() / ".ollama" / "models"
+    return [Path(given).expanduser()] if given else [Path.home() / ".ollama" / "models", _SERVICE]
 
 
 def _manifest_path(name: str) -> Path:
@@ -71,7 +84,7 @@ def _no_name(name: str) -> ModelNotFound:
     return ModelNotFound(f"{name!r} is no name of a model of Ollama: give ollama:NAME[:TAG]")
 
 
-def _model_digest(name: str, manifest: Path, text: str) -> str:
+def _model_digest(name: str, manifest: Path, text: bytes) -> str:
     """Return the digest of the one layer with the model."""
     try:
         layers: list[dict[str, Any]] = json.loads(text)["layers"]

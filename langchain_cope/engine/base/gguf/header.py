@@ -7,7 +7,7 @@ or hostile file is an error with a reason. Arrays are passed over: only their le
 import math
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MOST_DIMENSIONS = 4
+_MOST_ALIGNMENT = 1 << 20
 _LONG = 1000  # values of an array that is one of the vocabulary, and not of the layers
 _T = TypeVar("_T")
 
@@ -90,25 +91,15 @@ def read_header(path: Path) -> GgufHeader:
 
     Raises ModelError where it is no GGUF file, damaged or cut off.
     """
-    return _read(path, lambda reader: reader.header())
-
-
-def read_fields(path: Path) -> dict[str, Any]:
-    """Return the metadata of the GGUF file `path`, without looking at its tensors.
-
-    Raises ModelError where it is no GGUF file, damaged or cut off.
-    """
-    return _read(path, lambda reader: reader.fields()[0])
+    return _read(path, _Reader.header)
 
 
 def gguf_context(path: Path) -> int | None:
     """Return the tokens that the GGUF file `path` says its model can see.
 
-    Raises ModelError as `read_fields` does.
+    Raises ModelError as `read_header` does; what follows the number is not looked at.
     """
-    fields = read_fields(path)
-    context = fields.get(f"{fields.get('general.architecture')}.context_length")
-    return context if isinstance(context, int) else None
+    return _read(path, _Reader.context)
 
 
 def _read(path: Path, what: Callable[["_Reader"], _T]) -> _T:
@@ -131,8 +122,18 @@ class _Reader:
         self._at = 0
         self._short: list[bytes] = []
 
-    def fields(self) -> tuple[dict[str, Any], int]:
-        """Return the metadata, and the number of tensors that follow."""
+    def context(self) -> int | None:
+        """Return the length of the context, without reading the many tokens that follow it."""
+        fields: dict[str, Any] = {}
+        for name, value in self._fields(self._beginning()[0]):
+            fields[name] = value
+            context = fields.get(f"{fields.get('general.architecture')}.context_length")
+            if isinstance(context, int):
+                return context
+        return None
+
+    def _beginning(self) -> tuple[int, int]:
+        """Return the number of fields and that of tensors."""
         if self._take(4) != b"GGUF":
             raise _DamagedError("it does not begin with GGUF")
         version = self._number("I")
@@ -141,27 +142,31 @@ class _Reader:
             found = "it is big-endian" if big else f"it has version {version}"
             raise _DamagedError(f"{found}; versions 2 and 3 are read")
         num_tensors, num_fields = self._number("Q"), self._number("Q")
-        fields = {}
         self._short.append(self._data[: self._at])
-        for _ in range(self._counted(num_fields, 12, "fields")):
+        return self._counted(num_fields, 12, "fields"), num_tensors
+
+    def _fields(self, num_fields: int) -> Iterator[tuple[str, Any]]:
+        """Yield the metadata by name."""
+        for _ in range(num_fields):
             start = self._at
             name = self._string()
             kind = self._number("I")
             length_at = self._at + 4  # of an array, after the kind of its values
-            fields[name] = self._value(kind)
-            if kind == _ARRAY and fields[name] > _LONG:
+            value = self._value(kind)
+            if kind == _ARRAY and value > _LONG:
                 self._short.append(self._data[start:length_at] + bytes(8))
             else:
                 self._short.append(self._data[start : self._at])
-        return fields, num_tensors
+            yield name, value
 
     def header(self) -> GgufHeader:
         """Return all of it."""
-        fields, num_tensors = self.fields()
+        num_fields, num_tensors = self._beginning()
+        fields = dict(self._fields(num_fields))
         infos_at = self._at
         infos = [self._info() for _ in range(self._counted(num_tensors, 24, "tensors"))]
         alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
+        if not isinstance(alignment, int) or not 1 <= alignment <= _MOST_ALIGNMENT:
             raise _DamagedError(f"its alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
         short = b"".join([*self._short, self._data[infos_at : self._at]])

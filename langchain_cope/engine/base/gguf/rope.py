@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from langchain_cope.engine.base.gguf_header import GgufHeader
+from langchain_cope.engine.base.gguf.header import GgufHeader
 from langchain_cope.errors import ModelError
 
 FREQUENCIES = "rope_freqs.weight"
@@ -18,6 +18,15 @@ FREQUENCIES = "rope_freqs.weight"
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192  # of the training before the context was extended
 _DEFAULT_BASE = 10_000.0
+# What a file may scale besides, by the values that change nothing: -1 leaves it to llama.cpp.
+_UNCHANGED: dict[str, tuple[float, ...]] = {
+    "attn_factor": (1,),
+    "yarn_attn_factor": (1,),
+    "yarn_ext_factor": (1, -1),
+    "yarn_beta_fast": (32,),
+    "yarn_beta_slow": (1,),
+    "yarn_log_multiplier": (0,),
+}
 
 
 def set_rope(path: Path, header: GgufHeader, config: Any) -> None:
@@ -28,7 +37,10 @@ def set_rope(path: Path, header: GgufHeader, config: Any) -> None:
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return
-    # Of an architecture with two kinds of layers, the file's fields are about those that see all.
+    base_of_window = header.own("rope.freq_base_swa")
+    if base_of_window is not None and "sliding_attention" in rope:
+        rope["sliding_attention"]["rope_theta"] = base_of_window
+    # Of an architecture with two kinds of layers, the other fields are about those that see all.
     rope = rope.get("full_attention", rope)
     base = header.own("rope.freq_base")
     if base is not None:
@@ -50,6 +62,10 @@ def _head_size(config: Any) -> int:
 
 def _scaling(path: Path, header: GgufHeader) -> dict[str, Any]:
     """Return the parameters of the scaling that the metadata names."""
+    for name, unchanged in _UNCHANGED.items():
+        value = header.own(f"rope.scaling.{name}")
+        if value is not None and value not in unchanged:
+            raise _refusal(path, f"are scaled by {name} {value}")
     kind = header.own("rope.scaling.type") or "none"
     factor = header.own("rope.scaling.factor") or header.own("rope.scale_linear") or 1.0
     if factor == 1 and kind in {"none", "linear", "yarn"}:

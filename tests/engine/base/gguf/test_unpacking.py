@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import Written, permute, unpermute, write_gguf
 
 from langchain_cope.engine import Base, load_base
-from langchain_cope.engine.base.gguf_header import read_header
+from langchain_cope.engine.base.gguf.header import read_header
 from langchain_cope.errors import ModelError
 
 Tiny = Callable[..., Path]
@@ -158,6 +158,15 @@ def test_positions_turn_as_the_file_says(kind: str, tiny: Tiny, tmp_path: Path) 
     assert not agrees(loaded(write_gguf(tmp_path / "plain.gguf", folder).path), written)
 
 
+def test_layers_with_a_window_turn_by_their_own_base(tiny: Tiny, tmp_path: Path) -> None:
+    bases = {"full_attention": 1000.0, "sliding_attention": 100.0}
+    rope = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
+    folder = tiny("gemma3_text", rope_parameters=rope, tie_word_embeddings=True)
+    fields = {"gemma3.rope.freq_base_swa": 100.0}
+    written = write_gguf(tmp_path / "model.gguf", folder, fields=fields)
+    assert agrees(loaded(written.path), written)
+
+
 def divisors(rope: dict[str, object]) -> np.ndarray:
     """What Llama 3's converter writes: a divisor for each frequency."""
     head, trained = 8, 64
@@ -192,6 +201,10 @@ OTHER_FILES: dict[str, tuple[dict[str, object], str]] = {
         {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0},
         "are scaled by 'longrope'",
     ),
+    "a scaled attention": ({"llama.rope.scaling.attn_factor": 2.0}, "scaled by attn_factor 2.0"),
+    "a text as the base": ({"llama.rope.freq_base": "much"}, "cannot be unpacked: "),
+    "a text as a size": ({"llama.attention.key_length": "eight"}, "cannot be unpacked: "),
+    "a text as a count": ({"split.count": "one"}, "cannot be unpacked: "),
     "half a turn": (
         {"llama.rope.dimension_count": 4, "llama.attention.key_length": 8},
         "turns 4 of 8",
@@ -255,6 +268,13 @@ HEADS = {
     "text": b"not a model",
     "version 1": b"GGUF" + (1).to_bytes(4, "little") + bytes(64),
     "big-endian": b"GGUF" + (3).to_bytes(4, "big") + bytes(64),
+    "far aligned": b"".join(
+        [
+            b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little"),
+            (17).to_bytes(8, "little") + b"general.alignment",
+            (10).to_bytes(4, "little") + (1 << 62).to_bytes(8, "little"),
+        ]
+    ),
     "endless": b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 64,
 }
 

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_gguf
 
 from langchain_cope import ChatCoPe
-from langchain_cope.engine import load_base
-from langchain_cope.engine.base.gguf_source import gguf_path
+from langchain_cope.engine import gguf_context, load_base
+from langchain_cope.engine.base.gguf.source import gguf_path
 from langchain_cope.errors import InputError, ModelError, ModelNotFound
 
 Tiny = Callable[..., Path]
@@ -52,6 +55,29 @@ def test_the_same_file_anywhere_is_the_same_base(
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_lies_beside_a_file_changes_nothing(
+    file: Path, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = fingerprint(file)
+    beside = tmp_path / "model.gguf"
+    shutil.copyfile(file, beside)
+    settings = {"chat_template": "another", "eos_token": "<|endoftext|>", "model_max_length": 7}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    shutil.copyfile(tiny("llama") / "tokenizer.json", tmp_path / "tokenizer.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    assert fingerprint(beside) == original
+
+
+def test_starter_is_the_bundled_base_beside_a_folder_of_that_name(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "starter").mkdir()
+    shutil.copyfile(file, tmp_path / "starter" / "model.gguf")
+    monkeypatch.chdir(tmp_path)
+    assert gguf_path("starter", None) is None
 
 
 def test_other_bytes_are_another_base(file: Path, tmp_path: Path) -> None:
@@ -98,6 +124,51 @@ def test_a_file_of_a_hub_repository_comes_from_its_cache(
     assert fingerprint("someone/Some.Model-GGUF:q8/m.gguf") == fingerprint(file)
     with pytest.raises(ModelNotFound, match=r"no file 'x.gguf' of 'someone/Some.Model-GGUF' here"):
         load_base("someone/Some.Model-GGUF:x.gguf", device="cpu")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Has one file, whatever it is asked for, and counts the questions."""
+
+    content = b""
+    num_asked = 0
+
+    def do_HEAD(self) -> None:
+        type(self).num_asked += 1
+        self.send_response(200)
+        for name, value in {
+            "ETag": f'"{hashlib.sha256(self.content).hexdigest()}"',
+            "X-Repo-Commit": "0" * 40,
+            "Content-Length": str(len(self.content)),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_hub_is_asked_for_a_file_once_a_process(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Hub.content = file.read_bytes()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{hub.server_port}"
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        base = load_base("someone/served-GGUF:m.gguf", device="cpu")
+        num_asked = Hub.num_asked
+        assert num_asked > 0
+        assert load_base("someone/served-GGUF:m.gguf", device="cpu") is base
+        assert Hub.num_asked == num_asked
+        hub.shutdown()
 
 
 def pull(models: Path, file: Path, place: str = f"{LIBRARY}/tiny/latest") -> Path:
@@ -147,13 +218,32 @@ def test_what_ollama_has_pulled_is_found_by_its_name(
     assert found.read_bytes() == file.read_bytes()
 
 
-def test_a_model_of_ollamas_home_folder_is_the_same_base(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["home/.ollama/models", "service"])
+def test_a_model_where_ollama_usually_keeps_them_is_the_same_base(
+    place: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    pull(tmp_path / ".ollama" / "models", file)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("langchain_cope.engine.base.gguf.ollama._SERVICE", tmp_path / "service")
+    with pytest.raises(ModelNotFound, match=rf"in {tmp_path}/home/\S+ or {tmp_path}/service: "):
+        gguf_path("ollama:tiny", None)
+    pull(tmp_path / place, file)
     assert fingerprint("ollama:tiny") == fingerprint(file)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_model_that_may_not_be_read_is_told_from_none(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    pull(tmp_path, file)
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(ModelError, match="may not be read by this user"):
+            gguf_path("ollama:tiny", None)
+    finally:
+        os.seteuid(0)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +266,7 @@ def test_what_ollama_lacks_is_said_with_the_command(
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
     manifest = pull(tmp_path, file)
     with pytest.raises(
-        ModelNotFound, match=f"no model 'other:7b' in {tmp_path} .*ollama pull other:7b"
+        ModelNotFound, match=f"no model 'other:7b' in {tmp_path}: .*ollama pull other:7b"
     ):
         load_base("ollama:other:7b", device="cpu")
     whole = manifest.read_text()
@@ -191,6 +281,9 @@ def test_what_ollama_lacks_is_said_with_the_command(
         manifest.write_text(text)
         with pytest.raises(ModelError, match=reason):
             load_base("ollama:tiny", device="cpu")
+    manifest.write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_base("ollama:tiny", device="cpu")
     manifest.write_text(whole)
     next((tmp_path / "blobs").iterdir()).unlink()
     with pytest.raises(
@@ -203,6 +296,13 @@ def test_the_profile_knows_a_files_context_before_it_is_unpacked(file: Path) -> 
     assert (ChatCoPe(model=str(file)).profile or {})["max_input_tokens"] == 255
     assert (ChatCoPe(model="smollm2").profile or {})["max_input_tokens"] == 8191
     assert ChatCoPe(model="ollama:nobody-has-this").profile is None
+
+
+def test_the_context_is_read_without_the_tokens(file: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    data = file.read_bytes()
+    cut.write_bytes(data[: data.index(b"tokenizer.ggml.tokens") + 200])
+    assert gguf_context(cut) == 256
 
 
 def test_without_the_package_gguf_the_error_says_what_to_install(

@@ -1,11 +1,14 @@
 """Which GGUF file a name of a model means, if any."""
 
+import functools
 import re
 from pathlib import Path
 
-from langchain_cope.engine.base import bundled, ollama
-from langchain_cope.engine.base.gguf_cache import GgufFile
+from langchain_cope.engine.base import bundled
+from langchain_cope.engine.base.gguf import ollama
+from langchain_cope.engine.base.gguf.cache import GgufFile
 from langchain_cope.errors import ModelError, ModelNotFound
+from langchain_cope.text import first_line
 
 _MAGIC = b"GGUF"
 _ON_THE_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+):(?P<file>[^:]+\.gguf)", re.IGNORECASE)
@@ -37,6 +40,8 @@ def find_gguf(model: str, revision: str | None) -> GgufFile | None:
 
 def gguf_path(model: str, revision: str | None, *, fetch: bool = True) -> Path | None:
     """Return where the file of `find_gguf` is; without `fetch`, only if it is on this machine."""
+    if model == "starter":  # also where a folder of that name lies here
+        return None
     if model == "smollm2":
         return bundled.smollm2_file()
     if model.startswith(ollama.PREFIX):
@@ -75,6 +80,7 @@ def _is_gguf(path: Path) -> bool:
         return path.suffix.lower() == ".gguf" or file.read(len(_MAGIC)) == _MAGIC
 
 
+@functools.cache  # chats ask for their base at every call, the hub is asked once
 def _fetched(repository: str, file: str, revision: str | None, *, fetch: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
@@ -83,8 +89,7 @@ def _fetched(repository: str, file: str, revision: str | None, *, fetch: bool) -
             hf_hub_download(repository, file, revision=revision, local_files_only=not fetch)
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelNotFound(
-            f"no file {file!r} of {repository!r} here or on the hub ({reason}): "
+            f"no file {file!r} of {repository!r} here or on the hub ({first_line(error)}): "
             "give owner/repository:FILE.gguf as the hub lists it"
         ) from error

@@ -10,9 +10,10 @@ from typing import Any
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
-from langchain_cope.engine.base.gguf_header import GgufHeader
-from langchain_cope.engine.base.gguf_rope import set_rope
+from langchain_cope.engine.base.gguf.header import GgufHeader
+from langchain_cope.engine.base.gguf.rope import set_rope
 from langchain_cope.errors import ModelError
+from langchain_cope.text import first_line
 
 # Kinds of text splitting in llama.cpp that take every digit for itself, then split as GPT-2 does.
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
@@ -37,12 +38,11 @@ def save_config_and_tokenizer(path: Path, header: GgufHeader, folder: Path) -> N
     """
     try:
         config = _config(header, folder)
-        # Not AutoTokenizer: it would read the configuration with all tokens for nothing.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = _tokenizer(path, folder)
     except Exception as error:  # odd metadata raises any of a dozen kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"transformers cannot read the architecture {header.architecture!r} of {path}: {reason}"
+            f"transformers cannot read the architecture {header.architecture!r} of {path}: "
+            f"{first_line(error)}"
         ) from error
     _check_kind(path, config)
     _complete(config, header)
@@ -67,6 +67,18 @@ def _config(header: GgufHeader, folder: Path) -> Any:
         if tensor.name == "token_embd.weight":
             config.vocab_size = tensor.shape[0]
     return config
+
+
+def _tokenizer(path: Path, folder: Path) -> Any:
+    """Return the tokenizer as transformers reads it, from the file alone."""
+    # Where the file lies, a tokenizer_config.json or a chat_template.jinja beside it would be read.
+    alone = folder / "whole.gguf"
+    alone.symlink_to(path.resolve())
+    try:
+        # Not AutoTokenizer: it would read the configuration with all tokens for nothing.
+        return PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=alone.name)
+    finally:
+        alone.unlink()
 
 
 def _check_kind(path: Path, config: Any) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from langchain_cope.engine.base.gguf_header import GgufHeader, PackedTensor
-from langchain_cope.engine.base.gguf_rope import FREQUENCIES
+from langchain_cope.engine.base.gguf.header import GgufHeader, PackedTensor
+from langchain_cope.engine.base.gguf.rope import FREQUENCIES
 from langchain_cope.errors import ModelError
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

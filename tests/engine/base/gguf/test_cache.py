@@ -16,9 +16,8 @@ import torch
 from gguf_files import write_gguf
 
 from langchain_cope.engine import load_base
-from langchain_cope.engine.base import gguf_cache
 from langchain_cope.engine.base.bundled import smollm2_file
-from langchain_cope.engine.base.gguf_cache import GgufFile
+from langchain_cope.engine.base.gguf.cache import GgufFile
 from langchain_cope.errors import ModelError
 
 Tiny = Callable[..., Path]
@@ -29,9 +28,9 @@ import json, os, signal, sys, time
 from pathlib import Path
 import torch, transformers, gguf
 import transformers.modeling_gguf_pytorch_utils, transformers.models.llama.modeling_llama
-import langchain_cope.engine.base.gguf_config as config
-import langchain_cope.engine.base.gguf_tensors as tensors
-from langchain_cope.engine.base.gguf_cache import GgufFile
+import langchain_cope.engine.base.gguf.config as config
+import langchain_cope.engine.base.gguf.tensors as tensors
+from langchain_cope.engine.base.gguf.cache import GgufFile
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 def stop():
     print("here", flush=True)
@@ -206,9 +205,19 @@ def test_a_cache_in_the_way_of_a_file_is_named(file: Path, cache: Path) -> None:
         load_base(file, device="cpu")
 
 
+@pytest.mark.parametrize("taken", ["*/model.safetensors", "*/tokenizer.json", "*/*"])
+def test_files_that_were_taken_out_of_the_cache_come_back(taken: str, file: Path) -> None:
+    folder = GgufFile.of(file).unpacked(torch.float32, CPU)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for path in folder.parent.glob(taken):
+        path.unlink()
+    assert GgufFile.of(file).unpacked(torch.float32, CPU) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_another_version_of_unpacking_unpacks_anew(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = GgufFile.of(file).unpacked(torch.float32, CPU)
-    monkeypatch.setattr(gguf_cache, "_VERSION", 2)
+    monkeypatch.setattr("langchain_cope.engine.base.gguf.cache._VERSION", 2)
     assert GgufFile.of(file).unpacked(torch.float32, CPU) != first

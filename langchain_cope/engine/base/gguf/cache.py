@@ -10,7 +10,7 @@ Folders appear whole or not at all. Deleting them costs the time to unpack.
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from langchain_cope.atomic_files import atomic_folder
 from langchain_cope.engine.base.digests import cached_digest
-from langchain_cope.engine.base.gguf_header import GgufHeader, read_header
+from langchain_cope.engine.base.gguf.header import GgufHeader, read_header
 from langchain_cope.engine.base.user_cache import cache_folder
 from langchain_cope.errors import InputError, ModelError
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _VERSION = 1  # of what is written; another one where the same file would be unpacked to other bytes
 _WEIGHTS = "model.safetensors"
+_DESCRIPTION = ("config.json", "tokenizer.json")  # what a folder cannot do without
 _SPARE_BYTES = 64 * 1024**2  # room on the disk that is left for others
 _log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class GgufFile:
 
         Raises ModelError where they cannot be read or written.
         """
-        return self._made("description", self._write_description)
+        return self._made("description", _DESCRIPTION, self._write_description)
 
     def unpacked(self, dtype: "torch.dtype", device: "torch.device") -> Path:
         """Return the folder of the whole model in `dtype`, made at the first call.
@@ -82,19 +83,25 @@ class GgufFile:
         if weights.is_file():
             self._check_memory(weights.stat().st_size, dtype, device)
         description = self.description()
-        return self._made(name, lambda folder: self._write(folder, description, dtype, device))
+        return self._made(
+            name,
+            (*_DESCRIPTION, _WEIGHTS),
+            lambda folder: self._write(folder, description, dtype, device),
+        )
 
-    def _made(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Return the folder `name`, written by `write` unless it is there already."""
+    def _made(self, name: str, files: Sequence[str], write: Callable[[Path], None]) -> Path:
+        """Return the folder `name`, written by `write` unless it is there with these `files`."""
         folder = self.folder / name
-        if folder.is_dir():
+        if _has(folder, files):
             return folder
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with FileLock(self.folder / "lock"):
-                if folder.is_dir():  # another process made it meanwhile
+                if _has(folder, files):  # another process made it meanwhile
                     return folder
                 self._remove_unfinished()
+                if folder.is_dir():  # what cleans caches took files out of it
+                    shutil.rmtree(folder)
                 with atomic_folder(folder) as unfinished:
                     write(unfinished)
         except OSError as error:
@@ -110,7 +117,7 @@ class GgufFile:
             shutil.rmtree(left, ignore_errors=True)
 
     def _write_description(self, folder: Path) -> None:
-        from langchain_cope.engine.base.gguf_config import save_config_and_tokenizer
+        from langchain_cope.engine.base.gguf.config import save_config_and_tokenizer
 
         save_config_and_tokenizer(self.path, self.header, folder)
 
@@ -119,7 +126,7 @@ class GgufFile:
     ) -> None:
         from transformers import AutoConfig
 
-        from langchain_cope.engine.base.gguf_tensors import Unpacking
+        from langchain_cope.engine.base.gguf.tensors import Unpacking
 
         config = AutoConfig.from_pretrained(description)
         unpacking = Unpacking(self.path, self.header, config)
@@ -155,6 +162,10 @@ class GgufFile:
     def _becomes(self, num_bytes: int, dtype: "torch.dtype") -> str:
         packed = _megabytes(self.path.stat().st_size)
         return f"{self.path} ({packed}) becomes {_megabytes(num_bytes)} as {dtype}"
+
+
+def _has(folder: Path, files: Sequence[str]) -> bool:
+    return all((folder / file).is_file() for file in files)
 
 
 def require_gguf() -> None:
