@@ -91,8 +91,9 @@ class Batch:
         if not self._shares or not self.prefilling:
             return False
         for row in _new_rows(active):
-            at_hand = max(BLOCK * len(self.prefixes.find(row)), self._longest_copy(row)[0])
-            others = self._prefill_rows.of_owner(row.owner)
+            blocks = [] if row.offline else self.prefixes.find(row)
+            at_hand = max(BLOCK * len(blocks), self._longest_copy(row)[0])
+            others = self._prefill_rows.like(row)
             most = len(row.tokens) - 1
             to_come = max((num_shared(row.tokens, each.tokens, most) for each in others), default=0)
             if to_come - at_hand < BLOCK:
@@ -112,9 +113,8 @@ class Batch:
         (self.decoding if is_read else self.prefilling).append(active)
         rows = self._decode_rows if is_read else self._prefill_rows
         self._make_room()
-<<<<<<< HEAD
         for row, (length, other, source) in zip(active.rows, copies, strict=True):
-            blocks = self.prefixes.find(row)
+            blocks = [] if row.offline else self.prefixes.find(row)
             row.length = max(length, BLOCK * len(blocks))
             if row.length == length:
                 rows.add(row, source, other)
@@ -123,14 +123,6 @@ class Batch:
             self.num_reused += row.length
         if is_read:
             self._look_up(active)
-=======
-        for row in rows:
-            index = self._prefill_rows.add(row)
-            if not active.request.offline and (blocks := self.prefixes.find(row)):
-                self._prefill_rows.kv.fill(index, blocks)
-                row.length = sum(block[0][0].shape[1] for block in blocks)
-                self.num_reused += row.length
->>>>>>> main
 
     def prefill(self, max_tokens: int) -> int:
         """Read the next piece of every prompt in one forward of about `max_tokens` at most.
@@ -265,7 +257,7 @@ class Batch:
         best = nothing
         if self._shares:
             for rows in (self._decode_rows, self._prefill_rows):
-                for other in rows.of_owner(row.owner):
+                for other in rows.like(row):
                     most = min(other.length, len(row.tokens) - 1)
                     if most > best[0]:
                         length = num_shared(row.tokens, other.tokens, most)
@@ -339,8 +331,8 @@ class Batch:
 
 def _new_rows(active: ActiveRequest) -> tuple[Row, ...]:
     """Return the rows of a request: the personal one, then the base's where it has two."""
-    personal = Row(active.tokens, active.adapter)
-    return (personal, Row(active.tokens, None)) if active.request.two_rows else (personal,)
+    adapters = [active.adapter, None] if active.request.two_rows else [active.adapter]
+    return tuple(Row(active.tokens, each, active.request.offline) for each in adapters)
 
 
 def _kv_bytes(memory: int | float, device: torch.device) -> int:

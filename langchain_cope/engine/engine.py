@@ -45,7 +45,7 @@ from langchain_cope.engine.request import Request
 from langchain_cope.engine.scheduler import Scheduler, model_error
 from langchain_cope.errors import Cancelled, ContextOverflow, EngineClosed, InputError, ModelError
 
-_LINE = 4  # requests on their way, in `max_rows`, that `generate_each` has at most
+_LINE = 16  # requests on their way, in `max_rows`, that `generate_each` has at most
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

@@ -51,18 +51,13 @@ class Request:
     """What the reply may hold beside the answer; None: all of it is the answer."""
     logprobs: bool = False
     """Report log π_user and log π_base of every token; this takes two rows even at α = 0."""
-<<<<<<< HEAD
     closing: tuple[int, ...] = ()
     """What the chat template puts after the end of the turn: read, not chosen, once that came.
 
     With `logprobs` its log-probabilities are reported, too: of all that a trainer sees.
     """
-    keep_for_reuse: bool = True
-    """The answer's keys and values go to the prefix cache, as a chat's next prompt begins with it.
-=======
     offline: bool = False
     """Nobody waits for its tokens, and the same requests alone in the batch get the same answers.
->>>>>>> main
 
     What goes by a clock, or by earlier answers, stays away from it: speculation, prompts read in
     small pieces for the sake of others, the prefix cache.

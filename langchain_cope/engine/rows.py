@@ -18,10 +18,11 @@ from langchain_cope.engine.forward.lora_rows import LoraRows
 class Row:
     """One sequence of tokens under one model: a user's, or the base."""
 
-    def __init__(self, tokens: list[int], adapter: Adapter | None) -> None:
+    def __init__(self, tokens: list[int], adapter: Adapter | None, offline: bool = False) -> None:
         """Take the request's own list of `tokens`, which grows with its answer."""
         self.tokens = tokens
         self.adapter = adapter
+        self.offline = offline
         self.length = 0
         """Positions in the cache."""
         self.logits: Tensor | None = None
@@ -58,10 +59,10 @@ class Rows:
         """Return the rows in the order in which they lie in the cache."""
         return self._personal + self._base
 
-    def of_owner(self, owner: Hashable) -> list[Row]:
-        """Return the rows of one owner, which may share their beginnings."""
-        rows = self._base if owner is None else self._personal
-        return [row for row in rows if row.owner == owner]
+    def like(self, row: Row) -> list[Row]:
+        """Return the rows whose beginnings `row` may take: its owner's, offline as it is."""
+        rows = self._base if row.adapter is None else self._personal
+        return [each for each in rows if (each.owner, each.offline) == (row.owner, row.offline)]
 
     def add(self, row: Row, source: "Rows | None" = None, other: Row | None = None) -> int:
         """Take `row` in and return its index.

@@ -16,17 +16,11 @@ from itertools import islice
 from langchain_cope.engine import Adapter, Base, Completion, Engine, Request, Sampling
 from langchain_cope.training.encode import (
     Encoded,
-<<<<<<< HEAD
     closing_ids,
     common_prefix,
     encode,
     encode_candidate,
-=======
-    common_prefix,
-    encode,
-    encode_candidate,
     parts_of_reply,
->>>>>>> main
 )
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
@@ -154,7 +148,7 @@ def mine_negatives(
 def _requests(base: Base, example: Encoded, recipe: Recipe) -> list[Request]:
     """Return a request for each candidate of an item."""
     prompt = base.prompt_ids(example.item.messages)
-    after_end = tuple(closing_ids(base)[1:])
+    after_end, parts = tuple(closing_ids(base)[1:]), parts_of_reply(base, prompt)
     requests = []
     for draw in range(recipe.negatives.candidates):
         # A seed for every draw: the candidates do not depend on how items are batched.
@@ -171,13 +165,13 @@ def _requests(base: Base, example: Encoded, recipe: Recipe) -> list[Request]:
                 sampling=sampling,
                 logprobs=True,
                 closing=after_end,
-                keep_for_reuse=False,
+                parts=parts,
+                offline=True,
             )
         )
     return requests
 
 
-<<<<<<< HEAD
 def _candidates(
     base: Base, example: Encoded, answers: Sequence[Completion], recipe: Recipe
 ) -> list[_Candidate]:
@@ -211,20 +205,6 @@ def _sampled_log_probs(
         return None
     by_base = [token.log_p_base for token in answer.logprobs]
     return by_base[len(prompt_ids) - len(prompt) : len(seen) - len(prompt)]
-=======
-def _request(engine: Engine, example: Encoded, recipe: Recipe, draw: int) -> Request:
-    # A seed for every draw: the candidates do not depend on how items are batched.
-    digest = hashlib.sha256(f"{recipe.seed} {example.index} {draw}".encode()).digest()
-    sampling = Sampling(
-        max_tokens=recipe.max_new_tokens or engine.base.context,
-        temperature=recipe.negatives.temperature,
-        top_p=recipe.negatives.top_p,
-        seed=int.from_bytes(digest[:7], "big"),
-    )
-    prompt = engine.base.prompt_ids(example.item.messages)
-    parts = parts_of_reply(engine.base, prompt)
-    return Request(prompt=prompt, sampling=sampling, parts=parts, offline=True)
->>>>>>> main
 
 
 def _is_usable(answer: Completion, example: Encoded) -> bool:

@@ -54,7 +54,7 @@ def test_each_answer_comes_in_order_while_few_requests_wait(engine: Engine) -> N
 
     def requests() -> Iterator[Request]:
         nonlocal taken
-        for number in range(600):
+        for number in range(3000):
             taken += 1
             yield Request([5, 6, 7 + number % 300], sampling=Sampling(max_tokens=2))
 
@@ -62,8 +62,8 @@ def test_each_answer_comes_in_order_while_few_requests_wait(engine: Engine) -> N
     taken = 0
     for number, answer in enumerate(engine.generate_each(requests())):
         assert answer == expected[number]
-        assert taken - number <= 4 * engine.options.max_rows
-    assert number == 599
+        assert taken - number <= 16 * engine.options.max_rows
+    assert number == 2999
 
 
 def test_a_closed_iterator_of_answers_lets_go_of_its_requests(engine: Engine) -> None:
