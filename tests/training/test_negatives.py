@@ -136,7 +136,7 @@ def test_the_base_scores_only_what_it_did_not_sample(starter, recipe, monitor, t
         sampled = [*starter.base.prompt_ids(item.messages), *answer.token_ids]
         if answer.text.strip() and (prompt + completion)[: len(sampled)] != sampled:
             rewritten.append(answer.text)
-    assert len(rewritten) < len(overheard.answers) / 3
+    assert len(rewritten) < len(overheard.answers) / 2
     assert {answer.finish_reason for answer in overheard.answers} == {"stop", "length"}
     by_base = [sequences for sequences, adapter in overheard.scored if adapter is None]
     ids = [completion for of_call in by_base for _, completion in of_call]
