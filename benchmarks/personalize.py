@@ -17,6 +17,12 @@ the newest items, and measures
    of the base and the two adapters; keys and values that the engine keeps as known beginnings
    (`EngineOptions.prefix_cache`) do not count.
 
+5. `mining_vs_generate`: the seconds a token of sampling every item's candidates, ours over
+   transformers' `generate` on the same weights, items, K, limit, temperature and top-p, in batches
+   of 8 items with K answers each; `mining_and_scoring_vs_generate`: the same, with the rewards and
+   the log-probabilities for DPO, over `generate` and plain forwards of base and adapter in batches
+   of 8. Alternating, the median of the ratios.
+
 Targets: 2 at most 1.10, 3 at most 1.15, 4 at most 1.02. The last line is one JSON object; its
 `ratios` holds these names.
 """
@@ -39,7 +45,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from datasets.utils import logging as datasets_logging
-from peft import set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.utils import logging as transformers_logging
@@ -51,12 +57,15 @@ from langchain_cope.history.items import Item
 from langchain_cope.training.adapter import lora_config, save_adapter
 from langchain_cope.training.dpo import train_dpo
 from langchain_cope.training.encode import fit
-from langchain_cope.training.negatives import Pair, mine_negatives
+from langchain_cope.training.negatives import Pair, _requests, mine_negatives
 from langchain_cope.training.pipeline import TrainingResult, train_user
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
 from langchain_cope.training.sft import train_sft
 from langchain_cope.training.trainer import arguments, tokenizer_copy
+
+GENERATE_ITEMS = 8  # items, or rows to score, of one batch of transformers
+MINING_ROUNDS = 3  # at most: each samples every item's candidates three times
 
 
 def read_items(options: Any, part: str) -> list[Item]:
@@ -167,6 +176,99 @@ def compare_times(
     }
 
 
+def compare_mining(
+    engine: Engine, items: list[Item], recipe: Recipe, sft: Path, options: Any
+) -> dict[str, Any]:
+    """Return seconds a token by way and round, and the medians of ours over theirs."""
+    base = engine.base
+    examples, _ = fit(base, items, recipe.max_length, recipe.max_words)
+    prompts = [base.prompt_ids(example.item.messages) for example in examples]
+    dtype = next(base.model.parameters()).dtype
+    plain, other = (
+        AutoModelForCausalLM.from_pretrained(base.source, dtype=dtype).eval() for _ in range(2)
+    )
+    personal = PeftModel.from_pretrained(other, sft).eval()
+    adapter = engine.load_adapter(sft)
+
+    def ours(scored: bool) -> float:
+        engine.drop_caches()
+        tokens, started = engine.statistics().tokens, time.perf_counter()
+        if scored:
+            monitor = Monitor()
+            with monitor.stage(Stage.NEGATIVES):
+                mine_negatives(engine, examples, recipe, adapter, monitor)
+        else:
+            requests = (each for one in examples for each in _requests(base, one, recipe))
+            for _ in engine.generate_each(requests):
+                pass
+        return (time.perf_counter() - started) / (engine.statistics().tokens - tokens)
+
+    def theirs() -> tuple[float, float]:
+        started = time.perf_counter()
+        answers = generated(plain, prompts, recipe, base)
+        sampled = time.perf_counter() - started
+        started = time.perf_counter()
+        plain_scores(personal, answers)
+        plain_scores(plain, answers)
+        scored = time.perf_counter() - started
+        number = sum(len(answer) for _, answer in answers)
+        return sampled / number, (sampled + scored) / number
+
+    rounds = []
+    for number in range(min(options.pairs, MINING_ROUNDS)):
+        first = (ours(False), ours(True)) if number % 2 else None
+        other = theirs()
+        rounds.append((first or (ours(False), ours(True)), other))
+    ratios = [[own / their for own, their in zip(*each, strict=True)] for each in rounds]
+    sampling, scoring = (statistics.median(each) for each in zip(*ratios, strict=True))
+    return {"seconds_a_token": rounds, "sampling": sampling, "scoring": scoring}
+
+
+@torch.inference_mode()
+def generated(
+    model: Any, prompts: list[list[int]], recipe: Recipe, base: Any
+) -> list[tuple[list[int], list[int]]]:
+    """Return (prompt, answer) of every candidate, by transformers."""
+    answers = []
+    for start in range(0, len(prompts), GENERATE_ITEMS):
+        batch = prompts[start : start + GENERATE_ITEMS]
+        width = max(map(len, batch))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
+        mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in batch])
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=recipe.negatives.temperature,
+            top_p=recipe.negatives.top_p,
+            top_k=0,
+            num_return_sequences=recipe.negatives.candidates,
+            max_new_tokens=recipe.max_new_tokens,
+            eos_token_id=sorted(base.eos_ids),
+            pad_token_id=0,
+        )
+        for row, sequence in enumerate(output[:, width:].tolist()):
+            ends = [at + 1 for at, token in enumerate(sequence) if token in base.eos_ids]
+            answer = sequence[: min(ends, default=len(sequence))]
+            answers.append((batch[row // recipe.negatives.candidates], answer))
+    return answers
+
+
+@torch.inference_mode()
+def plain_scores(model: Any, answers: list[tuple[list[int], list[int]]]) -> None:
+    """Compute the log-probabilities of the answers, those of like length together."""
+    by_length = sorted(answers, key=lambda each: len(each[0]) + len(each[1]))
+    for start in range(0, len(by_length), GENERATE_ITEMS):
+        batch = [[*prompt, *answer] for prompt, answer in by_length[start : start + GENERATE_ITEMS]]
+        width = max(map(len, batch))
+        keep = width - min(len(prompt) for prompt, _ in by_length[start : start + GENERATE_ITEMS])
+        ids = torch.tensor([each + [0] * (width - len(each)) for each in batch])
+        mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in batch])
+        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep + 1).logits
+        targets = ids[:, -keep:].unsqueeze(-1)
+        logits[:, :-1].float().log_softmax(-1).gather(-1, targets)
+
+
 def parameter_storage(result: TrainingResult, base: Any) -> float:
     """Return the distinct tensor storage alive over that of the base and the two adapters."""
     gc.collect()
@@ -229,6 +331,7 @@ def measure(options: Any, scratch: Path) -> dict[str, Any]:
     pairs = mine(engine, items, result.recipe, result.sft)
     pairs_file = scratch / "pairs.json"
     pairs_file.write_text(json.dumps([vars(pair) for pair in pairs]))
+    mining = compare_mining(engine, items, result.recipe, result.sft, options)
     times = compare_times(base, items, pairs, result.recipe, options)
     engine.close()
     memory = {role: peak_memory(options, role, pairs_file) for role in ("chain", "bare")}
@@ -238,11 +341,14 @@ def measure(options: Any, scratch: Path) -> dict[str, Any]:
         "stage_seconds": monitor.timings,
         "ours_seconds": times["ours_seconds"],
         "bare_trl_seconds": times["bare_trl_seconds"],
+        "mining_seconds_a_token": mining["seconds_a_token"],
         "peak_memory_bytes": memory,
         "ratios": {
             "chain_vs_bare_trl": round(times["ratio"], 3),
             "peak_memory_vs_bare_trl": round(memory["chain"] / memory["bare"], 3),
             "parameter_storage": round(storage, 4),
+            "mining_vs_generate": round(mining["sampling"], 3),
+            "mining_and_scoring_vs_generate": round(mining["scoring"], 3),
         },
     }
 

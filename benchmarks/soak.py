@@ -586,14 +586,28 @@ def judge_tie(
     if sampling.repetition_penalty != 1:
         engine_sampling._penalize(final, ids, sampling.repetition_penalty)
     if sampling.temperature > 0:
-        noise = engine_sampling._gumbel_noise([sampling], [step], len(final))[0]
-        final = final / sampling.temperature + noise
+        final = sampled_scores(final / sampling.temperature, sampling, step, ours, theirs)
         tolerance = TIE / min(1.0, sampling.temperature)
     gap = float(final.max() - torch.minimum(final[ours], final[theirs]))
     from_line = float((user - user.amax() - math.log(tau)).abs().amin()) if alpha else math.inf
     if gap <= tolerance or from_line <= TIE:
         return None
     return f"step {step}: {ours}, alone {theirs}, best {int(final.argmax())}, gap {gap:.2e}"
+
+
+def sampled_scores(final: Tensor, sampling: Sampling, step: int, ours: int, theirs: int) -> Tensor:
+    """Return what the greatest of chose between two tokens: their blocks, or within one block."""
+    size = engine_sampling._BLOCK
+    noise = engine_sampling._gumbel_noise([sampling], [step], 0, len(final))[0]
+    blocks = list(final.split(size))
+    if ours // size == theirs // size:
+        number = ours // size
+        scores = torch.full_like(final, -math.inf)
+        within = blocks[number] + noise[: len(blocks[number])]
+        scores[number * size : number * size + len(within)] = within
+        return scores
+    sums = torch.stack([block.logsumexp(0) for block in blocks]) + noise[size:]
+    return sums.repeat_interleave(size)[: len(final)]
 
 
 if __name__ == "__main__":

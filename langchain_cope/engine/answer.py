@@ -80,6 +80,7 @@ class Completion:
     contrast_changed: float
     """Share of steps whose contrastive argmax is not the personal model's own, before warpers."""
     logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of `token_ids`, and of `Request.closing` where the end of the turn was chosen."""
     num_calls: int = 0
     """How many tool calls are whole."""
 
@@ -94,8 +95,9 @@ class ActiveRequest:
     def __init__(self, request: Request, base: Base, sink: Callable[[Event], None]) -> None:
         """Raises InputError for a grammar that cannot be held to."""
         self.request = request
-        self.limit = min(len(request.prompt) + request.sampling.max_tokens, base.context)
-        """Tokens of prompt and answer, at most."""
+        self._full = min(len(request.prompt) + request.sampling.max_tokens, base.context)
+        self.limit = min(self._full + len(request.closing), base.context)
+        """Tokens of prompt and answer, and what closes it, at most."""
         self.tokens = list(request.prompt)
         """Prompt and answer."""
         self.answer_ids: list[int] = []
@@ -110,6 +112,8 @@ class ActiveRequest:
         """Where speculation looks for what comes next."""
         self.constraint: Constraint | None = None
         """What may come next, where the request has a grammar."""
+        self.forced: int | None = None
+        """The next token, where it is given: one of `Request.closing`."""
         self.finished = False
         """True once the answer is whole, or has failed over its grammar or its logits."""
         self.is_number = True
@@ -152,6 +156,11 @@ class ActiveRequest:
             self._fail_over_logits(chosen.no_number)
             return
         token = chosen.token
+        if self.forced is not None:
+            self.tokens.append(token)
+            self._new_logprobs(chosen)
+            self._close_turn()
+            return
         self.answer_ids.append(token)
         self.tokens.append(token)
         if chosen.changed:
@@ -163,7 +172,7 @@ class ActiveRequest:
 
         hidden = token in self._eos_ids or (token in self._stop_ids and self._reply.in_answer)
         ended = hidden or (self.constraint is not None and self.constraint.done)
-        full = len(self.tokens) >= self.limit
+        full = len(self.tokens) >= self._full
         text = "" if hidden else self._detokenizer.push(token)
         if ended or full:
             text += self._detokenizer.flush()
@@ -180,10 +189,21 @@ class ActiveRequest:
             error = f"the grammar of this answer became too complex: {self.constraint.error}"
             self.fail(ModelError(error))
             self.finished = True
+        elif hidden and self.constraint is None:
+            self._close_turn()
         elif ended or self._reply.ended:
             self._complete("stop")
         elif full:
             self._complete("length")
+
+    def _close_turn(self) -> None:
+        """Go on with what the template puts after the end of the turn, or complete the answer."""
+        num_read = len(self.tokens) - len(self.request.prompt) - len(self.answer_ids)
+        left = self.request.closing[num_read:]
+        if left and len(self.tokens) < self.limit:
+            self.forced = left[0]
+        else:
+            self._complete("stop")
 
     def _fail_over_logits(self, whose: str) -> None:
         label = "the base" if whose == "base" else self.request.model_label

@@ -22,7 +22,7 @@ from langchain_cope.engine.forward.lora_rows import LoraRows
 from langchain_cope.engine.forward.packed_weights import BlockSource
 from langchain_cope.engine.next_token import TokenChoice, choose
 from langchain_cope.engine.options import EngineOptions
-from langchain_cope.engine.prefix_cache import PrefixCache
+from langchain_cope.engine.prefix_cache import BLOCK, PrefixCache, num_shared
 from langchain_cope.engine.rows import Row, Rows
 
 MIN_COLUMNS = 16  # tokens of a prompt that are read at a time, at least
@@ -51,6 +51,7 @@ class Batch:
         self._decode_rows, self._prefill_rows = self.new_rows(), self.new_rows()
         self._speculation = Speculation() if options.speculation else None
         self.prefixes = PrefixCache(options.prefix_cache, self.bytes_per_position)
+        self._shares = options.prefix_cache > 0
         self.decoding: list[ActiveRequest] = []
         """Requests that have their first token."""
         self.prefilling: list[ActiveRequest] = []
@@ -90,20 +91,46 @@ class Batch:
         num_rows = sum(active.request.num_rows for active in requests)
         return num_rows * (answer + prompt) * self.bytes_per_position
 
+    def is_being_read(self, active: ActiveRequest) -> bool:
+        """Tell whether to wait: the prompt's beginning, or all of it, is being read for another.
+
+        Once it is read, `admit` copies it. That it is worth the wait holds for each of its rows.
+        """
+        if not self._shares or not self.prefilling:
+            return False
+        for row in _new_rows(active):
+            blocks = [] if row.offline else self.prefixes.find(row)
+            at_hand = max(BLOCK * len(blocks), self._longest_copy(row)[0])
+            others = self._prefill_rows.like(row)
+            most = len(row.tokens) - 1
+            to_come = max((num_shared(row.tokens, each.tokens, most) for each in others), default=0)
+            if to_come - at_hand < BLOCK:
+                return False
+        return True
+
     def admit(self, active: ActiveRequest) -> None:
-        """Take a request in: its rows are there, its prompt is to be read."""
-        rows = [Row(active.tokens, active.adapter)]
-        if active.request.two_rows:
-            rows.append(Row(active.tokens, None))
-        self.prefilling.append(active)
-        active.rows = tuple(rows)
+        """Take a request in: its rows are there, its prompt is to be read.
+
+        What another row or the prefix cache holds of it is copied. Where that is all but the last
+        token, the next decoding step reads that one and gives the first of the answer.
+        """
+        active.rows = _new_rows(active)
+        copies = [self._longest_copy(row) for row in active.rows]
+        whole = len(active.tokens) - 1
+        is_read = whole > 0 and all(length == whole for length, _, _ in copies)
+        (self.decoding if is_read else self.prefilling).append(active)
+        rows = self._decode_rows if is_read else self._prefill_rows
         self._make_room()
-        for row in rows:
-            index = self._prefill_rows.add(row)
-            if not active.request.offline and (blocks := self.prefixes.find(row)):
-                self._prefill_rows.kv.fill(index, blocks)
-                row.length = sum(block[0][0].shape[1] for block in blocks)
-                self.num_reused += row.length
+        for row, (length, other, source) in zip(active.rows, copies, strict=True):
+            blocks = [] if row.offline else self.prefixes.find(row)
+            row.length = max(length, BLOCK * len(blocks))
+            if row.length == length:
+                rows.add(row, source, other)
+            else:
+                rows.kv.fill(rows.add(row), blocks)
+            self.num_reused += row.length
+        if is_read:
+            self._look_up(active)
 
     def prefill(self, max_tokens: int) -> int:
         """Read the next piece of every prompt in one forward of about `max_tokens` at most.
@@ -228,6 +255,23 @@ class Batch:
         for kv, rows, positions in sorted(sizes, key=lambda size: size[0].bytes_for(*size[1:])):
             kv.reserve(rows, positions, exactly=exactly)
 
+    def _longest_copy(self, row: Row) -> tuple[int, Row | None, Rows | None]:
+        """Return how much of a new row's prompt may be copied, and from which row of which rows.
+
+        At least one token is left to compute. A few tokens are not worth it: to read them costs as
+        much as the padding.
+        """
+        nothing: tuple[int, Row | None, Rows | None] = (0, None, None)
+        best = nothing
+        if self._shares:
+            for rows in (self._decode_rows, self._prefill_rows):
+                for other in rows.like(row):
+                    most = min(other.length, len(row.tokens) - 1)
+                    if most > best[0]:
+                        length = num_shared(row.tokens, other.tokens, most)
+                        best = max(best, (length, other, rows), key=lambda copy: copy[0])
+        return best if best[0] >= MIN_COLUMNS else nothing
+
     def _start_answers(self, ready: list[ActiveRequest]) -> None:
         """Choose first tokens where prompts are read; the rows move over to the answers'."""
         if not ready:
@@ -266,7 +310,8 @@ class Batch:
         hit_rates = []
         for active in self.decoding:
             room = min(MAX_DRAFT, active.limit - len(active.tokens) - 1)
-            draft = active.lookup.propose(room) if active.lookup and room > 0 else []
+            may_guess = active.lookup is not None and active.forced is None and room > 0
+            draft = active.lookup.propose(room) if active.lookup and may_guess else []
             if active.constraint is not None:
                 draft = active.constraint.possible(draft)
             proposals[active] = draft
@@ -281,13 +326,21 @@ class Batch:
         for index, token in enumerate(chosen):
             num_taken += 1
             active.push(token)
-            if active.finished or index == len(draft) or token.token != draft[index]:
+            if active.finished or active.forced is not None:
+                break
+            if index == len(draft) or token.token != draft[index]:
                 break
         for row in active.rows:
             row.length += num_taken
         self.num_tokens += num_taken
         self.num_drafted += len(draft)
         self.num_accepted += num_taken - 1
+
+
+def _new_rows(active: ActiveRequest) -> tuple[Row, ...]:
+    """Return the rows of a request: the personal one, then the base's where it has two."""
+    adapters = [active.adapter, None] if active.request.two_rows else [active.adapter]
+    return tuple(Row(active.tokens, each, active.request.offline) for each in adapters)
 
 
 def _kv_bytes(memory: int | float, device: torch.device) -> int:

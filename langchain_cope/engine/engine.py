@@ -12,11 +12,12 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -44,6 +45,8 @@ from langchain_cope.engine.request import Request
 from langchain_cope.engine.scheduler import Scheduler, model_error
 from langchain_cope.errors import Cancelled, ContextOverflow, EngineClosed, InputError, ModelError
 
+_LINE = 16  # requests on their way, in `max_rows`, that `generate_each` has at most
+
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _engines: dict[int, "Engine"] = {}
@@ -65,7 +68,7 @@ class Statistics:
     accepted: int
     """Those of them that came true."""
     prefix_tokens_reused: int
-    """Tokens of prompts, a row each, that the prefix cache held."""
+    """Tokens of prompts, a row each, that were copied: from the prefix cache or another row."""
     adapters_loaded: int
     """Adapters that were loaded into a slot."""
     adapters_evicted: int
@@ -260,6 +263,29 @@ class Engine:
             for stream in streams:
                 stream.close()
 
+    def generate_each(
+        self, requests: Iterable[Request], should_stop: Callable[[], bool] | None = None
+    ) -> Generator[Completion, None, None]:
+        """Yield the completions of `requests` in their order, decoded together.
+
+        Raises as `generate` does. Requests are taken when the waiting line gets short, so that any
+        number of them needs little memory. Closing the iterator stops those that are on their way.
+        """
+        requests = iter(requests)
+        most = _LINE * self.options.max_rows
+        streams: deque[Stream] = deque()
+        try:
+            while True:
+                if len(streams) <= most // 2:
+                    streams += self.stream_all(list(islice(requests, most - len(streams))))
+                if not streams:
+                    return
+                yield streams[0].completion(should_stop)
+                streams.popleft()
+        finally:
+            for stream in streams:
+                stream.close()
+
     def score(
         self,
         sequences: scoring.Sequences,
@@ -267,6 +293,8 @@ class Engine:
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Tensor]:
         """Return the log-probability, in nats, of each completion token under base or adapter.
+
+        Completions of the same prompt are best scored in one call, which reads the prompt once.
 
         Args:
             sequences: (prompt ids, completion ids), neither empty, together within the context.
@@ -375,7 +403,8 @@ class Engine:
     def _score_together(
         self, sequences: scoring.Sequences, adapter: Adapter | None
     ) -> list[Tensor]:
-        return scoring.log_probs(self._batch.forward, self._batch.new_rows(), sequences, adapter)
+        rows, prompt_rows = self._batch.new_rows(), self._batch.new_rows()
+        return scoring.log_probs(self._batch.forward, rows, prompt_rows, sequences, adapter)
 
     def _call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two steps and return what it returns."""

@@ -40,20 +40,22 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     ]
     steps = [len(choice.active.answer_ids) + len(choice.drafted) for choice in choices]
     tokens = choose_tokens(scores, samplings, seen, steps)
-    differs = _differs(scores, personal, tokens, choices)
+    forced = [index for index, choice in enumerate(choices) if choice.active.forced is not None]
+    if forced:
+        given = [choices[index].active.forced for index in forced]
+        tokens[forced] = torch.tensor(given, device=tokens.device)
     # One entry that is no number makes all scores of its row NaN.
     unusable = scores.gather(1, tokens.unsqueeze(1)).squeeze(1).isnan()
-    # The step's one wait for the device.
-    flags = torch.stack([differs, unusable]).to(tokens.dtype)
+    flags = torch.stack([_differs(scores, personal, choices), unusable]).to(tokens.dtype)
     chosen = torch.cat([tokens.unsqueeze(0), flags]).tolist()
+    logprobs = _logprobs(logits, tokens, choices)
     return [
         NextToken(
-            token,
-            bool(differs) and choice.active.request.contrastive,
-            _logprobs(logits, choice, token),
-            _whose(logits, choice) if unusable else "",
+            token, bool(differs), logprobs.get(index), _whose(logits, choice) if unusable else ""
         )
-        for choice, token, differs, unusable in zip(choices, *chosen, strict=True)
+        for index, (choice, token, differs, unusable) in enumerate(
+            zip(choices, *chosen, strict=True)
+        )
     ]
 
 
@@ -63,20 +65,6 @@ def _rows(logits: Tensor, indices: Sequence[int]) -> Tensor:
     if list(indices) == list(range(first, first + len(indices))):
         return logits[first : first + len(indices)]
     return logits[indices]
-
-
-def _differs(
-    scores: Tensor, personal: Tensor, tokens: Tensor, choices: Sequence[TokenChoice]
-) -> Tensor:
-    """Return `(choices,)`: whether the contrast's likeliest token is not the personal model's."""
-    requests = [choice.active.request for choice in choices]
-    if not any(request.contrastive for request in requests):
-        return torch.zeros_like(tokens, dtype=torch.bool)
-    plain = all(
-        r.sampling.temperature == 0 and r.sampling.repetition_penalty == 1 for r in requests
-    )
-    likeliest = tokens if plain else scores.argmax(-1)
-    return likeliest != personal.argmax(-1)
 
 
 def _allowed(personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
@@ -111,16 +99,38 @@ def _scores(logits: Tensor, personal: Tensor, choices: Sequence[TokenChoice]) ->
     return scores
 
 
+def _differs(scores: Tensor, personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
+    """Tell of each choice whether the contrast's likeliest token is not the personal model's."""
+    contrasted = [
+        index for index, choice in enumerate(choices) if choice.active.request.contrastive
+    ]
+    differs = torch.zeros(len(choices), dtype=torch.bool, device=scores.device)
+    if contrasted:
+        differs[contrasted] = scores[contrasted].argmax(-1) != personal[contrasted].argmax(-1)
+    return differs
+
+
 def _whose(logits: Tensor, choice: TokenChoice) -> Literal["personal", "base"]:
     """Return whose logits hold NaN or infinity."""
     are_numbers = bool((logits[choice.personal] < torch.inf).all())  # −inf is no likelihood at all
     return "base" if are_numbers else "personal"
 
 
-def _logprobs(logits: Tensor, choice: TokenChoice, token: int) -> tuple[float, float] | None:
-    """Return (log p_user, log p_base) of `token`, in nats, where the request asks for it."""
-    if not choice.active.request.logprobs:
-        return None
-    both = torch.log_softmax(logits[[choice.personal, choice.base]].float(), dim=-1)
-    user, base = both[:, token].tolist()
-    return user, base
+def _logprobs(
+    logits: Tensor, tokens: Tensor, choices: Sequence[TokenChoice]
+) -> dict[int, tuple[float, float]]:
+    """Return (log p_user, log p_base) of `tokens`, in nats, by the choices that ask for it."""
+    asking = [index for index, choice in enumerate(choices) if choice.active.request.logprobs]
+    if not asking:
+        return {}
+    of_rows = sorted({row for i in asking for row in (choices[i].personal, choices[i].base)})
+    log_probs = torch.log_softmax(logits[of_rows].float(), dim=-1)
+    place = {row: index for index, row in enumerate(of_rows)}
+    users, bases = (
+        log_probs[[place[row] for row in rows], tokens[asking]].tolist()
+        for rows in (
+            [choices[index].personal for index in asking],
+            [choices[index].base for index in asking],
+        )
+    )
+    return dict(zip(asking, zip(users, bases, strict=True), strict=True))

@@ -93,7 +93,10 @@ class EngineOptions:
     adapter_slots: int = 64
     """Adapters kept ready in device memory. The least recently used one without a request goes."""
     prefix_cache: int = 256 << 20
-    """Bytes for beginnings of prompts and chats that were processed before; 0 keeps none."""
+    """Bytes for beginnings of prompts and chats that were processed before.
+
+    0 keeps none, and requests that run at the same time share none either.
+    """
     speculation: bool = True
     """Propose several tokens at once where an answer quotes its prompt or the user's texts.
 

@@ -45,7 +45,7 @@ class PrefixCache:
 
         At least one token is left to compute.
         """
-        nodes = self._path(_owner(row), row.tokens[:-1])
+        nodes = self._path(row.owner, row.tokens[:-1])
         self._touch(nodes)
         return [node.states for node in nodes]
 
@@ -70,7 +70,7 @@ class PrefixCache:
 
     def _store(self, row: Row, rows: Rows) -> None:
         tokens = row.tokens[: row.length]
-        owner = _owner(row)
+        owner = row.owner
         nodes = self._path(owner, tokens)
         index = None
         for start in range(len(nodes) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
@@ -110,5 +110,11 @@ class PrefixCache:
             del self._roots[node.parent.owner]
 
 
-def _owner(row: Row) -> Hashable:
-    return None if row.adapter is None else row.adapter.owner
+def num_shared(tokens: Sequence[int], others: Sequence[int], most: int) -> int:
+    """Return how many leading tokens the two have in common, at most `most`."""
+    most = min(most, len(tokens), len(others))
+    for start in range(0, most, BLOCK):
+        end = min(start + BLOCK, most)
+        if tokens[start:end] != others[start:end]:
+            return next(at for at in range(start, end) if tokens[at] != others[at])
+    return most

@@ -51,6 +51,11 @@ class Request:
     """What the reply may hold beside the answer; None: all of it is the answer."""
     logprobs: bool = False
     """Report log π_user and log π_base of every token; this takes two rows even at α = 0."""
+    closing: tuple[int, ...] = ()
+    """What the chat template puts after the end of the turn: read, not chosen, once that came.
+
+    With `logprobs` its log-probabilities are reported, too: of all that a trainer sees.
+    """
     offline: bool = False
     """Nobody waits for its tokens, and the same requests alone in the batch get the same answers.
 

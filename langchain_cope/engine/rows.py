@@ -4,7 +4,7 @@ The index of a row among them is its index in the cache. A row that joins or lea
 three others, whatever the number of rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from langchain_cope.engine.forward.lora_rows import LoraRows
 class Row:
     """One sequence of tokens under one model: a user's, or the base."""
 
-    def __init__(self, tokens: list[int], adapter: Adapter | None) -> None:
+    def __init__(self, tokens: list[int], adapter: Adapter | None, offline: bool = False) -> None:
         """Take the request's own list of `tokens`, which grows with its answer."""
         self.tokens = tokens
         self.adapter = adapter
+        self.offline = offline
         self.length = 0
         """Positions in the cache."""
         self.logits: Tensor | None = None
@@ -31,6 +32,11 @@ class Row:
     def missing(self) -> int:
         """Tokens that are not in the cache yet."""
         return len(self.tokens) - self.length
+
+    @property
+    def owner(self) -> Hashable:
+        """Whose keys and values these are: only rows of the same owner may share them."""
+        return None if self.adapter is None else self.adapter.owner
 
 
 class Rows:
@@ -53,10 +59,16 @@ class Rows:
         """Return the rows in the order in which they lie in the cache."""
         return self._personal + self._base
 
-    def add(self, row: Row, source: "Rows | None" = None) -> int:
+    def like(self, row: Row) -> list[Row]:
+        """Return the rows whose beginnings `row` may take: its owner's, offline as it is."""
+        rows = self._base if row.adapter is None else self._personal
+        return [each for each in rows if (each.owner, each.offline) == (row.owner, row.offline)]
+
+    def add(self, row: Row, source: "Rows | None" = None, other: Row | None = None) -> int:
         """Take `row` in and return its index.
 
-        Its keys and values are copied from `source`, where one is given.
+        Where `source` is given, its keys and values are copied from there: its own, or those of
+        `other`, which begins with the same `row.length` tokens.
         """
         index = len(self)
         if row.adapter is None:
@@ -70,7 +82,7 @@ class Rows:
         if source is None:
             self.kv.zero_row(index)
         else:
-            self.kv.copy_row(source.kv, source.all().index(row), index, row.length)
+            self.kv.copy_row(source.kv, source.all().index(other or row), index, row.length)
         return index
 
     def remove(self, row: Row) -> None:

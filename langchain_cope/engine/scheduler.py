@@ -161,11 +161,20 @@ class Scheduler:
         return min(max(tokens, MIN_COLUMNS), self._max_prompt_tokens)
 
     def _admit(self) -> None:
-        """Admit from the line, in order, as far as the bounds allow."""
+        """Admit from the line, in order, as far as the bounds allow.
+
+        Who begins with what is being read for another waits until that is done, the room is kept.
+        """
+        held: list[ActiveRequest] = []
         for active in self._ready():
-            if self._batch.num_rows >= self._max_rows or not self._fits(active):
+            if self._batch.num_rows >= self._max_rows or not self._fits(active, held):
                 break
-            self._admit_one(active)
+            if active.lease is not None:
+                active.adapter = active.lease.adapter
+            if self._batch.is_being_read(active):
+                held.append(active)
+            else:
+                self._admit_one(active)
 
     def _ready(self) -> list[ActiveRequest]:
         """Return who could be admitted; drop those who gave up or failed, room or not."""
@@ -184,8 +193,6 @@ class Scheduler:
         return ready
 
     def _admit_one(self, active: ActiveRequest) -> None:
-        if active.lease is not None:
-            active.adapter = active.lease.adapter
         with self._lock:
             self._waiting.remove(active)
         try:
@@ -199,13 +206,16 @@ class Scheduler:
             else:
                 self._fail([active], model_error("the request could not be admitted", error))
 
-    def _fits(self, active: ActiveRequest) -> bool:
-        """Tell whether there is room for one more: rows, tokens in flight, memory, and a prompt."""
+    def _fits(self, active: ActiveRequest, held: Sequence[ActiveRequest]) -> bool:
+        """Tell whether there is room for one more: rows, tokens in flight, memory, and a prompt.
+
+        Those that are `held` have theirs.
+        """
         batch, num_rows = self._batch, active.request.num_rows
-        everyone = [*batch.requests, active]
+        everyone = [*batch.requests, *held, active]
         if len(everyone) == 1:
             return True
-        if batch.num_rows + num_rows > self._max_rows:
+        if sum(each.request.num_rows for each in everyone) > self._max_rows:
             return False
         max_tokens = self._options.max_tokens
         if max_tokens is not None:

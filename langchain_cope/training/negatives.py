@@ -7,12 +7,16 @@ EMNLP 2025, with α = 1); the lowest becomes the rejected side.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from langchain_cope.engine import Adapter, Base, Completion, Engine, Request, Sampling
 from langchain_cope.training.encode import (
     Encoded,
+    closing_ids,
     common_prefix,
     encode,
     encode_candidate,
@@ -21,7 +25,7 @@ from langchain_cope.training.encode import (
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 
-ITEMS_A_BATCH = 16  # items of which candidates are sampled together; a step of the stage
+ITEMS_A_BATCH = 8  # items of which candidates are scored together; a step of the stage
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class Pair:
 
     The lowest of the item's candidates; None where the history itself says what was rejected.
     """
+    chosen_base_log_prob: float | None = None
+    """Nats, summed over `chosen_ids` after `prompt_ids`, under the base; None: not computed."""
+    rejected_base_log_prob: float | None = None
+    """Likewise of `rejected_ids`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class _Candidate:
     text: str
     prompt_ids: list[int]
     completion_ids: list[int]
+    base_log_probs: list[float] | None = None
+    """Nats, of each token of the completion under the base; None: not known."""
 
 
 def make_pairs(
@@ -59,6 +69,7 @@ def make_pairs(
     unpaired = [example for example in examples if not example.item.rejected]
     mined, mining_notes = mine_negatives(engine, unpaired, recipe, sft, monitor)
     ready, notes = given_pairs(engine.base, examples, recipe)
+    ready = with_base_log_probs(engine, ready, monitor)
     pairs = sorted([*mined, *ready], key=lambda pair: pair.index)
     return pairs, [*mining_notes, *notes]
 
@@ -105,15 +116,23 @@ def mine_negatives(
     be set. Raises `Cancelled` within one forward of the model after `monitor` asks for a stop.
     """
     pairs: list[Pair] = []
-    num_usable = 0
-    for start in range(0, len(examples), ITEMS_A_BATCH):
-        monitor.raise_if_stopped()
-        batch = examples[start : start + ITEMS_A_BATCH]
-        candidates = _sample(engine, batch, recipe, monitor)
-        num_usable += sum(len(of_item) for of_item in candidates)
-        pairs += _least_like_user(engine, batch, candidates, sft, monitor)
-        monitor.step_done(start + len(batch), len(examples))
-    num_sampled = recipe.negatives.candidates * len(examples)
+    num_usable, number = 0, recipe.negatives.candidates
+    requests = (
+        request for example in examples for request in _requests(engine.base, example, recipe)
+    )
+    # All items are answered in one run; those that are done are scored meanwhile.
+    with closing(engine.generate_each(requests, monitor.should_stop)) as answers:
+        for start in range(0, len(examples), ITEMS_A_BATCH):
+            monitor.raise_if_stopped()
+            batch = examples[start : start + ITEMS_A_BATCH]
+            candidates = [
+                _candidates(engine.base, example, list(islice(answers, number)), recipe)
+                for example in batch
+            ]
+            num_usable += sum(len(of_item) for of_item in candidates)
+            pairs += _least_like_user(engine, batch, candidates, sft, monitor)
+            monitor.step_done(start + len(batch), len(examples))
+    num_sampled = number * len(examples)
     notes = []
     if num_usable < num_sampled:
         notes.append(
@@ -126,44 +145,66 @@ def mine_negatives(
     return pairs, notes
 
 
-def _sample(
-    engine: Engine, examples: Sequence[Encoded], recipe: Recipe, monitor: Monitor
-) -> list[list[_Candidate]]:
-    """Return the usable candidates of each item."""
-    number = recipe.negatives.candidates
-    requests = [
-        _request(engine, example, recipe, draw) for example in examples for draw in range(number)
-    ]
-    answers = engine.generate(requests, monitor.should_stop)
-    limit = min(recipe.max_length, engine.base.context)
-    candidates = []
-    for index, example in enumerate(examples):
-        usable = []
-        for answer in answers[index * number : (index + 1) * number]:
-            if not _is_usable(answer, example):
-                continue
-            closed = answer.finish_reason == "stop"
-            prompt_ids, completion_ids = encode_candidate(
-                engine.base, example, answer.text, limit, closed=closed
+def _requests(base: Base, example: Encoded, recipe: Recipe) -> list[Request]:
+    """Return a request for each candidate of an item."""
+    prompt = base.prompt_ids(example.item.messages)
+    after_end, parts = tuple(closing_ids(base)[1:]), parts_of_reply(base, prompt)
+    requests = []
+    for draw in range(recipe.negatives.candidates):
+        # A seed for every draw: the candidates do not depend on how items are batched.
+        digest = hashlib.sha256(f"{recipe.seed} {example.index} {draw}".encode()).digest()
+        sampling = Sampling(
+            max_tokens=recipe.max_new_tokens or base.context,
+            temperature=recipe.negatives.temperature,
+            top_p=recipe.negatives.top_p,
+            seed=int.from_bytes(digest[:7], "big"),
+        )
+        requests.append(
+            Request(
+                prompt,
+                sampling=sampling,
+                logprobs=True,
+                closing=after_end,
+                parts=parts,
+                offline=True,
             )
-            if completion_ids:
-                usable.append(_Candidate(answer.text, prompt_ids, completion_ids))
-        candidates.append(usable)
-    return candidates
+        )
+    return requests
 
 
-def _request(engine: Engine, example: Encoded, recipe: Recipe, draw: int) -> Request:
-    # A seed for every draw: the candidates do not depend on how items are batched.
-    digest = hashlib.sha256(f"{recipe.seed} {example.index} {draw}".encode()).digest()
-    sampling = Sampling(
-        max_tokens=recipe.max_new_tokens or engine.base.context,
-        temperature=recipe.negatives.temperature,
-        top_p=recipe.negatives.top_p,
-        seed=int.from_bytes(digest[:7], "big"),
-    )
-    prompt = engine.base.prompt_ids(example.item.messages)
-    parts = parts_of_reply(engine.base, prompt)
-    return Request(prompt=prompt, sampling=sampling, parts=parts, offline=True)
+def _candidates(
+    base: Base, example: Encoded, answers: Sequence[Completion], recipe: Recipe
+) -> list[_Candidate]:
+    """Return the usable ones of an item's answers."""
+    limit = min(recipe.max_length, base.context)
+    prompt = base.prompt_ids(example.item.messages)
+    usable = []
+    for answer in answers:
+        if not _is_usable(answer, example):
+            continue
+        closed = answer.finish_reason == "stop"
+        prompt_ids, completion_ids = encode_candidate(
+            base, example, answer.text, limit, closed=closed
+        )
+        if completion_ids:
+            by_base = _sampled_log_probs(answer, prompt, prompt_ids, completion_ids)
+            usable.append(_Candidate(answer.text, prompt_ids, completion_ids, by_base))
+    return usable
+
+
+def _sampled_log_probs(
+    answer: Completion, prompt: list[int], prompt_ids: list[int], completion_ids: list[int]
+) -> list[float] | None:
+    """Return the base's log-probabilities of `completion_ids`, as they were when it sampled them.
+
+    None where the trainers see the answer to `prompt` as other tokens than were sampled.
+    """
+    seen = prompt_ids + completion_ids
+    sampled = prompt + [token.token_id for token in answer.logprobs]
+    if len(prompt_ids) < len(prompt) or sampled[: len(seen)] != seen:
+        return None
+    by_base = [token.log_p_base for token in answer.logprobs]
+    return by_base[len(prompt_ids) - len(prompt) : len(seen) - len(prompt)]
 
 
 def _is_usable(answer: Completion, example: Encoded) -> bool:
@@ -179,31 +220,68 @@ def _least_like_user(
     monitor: Monitor,
 ) -> list[Pair]:
     """Return a pair with the candidate of the lowest reward for each item that has candidates."""
-    sequences = [
-        (candidate.prompt_ids, candidate.completion_ids)
-        for of_item in candidates
-        for candidate in of_item
-    ]
-    if not sequences:
-        return []
+    flat = [candidate for of_item in candidates for candidate in of_item]
+    sequences = [(candidate.prompt_ids, candidate.completion_ids) for candidate in flat]
     by_sft = engine.score(sequences, sft, monitor.should_stop)
-    by_base = engine.score(sequences, None, monitor.should_stop)
-    rewards = iter(
-        [float((user - base).mean()) for user, base in zip(by_sft, by_base, strict=True)]
+    others = [index for index, each in enumerate(flat) if each.base_log_probs is None]
+    scored = engine.score([sequences[index] for index in others], None, monitor.should_stop)
+    by_base = {index: tensor.tolist() for index, tensor in zip(others, scored, strict=True)}
+    ranked = iter(
+        [
+            _rank(candidate, user.tolist(), by_base.get(index))
+            for index, (candidate, user) in enumerate(zip(flat, by_sft, strict=True))
+        ]
     )
     pairs = []
     for example, of_item in zip(examples, candidates, strict=True):
-        ranked = [(next(rewards), candidate) for candidate in of_item]
-        if ranked:
-            reward, candidate = min(ranked, key=lambda pair: pair[0])
+        if of_item:
+            reward, candidate = min(islice(ranked, len(of_item)), key=lambda pair: pair[0])
             pairs.append(_pair(example, candidate, reward))
-    return pairs
+    return with_base_log_probs(engine, pairs, monitor)
+
+
+def _rank(
+    candidate: _Candidate, by_sft: list[float], by_base: list[float] | None
+) -> tuple[float, _Candidate]:
+    """Return the reward of a candidate, and the candidate with its log-probabilities."""
+    base = candidate.base_log_probs or by_base or []
+    reward = math.fsum(user - of_base for user, of_base in zip(by_sft, base, strict=True)) / len(
+        by_sft
+    )
+    return reward, replace(candidate, base_log_probs=base)
+
+
+def with_base_log_probs(engine: Engine, pairs: Sequence[Pair], monitor: Monitor) -> list[Pair]:
+    """Return the pairs with the log-probabilities of both sides, those that lack them scored."""
+    missing: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+    for pair in pairs:
+        for ids, known in (
+            (pair.chosen_ids, pair.chosen_base_log_prob),
+            (pair.rejected_ids, pair.rejected_base_log_prob),
+        ):
+            if known is None:
+                missing[tuple(pair.prompt_ids), tuple(ids)] = math.nan
+    scores = engine.score(list(missing), None, monitor.should_stop)
+    sums = dict(zip(missing, (math.fsum(score.tolist()) for score in scores), strict=True))
+
+    def log_prob(pair: Pair, ids: list[int], known: float | None) -> float:
+        return sums[tuple(pair.prompt_ids), tuple(ids)] if known is None else known
+
+    return [
+        replace(
+            pair,
+            chosen_base_log_prob=log_prob(pair, pair.chosen_ids, pair.chosen_base_log_prob),
+            rejected_base_log_prob=log_prob(pair, pair.rejected_ids, pair.rejected_base_log_prob),
+        )
+        for pair in pairs
+    ]
 
 
 def _pair(example: Encoded, negative: _Candidate, reward: float | None = None) -> Pair:
     # Where a template renders two answers' prompts differently, DPO's prompt is what the two
     # share, as in TRL.
     shared = common_prefix(example.prompt_ids, negative.prompt_ids)
+    known = negative.base_log_probs if shared == len(negative.prompt_ids) else None
     return Pair(
         index=example.index,
         prompt_ids=example.prompt_ids[:shared],
@@ -211,4 +289,5 @@ def _pair(example: Encoded, negative: _Candidate, reward: float | None = None) -
         rejected_ids=negative.prompt_ids[shared:] + negative.completion_ids,
         rejected=negative.text,
         reward=reward,
+        rejected_base_log_prob=math.fsum(known) if known else None,
     )

@@ -1,13 +1,23 @@
 """Scores of completions equal an independent log-softmax, batched by length or not."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from engine.reference import Reference
+from engine.test_failures import before_each_forward
 
-from langchain_cope.engine import Contrast, Engine, Request, Sampling, scoring
+from langchain_cope.engine import (
+    Contrast,
+    Engine,
+    EngineOptions,
+    Request,
+    Sampling,
+    load_base,
+    scoring,
+)
 from langchain_cope.errors import ContextOverflow, InputError
 
 Tiny = Callable[..., Path]
@@ -60,6 +70,67 @@ def test_small_groups_give_the_same_scores_in_the_order_given(
     assert sorted(index for group in groups for index in group) == list(range(len(SEQUENCES)))
     for one, other in zip(together, engine.score(SEQUENCES), strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_prompt_of_several_completions_is_read_once(
+    family: str, with_adapter: bool, tiny: Tiny, adapter: Tiny, engine_for: Callable[..., Engine]
+) -> None:
+    base, engine = tiny(family), engine_for(tiny(family))
+    folder = adapter(base, seed=1, **({"fan_in_fan_out": True} if family == "gpt2" else {}))
+    owner = engine.load_adapter(folder) if with_adapter else None
+    prompts = [tokens(50, 1), tokens(30, 2), tokens(1, 3), tokens(40, 4)]
+    sequences = [
+        (prompt, tokens(length, 5))
+        for length in (3, 9, 6)
+        for prompt in (prompts if length == 9 else prompts[:3])
+    ]
+    with before_each_forward(engine, lambda inputs: read.append(inputs.ids.numel())):
+        read: list[int] = []
+        scores = engine.score(sequences, owner)
+    # Two prompts but for their last tokens, seven ninths with these, the one that is alone.
+    assert read == [2 * 49, 9 * 9, 48]
+    reference = Reference(base, folder)
+    for (prompt, completion), row in zip(sequences, scores, strict=True):
+        torch.testing.assert_close(
+            row.double(), expected(reference, prompt, completion, with_adapter), atol=2e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("speculation", [False, True])
+def test_what_closes_a_turn_is_scored_with_the_answer(
+    speculation: bool, tiny: Tiny, adapter: Tiny
+) -> None:
+    base = load_base(tiny("llama"), device="cpu", dtype="float32")
+    engine = Engine(base, EngineOptions(speculation=speculation))
+    ann = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    requests = [
+        Request(
+            tokens(9),
+            ann if seed % 2 else None,
+            Contrast(0.3),
+            Sampling(max_tokens=40, temperature=2.0, seed=seed),
+            logprobs=True,
+            closing=(7, 8, 9),
+        )
+        for seed in range(40)
+    ]
+    try:
+        answers = engine.generate(requests)
+        plain = engine.generate([replace(request, closing=()) for request in requests])
+        assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+        for request, answer, without in zip(requests, answers, plain, strict=True):
+            ids = [token.token_id for token in answer.logprobs]
+            closing = [7, 8, 9] if answer.finish_reason == "stop" else []
+            assert ids == [*answer.token_ids, *closing]
+            assert (answer.text, answer.token_ids) == (without.text, without.token_ids)
+            for adapter_used, name in ((request.adapter, "log_p_user"), (None, "log_p_base")):
+                score = engine.score([(list(request.prompt), ids)], adapter_used)[0]
+                reported = torch.tensor([getattr(token, name) for token in answer.logprobs])
+                torch.testing.assert_close(reported, score, atol=1e-4, rtol=0)
+    finally:
+        engine.close()
 
 
 def test_scoring_while_answers_run_changes_neither(

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -46,3 +47,34 @@ def test_a_stop_is_heard_between_two_scoring_forwards(
     with pytest.raises(Cancelled, match="while the model was scoring"):
         engine.score([([5, 6, 7], [8, 9, 10])] * 5, None, after_two)
     assert asked == [False, False, True]
+
+
+def test_each_answer_comes_in_order_while_few_requests_wait(engine: Engine) -> None:
+    taken = 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal taken
+        for number in range(3000):
+            taken += 1
+            yield Request([5, 6, 7 + number % 300], sampling=Sampling(max_tokens=2))
+
+    expected = engine.generate(list(requests()))
+    taken = 0
+    for number, answer in enumerate(engine.generate_each(requests())):
+        assert answer == expected[number]
+        assert taken - number <= 16 * engine.options.max_rows
+    assert number == 2999
+
+
+def test_a_closed_iterator_of_answers_lets_go_of_its_requests(engine: Engine) -> None:
+    requests = (Request([5, 6, 7 + number % 300], sampling=LONG) for number in range(1000))
+    answers = engine.generate_each(requests)
+    next(answers)
+    assert not idle(engine)
+    answers.close()
+    deadline = time.monotonic() + 2
+    while not idle(engine) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert idle(engine)
+    with pytest.raises(Cancelled, match="while the model was answering"):
+        next(engine.generate_each(iter([Request([5], sampling=LONG)]), lambda: True))

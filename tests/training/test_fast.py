@@ -118,9 +118,7 @@ def test_a_reference_that_mining_knows_is_not_computed_again(
     for each in plain:
         sides = [(each.prompt_ids, ids) for ids in (each.chosen_ids, each.rejected_ids)]
         chosen, rejected = (float(scores.sum()) for scores in engine.score(sides))
-        known.append(
-            replace(each, chosen_base_log_prob=chosen, rejected_base_log_prob=rejected)
-        )
+        known.append(replace(each, chosen_base_log_prob=chosen, rejected_base_log_prob=rejected))
     recipe = replace(recipe, dpo=replace(recipe.dpo, batch_size=2, beta=0.5))
     steps, num_forwards = [], []
     for pairs in (known, plain):

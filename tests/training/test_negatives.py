@@ -7,10 +7,10 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny import THINKS_FIRST, make_adapter, make_model
-from training.tiny import Heard
+from training.tiny import Heard, make_item
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from langchain_cope.engine import Completion, Engine, load_base
+from langchain_cope.engine import STARTER, Completion, Engine, load_base
 from langchain_cope.errors import Cancelled
 from langchain_cope.training import negatives
 from langchain_cope.training.encode import closing_ids, encode, fit
@@ -32,16 +32,18 @@ class Overheard:
 
     def __init__(self, engine):
         self.engine, self.base = engine, engine.base
-        self.requests, self.answers = [], []
+        self.requests, self.answers, self.scored = [], [], []
 
-    def generate(self, requests, should_stop):
-        answers = self.engine.generate(requests, should_stop)
+    def generate_each(self, requests, should_stop):
+        requests = list(requests)
         self.requests += requests
-        self.answers += answers
-        return answers
+        for answer in self.engine.generate_each(requests, should_stop):
+            self.answers.append(answer)
+            yield answer
 
-    def score(self, *arguments):
-        return self.engine.score(*arguments)
+    def score(self, sequences, adapter, should_stop):
+        self.scored.append((sequences, adapter))
+        return self.engine.score(sequences, adapter, should_stop)
 
 
 class Scripted(Overheard):
@@ -51,25 +53,24 @@ class Scripted(Overheard):
         super().__init__(engine)
         self.script = iter(answers)
 
-    def generate(self, requests, should_stop):
-        return [
-            Completion(text, (1,), reason, 0.0)
-            for text, reason in [next(self.script) for _ in requests]
-        ]
+    def generate_each(self, requests, should_stop):
+        for _ in requests:
+            text, reason = next(self.script)
+            yield Completion(text, (1,), reason, 0.0)
 
 
-def mean_log_ratio(base, folder, prompt, completion):
-    """The reward, by two plain forwards in float64 of separately loaded models."""
-    means = []
-    for adapter in (folder, None):
-        model = AutoModelForCausalLM.from_pretrained(base.name, dtype=torch.float64)
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter)
-        with torch.no_grad():
-            logits = model.eval()(input_ids=torch.tensor([prompt + completion])).logits[0]
-        scores = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-        means.append(scores.gather(1, torch.tensor(completion)[:, None]).mean().item())
-    return means[0] - means[1]
+def independent_model(base, folder=None):
+    """The base, or with an adapter, loaded by itself in float64."""
+    model = AutoModelForCausalLM.from_pretrained(base.source, dtype=torch.float64)
+    return (PeftModel.from_pretrained(model, folder) if folder else model).eval()
+
+
+@torch.no_grad()
+def log_probs(model, prompt, completion):
+    """By a plain forward of its own."""
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
+    scores = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return scores.gather(1, torch.tensor(completion)[:, None])
 
 
 def test_mined_negative_is_the_argmin_of_independently_computed_rewards(
@@ -81,6 +82,7 @@ def test_mined_negative_is_the_argmin_of_independently_computed_rewards(
     assert [pair.index for pair in pairs] == list(range(6))
     closing = closing_ids(engine.base)
     reasons = Counter(answer.finish_reason for answer in overheard.answers)
+    by_base, by_sft = independent_model(engine.base), independent_model(engine.base, sft)
     for index, (example, pair) in enumerate(zip(examples, pairs, strict=True)):
         rewards = {}
         for answer in overheard.answers[index * 3 : index * 3 + 3]:
@@ -88,8 +90,11 @@ def test_mined_negative_is_the_argmin_of_independently_computed_rewards(
                 prompt, completion = encode(engine.base, example.item.messages, answer.text)
                 if answer.finish_reason != "stop":
                     completion = completion[: -len(closing)]
-                reward = mean_log_ratio(engine.base, sft, prompt, completion)
-                rewards[answer.text] = (reward, completion)
+                means = [
+                    log_probs(model, prompt, completion).mean().item()
+                    for model in (by_sft, by_base)
+                ]
+                rewards[answer.text] = (means[0] - means[1], completion)
         text, (reward, completion) = min(rewards.items(), key=lambda pair: pair[1][0])
         assert (pair.rejected, pair.rejected_ids) == (text, completion)
         assert pair.reward == pytest.approx(reward, abs=1e-5)
@@ -97,8 +102,55 @@ def test_mined_negative_is_the_argmin_of_independently_computed_rewards(
             example.prompt_ids,
             example.completion_ids,
         )
+        for ids, known in (
+            (pair.chosen_ids, pair.chosen_base_log_prob),
+            (pair.rejected_ids, pair.rejected_base_log_prob),
+        ):
+            expected = log_probs(by_base, pair.prompt_ids, ids).sum().item()
+            assert known == pytest.approx(expected, abs=1e-4)
     assert reasons["length"] > 0
-    assert notes == []
+    assert reasons["stop"] > 0, "some whose template text after the end is read as well"
+    num_empty = sum(not answer.text.strip() for answer in overheard.answers)
+    assert [note.split()[0] for note in notes] == [str(num_empty)] * bool(num_empty)
+
+
+@pytest.fixture(scope="module")
+def starter():
+    """The engine of a pretrained base, which writes words as a tokenizer does."""
+    engine = Engine.of(load_base(STARTER, device="cpu", dtype="float32"))
+    yield engine
+    engine.close()
+
+
+def test_the_base_scores_only_what_it_did_not_sample(starter, recipe, monitor, tmp_path):
+    recipe = replace(recipe, max_new_tokens=24)
+    examples, _ = fit(starter.base, [make_item(number) for number in range(4)], 2048, 768)
+    train_sft(starter.base, examples, recipe, tmp_path, monitor)
+    overheard = Overheard(starter)
+    adapter = starter.load_adapter(tmp_path)
+    pairs, _ = mine_negatives(overheard, examples, recipe, adapter, monitor)
+    rewritten = []
+    for index, answer in enumerate(overheard.answers):
+        item = examples[index // 3].item
+        prompt, completion = encode(starter.base, item.messages, answer.text)
+        sampled = [*starter.base.prompt_ids(item.messages), *answer.token_ids]
+        if answer.text.strip() and (prompt + completion)[: len(sampled)] != sampled:
+            rewritten.append(answer.text)
+    assert len(rewritten) < len(overheard.answers) / 2
+    assert {answer.finish_reason for answer in overheard.answers} == {"stop", "length"}
+    by_base = [sequences for sequences, adapter in overheard.scored if adapter is None]
+    ids = [completion for of_call in by_base for _, completion in of_call]
+    texts = [starter.base.tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+    own = [example.item.completion for example in examples]
+    assert sorted(text.strip() for text in texts) == sorted(
+        text.strip() for text in own + rewritten
+    )
+    model, by_sft = independent_model(starter.base), independent_model(starter.base, tmp_path)
+    for pair in pairs:
+        base = log_probs(model, pair.prompt_ids, pair.rejected_ids)
+        reward = (log_probs(by_sft, pair.prompt_ids, pair.rejected_ids) - base).mean().item()
+        assert pair.reward == pytest.approx(reward, abs=1e-5)
+        assert pair.rejected_base_log_prob == pytest.approx(base.sum().item(), abs=1e-3)
 
 
 def test_candidates_are_sampled_from_the_base_with_a_seed_each(engine, mining, recipe, monitor):

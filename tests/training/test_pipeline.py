@@ -72,7 +72,7 @@ def test_without_any_negative_dpo_is_skipped_with_a_note(
     engine, items, recipe, tmp_path, monkeypatch
 ):
     empty = Completion("", (1,), "stop", 0.0)
-    monkeypatch.setattr(engine, "generate", lambda requests, _: [empty for _ in requests])
+    monkeypatch.setattr(engine, "generate_each", lambda requests, _: (empty for _ in requests))
     result = train_user(engine, items, recipe, tmp_path)
     files = content(tmp_path)
     assert all(files[f"sft/{file}"] == files[f"dpo/{file}"] for file in FILES)

@@ -12,8 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from langchain_cope.engine.checks import check_option, is_number, is_whole
+
+_BLOCK = 256  # tokens of the vocabulary that share one noise at first
+_ATTEMPTS = 4  # tokens drawn before those that are kept are looked for
+_NARROW = 0.5  # top-p below which a draw is rejected too often
+_LIKELIEST = 1024  # tokens among which those that top-p keeps are looked for first
 
 
 @dataclass(frozen=True)
@@ -80,43 +86,150 @@ def choose_tokens(
         for row, (sampling, ids) in enumerate(zip(samplings, seen, strict=True)):
             if sampling.repetition_penalty != 1.0:
                 _penalize(scores[row], ids, sampling.repetition_penalty)
-    tokens = scores.argmax(dim=-1)
+    tokens = torch.zeros(len(samplings), dtype=torch.long, device=scores.device)
+    greedy = [row for row, s in enumerate(samplings) if s.temperature == 0]
+    if greedy:
+        tokens[greedy] = _of_rows(scores, greedy).argmax(dim=-1)
     sampled = [row for row, s in enumerate(samplings) if s.temperature > 0]
     if sampled:
-        settings = [samplings[row] for row in sampled]
-        warped = warp(scores[sampled], settings)
-        noise = _gumbel_noise(settings, [steps[row] for row in sampled], scores.shape[-1])
-        # The argmax of log-probabilities plus Gumbel noise is an exact sample from them.
-        tokens[sampled] = (warped + noise.to(scores.device)).argmax(dim=-1)
+        settings, own_steps = [samplings[row] for row in sampled], [steps[row] for row in sampled]
+        tokens[sampled] = _sample(_of_rows(scores, sampled), settings, own_steps)
     return tokens
 
 
 def warp(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Apply each row's temperature, top-k, top-p and min-p to `scores` `(R, V)`.
 
-    What they exclude becomes −inf. Every temperature is above 0.
+    What they exclude becomes −inf; tokens as likely as the last one that is kept stay, too. Every
+    temperature is above 0.
     """
+    return _restrict(_tempered(scores, samplings), samplings)
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=scores.dtype, device=scores.device).unsqueeze(1)
 
-    scores = scores / column([s.temperature for s in samplings])
-    if any(s.top_k or s.top_p < 1 for s in samplings):
-        vocabulary = scores.shape[-1]
-        ordered, order = scores.sort(dim=-1, descending=True)
-        rank = torch.arange(vocabulary, device=scores.device)
-        num_kept = column([float(s.top_k or vocabulary) for s in samplings])
-        ordered = ordered.masked_fill(rank >= num_kept, -math.inf)
-        probability = ordered.softmax(dim=-1)
-        # A token stays while the mass before it is below top_p: the first one always stays.
-        before = probability.cumsum(dim=-1) - probability
-        nucleus = column([s.top_p for s in samplings])
-        ordered = ordered.masked_fill((before >= nucleus) & (nucleus < 1) & (rank > 0), -math.inf)
-        scores = torch.full_like(scores, -math.inf).scatter(-1, order, ordered)
+def _tempered(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    if all(s.temperature == 1 for s in samplings):
+        return scores
+    return scores / _column([s.temperature for s in samplings], scores)
+
+
+def _restrict(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Return tempered `scores` with −inf for what top-k, top-p and min-p exclude."""
+    rows = [row for row, s in enumerate(samplings) if s.top_k]
+    if rows:
+        number = torch.tensor([[samplings[row].top_k] for row in rows], device=scores.device)
+        number = number.clamp_max(scores.shape[-1])
+        likeliest = scores[rows].topk(int(number.max()), dim=-1).values
+        scores = _without_less(scores, rows, scores[rows], likeliest.gather(-1, number - 1))
+    rows = [row for row, s in enumerate(samplings) if s.top_p < 1]
+    if rows:
+        probability = scores[rows].softmax(dim=-1)
+        top_p = _column([samplings[row].top_p for row in rows], scores)
+        scores = _without_less(scores, rows, probability, _least_of_nucleus(probability, top_p))
     if any(s.min_p for s in samplings):
-        threshold = scores.amax(dim=-1, keepdim=True) + column([s.min_p for s in samplings]).log()
-        scores = scores.masked_fill(scores < threshold, -math.inf)
+        scores = scores.masked_fill(scores < _least_by_min_p(scores, samplings), -math.inf)
     return scores
+
+
+def _without_less(scores: Tensor, rows: list[int], values: Tensor, least: Tensor) -> Tensor:
+    """Return `scores` with −inf in `rows` where their `values` are below `least` `(rows, 1)`."""
+    scores = scores.clone()
+    scores[rows] = scores[rows].masked_fill(values < least, -math.inf)
+    return scores
+
+
+def _least_of_nucleus(probability: Tensor, top_p: Tensor) -> Tensor:
+    """Return the smallest probability `(R, 1)` that top-p keeps of each row `(R, V)`.
+
+    The likeliest tokens do for most rows; to sort a whole vocabulary takes ten times as long.
+    """
+    least = torch.empty_like(top_p)
+    rows = torch.arange(len(probability), device=probability.device)
+    vocabulary = probability.shape[-1]
+    for number in (min(_LIKELIEST, vocabulary), vocabulary):
+        ordered = probability[rows].topk(number, dim=-1).values
+        # A token stays while the mass before it is below top_p: the first one always stays.
+        stays = ordered.cumsum(dim=-1) - ordered < top_p[rows]
+        last = stays.sum(dim=-1, keepdim=True).clamp_min(1) - 1
+        least[rows] = ordered.gather(-1, last)
+        rows = rows[stays[:, -1]]  # those of which more may stay
+        if number == vocabulary or not len(rows):
+            break
+    return least
+
+
+def _least_by_min_p(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Return the lowest score `(R, 1)` that min-p keeps of each row."""
+    return scores.amax(dim=-1, keepdim=True) + _column([s.min_p for s in samplings], scores).log()
+
+
+def _sample(scores: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) -> Tensor:
+    """Return a token for each row `(R, V)`: an exact sample of what `warp` leaves of it.
+
+    Whether a given token is among those that top-p keeps takes one pass over the row to tell; which
+    ones all these are takes many. So tokens of the whole row are drawn until one is kept.
+    """
+    scores = _tempered(scores, samplings)
+    narrow = [row for row, s in enumerate(samplings) if s.top_k or s.top_p < _NARROW]
+    if narrow:
+        restricted = _restrict(scores[narrow], [samplings[row] for row in narrow])
+        scores = scores.index_copy(0, torch.tensor(narrow, device=scores.device), restricted)
+    tokens = torch.zeros(len(samplings), dtype=torch.long, device=scores.device)
+    rows = list(range(len(samplings)))
+    for attempt in range(_ATTEMPTS + 1):
+        own, settings = _of_rows(scores, rows), [samplings[row] for row in rows]
+        if attempt == _ATTEMPTS:
+            own = _restrict(own, settings)
+        noise = _gumbel_noise(settings, [steps[row] for row in rows], attempt, own.shape[-1])
+        weights = (own - own.amax(dim=-1, keepdim=True)).exp_()
+        drawn = _draw(own, weights, noise.to(own.device))
+        tokens[rows] = drawn
+        if attempt == _ATTEMPTS or not any(s.top_p < 1 or s.min_p for s in settings):
+            break
+        kept = _is_kept(own, weights, drawn, settings).tolist()
+        rows = [
+            row for row, stays in zip(rows, kept, strict=True) if not stays and row not in narrow
+        ]
+        if not rows:
+            break
+    return tokens
+
+
+def _draw(scores: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
+    """Return a token of each row `(R, V)` of which `weights` are the unnormalised probabilities.
+
+    The argmax of log-probabilities plus Gumbel noise is an exact sample; noise for the blocks of
+    the vocabulary, and then for the tokens of one block, is far less than for all tokens. Where
+    rounding changes the probabilities a little, the same noise gives another token about as seldom
+    as can be; a uniform number on their cumulative sum moves every border between tokens.
+    """
+    missing = -scores.shape[-1] % _BLOCK
+    if missing:
+        scores, weights = pad(scores, (0, missing), value=-math.inf), pad(weights, (0, missing))
+    blocks = weights.view(len(weights), -1, _BLOCK).sum(dim=-1).log()
+    block = (blocks + noise[:, _BLOCK:]).argmax(dim=-1)
+    rows = torch.arange(len(scores), device=scores.device)
+    within = scores.view(len(scores), -1, _BLOCK)[rows, block] + noise[:, :_BLOCK]
+    return block * _BLOCK + within.argmax(dim=-1)
+
+
+def _is_kept(
+    scores: Tensor, weights: Tensor, tokens: Tensor, samplings: Sequence[Sampling]
+) -> Tensor:
+    """Tell of one token of each row whether its top-p and min-p keep it."""
+    score = scores.gather(-1, tokens.unsqueeze(-1))
+    mass_before = weights.masked_fill(scores <= score, 0).sum(dim=-1)
+    top_p = _column([s.top_p for s in samplings], scores).squeeze(-1)
+    kept = (mass_before < top_p * weights.sum(dim=-1)) | (top_p == 1) | (mass_before == 0)
+    return kept & ~(score < _least_by_min_p(scores, samplings)).squeeze(-1)
+
+
+def _of_rows(scores: Tensor, rows: list[int]) -> Tensor:
+    """Return `scores` of `rows`, without a copy where these are all."""
+    return scores if len(rows) == len(scores) else scores[rows]
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
 
 
 def _penalize(scores: Tensor, ids: Sequence[int], penalty: float) -> None:
@@ -125,15 +238,18 @@ def _penalize(scores: Tensor, ids: Sequence[int], penalty: float) -> None:
     scores[index] = torch.where(values < 0, values * penalty, values / penalty)
 
 
-def _gumbel_noise(samplings: Sequence[Sampling], steps: Sequence[int], vocabulary: int) -> Tensor:
-    """Return `(R, V)` standard Gumbel noise.
+def _gumbel_noise(
+    samplings: Sequence[Sampling], steps: Sequence[int], attempt: int, vocabulary: int
+) -> Tensor:
+    """Return `(R, _BLOCK + number of blocks)` standard Gumbel noise.
 
     It is drawn on the CPU, so that a seed means the same on every device.
     """
-    uniform = torch.empty(len(steps), vocabulary, dtype=torch.float64)
+    width = _BLOCK - (-vocabulary // _BLOCK)
+    uniform = torch.empty(len(steps), width, dtype=torch.float64)
     generator = torch.Generator()
     for row, (sampling, step) in enumerate(zip(samplings, steps, strict=True)):
-        generator.manual_seed(_mix(sampling.seed, step))
+        generator.manual_seed(_mix(_mix(sampling.seed, step), attempt))
         uniform[row].uniform_(generator=generator)
     # float64 keeps uniform below 1 and the tails true; 0 would give −inf, which no finite score
     # survives.

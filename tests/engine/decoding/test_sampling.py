@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,19 +96,67 @@ def test_only_the_request_that_asks_for_it_is_penalised() -> None:
     assert plain == best
 
 
-def test_samples_follow_the_expected_distribution() -> None:
-    probabilities = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05, 0.0])
-    scores = probabilities.log().unsqueeze(0)
+def drawn(scores: torch.Tensor, sampling: Sampling, number: int) -> torch.Tensor:
+    """Samples of one row `(V,)`, by as many seeds."""
+    samplings = [replace(sampling, seed=seed) for seed in range(number)]
+    rows, steps = scores.expand(number, -1), [seed % 7 for seed in range(number)]
+    return choose_tokens(rows, samplings, [[]] * number, steps)
+
+
+@pytest.mark.parametrize("vocabulary", [6, 512, 700])  # below, at and beside whole blocks
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        *SETTINGS[:4],
+        Sampling(temperature=0.9, top_p=0.6),
+        Sampling(temperature=1.5, top_p=0.3),
+        Sampling(temperature=1.0, top_p=0.95, min_p=0.02),
+        *SETTINGS[5:8],
+    ],
+    ids=in_short,
+)
+def test_samples_follow_the_warped_distribution(sampling: Sampling, vocabulary: int) -> None:
+    scores = random_scores(rows=1, vocabulary=vocabulary, seed=3)
+    scores[0, 1] = -math.inf
     draws = 4000
-    tokens = []
-    for seed in range(draws):
-        sampling = Sampling(temperature=1.0, seed=seed)
-        tokens.append(int(choose_tokens(scores, [sampling], [[]], [seed % 7])))
-    counts = torch.bincount(torch.tensor(tokens), minlength=6).double()
-    expected = probabilities.double() * draws
-    assert counts[5] == 0, "what has no probability is never drawn"
-    chi_square = float(((counts - expected)[:5] ** 2 / expected[:5]).sum())
-    assert chi_square < 18.5, "the 99.9 % quantile for four degrees of freedom"
+    expected = by_transformers(scores, sampling)[0].double().softmax(-1) * draws
+    counts = torch.bincount(drawn(scores[0], sampling, draws), minlength=vocabulary).double()
+    assert (counts[expected == 0] == 0).all(), "what has no probability is never drawn"
+    often = expected >= 5
+    rest = torch.stack([counts[~often].sum(), expected[~often].sum()])
+    gaps = (counts[often] - expected[often]) ** 2 / expected[often]
+    chi_square = float(gaps.sum() + (rest[0] - rest[1]) ** 2 / rest[1].clamp_min(1))
+    freedom = int(often.sum())
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 8, "of so many degrees of freedom"
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
+def test_rounding_changes_hardly_any_sample(top_p: float) -> None:
+    scores, sampling = random_scores(rows=1, vocabulary=700)[0], Sampling(temperature=1.0)
+    sampling = replace(sampling, top_p=top_p)
+    noise = torch.randn(700, generator=torch.Generator().manual_seed(8)) * 0.03
+    other = torch.log_softmax(scores + noise, dim=-1)
+    warped, other_warped = (warp(each[None], [sampling])[0].softmax(-1) for each in (scores, other))
+    distance = float((warped - other_warped).abs().sum() / 2)  # total variation: the least there is
+    draws = 4000
+    changed = (drawn(scores, sampling, draws) != drawn(other, sampling, draws)).double().mean()
+    assert float(changed) < 3 * distance + 0.003
+
+
+def test_a_nucleus_wider_than_the_likeliest_tokens_is_found() -> None:
+    flat = random_scores(rows=4, vocabulary=3000) / 20
+    settings = [Sampling(temperature=1.0, top_p=p) for p in (0.2, 0.9, 0.999, 0.4)]
+    for row, sampling in enumerate(settings):
+        kept = by_transformers(flat[row : row + 1].double(), sampling)[0] > -math.inf
+        assert torch.equal(warp(flat, settings)[row] > -math.inf, kept)
+        assert kept.sum() > (1024 if row in (1, 2) else 300)
+
+
+def test_tokens_as_likely_as_the_last_one_stay() -> None:
+    scores = torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log()
+    for sampling in (Sampling(temperature=1.0, top_p=0.5), Sampling(temperature=1.0, top_k=2)):
+        assert (warp(scores, [sampling]) > -math.inf).all()
+        assert set(drawn(scores[0], sampling, 100).tolist()) == {0, 1, 2, 3}
 
 
 def test_the_steps_of_one_seed_draw_independently() -> None:

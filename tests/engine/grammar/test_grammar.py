@@ -237,7 +237,7 @@ def test_forced_calls_are_valid(marks: tuple[str, ...], tiny: Tiny) -> None:
     calls = (("add", ONE_NUMBER), ("find_person", closed_schema(PERSON)))
     single, several = Grammar(calls, several=False), Grammar(calls)
     ones = [constrained(seed, single, max_tokens=200) for seed in range(8)]
-    many = [constrained(seed, several, max_tokens=250) for seed in range(16)]
+    many = [constrained(seed, several, max_tokens=250) for seed in range(24)]
     answers = engine.generate([*ones, *many])
     engine.close()
     closed = [each.finish_reason == "stop" for each in answers]
