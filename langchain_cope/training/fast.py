@@ -134,6 +134,8 @@ class _SharedPrompts:
 
         Returns what the backbone does; its `last_hidden_state` is `(2 P, L, width)`.
         """
+        if len(input_ids) % 2:  # no pairs: somebody asks the model for something else
+            return self._forward(input_ids, attention_mask=attention_mask, **kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         rows = [row[: int(keep.sum())] for row, keep in zip(input_ids, attention_mask, strict=True)]
