@@ -19,6 +19,7 @@ from langchain_cope.engine.device import free_bytes
 from langchain_cope.engine.forward.choose import choose_forward
 from langchain_cope.engine.forward.kv_cache import KeyValues, layer_shapes
 from langchain_cope.engine.forward.lora_rows import LoraRows
+from langchain_cope.engine.forward.packed_weights import BlockSource
 from langchain_cope.engine.next_token import TokenChoice, choose
 from langchain_cope.engine.options import EngineOptions
 from langchain_cope.engine.prefix_cache import BLOCK, PrefixCache, num_shared
@@ -31,14 +32,21 @@ LOOKUP_PROMPT = 4096  # newest tokens of a prompt that speculation looks in
 class Batch:
     """Rows in flight over one model tree. Not thread-safe: the engine's thread owns it."""
 
-    def __init__(self, model: PreTrainedModel, context: int, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        context: int,
+        options: EngineOptions,
+        block_source: BlockSource | None = None,
+    ) -> None:
         """Raises ModelError, with the model's class, for an architecture that cannot be served."""
         self._context = context
         self.kv_bytes = _kv_bytes(options.kv_memory, model.device)
         """Bytes for keys and values of all rows."""
         with torch.inference_mode():
             self._shapes = layer_shapes(model)
-            self.forward = choose_forward(model, self._shapes, matmul_order(model))
+            order = matmul_order(model)
+            self.forward = choose_forward(model, self._shapes, order, block_source)
         self._like = torch.empty(0, dtype=model.dtype, device=model.device)
         self._decode_rows, self._prefill_rows = self.new_rows(), self.new_rows()
         self._speculation = Speculation() if options.speculation else None

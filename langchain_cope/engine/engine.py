@@ -88,7 +88,8 @@ class Engine:
         """Raises ModelError, with the model's class, for an architecture that cannot be served."""
         self.base = base
         self.options = options or EngineOptions()
-        self._batch = Batch(base.skeleton(), base.context, self.options)
+        source = base.block_source() if self.options.packed_weights else None
+        self._batch = Batch(base.skeleton(), base.context, self.options, source)
         self._slots = AdapterSlots(self.options.adapter_slots, self._read_adapter, self._notify)
         self._wake = threading.Condition()
         """Held while the waiting line or the calls change; notified where there is work."""

@@ -31,7 +31,7 @@ class TokenChoice:
 
 def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     """Return the next token of every choice; `logits` is `(N, V)`."""
-    personal = _allowed(logits[[choice.personal for choice in choices]], choices)
+    personal = _allowed(_rows(logits, [choice.personal for choice in choices]), choices)
     scores = _scores(logits, personal, choices)
     samplings = [choice.active.request.sampling for choice in choices]
     seen = [
@@ -40,23 +40,49 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     ]
     steps = [len(choice.active.answer_ids) + len(choice.drafted) for choice in choices]
     tokens = choose_tokens(scores, samplings, seen, steps)
+    differs = _differs(scores, personal, tokens, choices)
     forced = [index for index, choice in enumerate(choices) if choice.active.forced is not None]
     if forced:
         given = [choices[index].active.forced for index in forced]
         tokens[forced] = torch.tensor(given, device=tokens.device)
     # One entry that is no number makes all scores of its row NaN.
     unusable = scores.gather(1, tokens.unsqueeze(1)).squeeze(1).isnan()
-    flags = torch.stack([_differs(scores, personal, choices), unusable]).to(tokens.dtype)
+    flags = torch.stack([differs, unusable]).to(tokens.dtype)
     chosen = torch.cat([tokens.unsqueeze(0), flags]).tolist()
     logprobs = _logprobs(logits, tokens, choices)
     return [
         NextToken(
-            token, bool(differs), logprobs.get(index), _whose(logits, choice) if unusable else ""
+            token,
+            bool(differs) and choice.active.request.contrastive,
+            logprobs.get(index),
+            _whose(logits, choice) if unusable else "",
         )
         for index, (choice, token, differs, unusable) in enumerate(
             zip(choices, *chosen, strict=True)
         )
     ]
+
+
+def _rows(logits: Tensor, indices: Sequence[int]) -> Tensor:
+    """Return those rows of `logits`; neighbours are no copy."""
+    first = indices[0]
+    if list(indices) == list(range(first, first + len(indices))):
+        return logits[first : first + len(indices)]
+    return logits[indices]
+
+
+def _differs(
+    scores: Tensor, personal: Tensor, tokens: Tensor, choices: Sequence[TokenChoice]
+) -> Tensor:
+    """Return `(choices,)`: whether the contrast's likeliest token is not the personal model's."""
+    requests = [choice.active.request for choice in choices]
+    if not any(request.contrastive for request in requests):
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    plain = all(
+        r.sampling.temperature == 0 and r.sampling.repetition_penalty == 1 for r in requests
+    )
+    likeliest = tokens if plain else scores.argmax(-1)
+    return likeliest != personal.argmax(-1)
 
 
 def _allowed(personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
@@ -68,6 +94,7 @@ def _allowed(personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
             masks.append(choice.active.constraint.mask(choice.drafted))
     if indices:
         forbidden = ~torch.stack(masks).to(personal.device)
+        personal = personal.clone()  # it may be part of the logits, which others read
         personal[indices] = personal[indices].masked_fill(forbidden, -torch.inf)
     return personal
 
@@ -82,23 +109,12 @@ def _scores(logits: Tensor, personal: Tensor, choices: Sequence[TokenChoice]) ->
     contrasts = [choices[index].active.request.contrast for index in contrasted]
     alpha = torch.tensor([[each.alpha] for each in contrasts], device=logits.device)
     tau = torch.tensor([[each.tau] for each in contrasts], device=logits.device)
-    base = logits[[choices[index].base for index in contrasted]]
+    base = _rows(logits, [choices[index].base for index in contrasted])
     if len(contrasted) == len(choices):
         return contrast(personal, base, alpha, tau)
     scores = torch.log_softmax(personal.float(), dim=-1)
     scores[contrasted] = contrast(personal[contrasted], base, alpha, tau)
     return scores
-
-
-def _differs(scores: Tensor, personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
-    """Tell of each choice whether the contrast's likeliest token is not the personal model's."""
-    contrasted = [
-        index for index, choice in enumerate(choices) if choice.active.request.contrastive
-    ]
-    differs = torch.zeros(len(choices), dtype=torch.bool, device=scores.device)
-    if contrasted:
-        differs[contrasted] = scores[contrasted].argmax(-1) != personal[contrasted].argmax(-1)
-    return differs
 
 
 def _whose(logits: Tensor, choice: TokenChoice) -> Literal["personal", "base"]:

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from langchain_cope.engine.base.chat_template import ChatTemplate
 from langchain_cope.engine.base.fingerprint import fingerprint_of
 from langchain_cope.engine.base.forms import Message
+from langchain_cope.engine.base.gguf.cache import GgufFile
 from langchain_cope.engine.base.reply_format import THINK, ReplyFormat, reply_format_of
 from langchain_cope.engine.base.turn_end import TurnEnd, turn_end_of
+from langchain_cope.engine.forward.packed_weights import BlockSource
 from langchain_cope.engine.grammar.vocabulary import Vocabulary, make_vocabulary
 
 _END_OF_PROMPT = 16  # tokens in which the mark of a thought would stand
@@ -46,8 +48,8 @@ class Base:
     """Folder of the adapter that was merged into the weights."""
     quantization: str | None = None
     """Settings of the quantization as text; None: the weights are not quantized."""
-    weights_digest: str | None = None
-    """Hex sha256 of the GGUF file that the weights were unpacked from; None: of no such file."""
+    gguf: GgufFile | None = None
+    """The file that the weights were unpacked from; None: of no such file."""
     unloaded: bool = False
     """True once the last who used it has closed: `load_base` then loads it anew."""
     _fingerprint_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -64,6 +66,11 @@ class Base:
     def dtype(self) -> torch.dtype:
         """Dtype of the computation."""
         return self.model.dtype
+
+    @property
+    def weights_digest(self) -> str | None:
+        """Hex sha256 of the GGUF file that the weights were unpacked from, if there is one."""
+        return self.gguf.digest if self.gguf else None
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -177,6 +184,14 @@ class Base:
         """
         shared: dict[int, Any] = {id(parameter): parameter for parameter in self.model.parameters()}
         return copy.deepcopy(self.model, shared)
+
+    def block_source(self) -> BlockSource | None:
+        """Return what gives the 4-bit blocks of parameters, where a GGUF file has them."""
+        if self.gguf is None:
+            return None
+        from langchain_cope.engine.base.gguf.blocks import FileBlocks
+
+        return FileBlocks(self.gguf, self.model)
 
     def prompt_ids(
         self, messages: list[Message], tools: Sequence[dict[str, Any]] = ()

@@ -42,7 +42,10 @@ class LoadedBase(Protocol):
     model: PreTrainedModel
     task_adapter: Path | None
     quantization: str | None
-    weights_digest: str | None
+
+    @property
+    def weights_digest(self) -> str | None:
+        """Digest of the file that the weights were unpacked from, if there is one."""
 
 
 def fingerprint_of(base: LoadedBase) -> dict[str, str]:

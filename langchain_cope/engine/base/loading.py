@@ -168,7 +168,7 @@ def _load(arguments: _Arguments) -> Base:
         context=limit or _DEFAULT_CONTEXT,
         task_adapter=adapter_folder,
         quantization=_quantization_text(quantization),
-        weights_digest=arguments.gguf.digest if arguments.gguf else None,
+        gguf=arguments.gguf,
     )
 
 

@@ -17,18 +17,32 @@ from langchain_cope.engine.forward.kv_cache import KeyValues, LayerShape
 from langchain_cope.engine.forward.llama import LlamaForward
 from langchain_cope.engine.forward.lora_rows import LoraRows
 from langchain_cope.engine.forward.matmul_order import MatmulOrder
+from langchain_cope.engine.forward.packed_weights import BlockSource
 from langchain_cope.engine.forward.plain import PlainForward
 from langchain_cope.errors import ModelError
 
+_ANY = 1 << 30  # rows
 _log = logging.getLogger(__name__)
 
 Shapes = Sequence[LayerShape | None]
 
 
-def choose_forward(model: PreTrainedModel, shapes: Shapes, order: MatmulOrder) -> Forward:
-    """Return the fastest forward that gives what `model` itself gives; its products go by `order`.
+def choose_forward(
+    model: PreTrainedModel,
+    shapes: Shapes,
+    order: MatmulOrder,
+    block_source: BlockSource | None = None,
+) -> Forward:
+    """Return the fastest forward that gives what `model` itself gives.
 
-    Raises ModelError, with the model's class, where none does.
+    Args:
+        model: the model, in inference mode.
+        shapes: what its layers keep of a position.
+        order: of its products.
+        block_source: gives the blocks of its parameters, where a file has some.
+
+    Raises:
+        ModelError: none does, with the model's class.
     """
     prompts = _check_prompts(model)
     logits = [model(input_ids=prompt.unsqueeze(0), use_cache=False).logits for prompt in prompts]
@@ -38,6 +52,8 @@ def choose_forward(model: PreTrainedModel, shapes: Shapes, order: MatmulOrder) -
         if llama := LlamaForward.of(model, order):
             difference = _difference(llama, model, shapes, prompts, expected)
             if difference <= _tolerance(model.dtype) / 2:
+                if block_source is not None:
+                    _pack(llama, block_source, model, shapes, prompts, expected)
                 return llama
             _log.debug("%s is not served by LlamaForward: it differs by %.3g", name, difference)
     except Exception:  # it has the parts, but in other sizes, say
@@ -55,6 +71,24 @@ def choose_forward(model: PreTrainedModel, shapes: Shapes, order: MatmulOrder) -
             f"answers (logits differ by {difference:.2g} of their size)"
         )
     return plain
+
+
+def _pack(
+    llama: LlamaForward,
+    source: BlockSource,
+    model: PreTrainedModel,
+    shapes: Shapes,
+    prompts: Sequence[Tensor],
+    expected: Tensor,
+) -> None:
+    """Let `llama` compute few rows with packed blocks, if it then gives the same."""
+    llama.pack(source)
+    rows = llama.packed_rows
+    llama.packed_rows = tuple(_ANY if most else 0 for most in rows)  # the prompts have more
+    difference = _difference(llama, model, shapes, prompts, expected)
+    fits = difference <= _tolerance(model.dtype) / 2
+    llama.packed_rows = rows if fits else (0,) * len(rows)
+    _log.debug("packed products up to %s rows differ by %.3g", llama.packed_rows, difference)
 
 
 def _check_prompts(model: PreTrainedModel) -> list[Tensor]:

@@ -146,6 +146,18 @@ class KeyValues:
         self.keys[layer][rows, :, positions] = keys
         self.values[layer][rows, :, positions] = values
 
+    def write_at(self, layer: int, position: int, keys: Tensor, values: Tensor) -> None:
+        """Put one new position of the first R rows, the same one for all, into a layer.
+
+        Args:
+            layer: index of the layer.
+            position: where.
+            keys: `(R, 1, heads, size)`.
+            values: `(R, 1, heads, size)`.
+        """
+        self.keys[layer][: len(keys), :, position] = keys[:, 0]
+        self.values[layer][: len(values), :, position] = values[:, 0]
+
     def copy_row(self, source: "KeyValues", source_row: int, row: int, length: int) -> None:
         """Copy the first `length` positions of a row of `source` to `row` and zero the rest.
 

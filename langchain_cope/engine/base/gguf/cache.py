@@ -126,10 +126,10 @@ class GgufFile:
     ) -> None:
         from transformers import AutoConfig
 
-        from langchain_cope.engine.base.gguf.tensors import Unpacking
+        from langchain_cope.engine.base.gguf.tensors import Unpacking, model_without_data
 
-        config = AutoConfig.from_pretrained(description)
-        unpacking = Unpacking(self.path, self.header, config)
+        model = model_without_data(AutoConfig.from_pretrained(description))
+        unpacking = Unpacking(self.path, self.header, model)
         num_bytes = unpacking.num_bytes(dtype)
         self._check_memory(num_bytes, dtype, device)
         self._check_disk(num_bytes, dtype)

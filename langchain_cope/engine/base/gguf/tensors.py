@@ -27,13 +27,13 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 class Unpacking:
     """How the tensors of one GGUF file become the weights of a transformers model."""
 
-    def __init__(self, path: Path, header: GgufHeader, config: Any) -> None:
+    def __init__(self, path: Path, header: GgufHeader, model: PreTrainedModel) -> None:
         """Find out which tensors make which weight.
 
         Args:
             path: the GGUF file.
             header: its header.
-            config: the configuration of the model.
+            model: the model, with or without data (`model_without_data`).
 
         Raises:
             ModelError: the architecture is not known, or tensors and weights do not match.
@@ -47,9 +47,7 @@ class Unpacking:
         self._path = path
         # transformers' functions have no types.
         processor: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
-        self._processor: Any = processor(config=config.to_dict())
-        with torch.device("meta"):
-            model = _model_of(config)
+        self._processor: Any = processor(config=model.config.to_dict())
         self.weights = _own_weights(model)
         """What the model needs, by name: tensors without data. Tied ones are there once."""
         try:
@@ -82,6 +80,26 @@ class Unpacking:
                 for start in range(0, len(flat), _PIECE):
                     piece = flat[start : start + _PIECE].to(dtype)
                     piece.view(_BITS[dtype]).numpy().tofile(file)
+
+    def whole(self, name: str) -> tuple[PackedTensor, Tensor] | None:
+        """Return the tensor of the weight `name`, and which of its rows is each of the weight's.
+
+        None where the weight is no matrix of its own.
+        """
+        if len(self._parts[name]) != 1 or self.weights[name].ndim != 2:
+            return None
+        (tensor,) = self._parts[name]
+        numbers = np.arange(tensor.shape[0], dtype=np.int64).reshape(-1, 1)
+        collected: dict[str, Tensor] = {}
+        processed = self._processor.process(
+            weights=numbers,
+            name=tensor.name,
+            tensor_key_mapping=self._names,
+            parsed_parameters={"tensors": collected},
+        )
+        if processed.name is None or collected or processed.weights.shape != numbers.shape:
+            return None
+        return tensor, torch.from_numpy(processed.weights.reshape(-1).copy())
 
     def _parts_of_weights(self, header: GgufHeader) -> dict[str, list[PackedTensor]]:
         """Return the tensors of the file that make each weight."""
@@ -124,9 +142,12 @@ class Unpacking:
         return result
 
 
-def _model_of(config: Any) -> Any:
+def model_without_data(config: Any) -> PreTrainedModel:
+    """Return a model of that configuration whose tensors hold nothing."""
     auto: Any = AutoModelForCausalLM
-    return auto.from_config(config, trust_remote_code=False)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+    return model
 
 
 class _Names:

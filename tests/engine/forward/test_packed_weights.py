@@ -1,0 +1,219 @@
+"""Few rows are multiplied with the 4-bit blocks of a GGUF file, many with the weights."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import Written, write_gguf
+
+from langchain_cope.engine import (
+    Base,
+    Contrast,
+    Engine,
+    EngineOptions,
+    Request,
+    Sampling,
+    load_base,
+)
+from langchain_cope.engine.base.gguf import blocks
+from langchain_cope.engine.forward import packed_weights
+from langchain_cope.engine.forward.packed_weights import PackedWeight
+
+Tiny = Callable[..., Path]
+KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0]
+SIZES = {"intermediate_size": 64}  # whole blocks
+FEW = 4  # rows
+CONTRAST = Contrast(0.3)
+
+
+@pytest.fixture(autouse=True)
+def _small_weights_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack what is small, too, and use it up to `FEW` rows, whatever this machine is fast at."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(packed_weights, "LARGE", 0)
+    monkeypatch.setattr(blocks, "rows_that_pay", lambda *_: FEW)
+
+
+@pytest.fixture
+def written(tiny: Tiny, tmp_path: Path) -> Written:
+    return write_gguf(tmp_path / "model.gguf", tiny("llama", **SIZES), Kind.Q4_1)
+
+
+@pytest.fixture
+def engine_of() -> Iterator[Callable[..., Engine]]:
+    engines = []
+
+    def get(base: Base, **options: object) -> Engine:
+        engines.append(Engine(base, EngineOptions(speculation=False, **options)))  # type: ignore[arg-type]
+        return engines[-1]
+
+    yield get
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def rows_packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each packed product that is computed."""
+    rows: list[int] = []
+    compute = PackedWeight.__call__
+
+    def noted(self: PackedWeight, states: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows.append(states.numel() // states.shape[-1])
+        return compute(self, states, bias)
+
+    monkeypatch.setattr(PackedWeight, "__call__", noted)
+    return rows
+
+
+def loaded(written: Written, dtype: str = "bfloat16", **options: object) -> Base:
+    return load_base(written.path, device="cpu", dtype=dtype, **options)  # type: ignore[arg-type]
+
+
+def packed_parts(engine: Engine) -> set[str]:
+    """The linear layers that have packed products, by the ends of their names."""
+    alike = engine._batch.forward._alike  # type: ignore[attr-defined]
+    return {
+        path.removeprefix("model.layers.")
+        for some in alike
+        for product in some
+        if product.packed
+        for path in product.site.paths
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ],
+    ids=" ".join,
+)
+def test_packed_products_are_those_of_the_files_values(
+    names: list[str], kind: Kind, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Queries and keys lie in another order in the file (`gguf_files.permute`)."""
+    written = write_gguf(tmp_path / "model.gguf", tiny("llama", **SIZES), kind)
+    base = loaded(written)
+    source = base.block_source()
+    assert source is not None
+    paths = [f"model.layers.1.{name}.weight" for name in names]
+    weights = [base.model.get_parameter(path) for path in paths]
+    product = PackedWeight.of(weights, source)
+    assert product is not None
+    held = torch.cat([written.source.get_parameter(path) for path in paths]).double()
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3, 7, held.shape[1], generator=generator).bfloat16()
+    bias = torch.randn(len(held), generator=generator).bfloat16()
+    expected = states.double() @ held.t() + bias.double()
+    error = (product(states, bias).double() - expected).norm() / expected.norm()
+    dense = torch.nn.functional.linear(states, held.bfloat16(), bias)
+    usual = (dense.double() - expected).norm() / expected.norm()
+    assert error < 1.6 * usual < 0.01
+
+
+def test_only_matrices_with_the_files_values_are_packed(
+    written: Written, adapter: Tiny, tiny: Tiny, engine_of: Callable[..., Engine]
+) -> None:
+    everything = packed_parts(engine_of(loaded(written)))
+    assert {"0.self_attn.q_proj", "1.mlp.down_proj", "1.mlp.up_proj"} <= everything
+    folder = adapter(tiny("llama", **SIZES), seed=3, targets=["v_proj"])
+    merged = packed_parts(engine_of(loaded(written, task_adapter=folder)))
+    attention = {f"{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qkv"}
+    assert everything - merged == attention, "they lie side by side"
+
+    base = loaded(written)
+    with torch.no_grad():
+        base.model.get_parameter("model.layers.0.mlp.down_proj.weight")[5, 7] += 1
+    assert everything - packed_parts(engine_of(base)) == {"0.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("how", ["float32", "switched off", "file gone"])
+def test_nothing_is_packed_where_it_does_not_apply(
+    how: str, written: Written, engine_of: Callable[..., Engine]
+) -> None:
+    base = loaded(written, "float32" if how == "float32" else "bfloat16")
+    if how == "file gone":
+        written.path.unlink()
+    assert packed_parts(engine_of(base, packed_weights=how != "switched off")) == set()
+
+
+def requests(
+    engine: Engine, adapter: Path, numbers: range, contrast: Contrast = CONTRAST
+) -> list[Request]:
+    user = engine.load_adapter(adapter)
+    sampling, generator = Sampling(max_tokens=12), torch.Generator()
+    prompts = [
+        torch.randint(3, 380, (9,), generator=generator.manual_seed(number)).tolist()
+        for number in numbers
+    ]
+    return [Request(prompt, user, contrast, sampling, logprobs=True) for prompt in prompts]
+
+
+def test_one_user_takes_packed_products_and_many_the_weights(
+    written: Written,
+    adapter: Tiny,
+    tiny: Tiny,
+    engine_of: Callable[..., Engine],
+    rows_packed: list[int],
+) -> None:
+    engine, folder = engine_of(loaded(written)), adapter(tiny("llama", **SIZES), seed=1)
+    rows_packed.clear()  # the check at the start runs them with more rows
+    engine.generate(requests(engine, folder, range(1)))
+    assert set(rows_packed) == {2}
+    rows_packed.clear()
+    streams = engine.stream_all(requests(engine, folder, range(8)))
+    for stream in streams:
+        next(stream)
+    for stream in streams:
+        stream.close()
+    assert rows_packed == [], "sixteen rows"
+
+
+def test_packed_answers_are_as_near_to_float32_as_bfloat16s(
+    written: Written, adapter: Tiny, tiny: Tiny, engine_of: Callable[..., Engine]
+) -> None:
+    """Both are held against float32's probabilities of the tokens that they chose."""
+    folder = adapter(tiny("llama", **SIZES), seed=1)
+    exact = engine_of(loaded(written, "float32"))
+    distance = {}
+    for packed in (True, False):
+        engine = engine_of(loaded(written), packed_weights=packed)
+        differences = []
+        for request in requests(engine, folder, range(12)):
+            (answer,) = engine.generate([request])
+            scored = exact.score(
+                [(list(request.prompt), list(answer.token_ids))], exact.load_adapter(folder)
+            )[0]
+            mine = torch.tensor([token.log_p_user for token in answer.logprobs])
+            differences.append((mine - scored).abs())
+        distance[packed] = torch.cat(differences).mean()
+    assert distance[True] < 1.3 * distance[False] < 0.1
+
+
+def test_answers_alone_and_beside_others_differ_only_where_two_tokens_are_near(
+    written: Written, adapter: Tiny, tiny: Tiny, engine_of: Callable[..., Engine]
+) -> None:
+    folder = adapter(tiny("llama", **SIZES), seed=1)
+    engine, exact = engine_of(loaded(written)), engine_of(loaded(written, "float32"))
+    asked = requests(engine, folder, range(24), Contrast(0.0))
+    alone = [engine.generate([request])[0].token_ids for request in asked]
+    together = [answer.token_ids for answer in engine.generate(asked)]
+    num_equal = 0
+    for request, one, other in zip(asked, alone, together, strict=True):
+        if one == other:
+            num_equal += 1
+            continue
+        pairs = list(zip(one, other, strict=False))
+        first = next(index for index, (mine, theirs) in enumerate(pairs) if mine != theirs)
+        shared = [*request.prompt, *one[:first]]
+        choices = [(shared, [token]) for token in pairs[first]]
+        mine, theirs = exact.score(choices, exact.load_adapter(folder))
+        assert (mine - theirs).abs() < 0.15, "nats"
+    assert num_equal > 12
