@@ -40,18 +40,22 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     ]
     steps = [len(choice.active.answer_ids) + len(choice.drafted) for choice in choices]
     tokens = choose_tokens(scores, samplings, seen, steps)
+    differs = _differs(scores, personal, tokens, choices)
     forced = [index for index, choice in enumerate(choices) if choice.active.forced is not None]
     if forced:
         given = [choices[index].active.forced for index in forced]
         tokens[forced] = torch.tensor(given, device=tokens.device)
     # One entry that is no number makes all scores of its row NaN.
     unusable = scores.gather(1, tokens.unsqueeze(1)).squeeze(1).isnan()
-    flags = torch.stack([_differs(scores, personal, choices), unusable]).to(tokens.dtype)
+    flags = torch.stack([differs, unusable]).to(tokens.dtype)
     chosen = torch.cat([tokens.unsqueeze(0), flags]).tolist()
     logprobs = _logprobs(logits, tokens, choices)
     return [
         NextToken(
-            token, bool(differs), logprobs.get(index), _whose(logits, choice) if unusable else ""
+            token,
+            bool(differs) and choice.active.request.contrastive,
+            logprobs.get(index),
+            _whose(logits, choice) if unusable else "",
         )
         for index, (choice, token, differs, unusable) in enumerate(
             zip(choices, *chosen, strict=True)
@@ -65,6 +69,20 @@ def _rows(logits: Tensor, indices: Sequence[int]) -> Tensor:
     if list(indices) == list(range(first, first + len(indices))):
         return logits[first : first + len(indices)]
     return logits[indices]
+
+
+def _differs(
+    scores: Tensor, personal: Tensor, tokens: Tensor, choices: Sequence[TokenChoice]
+) -> Tensor:
+    """Return `(choices,)`: whether the contrast's likeliest token is not the personal model's."""
+    requests = [choice.active.request for choice in choices]
+    if not any(request.contrastive for request in requests):
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    plain = all(
+        r.sampling.temperature == 0 and r.sampling.repetition_penalty == 1 for r in requests
+    )
+    likeliest = tokens if plain else scores.argmax(-1)
+    return likeliest != personal.argmax(-1)
 
 
 def _allowed(personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
@@ -97,17 +115,6 @@ def _scores(logits: Tensor, personal: Tensor, choices: Sequence[TokenChoice]) ->
     scores = torch.log_softmax(personal.float(), dim=-1)
     scores[contrasted] = contrast(personal[contrasted], base, alpha, tau)
     return scores
-
-
-def _differs(scores: Tensor, personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
-    """Tell of each choice whether the contrast's likeliest token is not the personal model's."""
-    contrasted = [
-        index for index, choice in enumerate(choices) if choice.active.request.contrastive
-    ]
-    differs = torch.zeros(len(choices), dtype=torch.bool, device=scores.device)
-    if contrasted:
-        differs[contrasted] = scores[contrasted].argmax(-1) != personal[contrasted].argmax(-1)
-    return differs
 
 
 def _whose(logits: Tensor, choice: TokenChoice) -> Literal["personal", "base"]:
