@@ -21,6 +21,7 @@ equal, or a fault was not noticed.
 """
 
 import argparse
+import inspect
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 NUM_TOKENS = 24
+CACHE = "past_key_values"  # as transformers calls it before 5.24
 ENOUGH = 0.95  # share of equal answers
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nYou may call these functions:\n"
@@ -248,6 +250,7 @@ def answers_of_rounded_inputs(base: Any, ids: Answers) -> Answers:
         return ((codes * scale.half().float()).flatten(-2),)
 
     model = base.skeleton()
+    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else CACHE
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(rounded)
@@ -261,7 +264,7 @@ def answers_of_rounded_inputs(base: Any, ids: Answers) -> Answers:
                 answer.append(int(output.logits[0, -1].argmax()))
                 state = {
                     "input_ids": torch.tensor([answer[-1:]]),
-                    "past_key_values": output.past_key_values,
+                    cache: output[cache],
                 }
             answers.append(answer)
     return answers

@@ -326,9 +326,14 @@ class Engine:
 
         Prompts of any user may be among them, the base's own too. Requests go on undisturbed.
         """
-        self._slots.drop_idle()
+
+        def drop() -> None:
+            self._slots.drop_idle()
+            self._batch.prefixes.clear()
+
+        # Between two steps: a request that has just been answered lets go of its adapter in its own.
         with suppress(EngineClosed):
-            self._call(self._batch.prefixes.clear)
+            self._call(drop)
 
     def close(self) -> None:
         """End every request with EngineClosed and stop the thread. Safe to call twice."""

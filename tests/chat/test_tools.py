@@ -80,7 +80,7 @@ def test_a_forced_call_is_one_of_the_tools_with_arguments_that_fit(
     template: Any, tiny: Callable[..., Path]
 ) -> None:
     changes = {} if template is None else {"template": template}
-    chat = chat_on(tiny("llama", context=4096, likely=CLOSING, **changes))
+    chat = chat_on(tiny("llama", context=4096, likely=CLOSING, **changes), max_tokens=1000)
     for seed in range(6):
         message = chat.bind_tools(ALL, tool_choice="any").invoke("Do something", seed=seed)
         assert not message.invalid_tool_calls
@@ -157,7 +157,7 @@ async def test_a_forced_call_is_not_repeated(
     # So hot that every other answer goes on to another call, which can only be the same.
     chat = chat_on(tiny("llama", context=4096, **changes), max_tokens=400, temperature=50.0)
     bound = chat.bind_tools([RAW], tool_choice=choice)
-    messages = [bound.invoke("Do", seed=seed) for seed in range(4)]
+    messages = [bound.invoke("Do", seed=seed) for seed in range(12)]
     messages += bound.batch(["Do"] * 2, seed=3)
     messages += [await bound.ainvoke("Do", seed=3)]
     for seed in range(4):
