@@ -69,7 +69,7 @@ def share_prompts(model: PeftModel) -> None:
             try:
                 expected = plain(probe, attention_mask=mask, use_cache=False).last_hidden_state
                 states = shared(probe, attention_mask=mask, use_cache=False).last_hidden_state
-            except (TypeError, ValueError, RuntimeError):  # no masks or positions of that shape
+            except Exception:  # no masks or positions of that shape
                 return
         difference = ((states - expected) * mask.unsqueeze(-1)).float().norm()
         if difference <= PROBE_TOLERANCE * expected.float().norm():
@@ -222,10 +222,11 @@ class _FastLayer:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer
         if layer.disable_adapters or layer.merged or args or kwargs:
-            return self._peft_forward(x, *args, **kwargs)
+            adapted: Tensor = self._peft_forward(x, *args, **kwargs)
+            return adapted
         (name,) = layer.active_adapters
         base = layer.base_layer
-        adapted: Tensor = _AdaptedLinear.apply(
+        adapted = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
             x.to(base.weight.dtype),
             base.weight,
             base.bias,
