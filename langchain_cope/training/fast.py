@@ -15,7 +15,7 @@ replaced is how the model computes the log-probabilities that both trainers ask 
 `tests/training/test_fast.py` says when a new version of peft or TRL makes one of these void.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -209,7 +209,7 @@ class _FastLayer:
     def __init__(self, layer: LoraLinear, noise: dict[float, Tensor]) -> None:
         """Take over the forward of `layer`; `noise` is shared by all layers of a model."""
         self._layer, self._noise = layer, noise
-        self._peft_forward = layer.forward
+        self._peft_forward: Callable[..., Tensor] = layer.forward
         weight = layer.base_layer.weight
         for dropout in layer.lora_dropout.values():
             p = getattr(dropout, "p", 0.0)
@@ -222,11 +222,10 @@ class _FastLayer:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer
         if layer.disable_adapters or layer.merged or args or kwargs:
-            adapted: Tensor = self._peft_forward(x, *args, **kwargs)
-            return adapted
+            return self._peft_forward(x, *args, **kwargs)
         (name,) = layer.active_adapters
         base = layer.base_layer
-        adapted = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+        adapted: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
             x.to(base.weight.dtype),
             base.weight,
             base.bias,
