@@ -189,19 +189,22 @@ def compare_mining(
     )
     personal = PeftModel.from_pretrained(other, sft).eval()
     adapter = engine.load_adapter(sft)
+    num_tokens = 0
 
     def ours(scored: bool) -> float:
+        nonlocal num_tokens
         engine.drop_caches()
-        tokens, started = engine.statistics().tokens, time.perf_counter()
+        started = time.perf_counter()
         if scored:
             monitor = Monitor()
             with monitor.stage(Stage.NEGATIVES):
                 mine_negatives(engine, examples, recipe, adapter, monitor)
         else:
             requests = (each for one in examples for each in _requests(base, one, recipe))
-            for _ in engine.generate_each(requests):
-                pass
-        return (time.perf_counter() - started) / (engine.statistics().tokens - tokens)
+            # What closes an answer is read, not sampled: it does not count. Seeds make every run
+            # sample the same, the scored ones too.
+            num_tokens = sum(len(each.token_ids) for each in engine.generate_each(requests))
+        return (time.perf_counter() - started) / num_tokens
 
     def theirs() -> tuple[float, float]:
         started = time.perf_counter()

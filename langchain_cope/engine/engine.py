@@ -331,7 +331,7 @@ class Engine:
             self._slots.drop_idle()
             self._batch.prefixes.clear()
 
-        # Between two steps: a request that has just been answered lets go of its adapter in its own.
+        # Between two steps: an answered request lets go of its adapter in its own.
         with suppress(EngineClosed):
             self._call(drop)
 

@@ -15,7 +15,7 @@ replaced is how the model computes the log-probabilities that both trainers ask 
 `tests/training/test_fast.py` says when a new version of peft or TRL makes one of these void.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from trl.kernels.chunked_logprob import _use_triton
 
 NOISE_SIZE = 1 << 22  # numbers that dropout draws for a whole training; a few MB
 SHORT_TEXT = 256  # tokens; from about 400 on bfloat16 is the faster one
@@ -47,7 +48,8 @@ def speed_up(model: PeftModel) -> None:
         backbone.register_forward_pre_hook(_without_mask, with_kwargs=True)
     noise: dict[float, Tensor] = {}
     for module in model.modules():
-        if isinstance(module, LoraLinear) and type(module.base_layer) is torch.nn.Linear:
+        # A quantized layer may be a subclass of either.
+        if type(module) is LoraLinear and type(module.base_layer) is torch.nn.Linear:
             _FastLayer(module, noise)
 
 
@@ -67,7 +69,7 @@ def share_prompts(model: PeftModel) -> None:
             try:
                 expected = plain(probe, attention_mask=mask, use_cache=False).last_hidden_state
                 states = shared(probe, attention_mask=mask, use_cache=False).last_hidden_state
-            except (TypeError, ValueError, RuntimeError):  # no masks or positions of that shape
+            except Exception:  # no masks or positions of that shape
                 return
         difference = ((states - expected) * mask.unsqueeze(-1)).float().norm()
         if difference <= PROBE_TOLERANCE * expected.float().norm():
@@ -79,14 +81,13 @@ def logits_of_completions_alone() -> Iterator[None]:
     """Let TRL make logits only where a label is, as it does by itself on GPUs alone.
 
     TRL's switch is one name of a module, so it holds for the whole process meanwhile; what other
-    trainers compute stays the same.
+    trainers compute stays the same. The first of two trainings that ends brings TRL's own back.
     """
-    switch = trl.trainer.utils._use_triton
     trl.trainer.utils._use_triton = lambda device: True
     try:
         yield
     finally:
-        trl.trainer.utils._use_triton = switch
+        trl.trainer.utils._use_triton = _use_triton
 
 
 def _use_fast_attention(tree: PreTrainedModel) -> None:
@@ -134,7 +135,9 @@ class _SharedPrompts:
 
         Returns what the backbone does; its `last_hidden_state` is `(2 P, L, width)`.
         """
-        if len(input_ids) % 2:  # no pairs: somebody asks the model for something else
+        # No pairs: somebody asks the model for something else. What a router says of each token
+        # (a loss balances a mixture's experts by it) is asked of the rows as they are.
+        if len(input_ids) % 2 or kwargs.get("output_router_logits"):
             return self._forward(input_ids, attention_mask=attention_mask, **kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -206,7 +209,14 @@ class _FastLayer:
     def __init__(self, layer: LoraLinear, noise: dict[float, Tensor]) -> None:
         """Take over the forward of `layer`; `noise` is shared by all layers of a model."""
         self._layer, self._noise = layer, noise
-        self._peft_forward = layer.forward
+        self._peft_forward: Callable[..., Tensor] = layer.forward
+        weight = layer.base_layer.weight
+        for dropout in layer.lora_dropout.values():
+            p = getattr(dropout, "p", 0.0)
+            # Drawn before training: a forward that gradient checkpointing repeats has to find the
+            # random state as it was, or its window would be another one.
+            if p and p not in noise:
+                noise[p] = _noise(NOISE_SIZE, p, weight.device, weight.dtype)
         layer.forward = self
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -215,7 +225,7 @@ class _FastLayer:
             return self._peft_forward(x, *args, **kwargs)
         (name,) = layer.active_adapters
         base = layer.base_layer
-        adapted: Tensor = _AdaptedLinear.apply(
+        adapted: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
             x.to(base.weight.dtype),
             base.weight,
             base.bias,
@@ -234,8 +244,6 @@ class _FastLayer:
         dtype, size = self._layer.base_layer.weight.dtype, x.numel()
         if size > NOISE_SIZE // 2:
             return _noise(size, p, x.device, dtype).view(x.shape)
-        if p not in self._noise:
-            self._noise[p] = _noise(NOISE_SIZE, p, x.device, dtype)
         start = int(torch.randint(NOISE_SIZE - size + 1, ()))
         return self._noise[p][start : start + size].view(x.shape)
 

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from langchain_cope.training.fast import (
     _noise,
     _SharedPrompts,
     _without_mask,
+    logits_of_completions_alone,
 )
 from langchain_cope.training.sft import sft_trainer, train_sft
 from langchain_cope.training.trainer import random_state_kept
@@ -56,7 +58,7 @@ def assert_same_steps(ours, theirs):
         torch.testing.assert_close(ours[1][name], weight, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixtral"])
 def test_sft_takes_the_steps_of_trl_and_peft(
     make_base, items, recipe, monitor, tmp_path, slow_down, architecture
 ):
@@ -72,7 +74,7 @@ def test_sft_takes_the_steps_of_trl_and_peft(
     assert_same_steps(ours, steps_of(build, monitor))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixtral"])
 def test_dpo_takes_the_steps_of_trl_and_peft(
     make_base, items, recipe, monitor, tmp_path, slow_down, architecture
 ):
@@ -214,6 +216,27 @@ def test_dropout_acts_in_sft_and_differs_from_step_to_step(base, items, recipe, 
         third, fourth = (model.eval()(input_ids=ids).logits for _ in range(2))
     assert not torch.allclose(first, second)
     assert torch.equal(third, fourth)
+
+
+def test_a_forward_that_checkpointing_repeats_drops_the_same(
+    base, items, recipe, monitor, tmp_path, monkeypatch
+):
+    recipe = replace(recipe, sft=replace(recipe.sft, dropout=0.5))
+    examples, steps = encoded(base, items), []
+    for least in (base.num_parameters + 1, base.num_parameters):
+        monkeypatch.setattr(trainer, "CHECKPOINTING_PARAMETERS", least)
+        build = partial(sft_trainer, base, examples, recipe, str(tmp_path))
+        steps.append(steps_of(build, monitor))
+    assert_same_steps(*steps)
+
+
+def test_trainings_that_overlap_leave_the_switch_as_it_was():
+    first, second = logits_of_completions_alone(), logits_of_completions_alone()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert not trl.trainer.utils._use_triton(torch.device("cpu"))
 
 
 def test_only_a_mask_of_padding_at_the_end_is_left_out():

@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
@@ -84,7 +86,19 @@ def _phi3(context: int) -> Phi3ForCausalLM:
     return Phi3ForCausalLM(Phi3Config(**WIDTH, **shape, **limits, num_key_value_heads=1))
 
 
-ARCHITECTURES = {"llama": _llama, "gpt2": _gpt2, "phi3": _phi3}
+def _mixtral(context: int) -> MixtralForCausalLM:
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 4,
+    }
+    return MixtralForCausalLM(MixtralConfig(**WIDTH, **shape, max_position_embeddings=context))
+
+
+ARCHITECTURES = {"llama": _llama, "gpt2": _gpt2, "phi3": _phi3, "mixtral": _mixtral}
 
 
 def _tokenizer(template: str, context: int) -> PreTrainedTokenizerFast:

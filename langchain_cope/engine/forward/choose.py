@@ -82,12 +82,18 @@ def _pack(
     expected: Tensor,
 ) -> None:
     """Let `llama` compute few rows with packed blocks, if it then gives the same."""
-    llama.pack(source)
-    rows = llama.packed_rows
-    llama.packed_rows = tuple(_ANY if most else 0 for most in rows)  # the prompts have more
-    difference = _difference(llama, model, shapes, prompts, expected)
+    none = (0,) * len(llama.packed_rows)
+    try:
+        llama.pack(source)
+        rows = llama.packed_rows
+        llama.packed_rows = tuple(_ANY if most else 0 for most in rows)  # the prompts have more
+        difference = _difference(llama, model, shapes, prompts, expected)
+    except Exception:  # no memory for them, say
+        llama.packed_rows = none
+        _log.debug("no packed products", exc_info=True)
+        return
     fits = difference <= _tolerance(model.dtype) / 2
-    llama.packed_rows = rows if fits else (0,) * len(rows)
+    llama.packed_rows = rows if fits else none
     _log.debug("packed products up to %s rows differ by %.3g", llama.packed_rows, difference)
 
 

@@ -144,6 +144,16 @@ def test_nothing_is_packed_where_it_does_not_apply(
     assert packed_parts(engine_of(base, packed_weights=how != "switched off")) == set()
 
 
+def test_a_packing_that_fails_leaves_the_forward_without_it(
+    written: Written, engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(blocks, "rows_that_pay", fail)
+    assert packed_parts(engine_of(loaded(written))) == set()
+
+
 def requests(
     engine: Engine, adapter: Path, numbers: range, contrast: Contrast = CONTRAST
 ) -> list[Request]:
