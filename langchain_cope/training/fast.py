@@ -32,6 +32,9 @@ from trl.kernels.chunked_logprob import _use_triton
 
 NOISE_SIZE = 1 << 22  # numbers that dropout draws for a whole training; a few MB
 SHORT_TEXT = 256  # tokens; from about 400 on bfloat16 is the faster one
+# Settings of models whose attention sees less than all that comes before: from some length on, so
+# that no short probe could tell.
+NARROWER = ("sliding_window", "attention_chunk_size", "keep_window_size")
 PROBE_TOLERANCE = 0.02  # of the states' size: rounding in bfloat16 makes a third, a wrong mask more
 SHORT_FLOAT32 = "sdpa_short_float32"  # the name that transformers knows our attention by
 
@@ -61,7 +64,7 @@ def share_prompts(model: PeftModel) -> None:
     states are others that way (one without attention, say) is left as it is.
     """
     backbone = model.get_base_model().base_model
-    if getattr(backbone.config, "sliding_window", None) is None:
+    if not any(getattr(backbone.config, name, None) for name in NARROWER):
         plain, shared = backbone.forward, _SharedPrompts(backbone.forward)
         probe = torch.tensor([[0, 1, 2, 3, 1], [0, 1, 1, 2, 0]], device=backbone.device)
         mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], device=backbone.device)
