@@ -4,7 +4,7 @@ The context comes from the app, never from the client or the model. The model an
 manner, where it has learnt it, and a tool reads that user's calendar.
 
 Run: python examples/agent_with_tools.py [QUESTION]
-It needs extras: pip install "langchain-cope[agents,grammar]"
+It needs extras: pip install '.[gguf,agents,grammar]' in a checkout
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 Run: python examples/two_users_in_a_graph.py
 The first run trains on both users' texts (a few minutes on two CPU cores); later ones find the
-adapters in the default store. It needs an extra: pip install "langchain-cope[agents]"
+adapters in the default store. It needs an extra: pip install '.[gguf,agents]' in a checkout
 """
 
 from pathlib import Path
