@@ -81,7 +81,12 @@ def test_english_has_the_tokens_of_rouge_score(text: str) -> None:
 
 def test_an_english_authors_texts_have_the_tokens_of_rouge_score() -> None:
     user = json.loads(Path("examples/data/user.jsonl").read_text(encoding="utf-8"))
-    texts = [text for item in user["history"] for text in item.values() if text.isascii()]
-    assert len(texts) > 40
+    texts = [
+        text
+        for item in [*user["history"], *user["queries"]]
+        for text in item.values()
+        if text.isascii()
+    ]
+    assert len(texts) > 50
     for text in texts:
         assert AnyScript().tokenize(text) == ENGLISH.tokenize(text)
