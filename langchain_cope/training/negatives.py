@@ -117,8 +117,11 @@ def mine_negatives(
     """
     pairs: list[Pair] = []
     num_usable, number = 0, recipe.negatives.candidates
+    after_end = tuple(closing_ids(engine.base)[1:])
     requests = (
-        request for example in examples for request in _requests(engine.base, example, recipe)
+        request
+        for example in examples
+        for request in _requests(engine.base, example, recipe, after_end)
     )
     # All items are answered in one run; those that are done are scored meanwhile.
     with closing(engine.generate_each(requests, monitor.should_stop)) as answers:
@@ -145,10 +148,12 @@ def mine_negatives(
     return pairs, notes
 
 
-def _requests(base: Base, example: Encoded, recipe: Recipe) -> list[Request]:
-    """Return a request for each candidate of an item."""
+def _requests(
+    base: Base, example: Encoded, recipe: Recipe, after_end: tuple[int, ...]
+) -> list[Request]:
+    """Return a request for each candidate of an item; `after_end` follows the end of its turn."""
     prompt = base.prompt_ids(example.item.messages)
-    after_end, parts = tuple(closing_ids(base)[1:]), parts_of_reply(base, prompt)
+    parts = parts_of_reply(base, prompt)
     requests = []
     for draw in range(recipe.negatives.candidates):
         # A seed for every draw: the candidates do not depend on how items are batched.

@@ -60,14 +60,16 @@ WIDTH = {
 }
 
 
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
 def _llama(context: int) -> LlamaForCausalLM:
-    shape = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config = LlamaConfig(**WIDTH, **shape, num_key_value_heads=1, max_position_embeddings=context)
+    config = LlamaConfig(**WIDTH, **SHAPE, num_key_value_heads=1, max_position_embeddings=context)
     return LlamaForCausalLM(config)
 
 
@@ -76,26 +78,14 @@ def _gpt2(context: int) -> GPT2LMHeadModel:
 
 
 def _phi3(context: int) -> Phi3ForCausalLM:
-    shape = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
     limits = {"max_position_embeddings": context, "original_max_position_embeddings": context}
-    return Phi3ForCausalLM(Phi3Config(**WIDTH, **shape, **limits, num_key_value_heads=1))
+    return Phi3ForCausalLM(Phi3Config(**WIDTH, **SHAPE, **limits, num_key_value_heads=1))
 
 
 def _mixtral(context: int) -> MixtralForCausalLM:
-    shape = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "num_local_experts": 4,
-    }
-    return MixtralForCausalLM(MixtralConfig(**WIDTH, **shape, max_position_embeddings=context))
+    experts = {"num_key_value_heads": 1, "num_local_experts": 4}
+    config = MixtralConfig(**WIDTH, **SHAPE, **experts, max_position_embeddings=context)
+    return MixtralForCausalLM(config)
 
 
 ARCHITECTURES = {"llama": _llama, "gpt2": _gpt2, "phi3": _phi3, "mixtral": _mixtral}

@@ -22,7 +22,7 @@ from langchain_cope.engine.base.forms import Message
 from langchain_cope.engine.base.gguf.cache import GgufFile
 from langchain_cope.engine.base.reply_format import THINK, ReplyFormat, reply_format_of
 from langchain_cope.engine.base.turn_end import TurnEnd, turn_end_of
-from langchain_cope.engine.forward.packed_weights import BlockSource
+from langchain_cope.engine.forward.packed_weights import BlockSource, can_pack
 from langchain_cope.engine.grammar.vocabulary import Vocabulary, make_vocabulary
 
 _END_OF_PROMPT = 16  # tokens in which the mark of a thought would stand
@@ -186,8 +186,11 @@ class Base:
         return copy.deepcopy(self.model, shared)
 
     def block_source(self) -> BlockSource | None:
-        """Return what gives the 4-bit blocks of parameters, where a GGUF file has them."""
-        if self.gguf is None:
+        """Return what gives the 4-bit blocks of parameters, where a GGUF file has them.
+
+        None where no product could be computed with them: on a GPU, or in float32.
+        """
+        if self.gguf is None or not can_pack(next(self.model.parameters())):
             return None
         from langchain_cope.engine.base.gguf.blocks import FileBlocks
 

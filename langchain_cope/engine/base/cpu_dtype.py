@@ -5,7 +5,6 @@ is resumed, and the chat after it compute alike.
 """
 
 import functools
-import hashlib
 import threading
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-from langchain_cope.engine.base.user_cache import read_entry, write_entry
+from langchain_cope.engine.base.user_cache import kept_fact
 
 SMALL_BASE = 32_000_000
 """Parameters below which a CPU computes in float32, unmeasured.
@@ -50,14 +49,12 @@ def _fastest() -> torch.dtype:
     cpu = cpu_features()
     if "bf16" not in cpu:  # avx512_bf16 and amx_bf16 of x86, bf16 of Arm
         return torch.float32
-    entry = Path("dtype") / hashlib.sha256(f"{cpu}\n{torch.__version__}".encode()).hexdigest()
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    cached = read_entry(entry)
-    if cached in known:
-        return known[cached]
-    name = "bfloat16" if _bfloat16_is_faster() else "float32"
-    write_entry(entry, name)
-    return known[name]
+
+    def find() -> str:
+        return "bfloat16" if _bfloat16_is_faster() else "float32"
+
+    return known[kept_fact("dtype", f"{cpu}\n{torch.__version__}", known.__contains__, find)]
 
 
 def _bfloat16_is_faster() -> bool:

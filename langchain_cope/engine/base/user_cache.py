@@ -4,13 +4,35 @@ Losing any of it costs time only.
 """
 
 import contextlib
+import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
 # RuntimeError: no home folder can be found.
 _UNREADABLE = (OSError, RuntimeError, UnicodeDecodeError)
+
+
+def kept_fact(
+    kind: str, circumstances: str, is_known: Callable[[str], bool], find: Callable[[], str]
+) -> str:
+    """Return a fact that takes time to find: the kept one, or what `find` returns, kept from now.
+
+    Args:
+        kind: the folder of such facts.
+        circumstances: what the fact depends on.
+        is_known: tells whether a kept text is such a fact; any other is found anew.
+        find: finds it.
+    """
+    entry = Path(kind) / hashlib.sha256(circumstances.encode()).hexdigest()
+    kept = read_entry(entry)
+    if kept is not None and is_known(kept):
+        return kept
+    found = find()
+    write_entry(entry, found)
+    return found
 
 
 def read_entry(name: Path) -> str | None:

@@ -6,12 +6,14 @@ somewhere: two rows in float32 want W first on an AMD EPYC and last on an Intel 
 in bfloat16 want W first on the Xeon.
 """
 
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+
+from langchain_cope.engine.forward.timing import fastest_of_each
 
 LARGE = 1 << 18  # weights of a layer; smaller ones differ little
 ROWS = (2, 4, 8, 16, 32, 64)
@@ -76,14 +78,11 @@ def _can_be_ordered(weight: Tensor) -> bool:
 def _weight_first_wins(weights: list[Tensor], rows: int) -> bool:
     states = weights[0].new_ones(rows, weights[0].shape[1])
     orders = (F.linear, weight_first)
-    # In turns, and the fastest of each: what disturbs some of them is left out.
-    trials = [[_seconds(order, states, weights) for order in orders] for _ in range(_TRIALS)]
-    usual, other = (min(times) for times in zip(*trials, strict=True))
+    ways = [partial(_multiply, order, states, weights) for order in orders]
+    usual, other = fastest_of_each(ways, _TRIALS)
     return bool(other < _MARGIN * usual)
 
 
-def _seconds(order: Linear, states: Tensor, weights: list[Tensor]) -> float:
-    start = time.perf_counter()
+def _multiply(order: Linear, states: Tensor, weights: list[Tensor]) -> None:
     for weight in weights:
         order(states, weight, None)
-    return time.perf_counter() - start

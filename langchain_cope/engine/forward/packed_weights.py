@@ -5,7 +5,6 @@ rows wait for the arithmetic, which bfloat16 does faster. Both compute with the 
 one rounds each weight to bfloat16, the other the scale and the zero of each block.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from langchain_cope.engine.forward.matmul_order import LARGE, Linear
+from langchain_cope.engine.forward.timing import fastest_of_each
 
 BLOCK = 32
 """Weights of a row that have a scale and a zero in common."""
@@ -132,9 +132,7 @@ def rows_that_pay(packed: Sequence[PackedWeight], weights: Sequence[Tensor], lin
             partial(_all, [partial(linear, states, weight, None) for weight in weights]),
             partial(_all, [partial(product, states, None) for product in packed]),
         )
-        # In turns: what disturbs one disturbs the other.
-        times = [[_seconds(way) for way in ways] for _ in range(_TRIALS)]
-        dense, few = (min(column) for column in zip(*times, strict=True))
+        dense, few = fastest_of_each(ways, _TRIALS)
         if few > _MARGIN * dense:
             break
         most = rows
@@ -153,9 +151,3 @@ def can_pack(weight: Tensor) -> bool:
 def _all(works: Sequence[Callable[[], object]]) -> None:
     for work in works:
         work()
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

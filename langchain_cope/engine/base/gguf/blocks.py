@@ -4,7 +4,6 @@ Read where an engine starts, and kept nowhere else: the file has them already. A
 values (a task adapter was merged into it, say) is left alone.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from langchain_cope.engine.base.cpu_dtype import cpu_features
 from langchain_cope.engine.base.gguf.cache import GgufFile
 from langchain_cope.engine.base.gguf.header import PackedTensor
 from langchain_cope.engine.base.gguf.tensors import Unpacking
-from langchain_cope.engine.base.user_cache import read_entry, write_entry
+from langchain_cope.engine.base.user_cache import kept_fact
 from langchain_cope.engine.forward.matmul_order import Linear
 from langchain_cope.engine.forward.packed_weights import (
     BLOCK,
@@ -73,14 +72,12 @@ class FileBlocks:
         """
         facts = (cpu_features(), torch.__version__, torch.get_num_threads())
         kind = f"{facts} {len(weights) > 1} {packed[0].planes} {tuple(weights[0].shape)}"
-        entry = Path("packed") / hashlib.sha256(kind.encode()).hexdigest()
-        kept = read_entry(entry)
         known = {str(rows): rows for rows in (0, *ROWS)}
-        if kept in known:
-            return known[kept]
-        most = rows_that_pay(packed, weights, linear)
-        write_entry(entry, str(most))
-        return most
+
+        def find() -> str:
+            return str(rows_that_pay(packed, weights, linear))
+
+        return known[kept_fact("packed", kind, known.__contains__, find)]
 
 
 def _raw(path: Path, tensor: PackedTensor, order: Tensor) -> Tensor:
