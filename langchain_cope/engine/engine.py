@@ -408,8 +408,7 @@ class Engine:
     def _score_together(
         self, sequences: scoring.Sequences, adapter: Adapter | None
     ) -> list[Tensor]:
-        rows, prompt_rows = self._batch.new_rows(), self._batch.new_rows()
-        return scoring.log_probs(self._batch.forward, rows, prompt_rows, sequences, adapter)
+        return scoring.log_probs(self._batch.forward, self._batch.new_rows, sequences, adapter)
 
     def _call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two steps and return what it returns."""
