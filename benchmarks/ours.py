@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from roofline import Work
 from safetensors.torch import load_file
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from worker import Setting, peak_memory
 
@@ -50,27 +51,23 @@ _PATIENCE = 900.0  # seconds until an answer is taken for a failed one
 # Adapters, and their stacks of three dimensions.
 _ADAPTER_MODULES = {Adapter.__module__, LoraRows.__module__}
 
-SAMPLING, REST = "sampling", "Python, waiting and recording"
-_KINDS = {
-    "aten::linear": "products with the weights",
-    "aten::mm": "products with the weights",
-    "aten::addmm": "products with the weights",
-    "aten::_weight_int4pack_mm_for_cpu": "products with the weights",
-    "aten::bmm": "low-rank products",
-    "aten::baddbmm": "low-rank products",
-    "aten::baddbmm_": "low-rank products",
-    "aten::scaled_dot_product_attention": "attention",
-    **dict.fromkeys(
-        (
-            *("aten::to", "aten::copy_", "aten::contiguous", "aten::clone", "aten::reshape"),
-            *("aten::cat", "aten::stack", "aten::flip", "aten::repeat", "aten::embedding"),
-            *("aten::index", "aten::index_put_", "aten::index_select", "aten::lift_fresh"),
-        ),
-        "copies",
+SAMPLING, ELEMENTWISE = "sampling", "norms and elementwise"
+REST = "Python, views, waiting and recording"
+# Operations by what they are for; all others are elementwise.
+_OPERATIONS = {
+    "products with the weights": ("linear", "mm", "addmm", "_weight_int4pack_mm_for_cpu"),
+    "low-rank products": ("bmm", "baddbmm", "baddbmm_"),
+    "attention": ("scaled_dot_product_attention",),
+    ELEMENTWISE: (),
+    "copies and casts": (
+        *("to", "copy_", "contiguous", "clone", "reshape", "cat", "stack", "flip", "repeat"),
+        *("embedding", "index", "index_put_", "index_select"),
     ),
-    SAMPLING: SAMPLING,
+    SAMPLING: (),
+    REST: ("slice", "select", "view", "transpose", "t", "expand", "unsqueeze", "flatten"),
 }
-_ELEMENTWISE = "norms and elementwise"
+_KINDS = {f"aten::{name}": kind for kind, names in _OPERATIONS.items() for name in names}
+_KINDS[SAMPLING] = SAMPLING
 
 
 def prepare(setting: Setting) -> None:
@@ -121,7 +118,7 @@ class Ours:
     def profile(self, num_users: int, prompt_tokens: int, num_tokens: int) -> dict[str, float]:
         """Return the milliseconds of a recorded step by kind of operation.
 
-        What they leave is Python, waiting and recording; sampling has its own Python in it.
+        What they leave is Python, views, waiting and recording; sampling has its own Python in it.
         """
         on_gpu = self._setting.device != "cpu"
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -142,12 +139,13 @@ class Ours:
             self._wait_for_step(first + num_tokens - 1)
             ended, last = self._engine._call(stop)
             self._finish(streams)
-        spent = dict.fromkeys([*_KINDS.values(), _ELEMENTWISE], 0.0)
+        spent = dict.fromkeys(_OPERATIONS, 0.0)
         for event in profiler.events():
-            if event.cpu_parent is None:  # else its parent's time includes it
+            is_kernel = event.device_type != DeviceType.CPU  # the operation's time includes it
+            if event.cpu_parent is None and not is_kernel:  # else its parent's time includes it
                 microseconds = event.device_time_total if on_gpu else event.cpu_time_total
-                spent[_KINDS.get(event.name, _ELEMENTWISE)] += microseconds / 1e6
-        spent[REST] = ended - started - sum(spent.values())
+                spent[_KINDS.get(event.name, ELEMENTWISE)] += microseconds / 1e6
+        spent[REST] += ended - started - sum(spent.values())
         return {kind: 1000 * part / (last - first) for kind, part in spent.items()}
 
     def work(self, num_rows: int, packed: bool = True) -> Work:

@@ -212,11 +212,12 @@ class Torch:
             **gpu,
         }
 
-    def read_rate(self, num_bytes: int, large: int = 1 << 30) -> float:
+    def read_rate(self, num_bytes: int) -> float:
         """Return the bytes/s at which memory can be read.
 
         The rate is the best over so many bytes and over more than a cache holds.
         """
+        large = 1 << 30 if self._device == "cpu" else 8 << 30
         return max(size / self._pass_seconds(size) for size in (min(num_bytes, large), large))
 
     def multiply_rate(self, dtype: str) -> float:

@@ -149,9 +149,10 @@ def test_states_of_pairs_are_those_of_their_rows_alone(make_base, chosen, reject
     width = max(len(chosen), len(rejected)) + 1
     ids = torch.tensor([row + [0] * (width - len(row)) for row in (chosen, rejected)])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in (chosen, rejected)])
+    ids, mask = ids.to(backbone.device), mask.to(backbone.device)
     together = _SharedPrompts(backbone.forward)(ids, attention_mask=mask).last_hidden_state
     for row, states in zip((chosen, rejected), together, strict=True):
-        alone = backbone(torch.tensor([row])).last_hidden_state[0]
+        alone = backbone(torch.tensor([row], device=ids.device)).last_hidden_state[0]
         torch.testing.assert_close(states[: len(row)], alone, atol=1e-5, rtol=1e-4)
 
 
@@ -211,7 +212,7 @@ def test_dropout_acts_in_sft_and_differs_from_step_to_step(base, items, recipe, 
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)  # it starts at zero, where nothing shows
-        ids = torch.tensor([[1, 2, 3]])
+        ids = torch.tensor([[1, 2, 3]], device=model.device)
         first, second = (model.train()(input_ids=ids).logits for _ in range(2))
         third, fourth = (model.eval()(input_ids=ids).logits for _ in range(2))
     assert not torch.allclose(first, second)
