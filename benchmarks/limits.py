@@ -13,7 +13,8 @@ and of SFT's one pass over an item, on three machines, beside what is reached on
 
 A step reads every weight once and takes two operations a weight and row; a pass of SFT takes two
 operations a weight and token forwards and two backwards, as frozen weights have no gradient, and
-reads the weights twice a batch. The share reached of a pass has the trainer's own start in it.
+reads the weights twice a batch. Beginnings that a batch's texts share are counted for each of them,
+though they are read once; the time reached has the trainer's own start in it.
 
 The second: for bases of 135 million to 7 billion parameters the memory of a process that
 personalizes and answers, the seconds to personalize a user with `--items` items (SFT, negatives and
