@@ -171,10 +171,11 @@ def test_states_of_rows_that_begin_alike_are_those_of_each_alone(
     width = max(map(len, rows)) + 1
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    ids, mask = ids.to(backbone.device), mask.to(backbone.device)
     together = backbone(ids, attention_mask=mask).last_hidden_state
     assert read == [len({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)})]
     for row, states in zip(rows, together, strict=True):
-        alone = backbone(torch.tensor([row])).last_hidden_state[0]
+        alone = backbone(torch.tensor([row], device=ids.device)).last_hidden_state[0]
         torch.testing.assert_close(states[: len(row)], alone, atol=1e-5, rtol=1e-4)
 
 
@@ -256,7 +257,7 @@ def test_dropout_acts_in_sft_and_differs_from_step_to_step(base, items, recipe, 
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)  # it starts at zero, where nothing shows
-        ids = torch.tensor([[1, 2, 3]])
+        ids = torch.tensor([[1, 2, 3]], device=model.device)
         first, second = (model.train()(input_ids=ids).logits for _ in range(2))
         third, fourth = (model.eval()(input_ids=ids).logits for _ in range(2))
     assert not torch.allclose(first, second)
