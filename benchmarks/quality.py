@@ -188,7 +188,7 @@ def figures_of(
     same = [one == other for one, other in zip(chosen, expected, strict=True)]
     return {
         "equal": share_equal(alone, exact),
-        "first_difference": statistics.mean(differences) if differences else math.nan,
+        "first_difference": statistics.mean(differences) if differences else None,
         "perplexity": math.exp(-statistics.mean(base for _, base in own)),
         "nats": distance(own, theirs),
         "contrastive_tokens": statistics.mean(same),
@@ -243,7 +243,9 @@ def main() -> None:
         figures, number = measure(options.users, options.prompts, adapter)
     print(f"\n{number} prompts{'':<13}" + "".join(f"{name:>12}" for name in SIDES))
     for title, key in COLUMNS.items():
-        print(f"{title:<24}" + "".join(f"{figures[name][key]:>12.4f}" for name in SIDES))
+        cells = [figures[name][key] for name in SIDES]
+        texts = ["none" if cell is None else f"{cell:.4f}" for cell in cells]
+        print(f"{title:<24}" + "".join(f"{text:>12}" for text in texts))
     print_report(state, users=options.users.name, num_prompts=number, figures=figures)
 
 
