@@ -28,7 +28,6 @@ from typing import Any
 
 from llama_cpp import write_gguf
 from worker import (
-    Figures,
     Worker,
     alternate,
     machine,
@@ -160,9 +159,7 @@ def start_ours(stack: ExitStack, folder: Path) -> dict[str, Worker]:
     }
 
 
-def start_llama_cpp(
-    stack: ExitStack, npm: Path, folder: Path, threads: int
-) -> dict[str, LlamaCpp]:
+def start_llama_cpp(stack: ExitStack, npm: Path, folder: Path, threads: int) -> dict[str, LlamaCpp]:
     """Return llama.cpp's processes, by way: one with smollm2's own file, one with 8-bit blocks."""
     files = {LLAMA_CPP: own_file(), LLAMA_CPP_Q8: write_gguf(folder, "Q8_0")}
     prompts = folder / "prompts.json"

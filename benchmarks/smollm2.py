@@ -33,8 +33,15 @@ PROMPTS = "prompts.json"
 SCALE = 0.06  # of an adapter's random entries: another model, but one that writes words
 CHANGED = 0.1  # nats by which the user's model and the base must differ over a token, on average
 
-_THINGS = "bridge violin glacier market harbour lantern orchard compass".split()
-_PLACES = "a small island|an old city|the far north|a desert|the mountains|a river town".split("|")
+_THINGS = ["bridge", "violin", "glacier", "market", "harbour", "lantern", "orchard", "compass"]
+_PLACES = [
+    "a small island",
+    "an old city",
+    "the far north",
+    "a desert",
+    "the mountains",
+    "a river town",
+]
 _TASKS = (
     "Explain how a {thing} came to matter in {place}, who looked after it and why people cared.",
     "Write a story about a {thing} in {place} that nobody wanted until the day it was needed.",
@@ -92,9 +99,7 @@ class Ours:
             self._engine.load_adapter(adapter_of(folder, user)) for user in range(num_users)
         ]
         # Other questions each time: speculation would find the answers to the same ones.
-        self._prompts = itertools.cycle(
-            json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
-        )
+        self._prompts = itertools.cycle(json.loads((folder / PROMPTS).read_text(encoding="utf-8")))
 
     def about(self) -> dict[str, object]:
         """Return the threads, the dtype, and up to how many rows packed products compute."""

@@ -43,4 +43,3 @@ def test_many_rows_and_other_dtypes_are_left_as_they_are() -> None:
     assert refined(rough, states, weight, bias) is rough
     few = rough[:2].float()
     assert refined(few, states[:2].float(), weight.float(), bias.float()) is few
-
