@@ -38,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ from langchain_cope.training.sft import train_sft
 from langchain_cope.training.trainer import arguments, tokenizer_copy
 
 GENERATE_ITEMS = 8  # items, or rows to score, of one batch of transformers
+TRAINERS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
 MINING_ROUNDS = 3  # at most: each samples every item's candidates three times
 
 
@@ -87,14 +88,17 @@ def our_chain(
 
 
 def bare_trl(
-    base: Any, load: Callable[[], Any], texts: list[dict[str, Any]], recipe: Recipe, folder: Path
+    base: Any,
+    load: Callable[[], Any],
+    texts: list[dict[str, Any]],
+    recipe: Recipe,
+    folder: Path,
+    stages: Sequence[str] = tuple(TRAINERS),
 ) -> float:
     """Do the same with TRL alone, on models of its own; return the seconds without `load`."""
     seconds = 0.0
-    for stage, trainer_class, config_class in (
-        ("sft", SFTTrainer, SFTConfig),
-        ("dpo", DPOTrainer, DPOConfig),
-    ):
+    for stage in stages:
+        trainer_class, config_class = TRAINERS[stage]
         model = load()
         schedule = getattr(recipe, stage)
         extra = {"beta": recipe.dpo.beta, "loss_type": ["sigmoid"]} if stage == "dpo" else {}

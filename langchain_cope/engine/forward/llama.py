@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from langchain_cope.engine.forward.attention import additive, grouped_attention, row_mask
 from langchain_cope.engine.forward.fused_weights import GROUPS
 from langchain_cope.engine.forward.inputs import Inputs
+from langchain_cope.engine.forward.likely_logits import refined
 from langchain_cope.engine.forward.lora_rows import LoraRows, Site
 from langchain_cope.engine.forward.matmul_order import MatmulOrder
 from langchain_cope.engine.forward.packed_weights import BlockSource
@@ -151,7 +152,8 @@ class LlamaForward:
             gated = layer.activation(gated[..., :width]) * gated[..., width:]
             states = states + self._product(layer.down, gated, inputs.lora)
         last = self._norm(states[inputs.logit_rows, inputs.logit_columns])
-        return self._output_head(last, self._order)
+        head = self._output_head
+        return refined(head(last, self._order), last, head.weight, head.bias)
 
     def _attend(
         self,

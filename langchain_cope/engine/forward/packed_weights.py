@@ -83,9 +83,7 @@ class PackedWeight:
     def __init__(self, parts: Sequence[Blocks]) -> None:
         """Pack `parts`, the rows of one after those of the other."""
         codes = torch.cat([part.codes for part in parts])
-        scales, zeros = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("scales", "zeros")
-        )
+        scales, zeros = (torch.cat(each) for each in zip(*map(_rounded, parts), strict=True))
         self.planes = parts[0].planes
         # The kernel's own order, the same for pieces; the number is of no meaning on a CPU.
         pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
@@ -146,6 +144,13 @@ def can_pack(weight: Tensor) -> bool:
         and weight.dtype == torch.bfloat16
         and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
     )
+
+
+def _rounded(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Return scales that bfloat16 holds, and zeros that leave the mean of each block as it is."""
+    scales = blocks.scales.bfloat16().float()
+    mean_codes = blocks.codes.view(*scales.shape, BLOCK).float().mean(-1) - 8
+    return scales, blocks.zeros + mean_codes * (blocks.scales - scales)
 
 
 def _all(works: Sequence[Callable[[], object]]) -> None:

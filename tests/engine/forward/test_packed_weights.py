@@ -1,6 +1,7 @@
 """Few rows are multiplied with the 4-bit blocks of a GGUF file, many with the weights."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from langchain_cope.engine import (
 )
 from langchain_cope.engine.base.gguf import blocks
 from langchain_cope.engine.forward import packed_weights
-from langchain_cope.engine.forward.packed_weights import PackedWeight
+from langchain_cope.engine.forward.packed_weights import BLOCK, Blocks, PackedWeight
 
 Tiny = Callable[..., Path]
 KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0]
@@ -116,6 +117,28 @@ def test_packed_products_are_those_of_the_files_values(
     dense = torch.nn.functional.linear(states, held.bfloat16(), bias)
     usual = (dense.double() - expected).norm() / expected.norm()
     assert error < 1.6 * usual < 0.01
+
+
+def test_packed_weights_of_smollm2_are_nearer_than_rounded_scales_and_zeros() -> None:
+    base = load_base("smollm2", device="cpu", dtype="bfloat16")
+    source = base.block_source()
+    assert source is not None
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weight = base.model.get_parameter(f"model.layers.7.{name}.weight")
+        held = source.blocks(weight)
+        assert held is not None
+        scales, zeros = held.scales.bfloat16().float(), held.zeros.bfloat16().float()
+        exact, rounded = values(held), values(replace(held, scales=scales, zeros=zeros))
+        # As the kernel holds them: (blocks of a row, out, scale and zero).
+        scales, zeros = PackedWeight([held])._scales.float().permute(2, 1, 0)
+        packed = values(replace(held, scales=scales, zeros=zeros))
+        assert (packed - exact).norm() < 0.97 * (rounded - exact).norm()
+
+
+def values(held: Blocks) -> torch.Tensor:
+    """What blocks of one plane stand for, in float64."""
+    codes = held.codes.view(*held.scales.shape, BLOCK).double() - 8
+    return (codes * held.scales.unsqueeze(-1) + held.zeros.unsqueeze(-1)).flatten(1)
 
 
 def test_only_matrices_with_the_files_values_are_packed(
@@ -225,5 +248,5 @@ def test_answers_alone_and_beside_others_differ_only_where_two_tokens_are_near(
         shared = [*request.prompt, *one[:first]]
         choices = [(shared, [token]) for token in pairs[first]]
         mine, theirs = exact.score(choices, exact.load_adapter(folder))
-        assert (mine - theirs).abs() < 0.15, "nats"
+        assert (mine - theirs).abs() < 0.2, "nats"
     assert num_equal > 12
