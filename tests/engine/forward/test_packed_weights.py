@@ -17,7 +17,7 @@ from langchain_cope.engine import (
     Sampling,
     load_base,
 )
-from langchain_cope.engine.base.gguf import blocks
+from langchain_cope.engine.base.gguf import packed
 from langchain_cope.engine.forward import packed_weights
 from langchain_cope.engine.forward.packed_weights import PackedWeight
 
@@ -33,7 +33,7 @@ def _small_weights_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """Pack what is small, too, and use it up to `FEW` rows, whatever this machine is fast at."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(packed_weights, "LARGE", 0)
-    monkeypatch.setattr(blocks, "rows_that_pay", lambda *_: FEW)
+    monkeypatch.setattr(packed, "rows_that_pay", lambda *_: FEW)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_packing_that_fails_leaves_the_forward_without_it(
     def fail(*_: object) -> int:
         raise MemoryError
 
-    monkeypatch.setattr(blocks, "rows_that_pay", fail)
+    monkeypatch.setattr(packed, "rows_that_pay", fail)
     assert packed_parts(engine_of(loaded(written))) == set()
 
 
