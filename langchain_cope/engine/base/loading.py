@@ -28,6 +28,7 @@ from langchain_cope.engine.base.cpu_dtype import cpu_dtype
 from langchain_cope.engine.base.gguf.cache import UNPACKED_WEIGHTS, GgufFile
 from langchain_cope.engine.base.gguf.mapped import map_weights
 from langchain_cope.engine.base.gguf.source import find_gguf
+from langchain_cope.engine.device import limit_threads
 from langchain_cope.engine.forward.fused_weights import fuse_weights
 from langchain_cope.errors import CopeError, InputError, ModelError, ModelNotFound
 from langchain_cope.text import first_line
@@ -140,6 +141,7 @@ class _Arguments:
 
 @collector_paused()
 def _load(arguments: _Arguments) -> Base:
+    limit_threads()
     if arguments.gguf is not None:
         arguments = _unpacked(arguments, arguments.gguf)
     name, source, revision = arguments.name, arguments.source, arguments.revision

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-_ALIGNMENT = 64  # bytes; products with tensors that begin elsewhere are slower, and a copy is better
+_ALIGNMENT = (
+    64  # bytes; products with tensors that begin elsewhere are slower, and a copy is better
+)
 
 
 def map_weights(model: PreTrainedModel, path: Path) -> None:
@@ -28,7 +30,9 @@ def map_weights(model: PreTrainedModel, path: Path) -> None:
     whole = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     for name, parameter in model.named_parameters():
         start, end = entries.get(name, {}).get("data_offsets", (0, 0))
-        is_same = parameter.nbytes == end - start and list(parameter.shape) == entries[name]["shape"]
+        is_same = (
+            parameter.nbytes == end - start and list(parameter.shape) == entries[name]["shape"]
+        )
         if is_same and (begin + start) % _ALIGNMENT == 0:
             data = whole[begin + start : begin + end].view(parameter.dtype)
             parameter.data = data.view(parameter.shape)

@@ -89,7 +89,6 @@ class PackedFile:
 
     def _products(self, groups: Sequence[_Group]) -> Mapping[str, PackedWeight]:
         """Return the products of those groups that have one: kept ones, or made now."""
-
         if not self._keep:
             return self._made_if_there(groups)
         num_weights = sum(weight.numel() for group in groups for weight in group.weights)
