@@ -124,28 +124,26 @@ def test_version_1_has_quota_and_period_apart(
 
 LOAD = """
 import torch
+torch.set_num_threads(4)
 from langchain_cope.engine import device, load_base
 device.cores_in_cgroups = lambda: 1.5
-before = torch.get_num_threads()
 load_base("starter", device="cpu")
-print(before, torch.get_num_threads())
+print(torch.get_num_threads())
 """
 
 
-@pytest.mark.parametrize(("asked", "threads"), [(None, "2"), ("3", "3")])
+@pytest.mark.parametrize(("asked", "threads"), [(None, "2"), ("4", "4")])
 def test_torch_takes_no_more_threads_than_the_quota_has_cores(
     asked: str | None, threads: str
 ) -> None:
-    """Torch is told of four threads as it would take them on a machine of four cores."""
-    environment = {**os.environ, "OMP_NUM_THREADS": asked or ""}
-    if asked is None:
-        del environment["OMP_NUM_THREADS"]
-    start = "" if asked else "import torch; torch.set_num_threads(4)\n"
+    environment = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if asked is not None:
+        environment["OMP_NUM_THREADS"] = asked
     run = subprocess.run(
-        [sys.executable, "-c", start + LOAD],
+        [sys.executable, "-c", LOAD],
         env=environment,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert run.stdout.split() == [asked or "4", threads]
+    assert run.stdout.split() == [threads]
