@@ -22,7 +22,12 @@ from langchain_cope.engine.forward.likely_logits import refined
 from langchain_cope.engine.forward.lora_rows import LoraRows, Site
 from langchain_cope.engine.forward.matmul_order import MatmulOrder
 from langchain_cope.engine.forward.packed_weights import BlockSource
-from langchain_cope.engine.forward.products import Product, pack, set_packed_rows
+from langchain_cope.engine.forward.products import (
+    Product,
+    measure_packed_rows,
+    pack,
+    set_packed_rows,
+)
 
 _MODEL = {"model", "lm_head"}
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -113,8 +118,9 @@ class LlamaForward:
 
     def pack(self, source: BlockSource) -> None:
         """Compute forwards of few rows with packed blocks, where there are some and it pays."""
+        pack([product for products in self._alike for product in products], source)
         for products in self._alike:
-            pack(products, source, self._order)
+            measure_packed_rows(products, source, self._order)
 
     @property
     def packed_rows(self) -> tuple[int, ...]:
