@@ -53,7 +53,7 @@ from langchain_cope.chat.user import (
     find_version,
     user_of_call,
 )
-from langchain_cope.engine import check_alpha, check_tau
+from langchain_cope.engine import check_adapter_scale, check_alpha, check_tau
 from langchain_cope.errors import EngineClosed, ModelNotFound
 from langchain_cope.settings import BaseSettings
 from langchain_cope.stores import open_store
@@ -61,6 +61,12 @@ from langchain_cope.tracing import TraceUserId, traced_user
 
 if TYPE_CHECKING:
     from langchain_cope.engine import Contrast, Engine, Sampling
+
+_CHECKS: dict[str, Callable[[object], None]] = {
+    "alpha": check_alpha,
+    "tau": check_tau,
+    "adapter_scale": check_adapter_scale,
+}
 
 __all__ = ["ChatCoPe", "ChatContextOverflow", "ChatModelNotFound"]
 
@@ -101,6 +107,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
 
     None: what the adapter version recommends, else 0.1, the paper's value.
     """
+    adapter_scale: float | None = Field(default=None, json_schema_extra={"minimum": 0})
+    """What the adapter's own changes are multiplied with, ≥ 0; 0 is the base alone, None is 1."""
     adapter_version: str | None = None
     """None: the user's active version."""
     authorize: Callable[[str | None, RunnableConfig], None] | None = Field(
@@ -155,13 +163,12 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     def _check_user(cls, value: str | None) -> str | None:
         return checked_user(value)
 
-    @field_validator("alpha", "tau")
+    @field_validator(*_CHECKS)
     @classmethod
     def _check_contrast(cls, value: float | None, info: ValidationInfo) -> float | None:
-        check = check_alpha if info.field_name == "alpha" else check_tau
         if value is not None:
             try:
-                check(value)
+                _CHECKS[str(info.field_name)](value)
             except ValueError as error:  # as pydantic's own, so that its errors() stay plain data
                 reason = {"reason": str(error)}
                 raise PydanticCustomError("out_of_range", "{reason}", reason) from None
@@ -227,7 +234,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        names = ("model", "revision", "user_id", "adapter_version", "alpha", "tau")
+        names = ("model", "revision", "user_id", "adapter_version", "alpha", "tau", "adapter_scale")
         params = {name: getattr(self, name) for name in (*names, *SAMPLING_OPTIONS)}
         params["store"] = None if self.store is None else open_store(self.store).url
         return params
@@ -270,6 +277,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
             "dtype": str(base.dtype),
             "alpha": self.alpha,
             "tau": self.tau,
+            "adapter_scale": self.adapter_scale,
             "stop": self._stops(stop),
             **{name: getattr(self, name) for name in SAMPLING_OPTIONS},
             **others,
@@ -497,6 +505,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         request = Request(
             prompt,
             adapter=user.adapter,
+            adapter_scale=self._adapter_scale(user, options),
             contrast=self._contrast(user, options),
             sampling=self._sampling(stop, options),
             deadline=deadline,
@@ -517,6 +526,13 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
             nothing_to_contrast = (0.0, None)
             return contrast_of(nothing_to_contrast, call, model)
         return contrast_of(call, model, (user.version.alpha, user.version.tau))
+
+    def _adapter_scale(self, user: PinnedUser, options: dict[str, Any]) -> float:
+        """Return the call's scale of the adapter, else the model's, else 1; 0 without a version."""
+        if user.version is None:
+            return 0.0
+        levels = (options.get("adapter_scale"), self.adapter_scale)
+        return next((scale for scale in levels if scale is not None), 1.0)
 
     def _sampling(self, stop: list[str] | None, options: dict[str, Any]) -> "Sampling":
         from langchain_cope.engine import Sampling

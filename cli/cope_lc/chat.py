@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cope_lc.adapters.stored import store_at
 from cope_lc.options import (
     DEFAULT_MODEL,
+    AdapterScale,
     AdapterVersion,
     Alpha,
     AsUser,
@@ -39,6 +40,7 @@ def chat(
     version: AdapterVersion = None,
     alpha: Alpha = None,
     tau: Tau = None,
+    adapter_scale: AdapterScale = None,
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = 256,
     seed: Seed = None,
@@ -56,6 +58,7 @@ def chat(
         version=version,
         alpha=alpha,
         tau=tau,
+        adapter_scale=adapter_scale,
         temperature=temperature,
         max_tokens=max_tokens,
         seed=seed,

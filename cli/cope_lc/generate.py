@@ -8,6 +8,7 @@ import typer
 
 from cope_lc.options import (
     DEFAULT_MODEL,
+    AdapterScale,
     AdapterVersion,
     Alpha,
     AsUser,
@@ -47,6 +48,7 @@ def generate(
     version: AdapterVersion = None,
     alpha: Alpha = None,
     tau: Tau = None,
+    adapter_scale: AdapterScale = None,
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = 256,
     seed: Seed = None,
@@ -74,6 +76,7 @@ def generate(
         version=version,
         alpha=alpha,
         tau=tau,
+        adapter_scale=adapter_scale,
         temperature=temperature,
         max_tokens=max_tokens,
         seed=seed,

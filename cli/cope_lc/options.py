@@ -25,6 +25,12 @@ def _check_alpha(value: float | None) -> float | None:
     return _checked(value, check_alpha)
 
 
+def _check_adapter_scale(value: float | None) -> float | None:
+    from langchain_cope.engine import check_adapter_scale
+
+    return _checked(value, check_adapter_scale)
+
+
 def _check_tau(value: float | None) -> float | None:
     from langchain_cope.engine import check_tau
 
@@ -152,6 +158,15 @@ Tau = Annotated[
         "Default: as for --alpha.",
     ),
 ]
+AdapterScale = Annotated[
+    float | None,
+    typer.Option(
+        "--adapter-scale",
+        metavar="S",
+        callback=_check_adapter_scale,
+        help="Multiply what the adapter changes; 0: the base alone. Default: 1.",
+    ),
+]
 Temperature = Annotated[
     float,
     typer.Option(
@@ -179,6 +194,7 @@ class ChatOptions(NamedTuple):
     version: str | None
     alpha: float | None
     tau: float | None
+    adapter_scale: float | None
     temperature: float
     max_tokens: int
     seed: int | None
@@ -196,6 +212,7 @@ class ChatOptions(NamedTuple):
             adapter_version=self.version,
             alpha=self.alpha,
             tau=self.tau,
+            adapter_scale=self.adapter_scale,
             temperature=self.temperature,
             max_tokens=self.max_tokens,
             seed=self.seed,

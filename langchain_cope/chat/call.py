@@ -41,6 +41,7 @@ CALL_OPTIONS = (
     *TOOL_OPTIONS,
     "alpha",
     "tau",
+    "adapter_scale",
     "model",
     "logprobs",
     "timeout",
@@ -105,6 +106,7 @@ class Call:
             "adapter_digest": self.user.digest,
             "alpha": self.request.contrast.alpha,
             "tau": self.request.contrast.tau,
+            "adapter_scale": self.request.adapter_scale,
             "finish_reason": "tool_calls" if made_calls else answer.finish_reason,
             "contrast_changed": answer.contrast_changed,
         }

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         ADAPTER_ALONE,
         Contrast,
         EngineOptions,
+        check_adapter_scale,
         check_alpha,
         check_tau,
     )
@@ -79,6 +80,7 @@ __all__ = [
     "TextPart",
     "TokenLogprobs",
     "can_constrain",
+    "check_adapter_scale",
     "check_alpha",
     "check_option",
     "check_tau",
@@ -125,6 +127,7 @@ _MODULES = {
     "TokenLogprobs": "answer",
     "WEIGHTS": "adapter",
     "can_constrain": "grammar.schema",
+    "check_adapter_scale": "options",
     "check_alpha": "options",
     "check_option": "checks",
     "check_tau": "options",

@@ -9,7 +9,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,18 @@ class Adapter:
     """
     recent: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT_TOKENS))
     """The newest tokens of its user's prompts and answers: what the next answer may quote."""
+    scale: float = 1.0
+    """What the products are multiplied with where the adapter is put to use."""
     _token: object = field(default_factory=object, repr=False)
 
     @property
     def owner(self) -> Hashable:
-        """Key of what was computed with these matrices."""
-        return self._token if self.name is None else self.name
+        """Key of what was computed with these matrices, multiplied with `scale`."""
+        return (self._token if self.name is None else self.name, self.scale)
+
+    def scaled(self, scale: float) -> "Adapter":
+        """Return the same matrices, to be multiplied with `scale`; nothing of them is copied."""
+        return self if scale == self.scale else replace(self, scale=scale)
 
 
 def low_rank_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

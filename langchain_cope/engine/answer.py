@@ -102,8 +102,10 @@ class ActiveRequest:
         """Prompt and answer."""
         self.answer_ids: list[int] = []
         """Tokens of the answer alone."""
-        self.adapter = request.adapter if isinstance(request.adapter, Adapter) else None
-        """Set before the request joins the batch, where its adapter comes from a slot."""
+        self.adapter: Adapter | None = None
+        """The adapter at the request's scale; one from a slot comes before the request's turn."""
+        if isinstance(request.adapter, Adapter):
+            self.use(request.adapter)
         self.lease: Lease | None = None
         """Its hold on a slot, where its adapter comes from one."""
         self.rows: tuple[Row, ...] = ()
@@ -149,6 +151,11 @@ class ActiveRequest:
         """True once its deadline is over."""
         deadline = self.request.deadline
         return deadline is not None and not time.monotonic() < deadline  # NaN is over, too
+
+    def use(self, adapter: Adapter) -> None:
+        """Answer with `adapter`, as strongly as the request has it: at scale 0 not at all."""
+        if self.request.personal:
+            self.adapter = adapter.scaled(self.request.adapter_scale)
 
     def push(self, chosen: NextToken) -> None:
         """Append a token and send what it adds; `finished` tells whether it was the last one."""

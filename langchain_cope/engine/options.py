@@ -24,6 +24,12 @@ def check_tau(tau: object) -> None:
     check_option("tau", tau, "a number > 0 and ≤ 1", is_number(tau, above=0, most=1), hint)
 
 
+def check_adapter_scale(scale: object) -> None:
+    """Raise ValueError unless the scale is a finite number ≥ 0."""
+    hint = "1 is the adapter as it was trained, 0 the base alone"
+    check_option("adapter_scale", scale, "a finite number ≥ 0", is_number(scale, least=0), hint)
+
+
 @dataclass(frozen=True)
 class Contrast:
     """How strongly the personal model is contrasted with the base.

@@ -7,7 +7,7 @@ from pathlib import Path
 from langchain_cope.engine.adapter import Adapter
 from langchain_cope.engine.decoding.sampling import Sampling
 from langchain_cope.engine.grammar.schema import Grammar
-from langchain_cope.engine.options import Contrast
+from langchain_cope.engine.options import Contrast, check_adapter_scale
 from langchain_cope.engine.reply import ReplyParts
 
 
@@ -34,7 +34,7 @@ class AdapterSource:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to answer."""
+    """One prompt to answer. Raises ValueError for an adapter scale out of range."""
 
     prompt: Sequence[int]
     """Token ids, the generation prompt included."""
@@ -62,13 +62,23 @@ class Request:
     What goes by a clock, or by earlier answers, stays away from it: speculation, prompts read in
     small pieces for the sake of others, the prefix cache.
     """
+    adapter_scale: float = 1.0
+    """What the adapter's low-rank products are multiplied with; 0: the base alone."""
     holder: object = field(default=None, compare=False, repr=False)
     """For whom it is answered; `Engine.release` of that object ends it."""
+
+    def __post_init__(self) -> None:
+        check_adapter_scale(self.adapter_scale)
+
+    @property
+    def personal(self) -> bool:
+        """True where an adapter has a say."""
+        return self.adapter is not None and self.adapter_scale > 0
 
     @property
     def model_label(self) -> str:
         """What errors call the model that answers: the adapter, or the base alone."""
-        if self.adapter is None:
+        if self.adapter is None or not self.personal:
             return "the base"
         label = self.adapter.label if isinstance(self.adapter, AdapterSource) else ""
         return f"the adapter {label or self.adapter.name or 'given'}"
@@ -76,12 +86,12 @@ class Request:
     @property
     def contrastive(self) -> bool:
         """True where the base's distribution enters the choice of tokens."""
-        return self.adapter is not None and self.contrast.needs_base
+        return self.personal and self.contrast.needs_base
 
     @property
     def two_rows(self) -> bool:
         """True where the base is computed beside the adapter."""
-        return self.adapter is not None and (self.contrast.needs_base or self.logprobs)
+        return self.personal and (self.contrast.needs_base or self.logprobs)
 
     @property
     def num_rows(self) -> int:

@@ -84,7 +84,7 @@ class Scheduler:
     def submit(self, active: ActiveRequest) -> None:
         """Put a request at the end of the line; where it needs a slot, it asks for one."""
         with self._lock:  # so that leases are given in the order of the line
-            if isinstance(active.request.adapter, AdapterSource):
+            if active.request.personal and isinstance(active.request.adapter, AdapterSource):
                 active.lease = self._slots.lease(active.request.adapter)
             self._waiting.append(active)
 
@@ -169,8 +169,8 @@ class Scheduler:
         for active in self._ready():
             if self._batch.num_rows >= self._max_rows or not self._fits(active, held):
                 break
-            if active.lease is not None:
-                active.adapter = active.lease.adapter
+            if active.lease is not None and active.lease.adapter is not None:
+                active.use(active.lease.adapter)
             if self._batch.is_being_read(active):
                 held.append(active)
             else:

@@ -545,3 +545,16 @@ def test_tracing_parameters(chat: ChatCoPe) -> None:
     assert params["ls_model_type"] == "chat"
     assert chat._llm_type == "cope"
     assert ensure_config(None)["tags"] == []
+
+
+def test_the_adapters_scale_of_a_call_wins_over_the_models(chat: ChatCoPe) -> None:
+    whole, alone = chat.invoke(QUESTION), chat.invoke(QUESTION, user_id=None)
+    assert chat.invoke(QUESTION, adapter_scale=1).content == whole.content
+    off = ChatCoPe(model=chat.model, store=chat.store, user_id="alice", adapter_scale=0)
+    assert off.invoke(QUESTION, max_tokens=16).content == alone.content
+    half = off.invoke(QUESTION, max_tokens=16, adapter_scale=0.5)
+    assert half.content not in (alone.content, whole.content)
+    scales = [each.response_metadata["adapter_scale"] for each in (whole, alone, half)]
+    assert scales == [1, 0, 0.5]
+    with pytest.raises(ValidationError, match="adapter_scale must be a finite number ≥ 0"):
+        ChatCoPe(adapter_scale=-1)

@@ -1,7 +1,7 @@
 """Many users' low-rank matrices in one batched product.
 
 `LoraRows` holds the adapters of a batch's rows, stacked, and adds `x · A_rᵀ · B_rᵀ` for every row
-with an adapter, with row r's own A and B (scaling folded into B). Layers that read the same input
+with an adapter, with row r's own A and B (scaling and scale folded into B). Layers that read the same input
 make up a `Site` and share both products: the Bs of a row stand side by side, zeros between them.
 Rows with an adapter come first, so that rows of the base cost nothing extra. Rows that all carry
 the same adapter are one plain product.
@@ -54,13 +54,13 @@ class LoraRows:
     def set(self, adapters: Sequence[Adapter]) -> None:
         """Take these adapters as the first rows; only what changed is copied."""
         self._num_rows = len(adapters)
-        if all(adapter is adapters[0] for adapter in adapters):
+        if all(adapter.owner == adapters[0].owner for adapter in adapters):
             adapters = adapters[:1]
         if not self._has_room(adapters):
             self._build(adapters)
         else:
             for row, adapter in enumerate(adapters):
-                if row >= len(self._rows) or self._rows[row] is not adapter:
+                if row >= len(self._rows) or self._rows[row].owner != adapter.owner:
                     for stack in self._stacks.values():
                         stack.put(row, adapter)
         self._rows = list(adapters)
@@ -85,9 +85,9 @@ class LoraRows:
     def _has_room(self, adapters: Sequence[Adapter]) -> bool:
         if len(adapters) > self._capacity:
             return False
-        seen: set[int] = {id(adapter) for adapter in self._rows}
+        seen = {adapter.owner for adapter in self._rows}
         for adapter in adapters:
-            if id(adapter) not in seen:
+            if adapter.owner not in seen:
                 for path, (down, _) in adapter.pairs.items():
                     stack = self._stacks.get(self._sites[path])
                     if stack is None or path not in stack.paths or down.shape[1] > stack.rank:
@@ -143,6 +143,8 @@ class _Stack:
                 start, end = index * self.rank, index * self.rank + pair[0].shape[1]
                 self.down[row, :, start:end] = pair[0]
                 self.up[row, start:end, columns] = pair[1]
+        if adapter.scale != 1:
+            self.up[row] *= adapter.scale
 
     def add(self, states: Tensor, output: Tensor) -> None:
         """Add the products of all rows of `states` `(R, Q, in)` to `output` `(R, Q, out)`."""
