@@ -53,7 +53,12 @@ from langchain_cope.chat.user import (
     find_version,
     user_of_call,
 )
-from langchain_cope.engine import check_adapter_scale, check_alpha, check_tau
+from langchain_cope.engine import (
+    ContrastRule,
+    check_adapter_scale,
+    check_alpha,
+    check_tau,
+)
 from langchain_cope.errors import EngineClosed, ModelNotFound
 from langchain_cope.settings import BaseSettings
 from langchain_cope.stores import open_store
@@ -106,6 +111,12 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     """Tokens below this share of the likeliest one's probability are out, 0 < τ ≤ 1.
 
     None: what the adapter version recommends, else 0.1, the paper's value.
+    """
+    contrast: ContrastRule = "fixed"
+    """`fixed`: the paper's, the same α for every token.
+
+    `adaptive`: α acts only in answers in which adapter and base differ, not where the answer has to
+    be exact, and never in calls and JSON.
     """
     adapter_scale: float | None = Field(default=None, json_schema_extra={"minimum": 0})
     """What the adapter's own changes are multiplied with, ≥ 0; 0 is the base alone, None is 1."""
@@ -234,8 +245,9 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        names = ("model", "revision", "user_id", "adapter_version", "alpha", "tau", "adapter_scale")
-        params = {name: getattr(self, name) for name in (*names, *SAMPLING_OPTIONS)}
+        names = ("model", "revision", "user_id", "adapter_version", "alpha", "tau")
+        names = (*names, "contrast", "adapter_scale", *SAMPLING_OPTIONS)
+        params = {name: getattr(self, name) for name in names}
         params["store"] = None if self.store is None else open_store(self.store).url
         return params
 
@@ -277,6 +289,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
             "dtype": str(base.dtype),
             "alpha": self.alpha,
             "tau": self.tau,
+            "contrast": self.contrast,
             "adapter_scale": self.adapter_scale,
             "stop": self._stops(stop),
             **{name: getattr(self, name) for name in SAMPLING_OPTIONS},
@@ -520,12 +533,13 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
 
     def _contrast(self, user: PinnedUser, options: dict[str, Any]) -> "Contrast":
         """Return the call's α and τ, else the model's, else the version's, else the paper's."""
+        rule = options.get("contrast", self.contrast)
         call = (options.get("alpha"), options.get("tau"))
         model = (self.alpha, self.tau)
         if user.version is None:
             nothing_to_contrast = (0.0, None)
-            return contrast_of(nothing_to_contrast, call, model)
-        return contrast_of(call, model, (user.version.alpha, user.version.tau))
+            return contrast_of(nothing_to_contrast, call, model, rule=rule)
+        return contrast_of(call, model, (user.version.alpha, user.version.tau), rule=rule)
 
     def _adapter_scale(self, user: PinnedUser, options: dict[str, Any]) -> float:
         """Return the call's scale of the adapter, else the model's, else 1; 0 without a version."""

@@ -19,6 +19,13 @@ class Side(StrEnum):
     user = "user"
 
 
+class Rule(StrEnum):
+    """When α acts."""
+
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
 def _check_alpha(value: float | None) -> float | None:
     from langchain_cope.engine import check_alpha
 
@@ -158,6 +165,13 @@ Tau = Annotated[
         "Default: as for --alpha.",
     ),
 ]
+ContrastOption = Annotated[
+    Rule,
+    typer.Option(
+        "--contrast",
+        help="adaptive: contrast only where adapter and base differ, and nothing has to be exact.",
+    ),
+]
 AdapterScale = Annotated[
     float | None,
     typer.Option(
@@ -194,6 +208,7 @@ class ChatOptions(NamedTuple):
     version: str | None
     alpha: float | None
     tau: float | None
+    contrast: Rule
     adapter_scale: float | None
     temperature: float
     max_tokens: int
@@ -212,6 +227,7 @@ class ChatOptions(NamedTuple):
             adapter_version=self.version,
             alpha=self.alpha,
             tau=self.tau,
+            contrast=self.contrast.value,
             adapter_scale=self.adapter_scale,
             temperature=self.temperature,
             max_tokens=self.max_tokens,

@@ -18,7 +18,7 @@ from langchain_cope.chat.messages import template_messages
 from langchain_cope.chat.reply import message_chunk
 from langchain_cope.chat.tools import TOOL_OPTIONS, ToolUse
 from langchain_cope.chat.user import PINNED, USER_OPTIONS, PinnedUser
-from langchain_cope.engine import Contrast
+from langchain_cope.engine import Contrast, ContrastRule
 from langchain_cope.errors import ContextOverflow, InputError, ModelNotFound
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ CALL_OPTIONS = (
     *TOOL_OPTIONS,
     "alpha",
     "tau",
+    "contrast",
     "adapter_scale",
     "model",
     "logprobs",
@@ -106,9 +107,12 @@ class Call:
             "adapter_digest": self.user.digest,
             "alpha": self.request.contrast.alpha,
             "tau": self.request.contrast.tau,
+            "contrast": self.request.contrast.rule,
             "adapter_scale": self.request.adapter_scale,
             "finish_reason": "tool_calls" if made_calls else answer.finish_reason,
             "contrast_changed": answer.contrast_changed,
+            "contrast_active_share": answer.contrast_active_share,
+            "mean_divergence": answer.mean_divergence,
         }
         if self.request.logprobs:
             metadata["logprobs"] = [_token_metadata(token) for token in answer.logprobs]
@@ -144,14 +148,17 @@ def deadline_of(timeout: object) -> float | None:
     return time.monotonic() + timeout
 
 
-def contrast_of(*levels: tuple[float | None, float | None]) -> Contrast:
+def contrast_of(
+    *levels: tuple[float | None, float | None], rule: ContrastRule = "fixed"
+) -> Contrast:
     """Return the contrast whose α and τ come from the first level that gives them, else 0.1.
 
     Args:
         levels: (α, τ) of the call, the model and the version, for example; each may be None.
+        rule: when α acts.
 
     Raises:
-        ValueError: the α or τ chosen is out of range.
+        ValueError: the α or τ chosen is out of range, or there is no such rule.
     """
     values: dict[str, float] = {}
     for alpha, tau in levels:
@@ -159,7 +166,7 @@ def contrast_of(*levels: tuple[float | None, float | None]) -> Contrast:
             values.setdefault("alpha", alpha)
         if tau is not None:
             values.setdefault("tau", tau)
-    return Contrast(**values)
+    return Contrast(**values, rule=rule)
 
 
 def prompt_of(base: "Base", messages: Sequence[BaseMessage], use: ToolUse) -> tuple[list[int], str]:

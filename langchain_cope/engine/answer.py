@@ -17,6 +17,7 @@ from langchain_cope.engine.adapter import Adapter
 from langchain_cope.engine.adapter_slots import Lease
 from langchain_cope.engine.base.base import Base
 from langchain_cope.engine.base.reply_format import ANSWER
+from langchain_cope.engine.decoding.adaptive import AdaptiveContrast
 from langchain_cope.engine.decoding.speculation import PromptLookup
 from langchain_cope.engine.decoding.text import Detokenizer
 from langchain_cope.engine.grammar.constraint import Constraint, compile_grammar
@@ -35,6 +36,10 @@ class NextToken:
     token: int
     changed: bool
     """True where the contrast's likeliest token is not the personal model's own."""
+    contrasted: bool = False
+    """True where α acted."""
+    divergence: float = 0.0
+    """Of the two rows, in nats, where the contrast adapts to it."""
     logprobs: tuple[float, float] | None = None
     """(log p_user, log p_base) in nats, where the request asks for it."""
     no_number: Literal["", "personal", "base"] = ""
@@ -79,6 +84,10 @@ class Completion:
     """`length`: the budget or the context ended it, perhaps in the middle of a call."""
     contrast_changed: float
     """Share of steps whose contrastive argmax is not the personal model's own, before warpers."""
+    contrast_active_share: float = 0.0
+    """Share of steps in which α acted."""
+    mean_divergence: float | None = None
+    """Of adapter and base, in nats a token; None where the contrast is not adaptive."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """Of `token_ids`, and of `Request.closing` where the end of the turn was chosen."""
     num_calls: int = 0
@@ -122,7 +131,14 @@ class ActiveRequest:
         """False once logits of it were none: what was computed for it is of no use."""
         self.cancelled = False
         """True once its reader has gone. Any thread may set it."""
-        self._num_changed = 0
+        self.adaptive: AdaptiveContrast | None = None
+        """When the contrast acts, where that is not everywhere."""
+        if request.contrastive and request.contrast.rule == "adaptive":
+            prompt = base.tokenizer.decode(list(request.prompt), skip_special_tokens=True)
+            self.adaptive = AdaptiveContrast(
+                request.contrast.min_divergence, str(prompt), base.token_text
+            )
+        self._num_changed = self._num_contrasted = 0
         self._base = base
         self._sink = sink
         self._detokenizer = Detokenizer(base.tokenizer, base.hidden_ids)
@@ -140,6 +156,11 @@ class ActiveRequest:
             self.constraint = compile_grammar(
                 grammar, base.vocabulary, self._stop_ids - self._eos_ids
             )
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end the answer."""
+        return self._eos_ids
 
     @property
     def ready(self) -> bool:
@@ -170,8 +191,10 @@ class ActiveRequest:
             return
         self.answer_ids.append(token)
         self.tokens.append(token)
-        if chosen.changed:
-            self._num_changed += 1
+        self._num_changed += chosen.changed
+        self._num_contrasted += chosen.contrasted
+        if self.adaptive is not None:
+            self.adaptive.push(token, chosen.divergence)
         if self.lookup is not None:
             self.lookup.push(token)
         if self.constraint is not None:
@@ -254,6 +277,8 @@ class ActiveRequest:
                 token_ids=tuple(self.answer_ids),
                 finish_reason=reason,
                 contrast_changed=self._num_changed / len(self.answer_ids),
+                contrast_active_share=self._num_contrasted / len(self.answer_ids),
+                mean_divergence=self.adaptive.mean_divergence if self.adaptive else None,
                 logprobs=tuple(self._logprobs),
                 num_calls=self._reply.num_calls,
             )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from langchain_cope.engine.answer import ActiveRequest, NextToken
-from langchain_cope.engine.decoding.contrast import contrast
+from langchain_cope.engine.decoding.adaptive import divergence
+from langchain_cope.engine.decoding.contrast import contrast_log_probs
 from langchain_cope.engine.decoding.sampling import choose_tokens
 
 
@@ -32,7 +33,7 @@ class TokenChoice:
 def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     """Return the next token of every choice; `logits` is `(N, V)`."""
     personal = _allowed(_rows(logits, [choice.personal for choice in choices]), choices)
-    scores = _scores(logits, personal, choices)
+    scores, steps_of = _scores(logits, personal, choices)
     samplings = [choice.active.request.sampling for choice in choices]
     seen = [
         [*choice.active.tokens, *choice.drafted] if sampling.repetition_penalty != 1 else []
@@ -54,6 +55,7 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
         NextToken(
             token,
             bool(differs) and choice.active.request.contrastive,
+            *steps_of.get(index, (False, 0.0)),
             logprobs.get(index),
             _whose(logits, choice) if unusable else "",
         )
@@ -99,22 +101,85 @@ def _allowed(personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
     return personal
 
 
-def _scores(logits: Tensor, personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
-    """Return log-probabilities `(choices, V)`: contrasted where a request is, else personal."""
+def _scores(
+    logits: Tensor, personal: Tensor, choices: Sequence[TokenChoice]
+) -> tuple[Tensor, dict[int, tuple[bool, float]]]:
+    """Return the scores of the next tokens, and by contrastive choice how they came about.
+
+    Returns:
+        Log-probabilities `(choices, V)`: contrasted where a request is, else personal. By the
+        choices that are: whether α acts, and the divergence of the two rows where it depends on it.
+    """
     contrasted = [
         index for index, choice in enumerate(choices) if choice.active.request.contrastive
     ]
+    user = torch.log_softmax(personal.float(), dim=-1)
     if not contrasted:
-        return torch.log_softmax(personal.float(), dim=-1)
-    contrasts = [choices[index].active.request.contrast for index in contrasted]
-    alpha = torch.tensor([[each.alpha] for each in contrasts], device=logits.device)
-    tau = torch.tensor([[each.tau] for each in contrasts], device=logits.device)
-    base = _rows(logits, [choices[index].base for index in contrasted])
-    if len(contrasted) == len(choices):
-        return contrast(personal, base, alpha, tau)
-    scores = torch.log_softmax(personal.float(), dim=-1)
-    scores[contrasted] = contrast(personal[contrasted], base, alpha, tau)
-    return scores
+        return user, {}
+    asking = [choices[index] for index in contrasted]
+    base = torch.log_softmax(_rows(logits, [each.base for each in asking]).float(), dim=-1)
+    own = user if len(contrasted) == len(choices) else user[contrasted]
+    steps = _steps(own, base, asking)
+    contrasts = [
+        (each.active.request.contrast.alpha, each.active.request.contrast.tau) if acts else (0, 0)
+        for each, (acts, _) in zip(asking, steps, strict=True)
+    ]
+    alpha, tau = torch.tensor(contrasts, dtype=own.dtype, device=own.device).split(1, dim=-1)
+    scores = contrast_log_probs(own, base, alpha, tau)
+    _go_on_where_the_adapter_does(scores, own, asking, steps)
+    if own is not user:
+        user[contrasted] = scores
+        scores = user
+    return scores, dict(zip(contrasted, steps, strict=True))
+
+
+def _steps(user: Tensor, base: Tensor, choices: Sequence[TokenChoice]) -> list[tuple[bool, float]]:
+    """Return per choice whether α acts, and the divergence of its rows where it adapts to it.
+
+    `user` and `base` are log-probabilities `(choices, V)`. Choices of one request follow each
+    other, each resting on one token more that was drafted.
+    """
+    rows = [row for row, choice in enumerate(choices) if choice.active.adaptive is not None]
+    steps = [(True, 0.0)] * len(choices)
+    if not rows:
+        return steps
+    users, bases = (each if len(rows) == len(choices) else each[rows] for each in (user, base))
+    divergences = divergence(users, bases).tolist()
+    likeliest = users.argmax(-1).tolist()
+    since_push: dict[ActiveRequest, list[float]] = {}
+    for row, found, token in zip(rows, divergences, likeliest, strict=True):
+        active, drafted = choices[row].active, choices[row].drafted
+        assert active.adaptive is not None
+        so_far = since_push.setdefault(active, [])
+        so_far.append(found)
+        steps[row] = active.adaptive.acts(so_far, drafted, token), found
+    return steps
+
+
+def _go_on_where_the_adapter_does(
+    scores: Tensor,
+    user: Tensor,
+    choices: Sequence[TokenChoice],
+    steps: Sequence[tuple[bool, float]],
+) -> None:
+    """Take the end of the turn out of `scores` where the adaptive contrast alone would choose it.
+
+    Of `user` `(choices, V)` the likeliest token is none that ends the turn there, and it is always
+    in the head: a token is left.
+    """
+    rows = [
+        row
+        for row, choice in enumerate(choices)
+        if choice.active.adaptive is not None and steps[row][0]
+    ]
+    if not rows:
+        return
+    best, own = scores[rows].argmax(-1).tolist(), user[rows].argmax(-1).tolist()
+    for row, ours, adapters in zip(rows, best, own, strict=True):
+        ends = choices[row].active.eos_ids
+        if ours in ends and adapters not in ends:
+            scores[row, list(ends)] = -torch.inf
+            scores[row] = torch.log_softmax(scores[row], dim=-1)
 
 
 def _whose(logits: Tensor, choice: TokenChoice) -> Literal["personal", "base"]:

@@ -5,11 +5,13 @@ Knows no torch, so that an app can name its options without loading anything.
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from langchain_cope.engine.checks import check_option, is_number, is_whole
 
 Class = TypeVar("Class", bound=type[Any])
+ContrastRule = Literal["fixed", "adaptive"]
+CONTRAST_RULES: tuple[ContrastRule, ...] = ("fixed", "adaptive")
 
 
 def check_alpha(alpha: object) -> None:
@@ -44,10 +46,24 @@ class Contrast:
     """α, the weight of log π_base that is taken away; 0 is the adapter alone, 0.1 the paper's."""
     tau: float = 0.1
     """τ: tokens less likely than this share of the likeliest one are out; 0.1 is the paper's."""
+    rule: ContrastRule = "fixed"
+    """`fixed`: the paper's, the same α for every token.
+
+    `adaptive`: α acts while adapter and base differ, and else is 0: as long as the mean of the
+    answer's Jensen-Shannon divergences is at least `min_divergence`, outside of copies, numbers,
+    names, quotations, code and addresses (`decoding/exact.py`), and nowhere under a grammar. It
+    never ends a turn that the adapter alone would go on with.
+    """
+    min_divergence: float = 0.03
+    """In nats a token; read by the adaptive rule alone."""
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
         check_tau(self.tau)
+        expected = " or ".join(map(repr, CONTRAST_RULES))
+        check_option("contrast", self.rule, expected, self.rule in CONTRAST_RULES)
+        is_divergence = is_number(self.min_divergence, least=0)
+        check_option("min_divergence", self.min_divergence, "a number ≥ 0", is_divergence)
 
     @property
     def needs_base(self) -> bool:

@@ -86,12 +86,13 @@ class Request:
     @property
     def contrastive(self) -> bool:
         """True where the base's distribution enters the choice of tokens."""
-        return self.personal and self.contrast.needs_base
+        held_back = self.grammar is not None and self.contrast.rule == "adaptive"
+        return self.personal and self.contrast.needs_base and not held_back
 
     @property
     def two_rows(self) -> bool:
         """True where the base is computed beside the adapter."""
-        return self.personal and (self.contrast.needs_base or self.logprobs)
+        return self.contrastive or (self.personal and self.logprobs)
 
     @property
     def num_rows(self) -> int:

@@ -558,3 +558,16 @@ def test_the_adapters_scale_of_a_call_wins_over_the_models(chat: ChatCoPe) -> No
     assert scales == [1, 0, 0.5]
     with pytest.raises(ValidationError, match="adapter_scale must be a finite number ≥ 0"):
         ChatCoPe(adapter_scale=-1)
+
+
+def test_the_adaptive_contrast_says_when_it_acted(chat: ChatCoPe) -> None:
+    fixed, adaptive = chat.invoke(QUESTION), chat.invoke(QUESTION, contrast="adaptive")
+    facts = [each.response_metadata for each in (fixed, adaptive)]
+    assert [each["contrast"] for each in facts] == ["fixed", "adaptive"]
+    assert (facts[0]["contrast_active_share"], facts[0]["mean_divergence"]) == (1, None)
+    assert 0 <= facts[1]["contrast_active_share"] <= 1
+    assert 0 < facts[1]["mean_divergence"] < 0.7
+    model = ChatCoPe(model=chat.model, store=chat.store, user_id="alice", contrast="adaptive")
+    assert model.invoke(QUESTION, max_tokens=16).content == adaptive.content
+    with pytest.raises(InputError, match="contrast must be 'fixed' or 'adaptive', not 'often'"):
+        chat.invoke(QUESTION, contrast="often")

@@ -202,3 +202,14 @@ def test_a_base_without_a_chat_template_is_told_in_one_line(
     assert outcome.code == 0
     assert outcome.stderr.splitlines()[0].startswith("warning: ")
     assert "has no chat template" in outcome.stderr
+
+
+def test_scale_and_contrast_are_options(generate: Callable, publish: Callable) -> None:
+    publish("alice")
+    chosen = ("--user", "alice", "--adapter-scale", 0.5, "--contrast", "adaptive")
+    facts = generate("Say something.", *chosen, "--json").json
+    assert (facts["adapter_scale"], facts["contrast"]) == (0.5, "adaptive")
+    assert facts["mean_divergence"] > 0
+    base = generate("Say something.")
+    assert generate("Say something.", "--user", "alice", "--adapter-scale", 0).stdout == base.stdout
+    assert generate("Say something.", "--adapter-scale", -1).code == 2

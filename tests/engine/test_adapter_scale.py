@@ -66,9 +66,7 @@ def test_at_scale_zero_the_base_answers_and_nothing_is_loaded(engine: Engine) ->
     assert silent.num_rows == 1
 
 
-def test_all_scales_of_a_version_share_its_slot(
-    tiny: Tiny, adapter: Tiny, engine: Engine
-) -> None:
+def test_all_scales_of_a_version_share_its_slot(tiny: Tiny, adapter: Tiny, engine: Engine) -> None:
     folder = adapter(tiny("llama"), seed=1)
     source, loaded = AdapterSource("ann, version 1", lambda: folder), engine.load_adapter(folder)
     before = engine.statistics().adapters_loaded

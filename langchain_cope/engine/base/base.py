@@ -56,6 +56,7 @@ class Base:
     _fingerprint: dict[str, str] | None = field(default=None, repr=False)
     _vocabulary_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _vocabulary: Vocabulary | None = field(default=None, repr=False)
+    _token_texts: dict[int, str] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -160,6 +161,15 @@ class Base:
                     markers=self.markers,
                 )
             return self._vocabulary
+
+    def token_text(self, token: int) -> str:
+        """Return the text that `token` adds after other text; empty where it is not shown."""
+        if token not in self._token_texts:
+            before = self.tokenizer.encode("a", add_special_tokens=False)
+            shown = [] if token in self.hidden_ids else [token]
+            texts = [str(self.tokenizer.decode(ids)) for ids in (before, [*before, *shown])]
+            self._token_texts[token] = texts[1][len(texts[0]) :]
+        return self._token_texts[token]
 
     @property
     def num_parameters(self) -> int:

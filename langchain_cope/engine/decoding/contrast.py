@@ -33,6 +33,13 @@ def contrast(
     """
     user = torch.log_softmax(user_logits.float(), dim=-1)
     base = torch.log_softmax(base_logits.float(), dim=-1)
+    return contrast_log_probs(user, base, alpha, tau)
+
+
+def contrast_log_probs(
+    user: Tensor, base: Tensor, alpha: float | Tensor, tau: float | Tensor
+) -> Tensor:
+    """Do as `contrast`, of float32 log-probabilities. In a tensor τ may be 0: every token stays."""
     log_tau = torch.log(tau) if isinstance(tau, Tensor) else math.log(tau)
     outside = user < user.amax(dim=-1, keepdim=True) + log_tau
     return torch.log_softmax((user - alpha * base).masked_fill_(outside, -math.inf), dim=-1)
