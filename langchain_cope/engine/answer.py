@@ -104,11 +104,17 @@ class ActiveRequest:
     def __init__(self, request: Request, base: Base, sink: Callable[[Event], None]) -> None:
         """Raises InputError for a grammar that cannot be held to."""
         self.request = request
-        self._full = min(len(request.prompt) + request.sampling.max_tokens, base.context)
-        self.limit = min(self._full + len(request.closing), base.context)
-        """Tokens of prompt and answer, and what closes it, at most."""
+        longest = max(map(len, request.prompts))
+        self._room = min(request.sampling.max_tokens, base.context - longest)
+        """Tokens of the answer, at most."""
+        self.limit = min(longest + self._room + len(request.closing), base.context)
+        """Tokens of the longest prompt, the answer, and what closes it, at most."""
         self.tokens = list(request.prompt)
         """Prompt and answer."""
+        self.base_tokens = self.tokens
+        """The same as the base's row reads them."""
+        if request.num_rows == 2 and request.base_prompt is not None:
+            self.base_tokens = list(request.base_prompt)
         self.answer_ids: list[int] = []
         """Tokens of the answer alone."""
         self.adapter: Adapter | None = None
@@ -134,7 +140,7 @@ class ActiveRequest:
         self.adaptive: AdaptiveContrast | None = None
         """When the contrast acts, where that is not everywhere."""
         if request.contrastive and request.contrast.rule == "adaptive":
-            prompt = base.tokenizer.decode(list(request.prompt), skip_special_tokens=True)
+            prompt = base.tokenizer.decode(list(request.prompts[-1]), skip_special_tokens=True)
             self.adaptive = AdaptiveContrast(
                 request.contrast.min_divergence, str(prompt), base.token_text
             )
@@ -156,6 +162,11 @@ class ActiveRequest:
             self.constraint = compile_grammar(
                 grammar, base.vocabulary, self._stop_ids - self._eos_ids
             )
+
+    @property
+    def length(self) -> int:
+        """Tokens of its longest row so far."""
+        return max(len(self.tokens), len(self.base_tokens))
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -184,13 +195,14 @@ class ActiveRequest:
             self._fail_over_logits(chosen.no_number)
             return
         token = chosen.token
+        self.tokens.append(token)
+        if self.base_tokens is not self.tokens:
+            self.base_tokens.append(token)
         if self.forced is not None:
-            self.tokens.append(token)
             self._new_logprobs(chosen)
             self._close_turn()
             return
         self.answer_ids.append(token)
-        self.tokens.append(token)
         self._num_changed += chosen.changed
         self._num_contrasted += chosen.contrasted
         if self.adaptive is not None:
@@ -202,7 +214,7 @@ class ActiveRequest:
 
         hidden = token in self._eos_ids or (token in self._stop_ids and self._reply.in_answer)
         ended = hidden or (self.constraint is not None and self.constraint.done)
-        full = len(self.tokens) >= self._full
+        full = len(self.answer_ids) >= self._room
         text = "" if hidden else self._detokenizer.push(token)
         if ended or full:
             text += self._detokenizer.flush()
@@ -230,7 +242,7 @@ class ActiveRequest:
         """Go on with what the template puts after the end of the turn, or complete the answer."""
         num_read = len(self.tokens) - len(self.request.prompt) - len(self.answer_ids)
         left = self.request.closing[num_read:]
-        if left and len(self.tokens) < self.limit:
+        if left and self.length < self.limit:
             self.forced = left[0]
         else:
             self._complete("stop")

@@ -87,7 +87,7 @@ class Batch:
         """
         rounded = self._decode_rows.kv.rounded
         answer = max(rounded(active.limit) for active in requests)
-        prompt = max(rounded(len(active.tokens) + 1) for active in requests)
+        prompt = max(rounded(active.length + 1) for active in requests)
         num_rows = sum(active.request.num_rows for active in requests)
         return num_rows * (answer + prompt) * self.bytes_per_position
 
@@ -116,8 +116,10 @@ class Batch:
         """
         active.rows = _new_rows(active)
         copies = [self._longest_copy(row) for row in active.rows]
-        whole = len(active.tokens) - 1
-        is_read = whole > 0 and all(length == whole for length, _, _ in copies)
+        is_read = all(
+            length == len(row.tokens) - 1 > 0
+            for row, (length, _, _) in zip(active.rows, copies, strict=True)
+        )
         (self.decoding if is_read else self.prefilling).append(active)
         rows = self._decode_rows if is_read else self._prefill_rows
         self._make_room()
@@ -171,9 +173,7 @@ class Batch:
         rows = self._decode_rows.all()
         drafts = self._drafts(len(rows))
         new_tokens = {
-            row: [active.tokens[-1], *draft]
-            for active, draft in drafts.items()
-            for row in active.rows
+            row: [row.tokens[-1], *draft] for active, draft in drafts.items() for row in active.rows
         }
         ids = [new_tokens[row] for row in rows]
         logits_at = [(index, column) for index, new in enumerate(ids) for column in range(len(new))]
@@ -243,7 +243,7 @@ class Batch:
     def _make_room(self, exactly: bool = False) -> None:
         """Make room for everyone: prompts where they are read, and whole answers."""
         prompt_rows = sum(len(active.rows) for active in self.prefilling)
-        longest_prompt = max((len(active.tokens) + 1 for active in self.prefilling), default=0)
+        longest_prompt = max((active.length + 1 for active in self.prefilling), default=0)
         answer_rows = sum(len(active.rows) for active in self.requests)
         longest_answer = max(active.limit for active in self.requests)
         sizes = [
@@ -309,7 +309,7 @@ class Batch:
         proposals: dict[ActiveRequest, list[int]] = {}
         hit_rates = []
         for active in self.decoding:
-            room = min(MAX_DRAFT, active.limit - len(active.tokens) - 1)
+            room = min(MAX_DRAFT, active.limit - active.length - 1)
             may_guess = active.lookup is not None and active.forced is None and room > 0
             draft = active.lookup.propose(room) if active.lookup and may_guess else []
             if active.constraint is not None:
@@ -339,8 +339,11 @@ class Batch:
 
 def _new_rows(active: ActiveRequest) -> tuple[Row, ...]:
     """Return the rows of a request: the personal one, then the base's where it has two."""
-    adapters = [active.adapter, None] if active.request.two_rows else [active.adapter]
-    return tuple(Row(active.tokens, each, active.request.offline) for each in adapters)
+    offline = active.request.offline
+    personal = Row(active.tokens, active.adapter, offline)
+    if not active.request.two_rows:
+        return (personal,)
+    return personal, Row(active.base_tokens, None, offline)
 
 
 def _kv_bytes(memory: int | float, device: torch.device) -> int:

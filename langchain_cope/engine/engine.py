@@ -370,7 +370,8 @@ class Engine:
 
     def _submit(self, request: Request, sink: Callable[[Event], None]) -> ActiveRequest:
         forks.check()
-        self._check_prompt(request.prompt)
+        for prompt in request.prompts:
+            self._check_prompt(prompt)
         if isinstance(request.adapter, Adapter):
             self._check_adapter(request.adapter)
         active = ActiveRequest(request, self.base, sink)

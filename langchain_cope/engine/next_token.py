@@ -36,7 +36,7 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     scores, steps_of = _scores(logits, personal, choices)
     samplings = [choice.active.request.sampling for choice in choices]
     seen = [
-        [*choice.active.tokens, *choice.drafted] if sampling.repetition_penalty != 1 else []
+        [*choice.active.base_tokens, *choice.drafted] if sampling.repetition_penalty != 1 else []
         for choice, sampling in zip(choices, samplings, strict=True)
     ]
     steps = [len(choice.active.answer_ids) + len(choice.drafted) for choice in choices]

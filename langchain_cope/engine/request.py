@@ -64,6 +64,12 @@ class Request:
     """
     adapter_scale: float = 1.0
     """What the adapter's low-rank products are multiplied with; 0: the base alone."""
+    base_prompt: Sequence[int] | None = None
+    """What the base's row reads instead of `prompt`; None: the same.
+
+    So the personal row alone may read what its user wrote before. A repetition penalty counts what
+    both read, which is this.
+    """
     holder: object = field(default=None, compare=False, repr=False)
     """For whom it is answered; `Engine.release` of that object ends it."""
 
@@ -93,6 +99,12 @@ class Request:
     def two_rows(self) -> bool:
         """True where the base is computed beside the adapter."""
         return self.contrastive or (self.personal and self.logprobs)
+
+    @property
+    def prompts(self) -> tuple[Sequence[int], ...]:
+        """What each of its rows reads: the personal one, then the base's where it has two."""
+        both = self.prompt, self.prompt if self.base_prompt is None else self.base_prompt
+        return both[: self.num_rows]
 
     @property
     def num_rows(self) -> int:

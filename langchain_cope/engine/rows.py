@@ -19,7 +19,7 @@ class Row:
     """One sequence of tokens under one model: a user's, or the base."""
 
     def __init__(self, tokens: list[int], adapter: Adapter | None, offline: bool = False) -> None:
-        """Take the request's own list of `tokens`, which grows with its answer."""
+        """Take the request's own list of `tokens` for this row, which grows with its answer."""
         self.tokens = tokens
         self.adapter = adapter
         self.offline = offline

@@ -3,8 +3,8 @@
 `LoraRows` holds the adapters of a batch's rows, stacked, and adds `x · A_rᵀ · B_rᵀ` for every row
 with an adapter, with row r's own A and B (scaling and scale folded into B). Layers that read the
 same input make up a `Site` and share both products: the Bs of a row stand side by side, zeros
-between them. Rows with an adapter come first, so that rows of the base cost nothing extra. Rows that all carry
-the same adapter are one plain product.
+between them. Rows with an adapter come first, so that rows of the base cost nothing extra. Rows
+that all carry the same adapter are one plain product.
 """
 
 from collections.abc import Mapping, Sequence
