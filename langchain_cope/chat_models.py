@@ -44,6 +44,7 @@ from langchain_cope.chat.call import (
     without_none,
 )
 from langchain_cope.chat.profile import profile_of
+from langchain_cope.chat.retrieval import examples_for, items_of, with_examples
 from langchain_cope.chat.tools import ToolUse
 from langchain_cope.chat.user import (
     PINNED,
@@ -57,7 +58,9 @@ from langchain_cope.engine import (
     ContrastRule,
     check_adapter_scale,
     check_alpha,
+    check_option,
     check_tau,
+    is_whole,
 )
 from langchain_cope.errors import EngineClosed, ModelNotFound
 from langchain_cope.settings import BaseSettings
@@ -120,6 +123,14 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     """
     adapter_scale: float | None = Field(default=None, json_schema_extra={"minimum": 0})
     """What the adapter's own changes are multiplied with, ≥ 0; 0 is the base alone, None is 1."""
+    retrieve: int = Field(default=0, ge=0)
+    """How many of the user's own items, those most like the question, the user's model reads first.
+
+    The base that is contrasted reads the question alone. Items that share next to nothing with the
+    question, or leave no room for the answer, are left out.
+    """
+    history: Any = Field(default=None, exclude=True, repr=False)
+    """Where `retrieve` finds items: a `ChromaHistory`, or the `UserHistory` of one user."""
     adapter_version: str | None = None
     """None: the user's active version."""
     authorize: Callable[[str | None, RunnableConfig], None] | None = Field(
@@ -246,7 +257,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         names = ("model", "revision", "user_id", "adapter_version", "alpha", "tau")
-        names = (*names, "contrast", "adapter_scale", *SAMPLING_OPTIONS)
+        names = (*names, "contrast", "adapter_scale", "retrieve", *SAMPLING_OPTIONS)
         params = {name: getattr(self, name) for name in names}
         params["store"] = None if self.store is None else open_store(self.store).url
         return params
@@ -291,6 +302,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
             "tau": self.tau,
             "contrast": self.contrast,
             "adapter_scale": self.adapter_scale,
+            "retrieve": self.retrieve,
             "stop": self._stops(stop),
             **{name: getattr(self, name) for name in SAMPLING_OPTIONS},
             **others,
@@ -421,7 +433,9 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         engine = self._engine(kwargs.get("model"))
         version = kwargs.get("adapter_version", self.adapter_version)
         others = {name: value for name, value in kwargs.items() if name not in USER_OPTIONS}
-        return {**others, PINNED: self._resolve(engine, user_id, version)}
+        retrieve = kwargs.get("retrieve", self.retrieve)
+        check_option("retrieve", retrieve, "an integer ≥ 0", is_whole(retrieve, least=0))
+        return {**others, PINNED: self._resolve(engine, user_id, version, retrieve)}
 
     async def _apin(
         self, kwargs: dict[str, Any], config: RunnableConfig | None = None
@@ -429,7 +443,9 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         # to_thread copies the context, where ensure_config finds the surrounding chain's config.
         return await asyncio.to_thread(self._pin, kwargs, config)
 
-    def _resolve(self, engine: "Engine", user_id: str | None, version: str | None) -> PinnedUser:
+    def _resolve(
+        self, engine: "Engine", user_id: str | None, version: str | None, retrieve: int
+    ) -> PinnedUser:
         # Computed for every user: the cache key needs it, and is made on the event loop.
         fingerprint = engine.base.fingerprint()
         shown = traced_user(user_id, self.trace_user_id)
@@ -438,7 +454,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         store = open_store(self.store)
         required = self.on_missing_adapter == "error"
         match = find_version(store, user_id, version, base=fingerprint, required=required)
-        return PinnedUser(engine, store, user_id, match, shown)
+        items = items_of(self.history, user_id) if retrieve else ()
+        return PinnedUser(engine, store, user_id, match, shown, items)
 
     # ── one loop ──
 
@@ -515,21 +532,45 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         prompt, opened = prompt_of(base, messages, use)
         if len(prompt) >= base.context:
             raise ChatContextOverflow(len(prompt), base.context)
+        sampling = self._sampling(stop, options)
+        personal, num_retrieved = self._with_own_items(user, messages, use, options, sampling)
         request = Request(
-            prompt,
+            personal or prompt,
             adapter=user.adapter,
             adapter_scale=self._adapter_scale(user, options),
             contrast=self._contrast(user, options),
-            sampling=self._sampling(stop, options),
+            sampling=sampling,
             deadline=deadline,
             grammar=grammar,
             parts=reply_parts(use, opened),
             logprobs=bool(options.get("logprobs")),
+            base_prompt=prompt if num_retrieved else None,
             holder=self,
         )
         # A new one, where it was closed meanwhile.
         engine = Engine.of(base, self.engine_options, holder=self)
-        return Call(user, engine, request)
+        return Call(user, engine, request, num_retrieved)
+
+    def _with_own_items(
+        self,
+        user: PinnedUser,
+        messages: list[BaseMessage],
+        use: ToolUse,
+        options: dict[str, Any],
+        sampling: "Sampling",
+    ) -> tuple[list[int], int]:
+        """Return the prompt with the user's items most like it, and their number; none: ([], 0).
+
+        The least alike are left out as long as prompt and answer do not fit the context.
+        """
+        base, number = user.engine.base, options.get("retrieve", self.retrieve)
+        examples = examples_for(messages, user.items, number) if number and user.items else []
+        for first in range(len(examples)):
+            shown = examples[first:]
+            prompt, _ = prompt_of(base, with_examples(messages, shown), use)
+            if len(prompt) + sampling.max_tokens <= base.context:
+                return prompt, len(shown)
+        return [], 0
 
     def _contrast(self, user: PinnedUser, options: dict[str, Any]) -> "Contrast":
         """Return the call's α and τ, else the model's, else the version's, else the paper's."""

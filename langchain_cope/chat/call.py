@@ -43,6 +43,7 @@ CALL_OPTIONS = (
     "tau",
     "contrast",
     "adapter_scale",
+    "retrieve",
     "model",
     "logprobs",
     "timeout",
@@ -68,6 +69,8 @@ class Call:
     user: PinnedUser
     engine: "Engine"
     request: "Request"
+    num_retrieved: int = 0
+    """Items of the user's that the user's row reads."""
 
     def chunks(self, piece: "Piece | Completion") -> Iterator[ChatGenerationChunk]:
         """Yield what a piece adds to the message.
@@ -113,6 +116,7 @@ class Call:
             "contrast_changed": answer.contrast_changed,
             "contrast_active_share": answer.contrast_active_share,
             "mean_divergence": answer.mean_divergence,
+            "retrieved": self.num_retrieved,
         }
         if self.request.logprobs:
             metadata["logprobs"] = [_token_metadata(token) for token in answer.logprobs]

@@ -4,7 +4,7 @@
 the rest of the call, so that nothing is resolved twice. Knows no LangChain.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from adapter_store import AdapterStore, AdapterVersion
 from adapter_store.errors import AdapterNotFoundError, BaseModelMismatchError
 from langchain_cope.errors import InputError
+from langchain_cope.history.items import key_of
 
 if TYPE_CHECKING:
     from langchain_cope.engine import AdapterSource, Engine
+    from langchain_cope.history.items import Item
 
 PINNED = "pinned_user"
 """The keyword that carries a call's `PinnedUser` through LangChain."""
@@ -115,6 +117,7 @@ class PinnedUser:
         user_id: str | None,
         version: AdapterVersion | None,
         shown: str | None,
+        items: "Sequence[Item]" = (),
     ) -> None:
         """Take what was resolved.
 
@@ -124,11 +127,13 @@ class PinnedUser:
             user_id: None for the base alone.
             version: None where the base alone answers.
             shown: the user as traces may show it.
+            items: what the user wrote before, where it is to be shown to the user's model.
         """
         self.engine = engine
         self.user_id = user_id
         self.version = version
         self.shown = shown
+        self.items = items
         self._store = store
 
     @property
@@ -143,8 +148,9 @@ class PinnedUser:
 
     @property
     def key(self) -> tuple[str | None, ...]:
-        """A cache key, which two users, or two versions of one user, never share."""
-        return (self.user_id, self.version_id, self.digest)
+        """A cache key, which two users, versions of one user, or histories never share."""
+        key = (self.user_id, self.version_id, self.digest)
+        return (*key, key_of(self.items)) if self.items else key
 
     @property
     def adapter(self) -> "AdapterSource | None":

@@ -4,6 +4,7 @@ Knows no files, no formats and no database. Whatever reads a history ends in `se
 the items in order and removes duplicates.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -138,6 +139,11 @@ def settle(
         target=target,
         notes=all_notes,
     )
+
+
+def key_of(items: Sequence[Item]) -> str:
+    """Return a digest of `items`, which two histories do not share."""
+    return hashlib.sha256("\n".join(item.key for item in items).encode()).hexdigest()
 
 
 def in_order(items: Sequence[Item]) -> list[Item]:
