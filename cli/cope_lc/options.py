@@ -181,6 +181,24 @@ AdapterScale = Annotated[
         help="Multiply what the adapter changes; 0: the base alone. Default: 1.",
     ),
 ]
+Retrieve = Annotated[
+    int,
+    typer.Option(
+        "--retrieve",
+        metavar="N",
+        min=0,
+        help="Show the user's model this many items of --history first, those most like the "
+        "question.",
+    ),
+]
+HistoryFile = Annotated[
+    str | None,
+    typer.Option(
+        "--history",
+        metavar="FILE",
+        help="What the user wrote, in a form that `personalize` reads; for --retrieve.",
+    ),
+]
 Temperature = Annotated[
     float,
     typer.Option(
@@ -210,6 +228,8 @@ class ChatOptions(NamedTuple):
     tau: float | None
     contrast: Rule
     adapter_scale: float | None
+    retrieve: int
+    history: str | None
     temperature: float
     max_tokens: int
     seed: int | None
@@ -219,7 +239,14 @@ class ChatOptions(NamedTuple):
     def chat_model(self) -> "ChatCoPe":
         """Return the chat model that answers so; it loads the base at its first answer."""
         from langchain_cope import ChatCoPe
+        from langchain_cope.history import read_history
 
+        history = None
+        if self.retrieve:
+            if self.history is None:
+                problem = "it shows what the user wrote: add --history FILE"
+                raise typer.BadParameter(problem, param_hint="--retrieve")
+            history = read_history(self.history, user_id=self.user)
         return ChatCoPe(
             user_id=self.user,
             model=self.model,
@@ -229,6 +256,8 @@ class ChatOptions(NamedTuple):
             tau=self.tau,
             contrast=self.contrast.value,
             adapter_scale=self.adapter_scale,
+            retrieve=self.retrieve,
+            history=history,
             temperature=self.temperature,
             max_tokens=self.max_tokens,
             seed=self.seed,

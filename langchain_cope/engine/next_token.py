@@ -6,7 +6,7 @@ sampling chooses from the scores.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,20 @@ class TokenChoice:
     """Tokens that are taken to follow the answer so far."""
 
 
+class _Step(NamedTuple):
+    """How the scores of a contrastive choice came about."""
+
+    acts: bool
+    """Whether α acts."""
+    divergence: float = 0.0
+    """Of the two rows, in nats, where α depends on it."""
+    likeliest: int = -1
+    """The personal model's own token, where α depends on it."""
+
+
+_NO_CONTRAST = _Step(acts=False)
+
+
 def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     """Return the next token of every choice; `logits` is `(N, V)`."""
     personal = _allowed(_rows(logits, [choice.personal for choice in choices]), choices)
@@ -51,11 +65,13 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     flags = torch.stack([differs, unusable]).to(tokens.dtype)
     chosen = torch.cat([tokens.unsqueeze(0), flags]).tolist()
     logprobs = _logprobs(logits, tokens, choices)
+    steps_by_choice = [steps_of.get(index, _NO_CONTRAST) for index in range(len(choices))]
     return [
         NextToken(
             token,
             bool(differs) and choice.active.request.contrastive,
-            *steps_of.get(index, (False, 0.0)),
+            steps_by_choice[index].acts,
+            steps_by_choice[index].divergence,
             logprobs.get(index),
             _whose(logits, choice) if unusable else "",
         )
@@ -103,12 +119,10 @@ def _allowed(personal: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
 
 def _scores(
     logits: Tensor, personal: Tensor, choices: Sequence[TokenChoice]
-) -> tuple[Tensor, dict[int, tuple[bool, float]]]:
-    """Return the scores of the next tokens, and by contrastive choice how they came about.
+) -> tuple[Tensor, dict[int, _Step]]:
+    """Return log-probabilities `(choices, V)`: contrasted where a request is, else personal.
 
-    Returns:
-        Log-probabilities `(choices, V)`: contrasted where a request is, else personal. By the
-        choices that are: whether α acts, and the divergence of the two rows where it depends on it.
+    Beside them, how they came about, by the index of each contrastive choice.
     """
     contrasted = [
         index for index, choice in enumerate(choices) if choice.active.request.contrastive
@@ -121,64 +135,62 @@ def _scores(
     own = user if len(contrasted) == len(choices) else user[contrasted]
     steps = _steps(own, base, asking)
     contrasts = [
-        (each.active.request.contrast.alpha, each.active.request.contrast.tau) if acts else (0, 0)
-        for each, (acts, _) in zip(asking, steps, strict=True)
+        (each.active.request.contrast.alpha, each.active.request.contrast.tau)
+        if step.acts
+        else (0.0, 0.0)
+        for each, step in zip(asking, steps, strict=True)
     ]
     alpha, tau = torch.tensor(contrasts, dtype=own.dtype, device=own.device).split(1, dim=-1)
     scores = contrast_log_probs(own, base, alpha, tau)
-    _go_on_where_the_adapter_does(scores, own, asking, steps)
+    _go_on_where_the_adapter_does(scores, asking, steps)
     if own is not user:
         user[contrasted] = scores
         scores = user
     return scores, dict(zip(contrasted, steps, strict=True))
 
 
-def _steps(user: Tensor, base: Tensor, choices: Sequence[TokenChoice]) -> list[tuple[bool, float]]:
-    """Return per choice whether α acts, and the divergence of its rows where it adapts to it.
+def _steps(user: Tensor, base: Tensor, choices: Sequence[TokenChoice]) -> list[_Step]:
+    """Return per choice how its scores come about, from log-probabilities `(choices, V)`.
 
-    `user` and `base` are log-probabilities `(choices, V)`. Choices of one request follow each
-    other, each resting on one token more that was drafted.
+    Choices of one request follow each other, each resting on one drafted token more.
     """
+    steps = [_Step(acts=True)] * len(choices)
     rows = [row for row, choice in enumerate(choices) if choice.active.adaptive is not None]
-    steps = [(True, 0.0)] * len(choices)
     if not rows:
         return steps
     users, bases = (each if len(rows) == len(choices) else each[rows] for each in (user, base))
-    divergences = divergence(users, bases).tolist()
-    likeliest = users.argmax(-1).tolist()
+    divergences, likeliest = divergence(users, bases).tolist(), users.argmax(-1).tolist()
     since_push: dict[ActiveRequest, list[float]] = {}
     for row, found, token in zip(rows, divergences, likeliest, strict=True):
-        active, drafted = choices[row].active, choices[row].drafted
-        assert active.adaptive is not None
+        active = choices[row].active
         so_far = since_push.setdefault(active, [])
         so_far.append(found)
-        steps[row] = active.adaptive.acts(so_far, drafted, token), found
+        assert active.adaptive is not None
+        steps[row] = _Step(active.adaptive.acts(so_far, choices[row].drafted, token), found, token)
     return steps
 
 
 def _go_on_where_the_adapter_does(
-    scores: Tensor,
-    user: Tensor,
-    choices: Sequence[TokenChoice],
-    steps: Sequence[tuple[bool, float]],
+    scores: Tensor, choices: Sequence[TokenChoice], steps: Sequence[_Step]
 ) -> None:
     """Take the end of the turn out of `scores` where the adaptive contrast alone would choose it.
 
-    Of `user` `(choices, V)` the likeliest token is none that ends the turn there, and it is always
-    in the head: a token is left.
+    The personal model's likeliest token does not end the turn there, and it is always in the head:
+    a token is left.
     """
     rows = [
         row
         for row, choice in enumerate(choices)
-        if choice.active.adaptive is not None and steps[row][0]
+        if choice.active.adaptive is not None
+        and steps[row].acts
+        and steps[row].likeliest not in choice.active.eos_ids
     ]
     if not rows:
         return
-    best, own = scores[rows].argmax(-1).tolist(), user[rows].argmax(-1).tolist()
-    for row, ours, adapters in zip(rows, best, own, strict=True):
-        ends = choices[row].active.eos_ids
-        if ours in ends and adapters not in ends:
-            scores[row, list(ends)] = -torch.inf
+    best = (scores if len(rows) == len(scores) else scores[rows]).argmax(-1).tolist()
+    for row, token in zip(rows, best, strict=True):
+        if token in choices[row].active.eos_ids:
+            scores[row, list(choices[row].active.eos_ids)] = -torch.inf
             scores[row] = torch.log_softmax(scores[row], dim=-1)
 
 

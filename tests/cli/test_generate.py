@@ -213,3 +213,21 @@ def test_scale_and_contrast_are_options(generate: Callable, publish: Callable) -
     base = generate("Say something.")
     assert generate("Say something.", "--user", "alice", "--adapter-scale", 0).stdout == base.stdout
     assert generate("Say something.", "--adapter-scale", -1).code == 2
+
+
+def test_own_items_of_a_history_file_are_shown(
+    generate: Callable, publish: Callable, tmp_path: Path
+) -> None:
+    publish("alice")
+    file = tmp_path / "alice.jsonl"
+    file.write_text(
+        '{"prompt": "Which fox?", "completion": "Red."}\n{"prompt": "A", "completion": "B"}'
+    )
+    chosen = ("--user", "alice", "--history", file, "--json")
+    with_items = generate("The fox?", "--retrieve", 2, *chosen).json
+    without = generate("The fox?", *chosen).json
+    assert (with_items["retrieved"], without["retrieved"]) == (1, 0)
+    assert with_items["text"] != without["text"]
+    missing = generate("The fox?", "--user", "alice", "--retrieve", 2)
+    assert missing.code == 2
+    assert "--history" in missing.error

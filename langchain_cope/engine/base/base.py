@@ -165,11 +165,17 @@ class Base:
     def token_text(self, token: int) -> str:
         """Return the text that `token` adds after other text; empty where it is not shown."""
         if token not in self._token_texts:
-            before = self.tokenizer.encode("a", add_special_tokens=False)
+            before, text = self._other_text
             shown = [] if token in self.hidden_ids else [token]
-            texts = [str(self.tokenizer.decode(ids)) for ids in (before, [*before, *shown])]
-            self._token_texts[token] = texts[1][len(texts[0]) :]
+            with_token = str(self.tokenizer.decode([*before, *shown]))
+            self._token_texts[token] = with_token[len(text) :]
         return self._token_texts[token]
+
+    @cached_property
+    def _other_text(self) -> tuple[list[int], str]:
+        """Some text as tokens, since decoders treat the first token of a text differently."""
+        ids = list(self.tokenizer.encode("a", add_special_tokens=False))
+        return ids, str(self.tokenizer.decode(ids))
 
     @property
     def num_parameters(self) -> int:
