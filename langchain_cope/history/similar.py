@@ -1,6 +1,6 @@
 """Which of a user's items are most like a text: BM25 over their words, no model and no index.
 
-A word that most items hold says nothing; an item that shares too little with the text is none.
+A word that most items hold says little; an item that shares too little with the text is none.
 """
 
 import math
@@ -57,9 +57,5 @@ def _prompt_text(item: Item) -> str:
 
 
 def _weight(num_holding: int, num_items: int) -> float:
-    """Return a word's inverse document frequency, 0 for one that at least half of the items hold.
-
-    Of few items each word is common: there every word that not all of them hold counts a little.
-    """
-    rarity = math.log((num_items - num_holding + 0.5) / (num_holding + 0.5))
-    return max(rarity, 0.1 if num_holding < num_items else 0.0)
+    """Return a word's inverse document frequency: near 0 for one that nearly all items hold."""
+    return math.log1p((num_items - num_holding + 0.5) / (num_holding + 0.5))

@@ -83,7 +83,17 @@ def test_items_most_alike_stand_before_the_question_of_the_users_row(
 
 
 def test_items_that_leave_no_room_for_the_answer_are_left_out(chat: ChatCoPe) -> None:
-    for max_tokens, shown in ((16, 2), (150, 1), (220, 0)):
+    base, question = load_base(chat.model), {"role": "user", "content": QUESTION}
+    lengths = [
+        len(base.prompt_ids([*turns(*shown), question])) for shown in (ITEMS[2:0:-1], ITEMS[1:2])
+    ]
+    room_for_two, room_for_one = (base.context - length for length in lengths)
+    for max_tokens, shown in (
+        (room_for_two, 2),
+        (room_for_two + 1, 1),
+        (room_for_one, 1),
+        (room_for_one + 1, 0),
+    ):
         answer = chat.invoke(QUESTION, max_tokens=max_tokens)
         assert answer.response_metadata["retrieved"] == shown, max_tokens
 

