@@ -257,8 +257,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         names = ("model", "revision", "user_id", "adapter_version", "alpha", "tau")
-        names = (*names, "contrast", "adapter_scale", "retrieve", *SAMPLING_OPTIONS)
-        params = {name: getattr(self, name) for name in names}
+        how = ("contrast", "adapter_scale", "retrieve", *SAMPLING_OPTIONS)
+        params = {name: getattr(self, name) for name in (*names, *how)}
         params["store"] = None if self.store is None else open_store(self.store).url
         return params
 

@@ -140,8 +140,8 @@ def _scores(
         else (0.0, 0.0)
         for each, step in zip(asking, steps, strict=True)
     ]
-    alpha, tau = torch.tensor(contrasts, dtype=own.dtype, device=own.device).split(1, dim=-1)
-    scores = contrast_log_probs(own, base, alpha, tau)
+    strengths = torch.tensor(contrasts, dtype=own.dtype, device=own.device)
+    scores = contrast_log_probs(own, base, strengths[:, :1], strengths[:, 1:])
     _go_on_where_the_adapter_does(scores, asking, steps)
     if own is not user:
         user[contrasted] = scores
