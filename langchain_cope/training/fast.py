@@ -66,8 +66,8 @@ def _share_beginnings(backbone: torch.nn.Module) -> None:
 
     A model whose states are others that way (one without attention, say) is left as it is.
     """
-    config = backbone.config.get_text_config()  # of a model that sees images too, the part's own
-    if any(getattr(config, name, None) for name in NARROWER):
+    parts: Any = backbone.config  # a model that sees images has one of its text part, too
+    if any(getattr(parts.get_text_config(), name, None) for name in NARROWER):
         return
     plain, shared = backbone.forward, _SharedBeginnings(backbone.forward)
     device = next(backbone.parameters()).device
