@@ -90,15 +90,15 @@ def _share_beginnings(backbone: torch.nn.Module) -> None:
 
 
 @contextmanager
-def logits_of_completions_alone() -> Iterator[None]:
+def logits_of_completions_alone(model: torch.nn.Module) -> Iterator[None]:
     """Let TRL make log-probabilities only where a label is, as it does by itself on GPUs alone.
 
-    TRL's switch and function are names of a module, so this holds for the whole process meanwhile;
-    what other trainers compute stays the same. The first of two trainings that ends brings TRL's
-    own back.
+    Those of `model` are made by `_FrozenHead`. TRL's switch and function are names of a module, so
+    this holds for the whole process meanwhile; what other trainers compute stays the same. The
+    first of two trainings that ends brings TRL's own back.
     """
     trl.trainer.utils._use_triton = lambda device: True
-    trl.trainer.utils._ChunkedLogProbFunction = _LogProbs
+    trl.trainer.utils._ChunkedLogProbFunction = _LogProbs(model.get_output_embeddings().weight)
     try:
         yield
     finally:
@@ -348,14 +348,18 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 class _LogProbs:
-    """TRL's log-probabilities of labels, faster where the head is frozen and on a CPU."""
+    """TRL's log-probabilities of labels, faster under one frozen head on a CPU."""
 
-    @staticmethod
-    def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+    def __init__(self, head: Tensor) -> None:
+        """Be faster where `head` is the weight."""
+        self._head = head
+
+    def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
         """Take and return what TRL's `ChunkedLogProbFunction` does."""
         targets, temperature, _, softcap, scale, _ = args
         is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-        if is_frozen and hidden.device.type == "cpu" and softcap is None:
+        is_ours = weight is self._head and is_frozen
+        if is_ours and hidden.device.type == "cpu" and softcap is None:
             return _FrozenHead.apply(hidden, weight, bias, targets, scale / temperature)  # type: ignore[no-untyped-call]
         return ChunkedLogProbFunction.apply(hidden, weight, bias, *args)
 

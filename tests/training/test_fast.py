@@ -1,8 +1,10 @@
 """The fast training steps compute what TRL's and peft's own compute."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,6 +240,21 @@ def test_logits_are_made_where_labels_are_and_nowhere_else(
     assert trl.trainer.utils._ChunkedLogProbFunction is ChunkedLogProbFunction
 
 
+def test_other_trainings_get_the_log_probabilities_of_trl(base, monkeypatch):
+    ours = []
+    monkeypatch.setattr(fast, "_FrozenHead", SimpleNamespace(apply=lambda *args: ours.append(args)))
+    own = base.model.get_output_embeddings().weight
+    monkeypatch.setattr(own, "requires_grad", False)
+    arguments = None, torch.tensor([1, 2]), 1.0, 4, None, 1.0, ()
+    with logits_of_completions_alone(base.model):
+        kernel = trl.trainer.utils._ChunkedLogProbFunction
+        log_probs, *_ = kernel.apply(torch.ones(2, 5), torch.ones(7, 5), *arguments)
+        assert not ours
+        kernel.apply(torch.ones(2, own.shape[1]), own, *arguments)
+    assert log_probs.tolist() == pytest.approx([-math.log(7)] * 2)
+    assert len(ours) == 1
+
+
 @pytest.mark.parametrize("is_masked", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_gradients_of_the_adapted_layer_are_exact(is_masked, has_bias):
@@ -294,8 +311,8 @@ def test_a_forward_that_checkpointing_repeats_drops_the_same(
     assert_same_steps(*steps)
 
 
-def test_trainings_that_overlap_leave_the_switch_as_it_was():
-    first, second = logits_of_completions_alone(), logits_of_completions_alone()
+def test_trainings_that_overlap_leave_the_switch_as_it_was(base):
+    first, second = (logits_of_completions_alone(base.model) for _ in range(2))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
