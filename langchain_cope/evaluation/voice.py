@@ -171,7 +171,7 @@ class _Profiles:
         num_pools = max(1, round(len(texts) / POOL))
         pools = np.array_split(np.arange(len(texts)), num_pools)
         likeness = self._vectors([[texts[i] for i in pool] for pool in pools]) @ self._of_users.T
-        rows = likeness.toarray()
+        rows: NDArray[np.float64] = likeness.toarray()
         spread = rows.std(axis=1, keepdims=True)
         deviation = rows - rows.mean(axis=1, keepdims=True)
         return np.divide(deviation, spread, out=np.zeros_like(rows), where=spread > 0)

@@ -29,4 +29,4 @@ def words(text: str) -> list[str]:
     `:-)` say, is split into its signs.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return _WORD.findall(folded) or _SIGN.findall(folded)
+    return list(_WORD.findall(folded) or _SIGN.findall(folded))

@@ -1,10 +1,13 @@
 """Against closed forms, and against all that chance can do, counted out."""
 
+import subprocess
+import sys
 from itertools import product
 
 import numpy as np
 import pytest
 
+from langchain_cope.errors import InputError
 from langchain_cope.evaluation.over_users import (
     Estimate,
     PerUser,
@@ -108,3 +111,17 @@ def test_no_ratio_to_nothing() -> None:
 def test_a_file_without_users_is_refused() -> None:
     with pytest.raises(ValueError, match="a user in every file"):
         difference([{"a": 1.0}], [{"b": 1.0}])
+
+
+def test_without_scikit_learn_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(InputError, match=r"pip install 'langchain-cope\[evaluate\]'"):
+        mean_over_users([{"a": 1.0, "b": 2.0}])
+
+
+def test_measures_load_neither_torch_nor_scipy() -> None:
+    measures = ("adapter_matrix", "meteor", "over_users", "repetition", "rouge", "style", "voice")
+    modules = ", ".join(f"langchain_cope.evaluation.{measure}" for measure in measures)
+    code = f"import sys, {modules}; print({{'torch', 'scipy', 'sklearn'}} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
