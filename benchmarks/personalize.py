@@ -23,6 +23,9 @@ the newest items, and measures
    the log-probabilities for DPO, over `generate` and plain forwards of base and adapter in batches
    of 8. Alternating, the median of the ratios.
 
+With `--runs 6` nothing of that is measured, but the resident memory of one process after each of
+six runs of `PersonalizeUser`: `memory_largest_vs_first` is the largest over the first.
+
 Targets: 2 at most 1.10, 3 at most 1.15, 4 at most 1.02. The last line is one JSON object; its
 `ratios` holds these names.
 """
@@ -38,10 +41,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from datasets.utils import logging as datasets_logging
@@ -51,6 +55,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from langchain_cope import PersonalizeUser
 from langchain_cope.engine import STARTER, Engine, load_base
 from langchain_cope.evaluation.evaluate import evaluate
 from langchain_cope.history.items import Item
@@ -65,6 +70,7 @@ from langchain_cope.training.sft import train_sft
 from langchain_cope.training.trainer import arguments, tokenizer_copy
 
 GENERATE_ITEMS = 8  # items, or rows to score, of one batch of transformers
+TRAINERS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
 MINING_ROUNDS = 3  # at most: each samples every item's candidates three times
 
 
@@ -87,14 +93,17 @@ def our_chain(
 
 
 def bare_trl(
-    base: Any, load: Callable[[], Any], texts: list[dict[str, Any]], recipe: Recipe, folder: Path
+    base: Any,
+    load: Callable[[], Any],
+    texts: list[dict[str, Any]],
+    recipe: Recipe,
+    folder: Path,
+    stages: Sequence[str] = tuple(TRAINERS),
 ) -> float:
     """Do the same with TRL alone, on models of its own; return the seconds without `load`."""
     seconds = 0.0
-    for stage, trainer_class, config_class in (
-        ("sft", SFTTrainer, SFTConfig),
-        ("dpo", DPOTrainer, DPOConfig),
-    ):
+    for stage in stages:
+        trainer_class, config_class = TRAINERS[stage]
         model = load()
         schedule = getattr(recipe, stage)
         extra = {"beta": recipe.dpo.beta, "loss_type": ["sigmoid"]} if stage == "dpo" else {}
@@ -322,6 +331,25 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def memory_after_runs(options: Any) -> dict[str, Any]:
+    """Return the resident bytes of this process after each run, each for a user of its own."""
+    rows = [
+        {"prompt": item.prompt, "completion": item.completion}
+        for item in read_items(options, "history")
+    ]
+    resident = []
+    with tempfile.TemporaryDirectory() as store:
+        trainer = PersonalizeUser(model=options.model, store=store, device="cpu")
+        for number in range(options.runs):
+            trainer.invoke({"user_id": f"user {number}", "history": rows})
+            gc.collect()
+            resident.append(psutil.Process().memory_info().rss)
+            print(f"  run {number}: {resident[-1] / 1e6:8.1f} MB resident", flush=True)
+    ratio = round(max(resident) / resident[0], 3)
+    print(f"  memory_largest_vs_first {ratio:8.3f}")
+    return {"resident_bytes": resident, "ratios": {"memory_largest_vs_first": ratio}}
+
+
 def measure(options: Any, scratch: Path) -> dict[str, Any]:
     base = load_base(options.model, dtype="float32", device="cpu")
     engine, items = Engine.of(base), read_items(options, "history")
@@ -368,6 +396,9 @@ def main() -> None:
     parser.add_argument(
         "--items", type=int, default=32, help="newest items of the history that are trained on"
     )
+    parser.add_argument(
+        "--runs", type=int, default=0, help="measure memory after each of so many runs, only"
+    )
     parser.add_argument("--role", choices=("chain", "bare"), help=argparse.SUPPRESS)
     parser.add_argument("--pairs-file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -375,6 +406,9 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     if options.role:
         play_role(options)
+        return
+    if options.runs:
+        print(json.dumps({"model": options.model, **memory_after_runs(options)}))
         return
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
