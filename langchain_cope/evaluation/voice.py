@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 Texts = Mapping[str, Sequence[str]]
 """The texts of each user, by user id."""
 
-MIN_USERS = 6  # with fewer, no test over users can reach `MAX_P`
+MIN_USERS = 5  # with fewer, no test over users can reach `MAX_P`
 MIN_HISTORY = 10  # texts that make a profile
 POOL = 5  # held-out texts that are judged together: one alone is too short
 RUN = 4  # characters in a row that are compared
 MAX_PROFILE = 60  # newest history texts in a profile
 MAX_UNSPACED = 0.2  # share of the letters
-MAX_P = 0.05  # for own words to stand out more than others'
+MAX_P = 0.05  # one-sided: that own words stand out more than others' by chance
 
 
 class View(StrEnum):
@@ -88,19 +88,15 @@ class VoiceScale:
         users = [user for user in self.ceiling if answers.get(user)]
         if not users:
             return Silent("nobody on the scale has answers")
-        above = {}
-        for user in users:
-            pools = self._profiles.standing_out(answers[user])
-            above[user] = float(pools[:, self._profiles.column[user]].mean()) - self.floor[user]
+        z = {user: self._profiles.own_z(user, answers[user]) for user in users}
+        above = {user: z[user] - self.floor[user] for user in users}
         span = {user: self.ceiling[user] - self.floor[user] for user in users}
         position = ratio([above], [span])
         if position is None or sum(span.values()) <= 0:
             return Silent("the own words of the users with answers are no nearer than strangers'")
         mean_floor = sum(self.floor[user] for user in users) / len(users)
         mean_span = sum(span.values()) / len(users)
-        of_user = {
-            user: (above[user] + self.floor[user] - mean_floor) / mean_span for user in users
-        }
+        of_user = {user: (z[user] - mean_floor) / mean_span for user in users}
         return VoiceScore(position, of_user)
 
 
@@ -132,26 +128,32 @@ def voice_scale(histories: Texts, own: Texts, view: View) -> VoiceScale | Silent
     see = mask_for(newest.values()) if view is View.STYLE else str
     if not any(len(see(text)) >= RUN for text in _all(newest)):
         return Silent(f"no history text has {RUN} characters in this view")
-    profiles = _Profiles(newest, see)
-    pools = {user: profiles.standing_out(own[user]) for user in users}
-    scale = VoiceScale(
-        view=view,
-        floor={
-            user: float(np.mean([pools[o].mean(axis=0)[i] for o in users if o != user]))
-            for i, user in enumerate(users)
-        },
-        ceiling={user: float(pools[user][:, i].mean()) for i, user in enumerate(users)},
-        auc=_auc(list(pools.values())),
-        left_out=[user for user in histories if user not in newest],
-        _profiles=profiles,
-    )
+    scale = _scale(_Profiles(newest, see), own, view, left_out=sorted(histories.keys() - newest))
     gap = difference([scale.ceiling], [scale.floor])
-    if gap.value <= 0 or gap.p > MAX_P:
+    p = gap.p / 2 if gap.value > 0 else 1.0
+    if p > MAX_P:
         return Silent(
             f"these {len(users)} users cannot be told apart in this view "
-            f"(AUC {scale.auc:.2f}, p {gap.p:.2f})"
+            f"(AUC {scale.auc:.2f}, p {p:.2f})"
         )
     return scale
+
+
+def _scale(profiles: "_Profiles", own: Texts, view: View, left_out: list[str]) -> VoiceScale:
+    """Return the scale on which own words and others' are marked, for the users of `profiles`."""
+    users = list(profiles.column)
+    pools = [profiles.z(own[user]) for user in users]
+    of_user = np.array([rows.mean(axis=0) for rows in pools])  # whose words, as whose
+    ceiling = np.diagonal(of_user)
+    floor = (of_user.sum(axis=0) - ceiling) / (len(users) - 1)
+    return VoiceScale(
+        view=view,
+        floor=dict(zip(users, floor.tolist(), strict=True)),
+        ceiling=dict(zip(users, ceiling.tolist(), strict=True)),
+        auc=_auc(pools),
+        left_out=left_out,
+        _profiles=profiles,
+    )
 
 
 class _Profiles:
@@ -166,15 +168,21 @@ class _Profiles:
         self._vectorizer.fit(map(self._see, _all(histories)))
         self._of_users = self._vectors(histories.values())
 
-    def standing_out(self, texts: Sequence[str]) -> "NDArray[np.float64]":
-        """Return z, shape (pools, users), of each pool's likeness to each profile."""
+    def own_z(self, user: str, texts: Sequence[str]) -> float:
+        """Return how far the profile of `user` stands out, the mean over pools of `texts`."""
+        return float(self.z(texts)[:, self.column[user]].mean())
+
+    def z(self, texts: Sequence[str]) -> "NDArray[np.float64]":
+        """Return z, shape (pools, users), of each pool's likeness among all profiles."""
         num_pools = max(1, round(len(texts) / POOL))
         pools = np.array_split(np.arange(len(texts)), num_pools)
         likeness = self._vectors([[texts[i] for i in pool] for pool in pools]) @ self._of_users.T
         rows: NDArray[np.float64] = likeness.toarray()
         spread = rows.std(axis=1, keepdims=True)
         deviation = rows - rows.mean(axis=1, keepdims=True)
-        return np.divide(deviation, spread, out=np.zeros_like(rows), where=spread > 0)
+        z = np.zeros_like(rows)
+        np.divide(deviation, spread, out=z, where=spread > 0)
+        return z
 
     def _vectors(self, groups: Iterable[Sequence[str]]) -> Any:
         """Return a vector of length 1 for each group of texts, a sparse matrix."""

@@ -151,20 +151,24 @@ def test_answers_that_say_nothing_are_between_nobody() -> None:
 
 
 def test_too_few_users_or_texts_are_silent_with_the_numbers() -> None:
-    few_users = {user: HISTORIES[user] for user in USERS[:5]}
-    reason = "5 users have 10 history texts and 5 held-out texts, and 6 are needed"
+    few_users = {user: HISTORIES[user] for user in USERS[:4]}
+    reason = "4 users have 10 history texts and 5 held-out texts, and 5 are needed"
     assert voice_scale(few_users, OWN, View.FULL) == Silent(reason)
-    few_texts = {user: OWN[user][:4] if user in USERS[5:] else OWN[user] for user in USERS}
+    few_texts = {user: OWN[user][:4] if user in USERS[4:] else OWN[user] for user in USERS}
     assert voice_scale(HISTORIES, few_texts, View.FULL) == Silent(reason)
     assert scale_of(HISTORIES, {**OWN, "ann": []}, View.FULL).left_out == ["ann"]
 
 
-def test_users_of_one_voice_are_silent() -> None:
-    histories = {user: write(30, 0, 0, seed=index) for index, user in enumerate(USERS)}
-    own = {user: write(10, 0, 0, seed=index + 100) for index, user in enumerate(USERS)}
-    silent = voice_scale(histories, own, View.STYLE)
-    assert isinstance(silent, Silent)
-    assert "8 users cannot be told apart" in silent.reason
+def test_users_of_one_voice_are_silent_but_for_chance() -> None:
+    num_silent = 0
+    for file in range(0, 2000, 100):
+        histories = {user: write(20, 0, 0, seed=file + i) for i, user in enumerate(USERS)}
+        own = {user: write(10, 0, 0, seed=file + i + 50) for i, user in enumerate(USERS)}
+        result = voice_scale(histories, own, View.FULL)
+        if isinstance(result, Silent):
+            assert "8 users cannot be told apart" in result.reason
+            num_silent += 1
+    assert num_silent >= 17  # of 20, of which one may speak by chance
 
 
 def test_texts_of_a_sign_or_two_are_silent() -> None:
