@@ -23,11 +23,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 VOCABULARY = 49152
 PROMPT_TOKENS = range(10, 6000)  # that every base has
 SEED = 0
+
+T = TypeVar("T")
 
 Figures = Mapping[str, list[float]]
 """Figures by name, one a round."""
@@ -204,12 +206,12 @@ def _processor() -> str:
 
 
 def alternate(
-    ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
-) -> dict[str, list[float]]:
+    ways: Mapping[str, Callable[[], T]], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[T]]:
     """Run every way once to warm up, then once a round, in every other round backwards."""
     for way in ways.values() if warm_up else ():
         way()
-    figures: dict[str, list[float]] = {name: [] for name in ways}
+    figures: dict[str, list[T]] = {name: [] for name in ways}
     for number in range(rounds):
         names = list(ways)
         if number % 2:

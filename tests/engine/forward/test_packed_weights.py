@@ -19,6 +19,7 @@ from langchain_cope.engine import (
     load_base,
 )
 from langchain_cope.engine.base.gguf import packed as packed_file
+from langchain_cope.engine.base.gguf.blocks import FileBlocks
 from langchain_cope.engine.base.loading import unload_base
 from langchain_cope.engine.forward import packed_weights
 from langchain_cope.engine.forward.packed_weights import BLOCK, Blocks, PackedWeight
@@ -130,16 +131,16 @@ def test_packed_products_are_those_of_the_files_values(
 
 def test_packed_weights_of_smollm2_are_nearer_than_rounded_scales_and_zeros() -> None:
     base = load_base("smollm2", device="cpu", dtype="bfloat16")
-    source = base.block_source()
-    assert source is not None
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        weight = base.model.get_parameter(f"model.layers.7.{name}.weight")
-        held = source.blocks(weight)
+    assert base.gguf is not None
+    source = FileBlocks(base.gguf, base.model)
+    for layer in ("self_attn.o_proj", "mlp.down_proj"):
+        name = f"model.layers.7.{layer}.weight"
+        held = source.blocks(name, base.model.get_parameter(name))
         assert held is not None
         scales, zeros = held.scales.bfloat16().float(), held.zeros.bfloat16().float()
         exact, rounded = values(held), values(replace(held, scales=scales, zeros=zeros))
         # As the kernel holds them: (blocks of a row, out, scale and zero).
-        scales, zeros = PackedWeight([held])._scales.float().permute(2, 1, 0)
+        scales, zeros = PackedWeight.of([held]).scales.float().permute(2, 1, 0)
         packed = values(replace(held, scales=scales, zeros=zeros))
         assert (packed - exact).norm() < 0.97 * (rounded - exact).norm()
 

@@ -28,7 +28,7 @@ from langchain_cope.errors import InputError, ModelError
 if TYPE_CHECKING:
     import torch
 
-_VERSION = 1  # of what is written; another one where the same file would be unpacked to other bytes
+_VERSION = 2  # of what is written; another one where the same file would be unpacked to other bytes
 UNPACKED_WEIGHTS = "model.safetensors"
 _PACKED = "blocks.safetensors"
 _DESCRIPTION = ("config.json", "tokenizer.json")  # what a folder cannot do without

@@ -29,6 +29,7 @@ from langchain_cope.engine.forward.packed_weights import (
 )
 from langchain_cope.errors import ModelError
 
+_FORMAT = 1  # of what is kept: a new one has the products made anew
 _PRODUCTS = "products"  # the metadata: of each product its planes and its checksum
 _MOST_BYTES = 1.25  # of a weight: two planes of half a byte, and their scales and zeros
 _log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class PackedFile:
             # The order of the codes is the kernel's, which is another one on other processors.
             path = self._file.packed(
                 cpu_features(),
-                torch.__version__,
+                f"{torch.__version__} {_FORMAT}",
                 num_weights * _MOST_BYTES,
                 lambda path: _write(path, self._made(groups), groups),
             )
