@@ -16,6 +16,7 @@ from langchain_cope.personalization.result import Verdict
 from langchain_cope.text import count
 
 SURE = 0.9  # of helping, to be published
+PAIRED = 0.95  # how sure that texts fit their own prompts best; most histories exceed it by far
 HELD_OUT_SHARE = 0.2  # of a history's items; `held_out.split`
 
 
@@ -97,7 +98,8 @@ def is_mispaired(evidence: Evidence, prior: Prior) -> bool:
     Only a base that reads prompts can tell: one that is known to, or does so on the held-out items.
     """
     sceptical = Prior(0.0, 1.0, prior.reads_prompts)
-    if len(evidence.trained_pairing) < 2 or certainty(evidence.trained_pairing, sceptical) >= SURE:
+    trained = evidence.trained_pairing
+    if len(trained) < 2 or certainty(trained, sceptical) >= PAIRED:
         return False
     return prior.reads_prompts or certainty(evidence.held_out_pairing, sceptical) >= SURE
 
