@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from langchain_cope.training.encode import Encoded
     from langchain_cope.training.recipe import Recipe
 
-PAIRED_ITEMS = 24  # of the newest trained items, scored after their own prompt and after another's
+PAIRED_ITEMS = 12  # of the newest trained items, scored after their own prompt and after another's
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,13 @@ def gather(
     held_out: Sequence[Item],
     recipe: "Recipe",
     first_sights: Sequence[dict[str, float]],
+    held_out_nll: Sequence[float],
     should_stop: Callable[[], bool] | None = None,
 ) -> Evidence:
     """Return what the base says of a training on `trained` that is judged by `held_out`.
 
-    `first_sights` are the rows of `training/first_sight.py`. Raises `Cancelled`.
+    `first_sights` are the rows of `training/first_sight.py`, `held_out_nll` the base's NLL of each
+    held-out item that fits the context. Raises `Cancelled`.
     """
     from langchain_cope.training.encode import fit
 
@@ -55,8 +57,8 @@ def gather(
     seen = {example.index: example for example in examples}
     needed = {example.index: example for example in newest}
     needed |= {int(row["index"]): seen[int(row["index"])] for row in late}
-    own = dict(zip(needed, _nll(engine, list(needed.values()), should_stop), strict=True))
-    own_of_judges = _nll(engine, judges, should_stop)
+    sequences = [(example.prompt_ids, example.completion_ids) for example in needed.values()]
+    own = dict(zip(needed, _mean_nll(engine, sequences, should_stop), strict=True))
     return Evidence(
         first_sights=by_conversation(
             [own[int(row["index"])] - row["nll"] for row in late],
@@ -65,7 +67,7 @@ def gather(
         trained_pairing=_pairing(
             engine, newest, [own[example.index] for example in newest], should_stop
         ),
-        held_out_pairing=_pairing(engine, judges, own_of_judges, should_stop),
+        held_out_pairing=_pairing(engine, judges, held_out_nll, should_stop),
     )
 
 
@@ -82,13 +84,6 @@ def _later_half(first_sights: Sequence[dict[str, float]]) -> list[dict[str, floa
     """Return those of the steps in which the adapter was no longer nearly the base."""
     last = max((row["step"] for row in first_sights), default=0)
     return [row for row in first_sights if row["step"] > last / 2]
-
-
-def _nll(
-    engine: "Engine", examples: "Sequence[Encoded]", should_stop: Callable[[], bool] | None
-) -> list[float]:
-    sequences = [(example.prompt_ids, example.completion_ids) for example in examples]
-    return _mean_nll(engine, sequences, should_stop)
 
 
 def _pairing(

@@ -137,6 +137,7 @@ class Publisher:
             self.held_out,
             self.training.recipe,
             read_json(self.training.folder / FIRST_SIGHT),
+            item_nll[BASE.name],
             self.monitor.should_stop,
         )
         references, note = self._references(active)

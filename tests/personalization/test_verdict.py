@@ -46,9 +46,7 @@ def shuffled(of_user: Rows, num_trained: int) -> Rows:
     """Return the rows with the answers of those that are trained on in another order."""
     answers = [row["completion"] for row in of_user[:num_trained]]
     answers = answers[2:] + answers[:2]  # none stays with its topic
-    mixed = [
-        {**row, "completion": answer} for row, answer in zip(of_user, answers, strict=False)
-    ]
+    mixed = [{**row, "completion": answer} for row, answer in zip(of_user, answers, strict=False)]
     return mixed + of_user[num_trained:]
 
 
