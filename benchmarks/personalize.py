@@ -1,6 +1,8 @@
 """What personalizing one user costs, and what of that is ours.
 
-    python benchmarks/personalize.py users.jsonl [--pairs 5] [--items 32] [--model starter]
+    python benchmarks/personalize.py users.jsonl [--items 80] [--pairs 3] [--model smollm2]
+    python benchmarks/personalize.py users.jsonl --before FOLDER [--pairs 3]
+    python benchmarks/personalize.py users.jsonl --runs 6
 
 Reads the file's first user (`{"user_id", "history": [{"prompt", "completion"}], "queries": […]}`),
 the newest items, and measures
@@ -8,23 +10,26 @@ the newest items, and measures
 1. the seconds of each stage of one whole run: SFT, negatives, DPO, and the evaluation on the
    queries;
 2. `chain_vs_bare_trl`: our SFT and DPO over bare TRL doing the same: both trainers constructed from
-   text and `train()` called, with the same arguments and the same reference forwards. Alternating
-   pairs in one process, the median of their ratios. Imports and the load of the model are left out
-   on both sides; mining and evaluation, which TRL does not do, on ours;
+   text and `train()` called, with the same arguments and the same reference forwards, in the dtype
+   (float32 or bfloat16) that is the faster one for TRL on this machine. Alternating in one process,
+   the median of the ratios. Imports and the load of the model are left out on both sides; mining
+   and evaluation, which TRL does not do, on ours;
 3. `peak_memory_vs_bare_trl`: the greatest resident size of a fresh process that runs the whole
-   chain, mining included, over one that runs bare TRL;
+   chain, mining included, over one that runs bare TRL in that dtype;
 4. `parameter_storage`: bytes of all distinct matrices and vectors alive after the chain over those
    of the base and the two adapters; keys and values that the engine keeps as known beginnings
-   (`EngineOptions.prefix_cache`) do not count.
-
+   (`EngineOptions.prefix_cache`) do not count;
 5. `mining_vs_generate`: the seconds a token of sampling every item's candidates, ours over
    transformers' `generate` on the same weights, items, K, limit, temperature and top-p, in batches
    of 8 items with K answers each; `mining_and_scoring_vs_generate`: the same, with the rewards and
    the log-probabilities for DPO, over `generate` and plain forwards of base and adapter in batches
    of 8. Alternating, the median of the ratios.
 
-Targets: 2 at most 1.10, 3 at most 1.15, 4 at most 1.02. The last line is one JSON object; its
-`ratios` holds these names.
+With `--before`, a folder with another version of this project: `cope-lc personalize` of the file's
+first user from both, in turn, each in a new process; `now_vs_before` is the median of the ratios,
+of each stage and of the whole. With `--runs`: memory after each of so many runs in one process.
+
+The last line is one JSON object; its `ratios` holds these names.
 """
 
 import argparse
@@ -38,10 +43,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from datasets.utils import logging as datasets_logging
@@ -50,8 +57,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from worker import alternate
 
-from langchain_cope.engine import STARTER, Engine, load_base
+from langchain_cope import PersonalizeUser
+from langchain_cope.engine import Engine, load_base
 from langchain_cope.evaluation.evaluate import evaluate
 from langchain_cope.history.items import Item
 from langchain_cope.training.adapter import lora_config, save_adapter
@@ -64,7 +73,10 @@ from langchain_cope.training.recipe import Recipe
 from langchain_cope.training.sft import train_sft
 from langchain_cope.training.trainer import arguments, tokenizer_copy
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STAGES = ("sft", "negatives", "dpo", "evaluate")
 GENERATE_ITEMS = 8  # items, or rows to score, of one batch of transformers
+TRAINERS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
 MINING_ROUNDS = 3  # at most: each samples every item's candidates three times
 
 
@@ -87,14 +99,17 @@ def our_chain(
 
 
 def bare_trl(
-    base: Any, load: Callable[[], Any], texts: list[dict[str, Any]], recipe: Recipe, folder: Path
+    base: Any,
+    load: Callable[[], Any],
+    texts: list[dict[str, Any]],
+    recipe: Recipe,
+    folder: Path,
+    stages: Sequence[str] = tuple(TRAINERS),
 ) -> float:
     """Do the same with TRL alone, on models of its own; return the seconds without `load`."""
     seconds = 0.0
-    for stage, trainer_class, config_class in (
-        ("sft", SFTTrainer, SFTConfig),
-        ("dpo", DPOTrainer, DPOConfig),
-    ):
+    for stage in stages:
+        trainer_class, config_class = TRAINERS[stage]
         model = load()
         schedule = getattr(recipe, stage)
         extra = {"beta": recipe.dpo.beta, "loss_type": ["sigmoid"]} if stage == "dpo" else {}
@@ -134,9 +149,8 @@ def as_texts(items: list[Item], pairs: list[Pair]) -> list[dict[str, Any]]:
     return rows
 
 
-def loader(model: str) -> Callable[[], Any]:
-    source = STARTER if model == "starter" else model
-    return lambda: AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+def loader(base: Any, dtype: torch.dtype) -> Callable[[], Any]:
+    return lambda: AutoModelForCausalLM.from_pretrained(base.source, dtype=dtype)
 
 
 def mine(engine: Engine, items: list[Item], recipe: Recipe, sft: Path) -> list[Pair]:
@@ -149,31 +163,23 @@ def mine(engine: Engine, items: list[Item], recipe: Recipe, sft: Path) -> list[P
 
 def compare_times(
     base: Any, items: list[Item], pairs: list[Pair], recipe: Recipe, options: Any
-) -> dict[str, Any]:
-    load, texts = loader(options.model), as_texts(items, pairs)
+) -> dict[str, list[float]]:
+    """Return the seconds of each way, by round."""
+    texts = as_texts(items, pairs)
     paired = [items[pair.index] for pair in pairs]
-    ours, bare = [], []
 
-    def run_ours(scratch: str) -> None:
-        started = time.perf_counter()
-        our_chain(base, paired, pairs, recipe, Path(scratch))
-        ours.append(time.perf_counter() - started)
+    def ours() -> float:
+        with tempfile.TemporaryDirectory() as scratch:
+            started = time.perf_counter()
+            our_chain(base, paired, pairs, recipe, Path(scratch))
+            return time.perf_counter() - started
 
-    def run_bare(scratch: str) -> None:
-        bare.append(bare_trl(base, load, texts, recipe, Path(scratch)))
+    def bare(dtype: torch.dtype) -> float:
+        with tempfile.TemporaryDirectory() as scratch:
+            return bare_trl(base, loader(base, dtype), texts, recipe, Path(scratch))
 
-    for number in range(options.pairs + 1):  # the first pair warms up; the order alternates
-        for run in (run_ours, run_bare) if number % 2 else (run_bare, run_ours):
-            with tempfile.TemporaryDirectory() as scratch:
-                run(scratch)
-        line = f"  pair {number}: ours {ours[-1]:6.2f} s, bare TRL {bare[-1]:6.2f} s"
-        print(line, file=sys.stderr)
-    ratios = [own / other for own, other in zip(ours[1:], bare[1:], strict=True)]
-    return {
-        "ours_seconds": ours[1:],
-        "bare_trl_seconds": bare[1:],
-        "ratio": statistics.median(ratios),
-    }
+    ways = {"ours": ours, **{name: partial(bare, dtype) for name, dtype in DTYPES.items()}}
+    return alternate(ways, options.pairs)
 
 
 def compare_mining(
@@ -200,9 +206,9 @@ def compare_mining(
             with monitor.stage(Stage.NEGATIVES):
                 mine_negatives(engine, examples, recipe, adapter, monitor)
         else:
-            requests = (each for one in examples for each in _requests(base, one, recipe))
-            # What closes an answer is read, not sampled: it does not count. Seeds make every run
+            # Nothing closes these answers: all of their tokens are sampled. Seeds make every run
             # sample the same, the scored ones too.
+            requests = (each for one in examples for each in _requests(base, one, recipe, ()))
             num_tokens = sum(len(each.token_ids) for each in engine.generate_each(requests))
         return (time.perf_counter() - started) / num_tokens
 
@@ -288,18 +294,18 @@ def parameter_storage(result: TrainingResult, base: Any) -> float:
     return sum(alive.values()) / needed
 
 
-def peak_memory(options: Any, role: str, pairs_file: Path) -> int:
+def peak_memory(options: Any, role: str, pairs_file: Path, dtype: str) -> int:
     """Return the greatest resident size, in bytes, of a fresh process in that role."""
     command = [sys.executable, __file__, str(options.users)]
     command += ["--model", options.model, "--items", str(options.items)]
-    command += ["--role", role, "--pairs-file", str(pairs_file)]
+    command += ["--role", role, "--pairs-file", str(pairs_file), "--dtype", dtype]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(answer.stdout.splitlines()[-1])
 
 
 def play_role(options: Any) -> None:
     """Do what a fresh process does of which the memory is measured."""
-    base = load_base(options.model, dtype="float32", device="cpu")
+    base = load_base(options.model, dtype=None if options.role == "chain" else options.dtype)
     items = read_items(options, "history")
     recipe = Recipe.for_model(base, items)
     pairs = [Pair(**row) for row in json.loads(options.pairs_file.read_text())]
@@ -322,8 +328,56 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def memory_after_runs(options: Any) -> dict[str, Any]:
+    """Return the resident bytes of this process after each run, each for a user of its own."""
+    rows = [
+        {"prompt": item.prompt, "completion": item.completion}
+        for item in read_items(options, "history")
+    ]
+    resident = []
+    with tempfile.TemporaryDirectory() as store:
+        trainer = PersonalizeUser(model=options.model, store=store, device="cpu")
+        for number in range(options.runs):
+            trainer.invoke({"user_id": f"user {number}", "history": rows})
+            gc.collect()
+            resident.append(psutil.Process().memory_info().rss)
+            print(f"  run {number}: {resident[-1] / 1e6:8.1f} MB resident", flush=True)
+    ratio = round(max(resident) / resident[0], 3)
+    print(f"  memory_largest_vs_first {ratio:8.3f}")
+    return {"resident_bytes": resident, "ratios": {"memory_largest_vs_first": ratio}}
+
+
+def compare_trees(options: Any) -> dict[str, Any]:
+    """Return the seconds of each stage, here and before, by round, and the ratios' medians."""
+
+    def personalize(tree: Path) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as store:
+            command = [sys.executable, "-m", "cope_lc", "personalize", str(options.users)]
+            command += ["--model", options.model, "--store", store, "--always", "--json"]
+            paths = os.pathsep.join([str(tree), str(tree / "cli")])
+            answer = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}
+            )
+        seconds: dict[str, float] = json.loads(answer.stdout)["timings"]
+        return {**{stage: seconds[stage] for stage in STAGES}, "whole": sum(seconds.values())}
+
+    here = Path(__file__).resolve().parents[1]
+    ways = {"now": partial(personalize, here), "before": partial(personalize, options.before)}
+    rounds: dict[str, Any] = alternate(ways, options.pairs, warm_up=False)
+    ratios = {
+        f"{stage}_now_vs_before": statistics.median(
+            now[stage] / before[stage]
+            for now, before in zip(rounds["now"], rounds["before"], strict=True)
+        )
+        for stage in (*STAGES, "whole")
+    }
+    for name, ratio in ratios.items():
+        print(f"  {name:<28} {ratio:8.3f}")
+    return {"seconds": rounds, "ratios": ratios}
+
+
 def measure(options: Any, scratch: Path) -> dict[str, Any]:
-    base = load_base(options.model, dtype="float32", device="cpu")
+    base = load_base(options.model)
     engine, items = Engine.of(base), read_items(options, "history")
     monitor = Monitor()
     result = train_user(engine, items, Recipe.for_model(base, items), scratch / "whole", monitor)
@@ -337,17 +391,22 @@ def measure(options: Any, scratch: Path) -> dict[str, Any]:
     mining = compare_mining(engine, items, result.recipe, result.sft, options)
     times = compare_times(base, items, pairs, result.recipe, options)
     engine.close()
-    memory = {role: peak_memory(options, role, pairs_file) for role in ("chain", "bare")}
+    bare = min(DTYPES, key=lambda name: statistics.median(times[name]))
+    chain_ratio = statistics.median(
+        ours / theirs for ours, theirs in zip(times["ours"], times[bare], strict=True)
+    )
+    memory = {role: peak_memory(options, role, pairs_file, bare) for role in ("chain", "bare")}
     return {
         "items": len(items),
         "recipe": result.recipe.as_dict(),
         "stage_seconds": monitor.timings,
-        "ours_seconds": times["ours_seconds"],
-        "bare_trl_seconds": times["bare_trl_seconds"],
+        "dtype": str(base.dtype),
+        "sft_and_dpo_seconds": times,
+        "bare_trl_dtype": bare,
         "mining_seconds_a_token": mining["seconds_a_token"],
         "peak_memory_bytes": memory,
         "ratios": {
-            "chain_vs_bare_trl": round(times["ratio"], 3),
+            "chain_vs_bare_trl": round(chain_ratio, 3),
             "peak_memory_vs_bare_trl": round(memory["chain"] / memory["bare"], 3),
             "parameter_storage": round(storage, 4),
             "mining_vs_generate": round(mining["sampling"], 3),
@@ -361,20 +420,31 @@ def main() -> None:
         description="Cost of personalizing one user, against bare TRL."
     )
     parser.add_argument("users", type=Path, help="a JSONL of users; the first is taken")
-    parser.add_argument("--model", default="starter")
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument(
-        "--pairs", type=int, default=5, help="measured alternating pairs, after one to warm up"
+        "--pairs", type=int, default=3, help="measured alternating rounds, after one to warm up"
+    )
+    parser.add_argument("--before", type=Path, help="another version of this project: its folder")
+    parser.add_argument(
+        "--items", type=int, default=80, help="newest items of the history that are trained on"
     )
     parser.add_argument(
-        "--items", type=int, default=32, help="newest items of the history that are trained on"
+        "--runs", type=int, default=0, help="measure memory after each of so many runs, only"
     )
     parser.add_argument("--role", choices=("chain", "bare"), help=argparse.SUPPRESS)
     parser.add_argument("--pairs-file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     options = parser.parse_args()
     datasets_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     if options.role:
         play_role(options)
+        return
+    if options.runs:
+        print(json.dumps({"model": options.model, **memory_after_runs(options)}))
+        return
+    if options.before:
+        print(json.dumps({"model": options.model, **compare_trees(options)}))
         return
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -383,7 +453,8 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
         f"load {load:.1f} at start"
     )
-    print(f"{options.model}, float32, {report['items']} items of {options.users.name}; {machine}")
+    what = f"{options.model}, {report['dtype']}, {report['items']} items of {options.users.name}"
+    print(f"{what}; {machine}")
     for stage, seconds in report["stage_seconds"].items():
         print(f"  {stage:<24} {seconds:8.2f} s")
     for name, ratio in report["ratios"].items():

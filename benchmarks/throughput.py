@@ -14,6 +14,11 @@
 its own. A figure is the median over the rounds, in which every way runs once; a ratio is the median
 of the rounds' ratios. The last line is one JSON object with the state of the machine,
 `tokens_per_second` and `ratios`. `--plot FILE` draws users against tokens/s (needs matplotlib).
+
+    npm install --prefix FOLDER node-llama-cpp
+    python benchmarks/throughput.py --peer llama.cpp FOLDER
+
+compares with llama.cpp instead, on the file of `smollm2`: see `llama_cpp_speed`.
 """
 
 import argparse
@@ -23,6 +28,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import llama_cpp_speed
 from worker import (
     Figures,
     Setting,
@@ -51,6 +57,9 @@ SEQUENTIAL_TWO_MODELS = "16 users in turn, two models"
 
 def main() -> None:
     options = _options()
+    if options.peer:
+        llama_cpp_speed.compare(Path(options.peer[1]), options)
+        return
     state = machine("throughput", options)
     print(json.dumps(state), flush=True)
     with prepared(options.device, max(USERS)) as (setting, workers):
@@ -69,7 +78,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw users against tokens/s, as .svg or .png"
     )
+    parser.add_argument(
+        "--peer",
+        nargs=2,
+        metavar=("llama.cpp", "NPM_FOLDER"),
+        help="compare with llama.cpp; the folder is that in which node-llama-cpp is installed",
+    )
     options = parser.parse_args()
+    if options.peer and (options.peer[0] != "llama.cpp" or options.device != "cpu"):
+        parser.error(f"--peer is llama.cpp, on a CPU, not {options.peer[0]!r} on {options.device}")
     if options.plot:
         try:
             import matplotlib  # noqa: F401

@@ -18,15 +18,18 @@ import statistics
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 VOCABULARY = 49152
+PROMPT_TOKENS = range(10, 6000)  # that every base has
 SEED = 0
+
+T = TypeVar("T")
 
 Figures = Mapping[str, list[float]]
 """Figures by name, one a round."""
@@ -36,17 +39,19 @@ Figures = Mapping[str, list[float]]
 class Setting:
     """What every way is given: a base, adapters made for it, and a device.
 
-    `peers.prepare` writes the files.
+    `peers.prepare` writes the files of a random base, `ours.prepare` the adapters of another one.
     """
 
     folder: Path
     device: str
     num_users: int
+    model: str | None = None
+    """Name of the base, as `load_base` takes it; None: a random one in `folder`."""
 
     @property
-    def base(self) -> Path:
-        """Folder of the base model."""
-        return self.folder / "base"
+    def base(self) -> Path | str:
+        """Folder of the random base, or the name of the other."""
+        return self.folder / "base" if self.model is None else self.model
 
     @property
     def adapters(self) -> list[Path]:
@@ -55,7 +60,7 @@ class Setting:
 
     def prompt(self, user: int, num_tokens: int) -> list[int]:
         """Return random token ids, the same ones for every caller."""
-        return random.Random(f"{SEED} {user}").choices(range(10, VOCABULARY), k=num_tokens)
+        return random.Random(f"{SEED} {user}").choices(PROMPT_TOKENS, k=num_tokens)
 
 
 class Worker:
@@ -137,14 +142,16 @@ def peak_memory(device: str) -> int:
 
 
 @contextmanager
-def prepared(device: str, num_users: int) -> Iterator[tuple[Setting, ExitStack]]:
+def prepared(
+    device: str, num_users: int, model: str | None = None
+) -> Iterator[tuple[Setting, ExitStack]]:
     """Offer a base and adapters on the disk, and a stack for the workers that use them.
 
-    All of it is gone afterwards.
+    The base is `model`, or a random one. What was written is gone afterwards.
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as workers:
-        setting = Setting(Path(folder), device, num_users)
-        Worker("peers:prepare", setting).close()
+        setting = Setting(Path(folder), device, num_users, model)
+        Worker("peers:prepare" if model is None else "ours:prepare", setting).close()
         yield setting, workers
 
 
@@ -159,6 +166,18 @@ def option_parser(description: str, rounds: int, tokens: int) -> argparse.Argume
     return parser
 
 
+def read_items(users: Path, num_items: int) -> list[dict[str, str]]:
+    """Return so many items of a file of users: the first user's, then the next one's, and so on.
+
+    Ends the program where the file has fewer.
+    """
+    with users.open(encoding="utf-8") as file:
+        items = [item for line in file for item in json.loads(line)["history"]]
+    if len(items) < num_items:
+        sys.exit(f"{users} has {len(items)} items, but {num_items} were asked for: lower --items")
+    return items[:num_items]
+
+
 def machine(benchmark: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the state of machine and run, with which the JSON begins."""
     with Worker("peers:Torch", options.device) as torch:
@@ -171,7 +190,9 @@ def machine(benchmark: str, options: argparse.Namespace) -> dict[str, Any]:
         "model": "random Llama, 134M parameters, bfloat16, 30 layers, width 576, "
         "vocabulary 49152; LoRA r 8 on q_proj and v_proj",
         "options": {
-            name: value for name, value in vars(options).items() if isinstance(value, (int, str))
+            name: value
+            for name, value in vars(options).items()
+            if isinstance(value, (int, str, list))
         },
         "load_before": os.getloadavg(),
     }
@@ -185,12 +206,12 @@ def _processor() -> str:
 
 
 def alternate(
-    ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
-) -> dict[str, list[float]]:
+    ways: Mapping[str, Callable[[], T]], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[T]]:
     """Run every way once to warm up, then once a round, in every other round backwards."""
     for way in ways.values() if warm_up else ():
         way()
-    figures: dict[str, list[float]] = {name: [] for name in ways}
+    figures: dict[str, list[T]] = {name: [] for name in ways}
     for number in range(rounds):
         names = list(ways)
         if number % 2:
@@ -213,6 +234,13 @@ def print_ratios(pairs: Mapping[str, tuple[list[float], list[float]]]) -> dict[s
     """Print and return the median of the rounds' ratios, of the former figures to the latter."""
     each = {name: [a / b for a, b in zip(*pair, strict=True)] for name, pair in pairs.items()}
     return print_figures("ratio", each, digits=3)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table in Markdown."""
+    print()
+    for cells in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(cells)} |")
 
 
 def print_report(state: dict[str, Any], **results: Any) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+from langchain_cope._collector import collector_paused
+
 
 def lazy_names(
     package: str, modules: Mapping[str, str]
@@ -25,7 +27,8 @@ def lazy_names(
             raise AttributeError(
                 f"module {package!r} has no attribute {name!r}; it offers {offered}"
             )
-        value = getattr(import_module(f"{package}.{modules[name]}"), name)
+        with collector_paused():
+            value = getattr(import_module(f"{package}.{modules[name]}"), name)
         setattr(sys.modules[package], name, value)  # the next use finds it without a call
         return value
 

@@ -5,6 +5,7 @@ prompts, users and α.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+DEVICE = os.environ.get("COPE_TEST_DEVICE", "cpu")
+"""Where the bases lie whose results are compared with a reference; the reference is on the CPU."""
 SENTENCES = [
     "Generate a headline for the following article.",
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",

@@ -1,5 +1,7 @@
 """Errors to exit codes, and to one line for people: what was wrong, where, what to do."""
 
+import atexit
+import gc
 import os
 import sys
 import traceback
@@ -29,6 +31,8 @@ def exit_with(call: Callable[[], Any], *, debug: bool) -> NoReturn:
     Raises:
         SystemExit: Always; 0 done, 1 it failed, 2 the input or the call was wrong.
     """
+    # The process ends: looking through all of its objects for cycles would take a second.
+    atexit.register(gc.freeze)
     try:
         with quiet_libraries(debug=debug):
             code = call()

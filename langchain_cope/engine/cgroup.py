@@ -1,7 +1,7 @@
-"""How much memory the control groups of this process leave it: those of a container, say.
+"""What the control groups of this process leave it, those of a container, say: memory, cores.
 
 The host's own figures do not tell: a container of 1.5 GB on a machine with 19 free is killed at
-1.5.
+1.5, and one of two cores on a machine with 64 stands still while 64 threads have used up its time.
 Both versions of Linux's control groups are read; elsewhere there is none.
 """
 
@@ -32,6 +32,7 @@ _V2 = _Version(
     "memory.current",
     "inactive_file",
 )
+_CPU_MOUNTS = ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")  # of the first version
 
 
 def free_in_cgroups(root: Path = Path("/")) -> int | None:
@@ -41,26 +42,43 @@ def free_in_cgroups(root: Path = Path("/")) -> int | None:
     limit can be read. `root` is the folder that holds `proc` and `sys`.
     """
     left = []
-    for version, path in _groups(root / "proc/self/cgroup"):
-        for mount in version.mounts:
+    for is_second, folder in _folders(root, "memory", _V1.mounts):
+        left += _left(folder, _V2 if is_second else _V1)
+    return min(left, default=None)
+
+
+def cores_in_cgroups(root: Path = Path("/")) -> float | None:
+    """Return how many cores' time this process may use within its groups' limits.
+
+    The group with the least counts. None where no limit can be read. `root` is the folder that
+    holds `proc` and `sys`.
+    """
+    cores = []
+    for is_second, folder in _folders(root, "cpu", _CPU_MOUNTS):
+        names = ("cpu.max",) if is_second else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        words = " ".join(_read(folder / name) for name in names).split()
+        if len(words) == 2 and all(map(str.isdecimal, words)) and int(words[1]):  # -1, max: none
+            cores.append(int(words[0]) / int(words[1]))
+    return min(cores, default=None)
+
+
+def _folders(root: Path, controller: str, mounts: tuple[str, ...]) -> Iterator[tuple[bool, Path]]:
+    """Yield the folders of the groups of the process, its own and those around it.
+
+    With each comes whether it is of the second version; those of the first lie in `mounts`.
+    """
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        for mount in mounts if controllers else _V2.mounts:
             own = root / mount / path.lstrip("/")
             # In a container the path may be the host's, and the mount begin at the own group: what
             # does not exist is passed over, and the mount itself is the last of the groups around.
             for folder in (own, *own.parents):
-                left += _left(folder, version)
+                yield not controllers, folder
                 if folder == root / mount:
                     break
-    return min(left, default=None)
-
-
-def _groups(file: Path) -> Iterator[tuple[_Version, str]]:
-    """Yield version and path of each group of the process that may limit its memory."""
-    for line in _read(file).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            yield _V2, path
-        elif "memory" in controllers.split(","):
-            yield _V1, path
 
 
 def _left(folder: Path, version: _Version) -> list[int]:

@@ -2,7 +2,9 @@
 
 import ctypes
 import functools
+import math
 import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from langchain_cope.engine.cgroup import free_in_cgroups
+from langchain_cope.engine.cgroup import cores_in_cgroups, free_in_cgroups
 
 _OMP_PAUSE_SOFT = 1  # threads go, settings stay
 
@@ -39,6 +41,19 @@ def give_back(device: torch.device) -> None:
     elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         # glibc reserves what a thread frees (the engine's, say) for that thread.
         trim(ctypes.c_size_t(0))
+
+
+def limit_threads() -> None:
+    """Let torch compute with no more threads than a container has cores' time for.
+
+    More of them use that time up together, and then all of them stand still. What the user has set
+    stays: `OMP_NUM_THREADS`, or fewer threads.
+    """
+    cores = cores_in_cgroups()
+    if cores is not None and "OMP_NUM_THREADS" not in os.environ:
+        most = max(1, math.ceil(cores))
+        if torch.get_num_threads() > most:
+            torch.set_num_threads(most)
 
 
 class CheckpointPages:

@@ -25,6 +25,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from langchain_cope._collector import collector_paused
 from langchain_cope.engine import forks, scoring
 from langchain_cope.engine.adapter import Adapter, low_rank_dtype, read_adapter
 from langchain_cope.engine.adapter_slots import AdapterSlots
@@ -84,6 +85,7 @@ class Statistics:
 class Engine:
     """Decodes for all users who share `base`. Use `Engine.of`: one engine a base."""
 
+    @collector_paused()
     def __init__(self, base: Base, options: EngineOptions | None = None) -> None:
         """Raises ModelError, with the model's class, for an architecture that cannot be served."""
         self.base = base
@@ -408,8 +410,7 @@ class Engine:
     def _score_together(
         self, sequences: scoring.Sequences, adapter: Adapter | None
     ) -> list[Tensor]:
-        rows, prompt_rows = self._batch.new_rows(), self._batch.new_rows()
-        return scoring.log_probs(self._batch.forward, rows, prompt_rows, sequences, adapter)
+        return scoring.log_probs(self._batch.forward, self._batch.new_rows, sequences, adapter)
 
     def _call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two steps and return what it returns."""

@@ -1,10 +1,10 @@
 """Log-probabilities of given completions, as many in one forward as it may hold.
 
-A prompt that several of them have is read once.
+What all prompts begin with is read once, and so is a prompt that several completions have.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from langchain_cope.engine.forward.inputs import Forward
 from langchain_cope.engine.rows import Row, Rows
 
 MAX_TOKENS = 16_384  # of one forward, padding included
+LEAST_SHARED = 8  # tokens of a beginning that is worth a forward of its own
 MAX_LOGITS = 1 << 26  # float32 entries of one forward: 256 MB
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -45,63 +46,91 @@ def groups(sequences: Sequences, vocabulary_size: int, max_rows: int) -> Iterato
 
 def log_probs(
     forward: Forward,
-    rows: Rows,
-    prompt_rows: Rows,
+    new_rows: Callable[[], Rows],
     sequences: Sequences,
     adapter: Adapter | None,
 ) -> list[Tensor]:
     """Return the log-probability of each completion token, in nats.
 
-    Prompts that several sequences share are read once, by a forward before that of all sequences.
-
     Args:
         forward: the model.
-        rows: empty; the sequences become its rows.
-        prompt_rows: empty; the shared prompts become its rows.
+        new_rows: makes rows with a cache of their own.
         sequences: one group of `groups`.
         adapter: None: the base alone.
 
     Returns:
         Per sequence float32 `(len(completion),)` on the CPU.
     """
-    prompts = _read_shared_prompts(forward, prompt_rows, sequences, adapter)
-    rows.kv.reserve(len(sequences), max(map(_length, sequences)))
-    ids: list[list[int]] = []
+    read = _Read(forward, new_rows, adapter)
+    if beginning := _common_beginning(sequences):
+        read = read.continued([beginning])
+    if prompts := _shared_prompts(sequences):
+        read = read.continued(prompts)
     logits_at: list[tuple[int, int]] = []
     targets: list[int] = []
+    texts = [[*prompt, *completion] for prompt, completion in sequences]
+    rows, ids = read.rows_for(texts)
     for index, (prompt, completion) in enumerate(sequences):
-        row = Row([*prompt, *completion], adapter)
-        if shared := prompts.get(tuple(prompt)):
-            row.length = shared.length
-            rows.add(row, prompt_rows, shared)
-        else:
-            rows.add(row)
-        ids.append(row.tokens[row.length : -1])
-        first = len(prompt) - 1 - row.length
+        first = len(prompt) - 1 - (len(texts[index]) - len(ids[index]))
         logits_at += [(index, column) for column in range(first, first + len(completion))]
         targets += completion
-    logits = rows.forward(forward, ids, logits_at)
+    logits = rows.forward(forward, [new[:-1] for new in ids], logits_at)
     chosen = torch.tensor(targets, device=logits.device).unsqueeze(-1)
     scores = torch.log_softmax(logits.float(), dim=-1).gather(-1, chosen).squeeze(-1).cpu()
     return list(torch.split(scores, [len(completion) for _, completion in sequences]))
 
 
-def _read_shared_prompts(
-    forward: Forward, rows: Rows, sequences: Sequences, adapter: Adapter | None
-) -> dict[tuple[int, ...], Row]:
-    """Read the prompts that several sequences have, but for their last tokens; return the rows."""
+class _Read:
+    """Beginnings that have been read, each a row; texts go on from the longest one they have."""
+
+    def __init__(
+        self, forward: Forward, new_rows: Callable[[], Rows], adapter: Adapter | None
+    ) -> None:
+        """Start with nothing read."""
+        self._forward, self._new_rows, self._adapter = forward, new_rows, adapter
+        self._rows: Rows | None = None
+
+    def rows_for(self, texts: Sequence[Sequence[int]]) -> tuple[Rows, list[list[int]]]:
+        """Return new rows of the texts, and what of each is still to be read."""
+        rows = self._new_rows()
+        rows.kv.reserve(len(texts), max(map(len, texts)))
+        known = {} if self._rows is None else {tuple(r.tokens): r for r in self._rows.all()}
+        lengths = sorted({len(beginning) for beginning in known}, reverse=True)
+        ids = []
+        for text in texts:
+            row = Row(list(text), self._adapter)
+            # One token at least is left to be read.
+            begun = (known.get(tuple(text[:length])) for length in lengths if length < len(text))
+            if source := next((row for row in begun if row), None):
+                row.length = source.length
+                rows.add(row, self._rows, source)
+            else:
+                rows.add(row)
+            ids.append(row.tokens[row.length :])
+        return rows, ids
+
+    def continued(self, beginnings: Sequence[Sequence[int]]) -> "_Read":
+        """Return what is known once `beginnings` are read too, these alone."""
+        after = _Read(self._forward, self._new_rows, self._adapter)
+        after._rows, ids = self.rows_for(beginnings)
+        after._rows.forward(self._forward, ids, [(0, 0)])
+        for row in after._rows.all():
+            row.length = len(row.tokens)
+        return after
+
+
+def _common_beginning(sequences: Sequences) -> list[int]:
+    """Return what all prompts begin with, at least a token of each left over; or nothing."""
+    prompts = [prompt[:-2] for prompt, _ in sequences]
+    differs = (len(set(tokens)) > 1 for tokens in zip(*prompts, strict=False))
+    length = next((index for index, differ in enumerate(differs) if differ), min(map(len, prompts)))
+    return list(prompts[0][:length]) if len(prompts) > 1 and length >= LEAST_SHARED else []
+
+
+def _shared_prompts(sequences: Sequences) -> list[Sequence[int]]:
+    """Return the prompts that several sequences have, but for their last tokens."""
     counts = Counter(tuple(prompt) for prompt, _ in sequences)
-    shared = [prompt for prompt, number in counts.items() if number > 1 and len(prompt) > 1]
-    if not shared:
-        return {}
-    rows.kv.reserve(len(shared), max(map(len, shared)))
-    prompts = {prompt: Row(list(prompt[:-1]), adapter) for prompt in shared}
-    for row in prompts.values():
-        rows.add(row)
-    rows.forward(forward, [row.tokens for row in prompts.values()], [(0, 0)])
-    for row in prompts.values():
-        row.length = len(row.tokens)
-    return prompts
+    return [prompt[:-1] for prompt, number in counts.items() if number > 1 and len(prompt) > 1]
 
 
 def _length(sequence: tuple[Sequence[int], Sequence[int]]) -> int:

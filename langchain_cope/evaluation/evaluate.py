@@ -7,19 +7,18 @@ better; ROUGE compares greedy generations with them (f-measures, 0 to 1), higher
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from langchain_cope._environment import a_home
-from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, ReplyParts, Request, Sampling
+from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, Request, Sampling
 from langchain_cope.errors import HistoryError
 from langchain_cope.evaluation.ways import WAYS
 from langchain_cope.history.items import Item
 from langchain_cope.training.encode import Encoded, fit, parts_of_reply
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
-
-ITEMS_A_BATCH = 16  # items that are answered together, by every way; a step of the stage
 
 Adapters = Mapping[Stage | None, Adapter | None]
 """The adapters that answer, by the stage that trained each; under None the base, which has none."""
@@ -143,27 +142,26 @@ def _generate(
         max_tokens=recipe.max_new_tokens or longest,
         repetition_penalty=recipe.repetition_penalty,
     )
+    requests = (
+        request
+        for example in examples
+        for request in _requests(engine, example, recipe, adapters, sampling)
+    )
     texts: list[dict[str, str]] = []
-    for start in range(0, len(examples), ITEMS_A_BATCH):
-        monitor.raise_if_stopped()
-        batch = examples[start : start + ITEMS_A_BATCH]
-        requests = []
-        for example in batch:
-            prompt = engine.base.prompt_ids(example.item.messages)
-            parts = parts_of_reply(engine.base, prompt)
-            requests += _requests(prompt, parts, recipe, adapters, sampling)
-        answers = iter(engine.generate(requests, monitor.should_stop))
-        for example in batch:
+    with closing(engine.generate_each(requests, monitor.should_stop)) as answers:
+        for number, example in enumerate(examples, start=1):
             answer_of_way = {way.name: next(answers).text for way in WAYS}
             texts.append({"reference": example.item.completion, **answer_of_way})
-        monitor.step_done(start + len(batch), len(examples))
+            monitor.step_done(number, len(examples))
     return texts
 
 
 def _requests(
-    prompt: list[int], parts: ReplyParts, recipe: Recipe, adapters: Adapters, sampling: Sampling
+    engine: Engine, example: Encoded, recipe: Recipe, adapters: Adapters, sampling: Sampling
 ) -> list[Request]:
     """Return the question put to each way."""
+    prompt = engine.base.prompt_ids(example.item.messages)
+    parts = parts_of_reply(engine.base, prompt)
     return [
         Request(
             prompt,

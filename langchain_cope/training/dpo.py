@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer
 
 from langchain_cope.engine import Base
 from langchain_cope.training.adapter import load_weights, lora_config, save_adapter
-from langchain_cope.training.fast import share_prompts, speed_up
+from langchain_cope.training.fast import speed_up
 from langchain_cope.training.negatives import Pair
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
@@ -68,7 +68,6 @@ def dpo_trainer(
     # Known from mining, the reference needs no forwards of its own.
     trainer.precompute_ref_logps = "ref_chosen_logps" in trainer.train_dataset.column_names
     load_weights(trainer.model, sft)
-    share_prompts(trainer.model)
     speed_up(trainer.model)
     return trainer
 

@@ -9,8 +9,10 @@ replaced is how the model computes the log-probabilities that both trainers ask 
 - attention gets no mask, as batches are padded at their end, where a causal model never looks, and
   on a CPU it is computed in float32 where the texts are short: torch's gradients of it in bfloat16
   take five times as long there;
-- logits are made of the positions that bear a loss, not of the whole prompt;
-- DPO reads what the two answers of a pair have in common, their prompt, once and not twice.
+- log-probabilities are made of the positions that bear a loss, not of the whole prompt, and on a
+  CPU their gradient is made on the way, without a second product with the head;
+- what the texts of a batch begin with alike (the instruction; in DPO the prompt of a pair) is read
+  once.
 
 `tests/training/test_fast.py` says when a new version of peft or TRL makes one of these void.
 """
@@ -25,9 +27,10 @@ import trl.trainer.utils
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import _use_triton
 
 NOISE_SIZE = 1 << 22  # numbers that dropout draws for a whole training; a few MB
@@ -36,19 +39,21 @@ SHORT_TEXT = 256  # tokens; from about 400 on bfloat16 is the faster one
 # that no short probe could tell.
 NARROWER = ("sliding_window", "attention_chunk_size", "keep_window_size")
 PROBE_TOLERANCE = 0.02  # of the states' size: rounding in bfloat16 makes a third, a wrong mask more
-SHORT_FLOAT32 = "sdpa_short_float32"  # the name that transformers knows our attention by
+ATTENTION = "sdpa_of_rows"  # the name that transformers knows our attention by
+WORTH_SHARING = 0.9  # of the tokens, at most
+HEAD_TOKENS = 256  # whose logits, in float32, are held at once: 50 MB with 49 000 words
 
 
 def speed_up(model: PeftModel) -> None:
-    """Make `model`, which carries one LoRA adapter on a tree of its own, train faster.
-
-    For DPO, `share_prompts` comes first.
-    """
+    """Make `model`, which carries one LoRA adapter on a tree of its own, train faster."""
     tree = model.get_base_model()
-    _use_fast_attention(tree)
-    backbone = tree.base_model
-    if not isinstance(backbone.forward, _SharedPrompts):  # that one makes masks of its own
-        backbone.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    if tree.config._attn_implementation == "sdpa":
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        tree.set_attn_implementation(ATTENTION)
+        _share_beginnings(tree.base_model)
+    if not isinstance(tree.base_model.forward, _SharedBeginnings):
+        tree.base_model.register_forward_pre_hook(_without_mask, with_kwargs=True)
     noise: dict[float, Tensor] = {}
     for module in model.modules():
         # A quantized layer may be a subclass of either.
@@ -56,62 +61,77 @@ def speed_up(model: PeftModel) -> None:
             _FastLayer(module, noise)
 
 
-def share_prompts(model: PeftModel) -> None:
-    """Let a backbone that gets pairs, chosen rows before rejected ones, read each prompt once.
+def _share_beginnings(backbone: torch.nn.Module) -> None:
+    """Let `backbone` read what the rows of a batch begin with alike once.
 
-    It then reads one row a pair, `prompt chosen rejected`, whose mask hides the chosen answer from
-    the rejected one, and gives the states back as the rows that were asked for. A model whose
-    states are others that way (one without attention, say) is left as it is.
+    A model whose states are others that way (one without attention, say) is left as it is.
     """
-    backbone = model.get_base_model().base_model
-    if not any(getattr(backbone.config, name, None) for name in NARROWER):
-        plain, shared = backbone.forward, _SharedPrompts(backbone.forward)
-        probe = torch.tensor([[0, 1, 2, 3, 1], [0, 1, 1, 2, 0]], device=backbone.device)
-        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], device=backbone.device)
-        with torch.no_grad():
-            try:
-                expected = plain(probe, attention_mask=mask, use_cache=False).last_hidden_state
-                states = shared(probe, attention_mask=mask, use_cache=False).last_hidden_state
-            except Exception:  # no masks or positions of that shape
-                return
-        difference = ((states - expected) * mask.unsqueeze(-1)).float().norm()
-        if difference <= PROBE_TOLERANCE * expected.float().norm():
-            backbone.forward = shared
+    if any(getattr(backbone.config, name, None) for name in NARROWER):
+        return
+    plain, shared = backbone.forward, _SharedBeginnings(backbone.forward)
+    device = next(backbone.parameters()).device
+    rows = [[0, 1, 2, 3, 1], [0, 1, 2, 2], [0, 1, 2, 3, 0]]
+    probe = torch.tensor([row + [0] * (5 - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (5 - len(row)) for row in rows], device=device)
+    was_training = backbone.training
+    backbone.eval()
+    with torch.no_grad():
+        try:
+            expected = plain(probe, attention_mask=mask, use_cache=False).last_hidden_state
+            states = shared(probe, attention_mask=mask, use_cache=False).last_hidden_state
+        except Exception:  # its attention is not told of the rows, or has other shapes
+            return
+        finally:
+            backbone.train(was_training)
+    difference = ((states - expected) * mask.unsqueeze(-1)).float().norm()
+    if difference <= PROBE_TOLERANCE * expected.float().norm():
+        backbone.forward = shared
 
 
 @contextmanager
 def logits_of_completions_alone() -> Iterator[None]:
-    """Let TRL make logits only where a label is, as it does by itself on GPUs alone.
+    """Let TRL make log-probabilities only where a label is, as it does by itself on GPUs alone.
 
-    TRL's switch is one name of a module, so it holds for the whole process meanwhile; what other
-    trainers compute stays the same. The first of two trainings that ends brings TRL's own back.
+    TRL's switch and function are names of a module, so this holds for the whole process meanwhile;
+    what other trainers compute stays the same. The first of two trainings that ends brings TRL's
+    own back.
     """
     trl.trainer.utils._use_triton = lambda device: True
+    trl.trainer.utils._ChunkedLogProbFunction = _LogProbs
     try:
         yield
     finally:
         trl.trainer.utils._use_triton = _use_triton
-
-
-def _use_fast_attention(tree: PreTrainedModel) -> None:
-    is_slow = tree.device.type == "cpu" and tree.dtype == torch.bfloat16
-    if is_slow and tree.config._attn_implementation == "sdpa":
-        AttentionInterface.register(SHORT_FLOAT32, _attention)
-        AttentionMaskInterface.register(SHORT_FLOAT32, sdpa_mask)
-        tree.set_attn_implementation(SHORT_FLOAT32)
+        trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbFunction
 
 
 def _attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: "_Layout | None" = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return transformers' `sdpa` attention, in float32 for up to `SHORT_TEXT` tokens."""
-    if key.shape[2] > SHORT_TEXT:
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    """Return transformers' `sdpa` attention.
+
+    On a CPU it is computed in float32 for up to `SHORT_TEXT` tokens. With a `layout`, the tokens
+    are those of several rows that begin alike, and each row looks at its own alone.
+    """
+    dtype = query.dtype
+    length = key.shape[2] if layout is None else layout.columns.shape[1]
+    if dtype == torch.bfloat16 and query.device.type == "cpu" and length <= SHORT_TEXT:
+        query, key, value = query.float(), key.float(), value.float()
+    if layout is not None:
+        query, key, value = layout.rows_of(query), layout.rows_of(key), layout.rows_of(value)
+        attention_mask = None
     with torch.autocast(query.device.type, enabled=False):
-        answer, _ = sdpa_attention_forward(
-            module, query.float(), key.float(), value.float(), *args, **kwargs
-        )
-    return answer.to(query.dtype), None
+        answer, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if layout is not None:
+        answer = layout.packed(answer)
+    return answer.to(dtype), None
 
 
 def _without_mask(
@@ -119,13 +139,18 @@ def _without_mask(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Leave the attention mask out where all padding is at the end."""
     mask = kwargs.get("attention_mask")
-    if mask is not None and mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+    if mask is not None and _is_padded_at_end(mask):
         kwargs = {**kwargs, "attention_mask": None}
     return args, kwargs
 
 
-class _SharedPrompts:
-    """A backbone's forward over pairs of rows that begin alike."""
+def _is_padded_at_end(mask: Tensor) -> bool:
+    """Return whether `mask` is of shape `(B, L)`, each row ones, then zeros."""
+    return mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all())
+
+
+class _SharedBeginnings:
+    """A backbone's forward over rows that begin alike: each shared token is computed once."""
 
     def __init__(self, forward: Any) -> None:
         """Read with `forward`, the backbone's own."""
@@ -134,76 +159,90 @@ class _SharedPrompts:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Take `(2 P, L)` ids of P chosen rows and their P rejected ones, padded at the end.
-
-        Returns what the backbone does; its `last_hidden_state` is `(2 P, L, width)`.
-        """
-        # No pairs: somebody asks the model for something else. What a router says of each token
-        # (a loss balances a mixture's experts by it) is asked of the rows as they are.
-        if len(input_ids) % 2 or kwargs.get("output_router_logits"):
+        """Take `(B, L)` ids; states come back as `(B, L, width)`."""
+        layout = None
+        if attention_mask is not None and _is_padded_at_end(attention_mask):
+            layout, attention_mask = _Layout.of(input_ids, attention_mask), None
+        # What a router says of each token (a loss balances a mixture's experts by it) is asked of
+        # the rows as they are.
+        has_router = kwargs.get("output_router_logits")
+        if layout is None or has_router or not layout.is_worth_it():
             return self._forward(input_ids, attention_mask=attention_mask, **kwargs)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        rows = [row[: int(keep.sum())] for row, keep in zip(input_ids, attention_mask, strict=True)]
-        pairs = list(zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True))
-        layouts = [_PairLayout.of(chosen, rejected) for chosen, rejected in pairs]
-        longest = max(layout.length for layout in layouts)
-        packed = input_ids.new_zeros(len(pairs), longest)
-        positions = torch.zeros_like(packed)
-        visible = torch.zeros(len(pairs), 1, longest, longest, dtype=torch.bool)
-        back = input_ids.new_zeros(2, len(pairs), input_ids.shape[1])
-        for index, layout in enumerate(layouts):
-            chosen, rejected = pairs[index]
-            packed[index, : layout.length] = torch.cat([chosen, rejected[layout.shared :]])
-            positions[index] = layout.positions(longest)
-            visible[index, 0] = layout.visible(longest)
-            back[0, index, : len(chosen)] = torch.arange(len(chosen))
-            back[1, index, : len(rejected)] = layout.rejected_columns()
         out = self._forward(
-            packed,
-            attention_mask=visible.to(input_ids.device),
-            position_ids=positions,
+            layout.ids[None],
+            # Of the shape that models pass on as it is; our attention goes by the layout.
+            attention_mask=input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+            position_ids=layout.positions[None],
+            layout=layout,
             **kwargs,
         )
-        states = out.last_hidden_state
-        rows_of = torch.arange(len(pairs), device=states.device)[:, None]
-        out.last_hidden_state = torch.cat([states[rows_of, back[0]], states[rows_of, back[1]]])
+        out.last_hidden_state = _gather(out.last_hidden_state[0], layout.columns)
         return out
 
 
 @dataclass(frozen=True)
-class _PairLayout:
-    """Where the tokens of one pair stand in its row: shared ones, chosen ones, rejected ones."""
+class _Layout:
+    """Rows of tokens with their shared beginnings laid down once, all in one row of T tokens."""
 
-    shared: int
-    chosen: int
-    length: int
+    ids: Tensor
+    """`(T,)` token ids."""
+    positions: Tensor
+    """`(T,)`: how many tokens stand before each in its row."""
+    columns: Tensor
+    """`(B, L)`: where in the T tokens each token of each row is; 0 for padding."""
+    owners: Tensor
+    """`(T,)`: for each of the T tokens one of the `B · L` places where it stands."""
+    num_tokens: int
+    """Of all rows, padding not counted."""
 
     @classmethod
-    def of(cls, chosen: Tensor, rejected: Tensor) -> "_PairLayout":
-        """Return the layout of two rows of ids, without padding."""
-        shortest = min(len(chosen), len(rejected))
-        differs = (chosen[:shortest] != rejected[:shortest]).nonzero()
-        shared = int(differs[0]) if len(differs) else shortest
-        return cls(shared, len(chosen), len(chosen) + len(rejected) - shared)
+    def of(cls, input_ids: Tensor, attention_mask: Tensor) -> "_Layout":
+        """Return the layout of `(B, L)` ids, padded at the end as the mask says."""
+        known: dict[tuple[int, int], int] = {}  # (column before, id) → column
+        ids: list[int] = []
+        positions: list[int] = []
+        owners: list[int] = []
+        width = input_ids.shape[1]
+        columns = [[0] * width for _ in input_ids]
+        lengths = attention_mask.sum(dim=1).tolist()
+        for index, (row, length) in enumerate(zip(input_ids.tolist(), lengths, strict=True)):
+            column = -1
+            for position, token in enumerate(row[:length]):
+                column = known.setdefault((column, token), len(ids))
+                columns[index][position] = column
+                if column == len(ids):
+                    ids.append(token)
+                    positions.append(position)
+                    owners.append(index * width + position)
+        device = input_ids.device
+        return cls(
+            ids=torch.tensor(ids, device=device),
+            positions=torch.tensor(positions, device=device),
+            columns=torch.tensor(columns, device=device),
+            owners=torch.tensor(owners, device=device),
+            num_tokens=sum(lengths),
+        )
 
-    def positions(self, width: int) -> Tensor:
-        """Return `(width,)` positions: the rejected answer begins where the chosen one does."""
-        columns = torch.arange(width)
-        return torch.where(columns < self.chosen, columns, columns - self.chosen + self.shared)
+    def is_worth_it(self) -> bool:
+        """Return whether enough tokens are shared to pay for laying the rows out anew."""
+        return len(self.ids) <= WORTH_SHARING * self.num_tokens
 
-    def visible(self, width: int) -> Tensor:
-        """Return `(width, width)`: whether the token of a row sees that of a column."""
-        columns = torch.arange(width)
-        of_chosen = (columns >= self.shared) & (columns < self.chosen)
-        of_rejected = columns >= self.chosen
-        before = columns[:, None] >= columns
-        return before & ~(of_rejected[:, None] & of_chosen)
+    def rows_of(self, states: Tensor) -> Tensor:
+        """Return the `(1, heads, T, size)` states of the tokens as `(B, heads, L, size)`."""
+        _, heads, length, size = states.shape
+        tokens = states[0].transpose(0, 1).reshape(length, heads * size)
+        rows = _gather(tokens, self.columns)
+        return rows.view(*self.columns.shape, heads, size).transpose(1, 2)
 
-    def rejected_columns(self) -> Tensor:
-        """Return the columns of the rejected row's tokens, the shared ones included."""
-        rest = torch.arange(self.chosen, self.length)
-        return torch.cat([torch.arange(self.shared), rest])
+    def packed(self, rows: Tensor) -> Tensor:
+        """Return `(B, L, heads, size)` of the rows as `(1, T, heads, size)` of the tokens."""
+        _, _, heads, size = rows.shape
+        return _gather(rows.reshape(-1, heads * size), self.owners).view(1, -1, heads, size)
+
+
+def _gather(tokens: Tensor, columns: Tensor) -> Tensor:
+    """Return `tokens[columns]`: an embedding, whose gradient is the faster one on a CPU."""
+    return torch.nn.functional.embedding(columns, tokens)
 
 
 class _FastLayer:
@@ -303,3 +342,69 @@ class _AdaptedLinear(torch.autograd.Function):
                 grad_x.addcmul_(grad_low_rank @ a, noise)
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None, None
+
+
+class _LogProbs:
+    """TRL's log-probabilities of labels, faster where the head is frozen and on a CPU."""
+
+    @staticmethod
+    def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+        """Take and return what TRL's `ChunkedLogProbFunction` does."""
+        targets, temperature, _, softcap, scale, _ = args
+        is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        if is_frozen and hidden.device.type == "cpu" and softcap is None:
+            return _FrozenHead.apply(hidden, weight, bias, targets, scale / temperature)  # type: ignore[no-untyped-call]
+        return ChunkedLogProbFunction.apply(hidden, weight, bias, *args)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """`log softmax(scale · (h Wᵀ + bias))` at the targets; its gradient for h alone.
+
+    That is `scale · (W[target] − Σ p W)`, and made while p is at hand.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
+        """Shapes: h `(n, width)`, W `(V, width)`, targets `(n,)`.
+
+        Returns per token, in TRL's order: log-probability, entropy, log of the sum of squared
+        probabilities, mean logit, and whether the target is the likeliest token.
+        """
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        dtype = dtype or hidden.dtype
+        head = weight.to(dtype)
+        head_bias = None if bias is None else bias.to(dtype)
+        parts: list[tuple[Tensor, ...]] = []
+        slopes = []
+        for start in range(0, max(1, len(targets)), HEAD_TOKENS):
+            some = hidden[start : start + HEAD_TOKENS].to(dtype)
+            wanted = targets[start : start + HEAD_TOKENS]
+            logits = torch.nn.functional.linear(some, head, head_bias).float().mul_(scale)
+            log_probs = logits.log_softmax(-1)
+            probs = log_probs.exp()
+            parts.append(
+                (
+                    log_probs.gather(-1, wanted[:, None]).squeeze(-1),
+                    -torch.linalg.vecdot(probs, log_probs),
+                    torch.linalg.vecdot(probs, probs).log(),
+                    logits.mean(-1),
+                    logits.argmax(-1) == wanted,
+                )
+            )
+            if ctx.needs_input_grad[0]:
+                slopes.append((head[wanted] - probs.to(dtype) @ head).mul_(scale))
+        per_token = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(slopes))
+        ctx.dtype = hidden.dtype
+        ctx.mark_non_differentiable(*per_token[1:])
+        return per_token
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradient for h, and None for the rest."""
+        (slopes,) = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(ctx.dtype), None, None, None, None

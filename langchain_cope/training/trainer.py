@@ -76,7 +76,7 @@ def arguments(
         "max_grad_norm": schedule.max_grad_norm,
         "warmup_steps": schedule.warmup if has_warmup else 0,
         "lr_scheduler_type": "linear",
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "bf16": base.dtype == torch.bfloat16,  # TRL's default casts whatever it gets
         "fp16": base.dtype == torch.float16 and base.device.type == "cuda",
         checkpointing: base.num_parameters >= CHECKPOINTING_PARAMETERS,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import DEVICE
 
 from langchain_cope.engine import Engine, load_base
 
@@ -19,11 +20,11 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def engine_for() -> Iterator[EngineFor]:
-    """`engine_for(folder)` is the engine of the base in that folder, in float32 on the CPU."""
+    """`engine_for(folder)` is the engine of the base in that folder, in float32, on `DEVICE`."""
     engines = []
 
     def get(folder: Path, dtype: str = "float32") -> Engine:
-        engines.append(Engine.of(load_base(folder, device="cpu", dtype=dtype)))
+        engines.append(Engine.of(load_base(folder, device=DEVICE, dtype=dtype)))
         return engines[-1]
 
     yield get

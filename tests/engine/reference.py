@@ -45,7 +45,8 @@ class Reference:
     @torch.no_grad()
     def next_token(model: torch.nn.Module, prompt: list[int]) -> int:
         """Return the likeliest next token of a plain forward."""
-        return int(model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].argmax())
+        ids = torch.tensor([prompt], device=next(model.parameters()).device)
+        return int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
 
 
 def scores(user: Tensor, base: Tensor, alpha: float, tau: float) -> Tensor:

@@ -1,5 +1,8 @@
-"""The memory that a container leaves, read from both versions of control groups as plain files."""
+"""What a container leaves, read from both versions of control groups as plain files."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -7,7 +10,7 @@ import pytest
 import torch
 
 from langchain_cope.engine import device
-from langchain_cope.engine.cgroup import free_in_cgroups
+from langchain_cope.engine.cgroup import cores_in_cgroups, free_in_cgroups
 
 MB = 1_000_000
 UNLIMITED_V1 = "9223372036854771712"
@@ -96,3 +99,51 @@ def test_the_engine_sizes_its_caches_by_the_smaller_of_host_and_groups(
     of_host = psutil.virtual_memory().available
     expected = of_host * share + (1000 if groups == 1000 else 0)
     assert free == pytest.approx(expected, rel=0.1)
+
+
+def test_the_tightest_quota_of_nested_groups_tells_the_cores(tmp_path: Path) -> None:
+    process_in(tmp_path, "0::/pods/one")
+    for name, quota in {"pods": "250000 100000", "pods/one": "max 100000"}.items():
+        (tmp_path / V2 / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / V2 / name / "cpu.max").write_text(f"{quota}\n")
+    assert cores_in_cgroups(tmp_path) == 2.5
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("150000", 1.5), ("-1", None), (None, None)])
+def test_version_1_has_quota_and_period_apart(
+    quota: str | None, cores: float | None, tmp_path: Path
+) -> None:
+    process_in(tmp_path, "4:cpu,cpuacct:/docker/ab", "3:memory:/docker/ab")
+    folder = tmp_path / "sys/fs/cgroup/cpu,cpuacct"
+    folder.mkdir(parents=True)
+    if quota is not None:
+        (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert cores_in_cgroups(tmp_path) == cores
+
+
+LOAD = """
+import torch
+torch.set_num_threads(4)
+from langchain_cope.engine import device, load_base
+device.cores_in_cgroups = lambda: 1.5
+load_base("starter", device="cpu")
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, "2"), ("4", "4")])
+def test_torch_takes_no_more_threads_than_the_quota_has_cores(
+    asked: str | None, threads: str
+) -> None:
+    environment = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if asked is not None:
+        environment["OMP_NUM_THREADS"] = asked
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout.split() == [threads]

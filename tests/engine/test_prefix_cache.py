@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine.test_failures import before_each_forward
+from tiny import DEVICE
 
 from langchain_cope.engine import Contrast, Engine, EngineOptions, Request, Sampling, load_base
 from langchain_cope.engine.answer import ActiveRequest
@@ -31,7 +32,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 def engines(base: Path, **options: int) -> tuple[Engine, Engine]:
     """One that remembers beginnings, one that does not."""
-    loaded = load_base(base, device="cpu", dtype="float32")
+    loaded = load_base(base, device=DEVICE, dtype="float32")
     return Engine(loaded, EngineOptions(**options)), Engine(loaded, EngineOptions(prefix_cache=0))
 
 
@@ -116,7 +117,7 @@ def test_users_never_share_their_own_states(
 
 
 def test_the_bound_holds_and_what_was_used_last_stays(tiny: Tiny, closing: list[Engine]) -> None:
-    base = load_base(tiny("llama"), device="cpu", dtype="float32")
+    base = load_base(tiny("llama"), device=DEVICE, dtype="float32")
     probe = Engine(base, EngineOptions())
     block_bytes = BLOCK * probe._batch.bytes_per_position
     closing += [probe, *engines(tiny("llama"), prefix_cache=5 * block_bytes)]
@@ -220,7 +221,7 @@ def test_who_waited_for_a_prompt_reads_it_where_its_reader_ends(
 def test_who_waits_for_a_prompt_keeps_its_deadline_and_place(
     tiny: Tiny, closing: list[Engine]
 ) -> None:
-    base = load_base(tiny("llama"), device="cpu", dtype="float32")
+    base = load_base(tiny("llama"), device=DEVICE, dtype="float32")
     engine = Engine(base, EngineOptions(max_rows=3))
     closing.append(engine)
     long = tokens(200, 9)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine.reference import Reference
 from engine.test_failures import before_each_forward
+from tiny import DEVICE
 
 from langchain_cope.engine import (
     Contrast,
@@ -102,7 +103,7 @@ def test_a_prompt_of_several_completions_is_read_once(
 def test_what_closes_a_turn_is_scored_with_the_answer(
     speculation: bool, tiny: Tiny, adapter: Tiny
 ) -> None:
-    base = load_base(tiny("llama"), device="cpu", dtype="float32")
+    base = load_base(tiny("llama"), device=DEVICE, dtype="float32")
     engine = Engine(base, EngineOptions(speculation=speculation))
     ann = engine.load_adapter(adapter(tiny("llama"), seed=1))
     requests = [

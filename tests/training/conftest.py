@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny import DEVICE
 from training.tiny import make_item, write_model
 
 from langchain_cope.engine import Base, Engine, load_base
@@ -24,7 +25,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp(architecture)
             write_model(folders[key], *key)
-        return load_base(folders[key], device="cpu")
+        return load_base(folders[key], device=DEVICE)
 
     return make
 

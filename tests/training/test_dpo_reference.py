@@ -59,9 +59,9 @@ def plain_log_probs(base, pairs, folder=None):
 
 def check_reference(trainer, base, pairs):
     with random_state_kept():
-        batch = trainer.data_collator(list(_dataset(pairs)))
+        batch = trainer._prepare_inputs(trainer.data_collator(list(_dataset(pairs))))
         chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
-    reference = torch.stack([chosen, rejected], dim=1)
+    reference = torch.stack([chosen, rejected], dim=1).cpu()
     assert torch.allclose(reference, plain_log_probs(base, pairs), atol=1e-4, rtol=0)
 
 

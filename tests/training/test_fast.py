@@ -9,17 +9,19 @@ import torch
 import trl.trainer.utils
 from training.test_trainers import encoded, pair
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from trl.kernels import ChunkedLogProbFunction
 
 from langchain_cope.engine import load_base
-from langchain_cope.training import dpo, sft, trainer
+from langchain_cope.training import dpo, fast, sft, trainer
 from langchain_cope.training.dpo import dpo_trainer
 from langchain_cope.training.fast import (
-    SHORT_FLOAT32,
+    ATTENTION,
     SHORT_TEXT,
     _AdaptedLinear,
     _attention,
+    _FrozenHead,
     _noise,
-    _SharedPrompts,
+    _SharedBeginnings,
     _without_mask,
     logits_of_completions_alone,
 )
@@ -36,7 +38,6 @@ def slow_down(monkeypatch):
     def undo():
         monkeypatch.setattr(sft, "speed_up", lambda model: None)
         monkeypatch.setattr(dpo, "speed_up", lambda model: None)
-        monkeypatch.setattr(dpo, "share_prompts", lambda model: None)
         monkeypatch.setattr(trainer, "logits_of_completions_alone", nullcontext)
 
     return undo
@@ -67,7 +68,11 @@ def test_sft_takes_the_steps_of_trl_and_peft(
     examples = encoded(base, items)
 
     def build():
-        return sft_trainer(base, examples, recipe, str(tmp_path))
+        built = sft_trainer(base, examples, recipe, str(tmp_path))
+        for module in built.model.modules():
+            if isinstance(module, torch.nn.Dropout):  # GPT-2's own draws by the shape of a batch
+                module.p = 0.0
+        return built
 
     ours = steps_of(build, monitor)
     slow_down()
@@ -141,24 +146,64 @@ def test_a_reference_that_mining_knows_is_not_computed_again(
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rejected"),
-    [([1, 2, 3, 4], [1, 2, 5]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 2]), ([1], [2]), ([1], [1])],
+    "rows",
+    [
+        [[1, 2, 3, 4], [1, 2, 5]],
+        [[1, 2], [1, 2, 3]],
+        [[1, 2, 3], [1, 2]],
+        [[1], [1]],
+        [[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 5, 7, 8], [1, 2, 5, 6]],
+        [[1, 1, 2, 1], [1, 1, 1, 2], [2, 1, 1, 1]],
+    ],
 )
-def test_states_of_pairs_are_those_of_their_rows_alone(make_base, chosen, rejected):
-    backbone = make_base().skeleton().base_model
-    width = max(len(chosen), len(rejected)) + 1
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in (chosen, rejected)])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in (chosen, rejected)])
-    together = _SharedPrompts(backbone.forward)(ids, attention_mask=mask).last_hidden_state
-    for row, states in zip((chosen, rejected), together, strict=True):
-        alone = backbone(torch.tensor([row])).last_hidden_state[0]
+def test_states_of_rows_that_begin_alike_are_those_of_each_alone(
+    make_base, items, recipe, tmp_path, rows
+):
+    base = make_base()
+    with random_state_kept():
+        model = sft_trainer(base, encoded(base, items), recipe, str(tmp_path)).model
+    backbone = model.get_base_model().base_model.eval()
+    assert isinstance(backbone.forward, _SharedBeginnings)
+    read = []
+    backbone.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: read.append(args[0].numel())
+    )
+    width = max(map(len, rows)) + 1
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    ids, mask = ids.to(backbone.device), mask.to(backbone.device)
+    together = backbone(ids, attention_mask=mask).last_hidden_state
+    assert read == [len({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)})]
+    for row, states in zip(rows, together, strict=True):
+        alone = backbone(torch.tensor([row], device=ids.device)).last_hidden_state[0]
         torch.testing.assert_close(states[: len(row)], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_log_probabilities_under_a_frozen_head_are_exact(has_bias):
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(300, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight, bias = (torch.randn(7, *size, generator=generator).double() for size in ((5,), ()))
+    targets = torch.randint(7, (300,), generator=generator)
+    bias = bias if has_bias else None
+    expected = (1.5 * torch.nn.functional.linear(hidden, weight, bias)).log_softmax(-1)
+    answer = _FrozenHead.apply(hidden, weight, bias, targets, 1.5)
+    of_targets = expected[range(300), targets]
+    torch.testing.assert_close(answer[0], of_targets.float(), check_dtype=False)
+    entropy = torch.distributions.Categorical(logits=expected).entropy()
+    torch.testing.assert_close(answer[1], entropy.float(), check_dtype=False)
+    torch.testing.assert_close(answer[2], (expected.exp() ** 2).sum(-1).log().float())
+    assert answer[4].tolist() == (expected.argmax(-1) == targets).tolist()
+    upstream = torch.randn(300, generator=generator)
+    (slope,) = torch.autograd.grad(answer[0], hidden, upstream, retain_graph=True)
+    (true_slope,) = torch.autograd.grad(of_targets, hidden, upstream.double())
+    torch.testing.assert_close(slope, true_slope, atol=1e-5, rtol=1e-5)
 
 
 def test_logits_are_made_where_labels_are_and_nowhere_else(
     base, items, recipe, monitor, tmp_path, monkeypatch
 ):
-    kernel, scored = trl.trainer.utils._ChunkedLogProbFunction, []
+    kernel, scored = fast._FrozenHead, []
 
     class Counted:
         @staticmethod
@@ -166,12 +211,13 @@ def test_logits_are_made_where_labels_are_and_nowhere_else(
             scored.append(len(hidden))
             return kernel.apply(hidden, *args)
 
-    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counted)
+    monkeypatch.setattr(fast, "_FrozenHead", Counted)
     examples = encoded(base, items)
     train_sft(base, examples, recipe, tmp_path / "sft", monitor)
     num_epochs = recipe.sft.epochs
     assert sum(scored) == num_epochs * sum(len(example.completion_ids) for example in examples)
     assert not trl.trainer.utils._use_triton(torch.device("cpu"))  # put back
+    assert trl.trainer.utils._ChunkedLogProbFunction is ChunkedLogProbFunction
 
 
 @pytest.mark.parametrize("is_masked", [True, False])
@@ -211,7 +257,7 @@ def test_dropout_acts_in_sft_and_differs_from_step_to_step(base, items, recipe, 
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)  # it starts at zero, where nothing shows
-        ids = torch.tensor([[1, 2, 3]])
+        ids = torch.tensor([[1, 2, 3]], device=model.device)
         first, second = (model.train()(input_ids=ids).logits for _ in range(2))
         third, fourth = (model.eval()(input_ids=ids).logits for _ in range(2))
     assert not torch.allclose(first, second)
@@ -262,9 +308,9 @@ def test_short_texts_get_attention_in_float32(length):
     assert ours.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("float32", "sdpa"), ("bfloat16", SHORT_FLOAT32)])
-def test_training_in_bfloat16_gets_that_attention(
-    make_base, items, recipe, monitor, tmp_path, dtype, name
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_gets_that_attention_and_the_base_keeps_its_own(
+    make_base, items, recipe, monitor, tmp_path, dtype
 ):
     base = load_base(make_base().name, device="cpu", dtype=dtype)
     losses, _ = steps_of(
@@ -272,6 +318,6 @@ def test_training_in_bfloat16_gets_that_attention(
     )
     with random_state_kept():
         built = sft_trainer(base, encoded(base, items), recipe, str(tmp_path))
-    assert built.model.config._attn_implementation == name
-    assert base.model.config._attn_implementation == "sdpa"  # the base's own stays
+    assert built.model.config._attn_implementation == ATTENTION
+    assert base.model.config._attn_implementation == "sdpa"
     assert losses[-1] < losses[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny import THINKS_FIRST, make_adapter, make_model
+from tiny import DEVICE, THINKS_FIRST, make_adapter, make_model
 from training.tiny import Heard, make_item
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,7 +117,7 @@ def test_mined_negative_is_the_argmin_of_independently_computed_rewards(
 @pytest.fixture(scope="module")
 def starter():
     """The engine of a pretrained base, which writes words as a tokenizer does."""
-    engine = Engine.of(load_base(STARTER, device="cpu", dtype="float32"))
+    engine = Engine.of(load_base(STARTER, device=DEVICE, dtype="float32"))
     yield engine
     engine.close()
 
@@ -222,7 +222,7 @@ def thinker(tmp_path_factory):
     with torch.no_grad():
         model.get_output_embeddings().weight[end] *= 4
     model.save_pretrained(folder)
-    engine = Engine.of(load_base(folder, device="cpu"))
+    engine = Engine.of(load_base(folder, device=DEVICE))
     yield engine
     engine.close()
 

@@ -141,7 +141,8 @@ def test_item_nll_is_that_of_a_plain_forward_over_completions(engine, held_out, 
     for item in held_out:
         prompt, completion = encode(engine.base, item.messages, item.completion)
         with torch.no_grad():
-            logits = engine.base.model(input_ids=torch.tensor([prompt + completion])).logits[0]
+            ids = torch.tensor([prompt + completion], device=engine.base.device)
+            logits = engine.base.model(input_ids=ids).logits[0].cpu()
         scores = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         plain.append(-scores.gather(1, torch.tensor(completion)[:, None]).mean().item())
     assert item_nll(engine, held_out, recipe) == pytest.approx(plain, abs=1e-5)

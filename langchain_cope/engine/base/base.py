@@ -186,15 +186,15 @@ class Base:
         return copy.deepcopy(self.model, shared)
 
     def block_source(self) -> BlockSource | None:
-        """Return what gives the 4-bit blocks of parameters, where a GGUF file has them.
+        """Return what gives products with 4-bit blocks, where a GGUF file has them.
 
         None where no product could be computed with them: on a GPU, or in float32.
         """
         if self.gguf is None or not can_pack(next(self.model.parameters())):
             return None
-        from langchain_cope.engine.base.gguf.blocks import FileBlocks
+        from langchain_cope.engine.base.gguf.packed import PackedFile
 
-        return FileBlocks(self.gguf, self.model)
+        return PackedFile(self.gguf, self.model, keep=self.task_adapter is None)
 
     def prompt_ids(
         self, messages: list[Message], tools: Sequence[dict[str, Any]] = ()

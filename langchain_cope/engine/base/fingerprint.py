@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from langchain_cope._collector import collector_paused
 from langchain_cope.engine.adapter import CONFIG, WEIGHTS
 from langchain_cope.engine.base.digests import cached_digest
 
@@ -48,6 +49,7 @@ class LoadedBase(Protocol):
         """Digest of the file that the weights were unpacked from, if there is one."""
 
 
+@collector_paused()
 def fingerprint_of(base: LoadedBase) -> dict[str, str]:
     """Return the fingerprint of `base`, part by part.
 

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from langchain_cope._collector import collector_paused
 from langchain_cope.engine import forks
 from langchain_cope.engine.adapter import CONFIG, WEIGHTS
 from langchain_cope.engine.base.base import Base
@@ -24,8 +25,10 @@ from langchain_cope.engine.base.bundled import STARTER, default_model
 from langchain_cope.engine.base.chat_template import ensure_chat_template
 from langchain_cope.engine.base.context import context_of
 from langchain_cope.engine.base.cpu_dtype import cpu_dtype
-from langchain_cope.engine.base.gguf.cache import GgufFile
+from langchain_cope.engine.base.gguf.cache import UNPACKED_WEIGHTS, GgufFile
+from langchain_cope.engine.base.gguf.mapped import map_weights
 from langchain_cope.engine.base.gguf.source import find_gguf
+from langchain_cope.engine.device import limit_threads
 from langchain_cope.engine.forward.fused_weights import fuse_weights
 from langchain_cope.errors import CopeError, InputError, ModelError, ModelNotFound
 from langchain_cope.text import first_line
@@ -136,7 +139,9 @@ class _Arguments:
         )
 
 
+@collector_paused()
 def _load(arguments: _Arguments) -> Base:
+    limit_threads()
     if arguments.gguf is not None:
         arguments = _unpacked(arguments, arguments.gguf)
     name, source, revision = arguments.name, arguments.source, arguments.revision
@@ -148,6 +153,8 @@ def _load(arguments: _Arguments) -> Base:
             quantization = arguments.quantization_config
             quantization = quantization or getattr(config, "quantization_config", None)
             model = _read_weights(arguments, config, quantized=quantization is not None)
+            if arguments.gguf is not None and arguments.device == "cpu":
+                map_weights(model, Path(source) / UNPACKED_WEIGHTS)
         except Exception as error:  # damaged files raise any of a dozen kinds
             raise _explain(name, source, error) from error
         adapter_folder = None

@@ -1,7 +1,7 @@
 """Projections that read the same input, side by side in memory, so that one product serves all.
 
 Nothing is copied for good: the parameters become views of the common tensor, each with its own
-name, shape and values.
+name, shape and values. Those that lie side by side already stay where they are.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def fused(tensors: Sequence[Tensor | None]) -> Tensor | None:
 def _fuse(parameters: Sequence[nn.Parameter | None], pages: CheckpointPages) -> None:
     present = [parameter for parameter in parameters if parameter is not None]
     kinds = {(parameter.dtype, parameter.device, parameter.shape[1:]) for parameter in present}
-    if len(present) != len(parameters) or len(kinds) != 1:
+    if len(present) != len(parameters) or len(kinds) != 1 or fused(present) is not None:
         return
     common = torch.cat([parameter.data for parameter in present])
     start = 0

@@ -18,10 +18,16 @@ from transformers import PreTrainedModel
 from langchain_cope.engine.forward.attention import additive, grouped_attention, row_mask
 from langchain_cope.engine.forward.fused_weights import GROUPS
 from langchain_cope.engine.forward.inputs import Inputs
+from langchain_cope.engine.forward.likely_logits import refined
 from langchain_cope.engine.forward.lora_rows import LoraRows, Site
 from langchain_cope.engine.forward.matmul_order import MatmulOrder
 from langchain_cope.engine.forward.packed_weights import BlockSource
-from langchain_cope.engine.forward.products import Product, pack, set_packed_rows
+from langchain_cope.engine.forward.products import (
+    Product,
+    measure_packed_rows,
+    pack,
+    set_packed_rows,
+)
 
 _MODEL = {"model", "lm_head"}
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -112,8 +118,9 @@ class LlamaForward:
 
     def pack(self, source: BlockSource) -> None:
         """Compute forwards of few rows with packed blocks, where there are some and it pays."""
+        pack([product for products in self._alike for product in products], source)
         for products in self._alike:
-            pack(products, source, self._order)
+            measure_packed_rows(products, source, self._order)
 
     @property
     def packed_rows(self) -> tuple[int, ...]:
@@ -151,7 +158,8 @@ class LlamaForward:
             gated = layer.activation(gated[..., :width]) * gated[..., width:]
             states = states + self._product(layer.down, gated, inputs.lora)
         last = self._norm(states[inputs.logit_rows, inputs.logit_columns])
-        return self._output_head(last, self._order)
+        head = self._output_head
+        return refined(head(last, self._order), last, head.weight, head.bias)
 
     def _attend(
         self,

@@ -2,8 +2,9 @@
 
 `LoraRows` holds the adapters of a batch's rows, stacked, and adds `x · A_rᵀ · B_rᵀ` for every row
 with an adapter, with row r's own A and B (scaling folded into B). Layers that read the same input
-make up a `Site` and share the first product. Rows with an adapter come first, so that rows of the
-base cost nothing extra.
+make up a `Site` and share both products: the Bs of a row stand side by side, zeros between them.
+Rows with an adapter come first, so that rows of the base cost nothing extra. Rows that all carry
+the same adapter are one plain product.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 from langchain_cope.engine.adapter import Adapter
+
+# Of a row: from here on a CPU multiplies the low-rank matrices faster in bfloat16, the dtype of the
+# states, than in float32 (`low_rank_dtype`).
+MANY_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class LoraRows:
         """
         self._sites = sites
         self._like = like
-        self._rows: list[Adapter] = []
+        self._rows: list[Adapter] = []  # that the stacks hold; one, where all are the same
+        self._num_rows = 0
         self._capacity = 0
         self._stacks: dict[Site, _Stack] = {}
 
@@ -47,6 +53,9 @@ class LoraRows:
 
     def set(self, adapters: Sequence[Adapter]) -> None:
         """Take these adapters as the first rows; only what changed is copied."""
+        self._num_rows = len(adapters)
+        if all(adapter is adapters[0] for adapter in adapters):
+            adapters = adapters[:1]
         if not self._has_room(adapters):
             self._build(adapters)
         else:
@@ -63,7 +72,11 @@ class LoraRows:
     def add(self, site: Site, states: Tensor, output: Tensor) -> None:
         """Add what the adapters change at `site` to its `output` `(R, Q, out)`, in place."""
         if self._rows and (stack := self._stacks.get(site)):
-            stack.add(states, output, len(self._rows))
+            states, output = states[: self._num_rows], output[: self._num_rows]
+            if len(self._rows) == 1:
+                states = states.reshape(1, -1, states.shape[-1])
+                output = output.view(1, -1, output.shape[-1])
+            stack.add(states, output)
 
     def changes(self, site: Site) -> bool:
         """Tell whether some row's adapter changes this site."""
@@ -106,7 +119,7 @@ class LoraRows:
 class _Stack:
     """The matrices of one site for every row.
 
-    `down` is `(rows, in, layers · rank)`; `ups` holds `(rows, rank, out)` per layer.
+    `down` is `(rows, in, layers · rank)` and `up` is `(rows, layers · rank, out)`.
     """
 
     def __init__(
@@ -119,29 +132,25 @@ class _Stack:
             slice(ends[path] - site.sizes[site.paths.index(path)], ends[path]) for path in paths
         ]
         self.down = like.new_zeros(rows, width, len(paths) * rank)
-        self.ups = [
-            like.new_zeros(rows, rank, column.stop - column.start) for column in self.columns
-        ]
+        self.up = like.new_zeros(rows, len(paths) * rank, sum(site.sizes))
 
     def put(self, row: int, adapter: Adapter) -> None:
         """Write the matrices of `adapter` into `row`, zeros where it has none."""
         self.down[row].zero_()
-        for index, (path, up) in enumerate(zip(self.paths, self.ups, strict=True)):
-            up[row].zero_()
+        self.up[row].zero_()
+        for index, (path, columns) in enumerate(zip(self.paths, self.columns, strict=True)):
             if pair := adapter.pairs.get(path):
-                start, rank = index * self.rank, pair[0].shape[1]
-                self.down[row, :, start : start + rank] = pair[0]
-                up[row, :rank] = pair[1]
+                start, end = index * self.rank, index * self.rank + pair[0].shape[1]
+                self.down[row, :, start:end] = pair[0]
+                self.up[row, start:end, columns] = pair[1]
 
-    def add(self, states: Tensor, output: Tensor, num_rows: int) -> None:
-        """Add the products of the first `num_rows` rows of `states` to those of `output`.
-
-        Args:
-            states: `(R, Q, in)`.
-            output: `(R, Q, out)`, changed in place.
-            num_rows: rows that carry an adapter.
-        """
-        low = torch.bmm(states[:num_rows].to(self.down.dtype), self.down[:num_rows])
-        for index, (columns, up) in enumerate(zip(self.columns, self.ups, strict=True)):
-            part = low[..., index * self.rank : (index + 1) * self.rank]
-            output[:num_rows, :, columns] += torch.bmm(part, up[:num_rows])
+    def add(self, states: Tensor, output: Tensor) -> None:
+        """Add the products of all rows of `states` `(R, Q, in)` to `output` `(R, Q, out)`."""
+        num_rows, num_tokens, _ = states.shape
+        dtype = output.dtype if num_tokens >= MANY_TOKENS else self.down.dtype
+        down, up = self.down[:num_rows].to(dtype), self.up[:num_rows].to(dtype)
+        low = torch.bmm(states.to(dtype), down)
+        if output.dtype == dtype:
+            output.baddbmm_(low, up)
+        else:
+            output += torch.bmm(low, up)

@@ -63,51 +63,31 @@ class Blocks:
         return planes[:, 0].to(torch.bfloat16)
 
 
-class BlockSource(Protocol):
-    """What gives the blocks of a model's parameters."""
-
-    def blocks(self, parameter: Tensor, /) -> Blocks | None:
-        """Return the blocks of a parameter, or None where it has none, or other values."""
-        ...
-
-    def most_rows(
-        self, packed: "Sequence[PackedWeight]", weights: Sequence[Tensor], linear: Linear, /
-    ) -> int:
-        """Return what `rows_that_pay` does, or did on this machine."""
-        ...
-
-
 class PackedWeight:
     """The product with one weight, or with several that lie side by side."""
 
-    def __init__(self, parts: Sequence[Blocks]) -> None:
-        """Pack `parts`, the rows of one after those of the other."""
-        codes = torch.cat([part.codes for part in parts])
-        scales, zeros = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("scales", "zeros")
-        )
-        self.planes = parts[0].planes
-        # The kernel's own order, the same for pieces; the number is of no meaning on a CPU.
-        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-        self._codes = torch.cat(
-            [pack(piece.int(), 2) for piece in torch.split(codes, _ROWS_PACKED)]
-        )
-        both = torch.stack([scales, zeros], dim=-1).transpose(0, 1)
-        self._scales = both.to(torch.bfloat16).contiguous()  # (blocks of a row, out, 2)
+    def __init__(self, codes: Tensor, scales: Tensor, planes: int) -> None:
+        """Take what the kernel multiplies with.
+
+        Args:
+            codes: uint8, in the kernel's own order, which depends on processor and torch.
+            scales: `(blocks of a row, out, 2)` bfloat16: scale and zero.
+            planes: see `Blocks`.
+        """
+        self.codes = codes
+        self.scales = scales
+        self.planes = planes
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor], source: BlockSource) -> "PackedWeight | None":
-        """Return the packed product with `weights` side by side, or None where one has no blocks.
-
-        Small ones have none: they differ little.
-        """
-        num_outputs = sum(len(weight) for weight in weights)
-        if num_outputs % _OUTPUTS or num_outputs * weights[0].shape[1] < LARGE:
-            return None
-        parts = [blocks for weight in weights if (blocks := source.blocks(weight)) is not None]
-        if len(parts) < len(weights) or len({blocks.planes for blocks in parts}) > 1:
-            return None
-        return cls(parts)
+    def of(cls, parts: Sequence[Blocks]) -> "PackedWeight":
+        """Pack `parts`, which have as many planes, the rows of one after those of the other."""
+        codes = torch.cat([part.codes for part in parts])
+        scales, zeros = (torch.cat(each) for each in zip(*map(_rounded, parts), strict=True))
+        # The kernel's own order, the same for pieces; the number is of no meaning on a CPU.
+        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        packed = torch.cat([pack(piece.int(), 2) for piece in torch.split(codes, _ROWS_PACKED)])
+        both = torch.stack([scales, zeros], dim=-1).transpose(0, 1)
+        return cls(packed, both.to(torch.bfloat16).contiguous(), parts[0].planes)
 
     def __call__(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product: from `(…, in)` in bfloat16 to `(…, out)`."""
@@ -115,11 +95,34 @@ class PackedWeight:
         if self.planes > 1:
             flat = flat.repeat(1, self.planes)
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            flat, self._codes, BLOCK, self._scales
+            flat, self.codes, BLOCK, self.scales
         )
         if bias is not None:
             product += bias
         return product.view(*states.shape[:-1], -1)
+
+
+class BlockSource(Protocol):
+    """What gives the packed products of a model's parameters."""
+
+    def packed(self, groups: Sequence[Sequence[Tensor]], /) -> list[PackedWeight | None]:
+        """Return the packed product with each group of parameters side by side.
+
+        None where one of them has no blocks, or other values than those of its blocks.
+        """
+        ...
+
+    def most_rows(
+        self, packed: Sequence[PackedWeight], weights: Sequence[Tensor], linear: Linear, /
+    ) -> int:
+        """Return what `rows_that_pay` does, or did on this machine."""
+        ...
+
+
+def is_worth_packing(weights: Sequence[Tensor]) -> bool:
+    """Tell whether the kernel takes `weights` side by side, and they are large enough to differ."""
+    num_outputs = sum(len(weight) for weight in weights)
+    return num_outputs % _OUTPUTS == 0 and num_outputs * weights[0].shape[1] >= LARGE
 
 
 def rows_that_pay(packed: Sequence[PackedWeight], weights: Sequence[Tensor], linear: Linear) -> int:
@@ -146,6 +149,13 @@ def can_pack(weight: Tensor) -> bool:
         and weight.dtype == torch.bfloat16
         and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
     )
+
+
+def _rounded(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Return scales that bfloat16 holds, and zeros that leave the mean of each block as it is."""
+    scales = blocks.scales.bfloat16().float()
+    mean_codes = blocks.codes.view(*scales.shape, BLOCK).float().mean(-1) - 8
+    return scales, blocks.zeros + mean_codes * (blocks.scales - scales)
 
 
 def _all(works: Sequence[Callable[[], object]]) -> None:

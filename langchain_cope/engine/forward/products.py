@@ -48,11 +48,18 @@ class Product:
         return order(states, self.weight, self.bias)
 
 
-def pack(products: Sequence[Product], source: BlockSource, order: MatmulOrder) -> None:
-    """Give the products packed ones, for as many rows as these are measured to be faster."""
-    for product in products:
-        if can_pack(product.weight):
-            product.packed = PackedWeight.of(product.parameters, source)
+def pack(products: Sequence[Product], source: BlockSource) -> None:
+    """Give the products packed ones, where there are some."""
+    able = [product for product in products if can_pack(product.weight)]
+    packed = source.packed([product.parameters for product in able])
+    for product, few_rows in zip(able, packed, strict=True):
+        product.packed = few_rows
+
+
+def measure_packed_rows(
+    products: Sequence[Product], source: BlockSource, order: MatmulOrder
+) -> None:
+    """Use packed products for as many rows as these are measured to be faster."""
     shapes = [product.weight.shape for product in products if product.packed is not None]
     if shapes:
         usual = max(set(shapes), key=lambda shape: (shapes.count(shape), shape.numel()))

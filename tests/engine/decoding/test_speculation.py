@@ -7,6 +7,7 @@ import pytest
 import torch
 from engine.decoding.always import AlwaysDrafts
 from engine.reference import Reference, Tally
+from tiny import DEVICE
 
 from langchain_cope.engine import Contrast, Engine, EngineOptions, Request, Sampling, load_base
 from langchain_cope.engine.decoding.speculation import PromptLookup, Speculation
@@ -24,7 +25,7 @@ def tokens(length: int, seed: int) -> list[int]:
 def pair(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[tuple[str, Engine, Engine]]:
     """Family, an engine that drafts whenever it can, one that never does."""
     changes = {} if request.param == "gpt2" else REPEATING
-    base = load_base(tiny(request.param, **changes), device="cpu", dtype="float32")
+    base = load_base(tiny(request.param, **changes), device=DEVICE, dtype="float32")
     drafting, plain = Engine(base), Engine(base, EngineOptions(speculation=False))
     drafting._batch._speculation = AlwaysDrafts()
     yield request.param, drafting, plain
@@ -78,7 +79,7 @@ def test_answers_are_the_same_token_by_token(
 def test_drafted_answers_equal_the_independent_reference(tiny: Tiny, adapter: Tiny) -> None:
     base = tiny("llama", **REPEATING)
     folder = adapter(base, seed=1, scale=0.02)
-    engine = Engine(load_base(base, device="cpu", dtype="float32"))
+    engine = Engine(load_base(base, device=DEVICE, dtype="float32"))
     engine._batch._speculation = AlwaysDrafts()
     tally, prompt = Tally(), [*tokens(10, 1), *tokens(10, 1)]
     user = engine.load_adapter(folder)
@@ -92,7 +93,7 @@ def test_drafted_answers_equal_the_independent_reference(tiny: Tiny, adapter: Ti
 
 def test_only_the_users_own_recent_texts_are_looked_up(tiny: Tiny, adapter: Tiny) -> None:
     base = tiny("llama")
-    engine = Engine(load_base(base, device="cpu", dtype="float32"))
+    engine = Engine(load_base(base, device=DEVICE, dtype="float32"))
     engine._batch._speculation = AlwaysDrafts()
     ann, bob = (engine.load_adapter(adapter(base, seed=seed)) for seed in (1, 1))
     request = Request(tokens(9, 2), ann, Contrast(0.3), Sampling(max_tokens=40))

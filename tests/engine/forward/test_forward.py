@@ -127,7 +127,7 @@ def test_answers_among_others_equal_plain_forwards_without_a_cache(
     if family in ("gpt_oss", "llama4_text", "mixtral"):
         targets = ["q_proj", "v_proj"]
     folder = tiny_models.make_adapter(tmp_path / "adapter", base, seed=1, targets=targets)
-    engine = Engine(load_base(base, device="cpu", dtype="float32"))
+    engine = Engine(load_base(base, device=tiny_models.DEVICE, dtype="float32"))
     ann, reference, tally = engine.load_adapter(folder), Reference(base, folder), Tally()
     requests = [
         Request(prompt_of(n), ann, Contrast(0.3), Sampling(max_tokens=15)) for n in (4, 33, 17)
@@ -239,7 +239,7 @@ def test_letting_go_of_threads_changes_no_result() -> None:
 
 
 def test_the_llama_forward_equals_the_models_own(tiny: Tiny, adapter: Tiny) -> None:
-    base = load_base(tiny("qwen3"), device="cpu", dtype="float32")
+    base = load_base(tiny("qwen3"), device=tiny_models.DEVICE, dtype="float32")
     llama, plain = (Engine(base, EngineOptions(speculation=False)) for _ in range(2))
     plain._batch.forward = PlainForward(base.skeleton(), MatmulOrder(frozenset()))
     plain._batch._decode_rows = plain._batch.new_rows()

@@ -1,6 +1,7 @@
 """Few rows are multiplied with the 4-bit blocks of a GGUF file, many with the weights."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from langchain_cope.engine import (
     Sampling,
     load_base,
 )
-from langchain_cope.engine.base.gguf import blocks
+from langchain_cope.engine.base.gguf import packed as packed_file
+from langchain_cope.engine.base.gguf.blocks import FileBlocks
+from langchain_cope.engine.base.loading import unload_base
 from langchain_cope.engine.forward import packed_weights
-from langchain_cope.engine.forward.packed_weights import PackedWeight
+from langchain_cope.engine.forward.packed_weights import BLOCK, Blocks, PackedWeight
 
 Tiny = Callable[..., Path]
 KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0]
@@ -33,7 +36,7 @@ def _small_weights_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """Pack what is small, too, and use it up to `FEW` rows, whatever this machine is fast at."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(packed_weights, "LARGE", 0)
-    monkeypatch.setattr(blocks, "rows_that_pay", lambda *_: FEW)
+    monkeypatch.setattr(packed_file, "rows_that_pay", lambda *_: FEW)
 
 
 @pytest.fixture
@@ -84,6 +87,14 @@ def packed_parts(engine: Engine) -> set[str]:
     }
 
 
+def packed_product(base: Base, weights: list[torch.Tensor]) -> PackedWeight:
+    source = base.block_source()
+    assert source is not None
+    (product,) = source.packed([weights])
+    assert product is not None
+    return product
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize(
     "names",
@@ -101,12 +112,12 @@ def test_packed_products_are_those_of_the_files_values(
     """Queries and keys lie in another order in the file (`gguf_files.permute`)."""
     written = write_gguf(tmp_path / "model.gguf", tiny("llama", **SIZES), kind)
     base = loaded(written)
-    source = base.block_source()
-    assert source is not None
     paths = [f"model.layers.1.{name}.weight" for name in names]
     weights = [base.model.get_parameter(path) for path in paths]
-    product = PackedWeight.of(weights, source)
-    assert product is not None
+    made, mapped = (packed_product(base, weights) for _ in range(2))
+    assert torch.equal(made.codes, mapped.codes)
+    assert torch.equal(made.scales, mapped.scales)
+    product = mapped
     held = torch.cat([written.source.get_parameter(path) for path in paths]).double()
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(3, 7, held.shape[1], generator=generator).bfloat16()
@@ -116,6 +127,28 @@ def test_packed_products_are_those_of_the_files_values(
     dense = torch.nn.functional.linear(states, held.bfloat16(), bias)
     usual = (dense.double() - expected).norm() / expected.norm()
     assert error < 1.6 * usual < 0.01
+
+
+def test_packed_weights_of_smollm2_are_nearer_than_rounded_scales_and_zeros() -> None:
+    base = load_base("smollm2", device="cpu", dtype="bfloat16")
+    assert base.gguf is not None
+    source = FileBlocks(base.gguf, base.model)
+    for layer in ("self_attn.o_proj", "mlp.down_proj"):
+        name = f"model.layers.7.{layer}.weight"
+        held = source.blocks(name, base.model.get_parameter(name))
+        assert held is not None
+        scales, zeros = held.scales.bfloat16().float(), held.zeros.bfloat16().float()
+        exact, rounded = values(held), values(replace(held, scales=scales, zeros=zeros))
+        # As the kernel holds them: (blocks of a row, out, scale and zero).
+        scales, zeros = PackedWeight.of([held]).scales.float().permute(2, 1, 0)
+        packed = values(replace(held, scales=scales, zeros=zeros))
+        assert (packed - exact).norm() < 0.97 * (rounded - exact).norm()
+
+
+def values(held: Blocks) -> torch.Tensor:
+    """What blocks of one plane stand for, in float64."""
+    codes = held.codes.view(*held.scales.shape, BLOCK).double() - 8
+    return (codes * held.scales.unsqueeze(-1) + held.zeros.unsqueeze(-1)).flatten(1)
 
 
 def test_only_matrices_with_the_files_values_are_packed(
@@ -134,6 +167,47 @@ def test_only_matrices_with_the_files_values_are_packed(
     assert everything - packed_parts(engine_of(base)) == {"0.mlp.down_proj"}
 
 
+def test_a_second_start_takes_the_kept_products_without_reading_the_file(
+    written: Written, tiny: Tiny, engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    base = loaded(written)
+    everything = packed_parts(engine_of(base))
+    (kept,) = tmp_path.glob("cache/langchain-cope/gguf/*/packed-*/blocks.safetensors")
+    written.path.unlink()
+    assert packed_parts(engine_of(base)) == everything
+
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert packed_parts(engine_of(base)) == set(), "damaged, and the file has gone"
+
+
+def test_products_for_another_torch_are_replaced(
+    written: Written,
+    engine_of: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    base = loaded(written)
+    engine_of(base)
+    (kept,) = tmp_path.glob("cache/langchain-cope/gguf/*/packed-*")
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    everything = packed_parts(engine_of(base))
+    (other,) = tmp_path.glob("cache/langchain-cope/gguf/*/packed-*")
+    assert everything
+    assert other != kept
+
+
+def test_unpacked_weights_lie_in_one_mapping_without_a_copy(written: Written) -> None:
+    base = loaded(written)
+    places = {each.untyped_storage().data_ptr() for each in base.model.parameters()}
+    assert len(places) == 1
+    parameter = base.model.get_parameter("model.layers.0.mlp.down_proj.weight")
+    with torch.no_grad():
+        parameter.add_(1)
+    unload_base(base)
+    again = loaded(written).model.get_parameter("model.layers.0.mlp.down_proj.weight")
+    assert not torch.equal(again, parameter), "the file keeps its values"
+
+
 @pytest.mark.parametrize("how", ["float32", "switched off", "file gone"])
 def test_nothing_is_packed_where_it_does_not_apply(
     how: str, written: Written, engine_of: Callable[..., Engine]
@@ -150,7 +224,7 @@ def test_a_packing_that_fails_leaves_the_forward_without_it(
     def fail(*_: object) -> int:
         raise MemoryError
 
-    monkeypatch.setattr(blocks, "rows_that_pay", fail)
+    monkeypatch.setattr(packed_file, "rows_that_pay", fail)
     assert packed_parts(engine_of(loaded(written))) == set()
 
 
@@ -225,5 +299,5 @@ def test_answers_alone_and_beside_others_differ_only_where_two_tokens_are_near(
         shared = [*request.prompt, *one[:first]]
         choices = [(shared, [token]) for token in pairs[first]]
         mine, theirs = exact.score(choices, exact.load_adapter(folder))
-        assert (mine - theirs).abs() < 0.15, "nats"
+        assert (mine - theirs).abs() < 0.2, "nats"
     assert num_equal > 12

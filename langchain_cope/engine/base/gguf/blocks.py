@@ -1,7 +1,7 @@
 """The 4-bit blocks of a GGUF file's matrices, as products with few rows take them.
 
-Read where an engine starts, and kept nowhere else: the file has them already. A matrix of other
-values (a task adapter was merged into it, say) is left alone.
+Read once; what is made of them is kept (`packed.py`). A matrix of other values (a task adapter was
+merged into it, say) is left alone.
 """
 
 import logging
@@ -14,40 +14,25 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from langchain_cope.engine.base.cpu_dtype import cpu_features
 from langchain_cope.engine.base.gguf.cache import GgufFile
 from langchain_cope.engine.base.gguf.header import PackedTensor
 from langchain_cope.engine.base.gguf.tensors import Unpacking
-from langchain_cope.engine.base.user_cache import kept_fact
-from langchain_cope.engine.forward.matmul_order import Linear
-from langchain_cope.engine.forward.packed_weights import (
-    BLOCK,
-    ROWS,
-    Blocks,
-    PackedWeight,
-    rows_that_pay,
-)
-from langchain_cope.errors import ModelError
+from langchain_cope.engine.forward.packed_weights import BLOCK, Blocks, PackedWeight
 
 _log = logging.getLogger(__name__)
 
 
 class FileBlocks:
-    """See `BlockSource`: those of a model that was unpacked from a GGUF file."""
+    """The blocks of the parameters of a model that was unpacked from a GGUF file."""
 
     def __init__(self, file: GgufFile, model: PreTrainedModel) -> None:
+        """Raises ModelError where the file has gone since."""
         self._path = file.path
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._unpacking: Unpacking | None = None
-        try:
-            self._unpacking = Unpacking(file.path, file.header, model)
-        except ModelError:  # the file has gone since
-            _log.debug("no blocks of %s", file.path, exc_info=True)
+        self._unpacking = Unpacking(file.path, file.header, model)
 
-    def blocks(self, parameter: Tensor) -> Blocks | None:
-        """Return the blocks of a parameter of the model, or None where it has no such values."""
-        name = self._names.get(id(parameter), "")
-        if self._unpacking is None or name not in self._unpacking.weights:
+    def blocks(self, name: str, parameter: Tensor) -> Blocks | None:
+        """Return the blocks of the parameter `name`, or None where it has no such values."""
+        if name not in self._unpacking.weights:
             return None
         found = self._unpacking.whole(name)
         if found is None:
@@ -63,21 +48,13 @@ class FileBlocks:
             return None
         return blocks if blocks.equal(parameter) else None
 
-    def most_rows(
-        self, packed: Sequence[PackedWeight], weights: Sequence[Tensor], linear: Linear
-    ) -> int:
-        """Return up to how many rows packed products are the faster ones.
-
-        Measured once a machine and kept, so that every process on it gives the same answers.
-        """
-        facts = (cpu_features(), torch.__version__, torch.get_num_threads())
-        kind = f"{facts} {len(weights) > 1} {packed[0].planes} {tuple(weights[0].shape)}"
-        known = {str(rows): rows for rows in (0, *ROWS)}
-
-        def find() -> str:
-            return str(rows_that_pay(packed, weights, linear))
-
-        return known[kept_fact("packed", kind, known.__contains__, find)]
+    def packed(self, names: Sequence[str], weights: Sequence[Tensor]) -> PackedWeight | None:
+        """Return the packed product with those parameters side by side, or None without blocks."""
+        parts = [self.blocks(*parameter) for parameter in zip(names, weights, strict=True)]
+        present = [blocks for blocks in parts if blocks is not None]
+        if len(present) < len(parts) or len({blocks.planes for blocks in present}) > 1:
+            return None
+        return PackedWeight.of(present)
 
 
 def _raw(path: Path, tensor: PackedTensor, order: Tensor) -> Tensor:

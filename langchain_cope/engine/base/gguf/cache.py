@@ -3,6 +3,7 @@
     <user cache>/langchain-cope/gguf/<digest of the file>-<version of the unpacking>/
         description/    configuration and tokenizer
         bfloat16/       the same, and the weights in that dtype; float32/ …
+        packed-…/       its 4-bit blocks, ready for products on this processor, with this torch
 
 Folders appear whole or not at all. Deleting them costs the time to unpack.
 """
@@ -27,8 +28,9 @@ from langchain_cope.errors import InputError, ModelError
 if TYPE_CHECKING:
     import torch
 
-_VERSION = 1  # of what is written; another one where the same file would be unpacked to other bytes
-_WEIGHTS = "model.safetensors"
+_VERSION = 2  # of what is written; another one where the same file would be unpacked to other bytes
+UNPACKED_WEIGHTS = "model.safetensors"
+_PACKED = "blocks.safetensors"
 _DESCRIPTION = ("config.json", "tokenizer.json")  # what a folder cannot do without
 _SPARE_BYTES = 64 * 1024**2  # room on the disk that is left for others
 _log = logging.getLogger(__name__)
@@ -79,15 +81,42 @@ class GgufFile:
         Raises ModelError where the file cannot be unpacked, or where memory or disk have no room.
         """
         name = str(dtype).removeprefix("torch.")
-        weights = self.folder / name / _WEIGHTS
+        weights = self.folder / name / UNPACKED_WEIGHTS
         if weights.is_file():
             self._check_memory(weights.stat().st_size, dtype, device)
         description = self.description()
         return self._made(
             name,
-            (*_DESCRIPTION, _WEIGHTS),
+            (*_DESCRIPTION, UNPACKED_WEIGHTS),
             lambda folder: self._write(folder, description, dtype, device),
         )
+
+    def packed(
+        self, processor: str, library: str, num_bytes: float, write: Callable[[Path], None]
+    ) -> Path:
+        """Return the file of ready-made products, made by `write` at the first call.
+
+        Those for another version of the library, on the same processor, are removed then.
+
+        Args:
+            processor: what they are made for.
+            library: what computes them.
+            num_bytes: the most that they need on the disk.
+            write: writes the file of that path.
+
+        Raises:
+            ModelError: the file cannot be written, or the disk has no room.
+        """
+        own, of = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in (library, processor))
+
+        def fill(folder: Path) -> None:
+            for other in self.folder.glob(f"packed-{of}-*"):
+                shutil.rmtree(other, ignore_errors=True)
+            if num_bytes + _SPARE_BYTES > shutil.disk_usage(self.folder).free:
+                raise ModelError(f"there is no room for {_megabytes(num_bytes)} in {self.folder}")
+            write(folder / _PACKED)
+
+        return self._made(f"packed-{of}-{own}", (_PACKED,), fill) / _PACKED
 
     def _made(self, name: str, files: Sequence[str], write: Callable[[Path], None]) -> Path:
         """Return the folder `name`, written by `write` unless it is there with these `files`."""
@@ -139,7 +168,7 @@ class GgufFile:
         )
         for file in description.iterdir():
             shutil.copyfile(file, folder / file.name)
-        unpacking.write(folder / _WEIGHTS, dtype)
+        unpacking.write(folder / UNPACKED_WEIGHTS, dtype)
 
     def _check_memory(self, num_bytes: int, dtype: "torch.dtype", device: "torch.device") -> None:
         from langchain_cope.engine.device import free_bytes
@@ -205,5 +234,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _megabytes(num_bytes: int) -> str:
+def _megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.0f} MB"

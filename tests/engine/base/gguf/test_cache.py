@@ -219,5 +219,5 @@ def test_another_version_of_unpacking_unpacks_anew(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = GgufFile.of(file).unpacked(torch.float32, CPU)
-    monkeypatch.setattr("langchain_cope.engine.base.gguf.cache._VERSION", 2)
+    monkeypatch.setattr("langchain_cope.engine.base.gguf.cache._VERSION", 3)
     assert GgufFile.of(file).unpacked(torch.float32, CPU) != first
