@@ -4,9 +4,10 @@
 
 The first users of the file (`{"user_id", "history": […], "queries": […]}`), the newest items of
 each, are trained on twice (SFT, negatives, DPO): in the dtype that the machine takes by itself, and
-in float32. The NLL of their queries, in nats a token, is that of each adapter on its own base.
-`nll_vs_float32` is the mean over users of the ratio, for SFT's and DPO's adapter; `worst` is the
-ratio farthest from 1. A table, then one JSON object.
+in float32. The NLL of their queries, in nats a token, the
+mean over queries, is that of each adapter on its own base.
+`nll_vs_float32` is the mean over users of the ratio, for the base and for SFT's and DPO's adapter;
+`worst` is the ratio farthest from 1. A table, then one JSON object.
 """
 
 import argparse
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from langchain_cope.engine import Engine, load_base
-from langchain_cope.evaluation.evaluate import mean_nll
+from langchain_cope.evaluation.evaluate import item_nll
 from langchain_cope.history.items import Item
 from langchain_cope.training.pipeline import train_user
 from langchain_cope.training.recipe import Recipe
 
-STAGES = ("sft", "dpo")
+STAGES = ("base", "sft", "dpo")
 
 
 def main() -> None:
@@ -70,9 +71,10 @@ def _nll(engine: Engine, user: dict[str, Any], options: argparse.Namespace) -> d
     queries = _items(user["queries"])[: options.queries]
     with tempfile.TemporaryDirectory() as folder:
         result = train_user(engine, items, Recipe.for_model(engine.base, items), Path(folder))
+        adapters = [None, engine.load_adapter(result.sft), engine.load_adapter(result.dpo)]
         return {
-            stage: mean_nll(engine, queries, result.recipe, engine.load_adapter(path))
-            for stage, path in zip(STAGES, (result.sft, result.dpo), strict=True)
+            stage: statistics.mean(item_nll(engine, queries, result.recipe, adapter))
+            for stage, adapter in zip(STAGES, adapters, strict=True)
         }
 
 
