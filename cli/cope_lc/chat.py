@@ -18,6 +18,7 @@ from cope_lc.options import (
     Model,
     Seed,
     Store,
+    TaskAdapter,
     Tau,
     Temperature,
 )
@@ -35,6 +36,7 @@ _HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an
 def chat(
     user: AsUser = None,
     model: Model = DEFAULT_MODEL,
+    task_adapter: TaskAdapter = None,
     store: Store = None,
     version: AdapterVersion = None,
     alpha: Alpha = None,
@@ -52,6 +54,7 @@ def chat(
     options = ChatOptions(
         user=user,
         model=model,
+        task_adapter=task_adapter,
         store=store,
         version=version,
         alpha=alpha,

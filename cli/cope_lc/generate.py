@@ -19,6 +19,7 @@ from cope_lc.options import (
     Model,
     Seed,
     Store,
+    TaskAdapter,
     Tau,
     Temperature,
 )
@@ -43,6 +44,7 @@ def generate(
     ],
     user: AsUser = None,
     model: Model = DEFAULT_MODEL,
+    task_adapter: TaskAdapter = None,
     store: Store = None,
     version: AdapterVersion = None,
     alpha: Alpha = None,
@@ -70,6 +72,7 @@ def generate(
     options = ChatOptions(
         user=user,
         model=model,
+        task_adapter=task_adapter,
         store=store,
         version=version,
         alpha=alpha,

@@ -160,6 +160,7 @@ class Publisher:
 
     def _publish(self, active: str | None, reason: str) -> AdapterVersion:
         recipe = self.training.recipe
+        task_adapter = self.engine.base.task_adapter
         return self.store.publish(
             self.user,
             self.training.dpo,
@@ -172,6 +173,7 @@ class Publisher:
                 "num_trained": len(self.trained),
                 "num_held_out": len(self.held_out),
                 "recipe": recipe.as_dict(),
+                "task_adapter": task_adapter.name if task_adapter else None,
                 "dtype": str(self.engine.base.dtype).removeprefix("torch."),
                 "trained_on": fingerprint_items(self.trained),
             },
