@@ -76,7 +76,7 @@ def test_only_those_who_agreed_are_trained_on(engine: Engine, tmp_path: Path) ->
 
 def test_one_user_is_no_task(engine: Engine, tmp_path: Path) -> None:
     users = [user("anna"), user("bert", shareable=False)]
-    with pytest.raises(HistoryError, match='1 of 2 users can be used.*"shareable": true'):
+    with pytest.raises(HistoryError, match=r'1 of 2 users can be used.*"shareable": true'):
         train_task_adapter(engine, users, tmp_path / "task")
 
 
