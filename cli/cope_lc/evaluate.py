@@ -71,9 +71,11 @@ def evaluate(
     from langchain_cope.history import read_users
 
     with prints_to_stderr():
-        chosen = _chosen(ways, task_adapter)
         users = read_users(file, target=target.value if target else None)[:limit]
         _check(users, file)
+        chosen = _chosen(ways, task_adapter, len(users))
+        if report is not None and not report.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {report.parent}", param_hint="--report")
         settings = {"model": model, "device": device, "dtype": dtype}
         with _folder(job_dir) as folder:
             from langchain_cope.evaluation.measures import measure
@@ -93,7 +95,7 @@ def evaluate(
     Output(as_json).show(facts, lambda: _show(found, facts, report))
 
 
-def _chosen(names: str | None, task_adapter: str | None) -> "tuple[Way, ...]":
+def _chosen(names: str | None, task_adapter: str | None, num_users: int) -> "tuple[Way, ...]":
     """Return the ways asked for, else the quick ones that can be had here."""
     from langchain_cope.evaluation.over_users import require_scikit_learn
     from langchain_cope.evaluation.ways import ALL_WAYS, QUICK_WAYS, ways_named
@@ -104,7 +106,9 @@ def _chosen(names: str | None, task_adapter: str | None) -> "tuple[Way, ...]":
         return tuple(
             way
             for way in named
-            if (task_adapter or not way.needs_task) and (has_scikit_learn or not way.retrieves)
+            if (task_adapter or not way.needs_task)
+            and (has_scikit_learn or not way.retrieves)
+            and (num_users > 1 or not way.of_another)
         )
     asked = ways_named(name.strip() for name in names.split(","))
     if any(way.retrieves for way in asked):

@@ -23,6 +23,7 @@ from langchain_cope.engine import (
     Base,
     Completion,
     Engine,
+    Message,
     Request,
     Sampling,
     give_back,
@@ -164,8 +165,8 @@ class Comparison:
         )
         job.notes = list(dict.fromkeys([*job.notes, *training.notes]))
         for stage in (Stage.SFT, Stage.NEGATIVES, Stage.DPO):
-            if stage in monitor.timings:
-                job.timings[stage.value] = monitor.timings[stage.value]
+            if stage.value in monitor.timings:  # taken: the next user's are told apart
+                job.timings[stage.value] = monitor.timings.pop(stage.value)
         job.save()
 
     def score(self, job: UserJob, monitor: Monitor) -> None:
@@ -248,16 +249,20 @@ class Comparison:
         return self.jobs[(self.jobs.index(job) + 1) % len(self.jobs)]
 
     def _adapter(self, job: UserJob, way: Way) -> Adapter | None:
+        folder = self._adapter_folder(job, way)
+        return None if folder is None else self._trained.load_adapter(folder)
+
+    def _adapter_folder(self, job: UserJob, way: Way) -> Path | None:
         if way.adapter is None:
             return None
-        return self._trained.load_adapter(self._owner(job, way).folder / way.adapter.file)
+        return self._owner(job, way).folder / way.adapter.file
 
     def _key(self, job: UserJob, way: Way) -> str:
         """Return what stands for a way in a user's file: equal where the work is the same."""
         engine = self._engine(way)
         return _digest(asdict(way), _identity(engine.base), self._owner(job, way).digest)
 
-    def _prompt(self, job: UserJob, way: Way, example: Encoded) -> "list[dict[str, Any]]":
+    def _prompt(self, job: UserJob, way: Way, example: Encoded) -> list[Message]:
         if way.shown is Shown.NOTHING:
             return example.item.messages
         answer = max(job.recipe.max_new_tokens or 0, len(example.completion_ids))
@@ -312,7 +317,10 @@ class Comparison:
 
     def _requests(self, job: UserJob, groups: list[list[Way]]) -> Iterator[Request]:
         base = self._trained.base
-        adapters = {group[0]: self._adapter(job, group[0]) for group in groups}
+        folders = {group[0]: self._adapter_folder(job, group[0]) for group in groups}
+        adapters = {
+            folder: self._trained.load_adapter(folder) for folder in folders.values() if folder
+        }
         for example in job.examples:
             for group in groups:
                 way = group[0]
@@ -321,7 +329,7 @@ class Comparison:
                 for number in range(most):
                     yield Request(
                         prompt,
-                        adapter=adapters[way],
+                        adapter=adapters[folder] if (folder := folders[way]) else None,
                         contrast=job.recipe.contrast if way.contrastive else ADAPTER_ALONE,
                         sampling=_sampling(job.recipe, example, number, is_sample=most > 1),
                         parts=parts_of_reply(base, prompt),

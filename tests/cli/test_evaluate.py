@@ -1,4 +1,5 @@
 import json
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -73,6 +74,21 @@ def test_chosen_ways_go_on_in_a_job_folder(
     assert again.json["ways"] == ["base", "sft", "sft+contrast"]
     assert "SFT: started" not in again.stderr
     assert again.json["mean"]["sft"] == first.json["mean"]["sft"]
+
+
+def test_without_scikit_learn_the_plain_figures_stand(
+    evaluate: Callable, history: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    file = history([user_row("alice"), user_row("bob")])
+    facts = evaluate(file, "--json").json
+    assert facts["ways"] == ["base", "sft", "dpo", "cope"]
+    assert facts["intervals"]["base"]["nll"] is None
+    assert not facts["differences"]
+    (note,) = [note for note in facts["notes"] if "scikit-learn" in note]
+    outcome = evaluate(file, "--ways", "base+retrieved")
+    assert outcome.code == 2
+    assert note in outcome.error
 
 
 def test_a_way_that_is_not_there_is_refused(

@@ -14,6 +14,7 @@ from langchain_cope.errors import Cancelled, HistoryError, InputError
 from langchain_cope.evaluation.measures import measure
 from langchain_cope.evaluation.shown_items import NUM_RETRIEVED, OwnItems
 from langchain_cope.evaluation.users import ANSWERS, Comparison, _best
+from langchain_cope.evaluation.voice import VoiceScale
 from langchain_cope.evaluation.ways import ALL_WAYS, QUICK_WAYS, Shown, ways_named
 from langchain_cope.history.items import Item, UserHistory
 
@@ -174,3 +175,17 @@ def test_what_cannot_be_compared_is_refused(engine: Engine, tmp_path: Path) -> N
     with pytest.raises(InputError, match="no way 'cop': name some of base, "):
         ways_named(["cop"])
     assert {way.name for way in ways_named(QUICK_WAYS)} == set(QUICK_WAYS)
+
+
+def test_answers_are_placed_between_strangers_and_the_user(engine: Engine, tmp_path: Path) -> None:
+    names = ("anna", "bert", "carl", "dora", "emil", "finn")
+    users = [user(name * 3, num_items=12, num_queries=5) for name in names]
+    comparison = Comparison(engine, users, tmp_path, ways_named(["base"]), recipe=RECIPE)
+    comparison.run()
+    report = measure(comparison)
+    scale = report.voice["voice"]
+    assert isinstance(scale, VoiceScale)
+    assert scale.auc == 1
+    voices = [figures.metrics["base"]["voice"] for figures in report.users]
+    assert report.means["base"]["voice"].value == pytest.approx(sum(voices) / 6)
+    assert report.means["base"]["voice"].value < 0.5

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from personal import QUICK, ROWS
 from safetensors.torch import load_file
 from training.tiny import Heard
 
+from adapter_store import AdapterStore
+from adapter_store.errors import BaseModelMismatchError
+from langchain_cope import PersonalizeUser
 from langchain_cope.engine import WEIGHTS, Engine, load_base
 from langchain_cope.errors import Cancelled, HistoryError, InputError
 from langchain_cope.history.items import Item, UserHistory
@@ -59,6 +63,25 @@ def test_its_folder_knows_what_it_was_trained_on(engine: Engine, tmp_path: Path)
     assert count_known(tmp_path / "task", users[0].items) == 4
     assert count_known(tmp_path / "task", user("carl").items) == 0
     assert count_known(tmp_path, users[0].items) == 0
+
+
+def test_a_version_says_which_task_adapter_it_needs(
+    engine: Engine, tiny: Callable[..., Path], tmp_path: Path, store_folder: Path
+) -> None:
+    train_task_adapter(engine, [user("anna"), user("bert")], tmp_path / "task", recipe=RECIPE)
+    personalize = PersonalizeUser(
+        model=str(tiny()),
+        task_adapter=str(tmp_path / "task"),
+        store=store_folder,
+        recipe=QUICK,
+        gate="always",
+    )
+    personalize.invoke({"user_id": "alice", "history": ROWS})
+    store = AdapterStore(store_folder)
+    (version,) = store.versions("alice")
+    assert version.metadata["task_adapter"] == "task"
+    with pytest.raises(BaseModelMismatchError, match="task_adapter"):
+        store.resolve("alice", base=engine.base.fingerprint())
 
 
 def test_only_those_who_agreed_are_trained_on(engine: Engine, tmp_path: Path) -> None:
