@@ -291,12 +291,11 @@ def _show(report: "Report", facts: dict[str, Any], file: Path | None) -> None:
         out.print()
         out.print(differences_table(by_way, f"against {reference}"))
     out.print()
-    for name, scale in report.voice.items():
-        line = facts["voice"][name]
-        if "silent" in line:
-            say(out, f"note: no {name} score: {line['silent']}", "dim")
+    for name, scale in facts["voice"].items():
+        if "silent" in scale:
+            say(out, f"note: no {name} score: {scale['silent']}", "dim")
         else:
-            say(out, f"{name}: 0 is strangers, 1 the user; told apart with AUC {scale.auc:.2f}")
+            say(out, f"{name}: 0 is strangers, 1 the user; told apart with AUC {scale['auc']:.2f}")
     for line in _notes(report):
         say(out, f"note: {line}", "dim")
     if file is not None:
