@@ -73,7 +73,7 @@ lines = (Path(__file__).parent / "data" / "notes.txt").read_text(encoding="utf-8
 notes.add("kim", [{"text": line} for line in lines])
 if store.active("kim") is None:
     print(f"learning from {len(lines)} notes …", flush=True)
-    learner = PersonalizeUser(store=store, history=notes)
+    learner = PersonalizeUser(store=store, history=notes, gate="always")
     print("\n" + learner.invoke({"user_id": "kim"}, {"callbacks": [Progress()]}).reason)
 
 question = " ".join(sys.argv[1:]) or "What does the lamp in the hall take?"

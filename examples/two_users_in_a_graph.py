@@ -21,7 +21,7 @@ QUESTION = "Write one sentence about a cat that sleeps on a heater."
 
 store = open_store(None)
 chat = ChatCoPe(store=store, max_tokens=40)
-learner = PersonalizeUser(store=store)
+learner = PersonalizeUser(store=store, gate="always")
 
 
 def user_of(config: RunnableConfig) -> str:

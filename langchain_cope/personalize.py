@@ -20,12 +20,24 @@ from langchain_core.tools import BaseTool, convert_runnable_to_tool
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from langchain_cope.errors import InputError
-from langchain_cope.personalization.result import PersonalizeRequest, PersonalizeResult, Sample
+from langchain_cope.personalization.result import (
+    PersonalizeRequest,
+    PersonalizeResult,
+    Sample,
+    Verdict,
+)
 from langchain_cope.personalization.run import PROGRESS, Run
 from langchain_cope.personalization.settings import PersonalizeSettings
 from langchain_cope.tracing import TracedError
 
-__all__ = ["PROGRESS", "PersonalizeRequest", "PersonalizeResult", "PersonalizeUser", "Sample"]
+__all__ = [
+    "PROGRESS",
+    "PersonalizeRequest",
+    "PersonalizeResult",
+    "PersonalizeUser",
+    "Sample",
+    "Verdict",
+]
 
 TOOL_NAME = "personalize_user"
 TOOL_DESCRIPTION = (

@@ -57,7 +57,7 @@ def personalize(
     always: Annotated[
         bool,
         typer.Option(
-            "--always", help="Publish even where the result is no better than what is active."
+            "--always", help="Publish even where it is not sure that the result is better."
         ),
     ] = False,
     seed: TrainingSeed = 0,
@@ -82,7 +82,7 @@ def personalize(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Learn from what a user wrote, and publish the adapter if it is better than the active one."""
+    """Learn from what a user wrote, and publish the adapter if it is sure enough to be better."""
     from langchain_cope.history import read_history
 
     with prints_to_stderr():
@@ -225,6 +225,8 @@ def _show_result(
     else:
         say(out, f"\nnot published: {user} keeps what is active", "bold yellow")
     say(out, f"{result.reason}\n")
+    if result.verdict and result.verdict.advice:
+        say(out, f"what would help: {result.verdict.advice}\n")
     for note in result.notes:
         if note not in history.notes:
             say(out, f"note: {shorten(note, 400)}", "yellow")

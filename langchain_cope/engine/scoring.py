@@ -69,7 +69,7 @@ def log_probs(
     logits_at: list[tuple[int, int]] = []
     targets: list[int] = []
     texts = [[*prompt, *completion] for prompt, completion in sequences]
-    rows, ids = read.rows_for(texts)
+    rows, ids = read.rows_for(texts, [len(prompt) - 1 for prompt, _ in sequences])
     for index, (prompt, completion) in enumerate(sequences):
         first = len(prompt) - 1 - (len(texts[index]) - len(ids[index]))
         logits_at += [(index, column) for column in range(first, first + len(completion))]
@@ -90,17 +90,21 @@ class _Read:
         self._forward, self._new_rows, self._adapter = forward, new_rows, adapter
         self._rows: Rows | None = None
 
-    def rows_for(self, texts: Sequence[Sequence[int]]) -> tuple[Rows, list[list[int]]]:
-        """Return new rows of the texts, and what of each is still to be read."""
+    def rows_for(
+        self, texts: Sequence[Sequence[int]], limits: Sequence[int]
+    ) -> tuple[Rows, list[list[int]]]:
+        """Return new rows of the texts, and what of each is still to be read.
+
+        A text goes on from a beginning of at most as many tokens as its limit.
+        """
         rows = self._new_rows()
         rows.kv.reserve(len(texts), max(map(len, texts)))
         known = {} if self._rows is None else {tuple(r.tokens): r for r in self._rows.all()}
         lengths = sorted({len(beginning) for beginning in known}, reverse=True)
         ids = []
-        for text in texts:
+        for text, limit in zip(texts, limits, strict=True):
             row = Row(list(text), self._adapter)
-            # One token at least is left to be read.
-            begun = (known.get(tuple(text[:length])) for length in lengths if length < len(text))
+            begun = (known.get(tuple(text[:length])) for length in lengths if length <= limit)
             if source := next((row for row in begun if row), None):
                 row.length = source.length
                 rows.add(row, self._rows, source)
@@ -112,7 +116,9 @@ class _Read:
     def continued(self, beginnings: Sequence[Sequence[int]]) -> "_Read":
         """Return what is known once `beginnings` are read too, these alone."""
         after = _Read(self._forward, self._new_rows, self._adapter)
-        after._rows, ids = self.rows_for(beginnings)
+        # One token at least is left to be read.
+        limits = [len(beginning) - 1 for beginning in beginnings]
+        after._rows, ids = self.rows_for(beginnings, limits)
         after._rows.forward(self._forward, ids, [(0, 0)])
         for row in after._rows.all():
             row.length = len(row.tokens)
@@ -120,8 +126,8 @@ class _Read:
 
 
 def _common_beginning(sequences: Sequences) -> list[int]:
-    """Return what all prompts begin with, at least a token of each left over; or nothing."""
-    prompts = [prompt[:-2] for prompt, _ in sequences]
+    """Return what different prompts begin with, at least a token of each left over; or nothing."""
+    prompts = [prompt[:-2] for prompt in {tuple(prompt) for prompt, _ in sequences}]
     differs = (len(set(tokens)) > 1 for tokens in zip(*prompts, strict=False))
     length = next((index for index, differ in enumerate(differs) if differ), min(map(len, prompts)))
     return list(prompts[0][:length]) if len(prompts) > 1 and length >= LEAST_SHARED else []

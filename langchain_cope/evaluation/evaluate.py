@@ -5,6 +5,7 @@ better; ROUGE compares greedy generations with them (f-measures, 0 to 1), higher
 `ways.py` says which ways there are, and which of them have an NLL.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Evaluation:
     """For each evaluated item its `reference`, and under the name of each way what it wrote."""
     notes: list[str]
     """In words for people: what was cut, dropped, or could not be measured."""
+    item_nll: dict[str, list[float]]
+    """By the name of each way that has an NLL: nats per completion token of each evaluated item."""
 
 
 def evaluate(
@@ -51,18 +54,18 @@ def evaluate(
     """
     examples, notes = _encode(engine, held_out, recipe)
     adapters = _load_adapters(engine, folder)
-    likelihoods = {}
-    for way in WAYS:
-        if way.has_nll:
-            likelihoods[way.name] = negative_log_likelihood(
-                engine, examples, adapters[way.adapter], monitor.should_stop
-            )
+    scores = {
+        way.name: _scores(engine, examples, adapters[way.adapter], monitor.should_stop)
+        for way in WAYS
+        if way.has_nll
+    }
     texts = _generate(engine, examples, recipe, adapters, monitor)
     metrics, rouge_notes = rouge_of_ways(texts, [way.name for way in WAYS])
-    for name, nll in likelihoods.items():
-        metrics[name]["nll"] = nll
+    for name, of_items in scores.items():
+        metrics[name]["nll"] = _over_all_tokens(of_items)
+    item_nll = {name: _by_item(of_items) for name, of_items in scores.items()}
     indices = [example.index for example in examples]
-    return Evaluation(metrics, indices, texts, [*notes, *rouge_notes])
+    return Evaluation(metrics, indices, texts, [*notes, *rouge_notes], item_nll)
 
 
 def check_evaluable(engine: Engine, held_out: Sequence[Item], recipe: Recipe) -> None:
@@ -70,33 +73,40 @@ def check_evaluable(engine: Engine, held_out: Sequence[Item], recipe: Recipe) ->
     _encode(engine, held_out, recipe)
 
 
-def mean_nll(
+def item_nll(
     engine: Engine,
     held_out: Sequence[Item],
     recipe: Recipe,
     adapter: Adapter | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> float:
-    """Return the nats per completion token of `held_out` under the base, or under `adapter`.
+) -> list[float]:
+    """Return the nats per completion token of each item, as `Evaluation.item_nll` has them.
 
     This is what the gate compares. Raises `HistoryError` where no item is left to evaluate on, and
     `Cancelled`.
     """
     examples, _ = _encode(engine, held_out, recipe)
-    return negative_log_likelihood(engine, examples, adapter, should_stop)
+    return _by_item(_scores(engine, examples, adapter, should_stop))
 
 
-def negative_log_likelihood(
+def _scores(
     engine: Engine,
     examples: Sequence[Encoded],
-    adapter: Adapter | None = None,
-    should_stop: Callable[[], bool] | None = None,
-) -> float:
-    """Return the nats per completion token over all `examples` together."""
+    adapter: Adapter | None,
+    should_stop: Callable[[], bool] | None,
+) -> list[list[float]]:
+    """Return the log-probability of each completion token of each example."""
     sequences = [(example.prompt_ids, example.completion_ids) for example in examples]
-    log_probs = engine.score(sequences, adapter, should_stop)
-    total = sum(float(of_tokens.double().sum()) for of_tokens in log_probs)
-    return -total / sum(len(of_tokens) for of_tokens in log_probs)
+    return [of_item.tolist() for of_item in engine.score(sequences, adapter, should_stop)]
+
+
+def _over_all_tokens(scores: Sequence[Sequence[float]]) -> float:
+    total = math.fsum(math.fsum(of_item) for of_item in scores)
+    return -total / sum(map(len, scores))
+
+
+def _by_item(scores: Sequence[Sequence[float]]) -> list[float]:
+    return [-math.fsum(of_item) / len(of_item) for of_item in scores]
 
 
 def _encode(

@@ -1,8 +1,10 @@
-"""The gate: a version is published where it is better than the active one, else nothing is."""
+"""The gate: a version is published where the verdict on it is good enough, else nothing is."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from adapter_store import AdapterStore, AdapterVersion
@@ -13,17 +15,22 @@ from adapter_store.errors import (
     PublishConflictError,
 )
 from langchain_cope.errors import Cancelled, ModelError
-from langchain_cope.evaluation.ways import BASE, DPO
+from langchain_cope.evaluation.ways import BASE, DPO, SFT
 from langchain_cope.history.items import Item
+from langchain_cope.personalization.certainty import prior_of
+from langchain_cope.personalization.evidence import gather
 from langchain_cope.personalization.held_out import count_trained_on, fingerprint_items
+from langchain_cope.personalization.result import Verdict
+from langchain_cope.personalization.verdict import Reference, choose_adapter, judge
 from langchain_cope.training.progress import Monitor
 
 if TYPE_CHECKING:
-    from langchain_cope.engine import Engine
+    from langchain_cope.engine import Adapter, Engine
     from langchain_cope.evaluation.evaluate import Evaluation
     from langchain_cope.training.pipeline import TrainingResult
 
 REASON_CHARACTERS = 200  # of why it was published, kept in the user's history
+LIKELIER_THAN_NOT = 0.5  # how sure of beating the active version, which is proven itself
 PUBLISH_TRIES = 3  # when another process publishes for the same user meanwhile
 
 
@@ -34,6 +41,8 @@ class Outcome:
     version: AdapterVersion | None
     """The version published; None where the gate refused."""
     reason: str
+    verdict: Verdict | None = None
+    """None where this job had published it before it was interrupted."""
     published_now: bool = False
     """False also where this job had published it before it was interrupted."""
     replaced: str | None = None
@@ -55,7 +64,9 @@ class Publisher:
     """Kept in the version's metadata."""
     gate: Literal["improve", "always"]
     min_gain: float
-    """Nats per token by which the new version must be better."""
+    """Nats per token by which every reference must be beaten."""
+    reference_adapter: str | os.PathLike[str] | None
+    """A peft folder that must be beaten too."""
     job_key: str
     """A version published under this key came of this very training."""
     data_seq: int
@@ -78,16 +89,16 @@ class Publisher:
             return Outcome(earlier, reason)
         for _ in range(PUBLISH_TRIES):
             active = self.store.active(self.user)
-            is_better, reason = self._judge(active)
-            if not is_better:
-                return Outcome(None, reason)
+            verdict = self._judge(active)
+            if not verdict.published:
+                return Outcome(None, verdict.reason, verdict)
             if self.monitor.should_stop():
                 raise Cancelled("stopped on request before publishing; nothing was published")
             try:
-                version = self._publish(active, reason)
+                version = self._publish(active, verdict)
             except PublishConflictError:
                 continue  # another process published meanwhile: judge against that version
-            return Outcome(version, reason, published_now=True, replaced=active)
+            return Outcome(version, verdict.reason, verdict, published_now=True, replaced=active)
         raise PublishConflictError(
             f"other processes published for user {self.user!r} {PUBLISH_TRIES} times while this "
             "version was about to be: personalize again"
@@ -113,57 +124,79 @@ class Publisher:
                 return version
         return None
 
-    def _judge(self, active: str | None) -> tuple[bool, str]:
-        """Return whether to publish, and why."""
-        new = self.evaluation.metrics[DPO.name]["nll"]
+    def _judge(self, active: str | None) -> Verdict:
+        """Return the verdict on the better one of both adapters."""
+        from langchain_cope.atomic_files import read_json
+        from langchain_cope.training.first_sight import FIRST_SIGHT
+
+        item_nll = self.evaluation.item_nll
+        name = choose_adapter(item_nll, [SFT.name, DPO.name])
+        evidence = gather(
+            self.engine,
+            self.trained,
+            self.held_out,
+            self.training.recipe,
+            read_json(self.training.folder / FIRST_SIGHT),
+            item_nll[BASE.name],
+            self.monitor.should_stop,
+        )
+        references, note = self._references(active)
+        verdict = judge(
+            name,
+            item_nll[name],
+            references,
+            [self.held_out[index].conversation or index for index in self.evaluation.indices],
+            evidence,
+            prior_of(self.engine.base.fingerprint()),
+            self.min_gain,
+        )
+        reason = f"{verdict.reason} ({note})" if note else verdict.reason
         if self.gate == "always":
-            base = self.evaluation.metrics[BASE.name]["nll"]
-            return True, (
-                f"published as asked (gate 'always'): held-out NLL {new:.4f} nats a token "
-                f"against {base:.4f} of the base"
-            )
-        old, rival = self._reference(active)
-        numbers = f"held-out NLL {new:.4f} nats a token against {old:.4f} of {rival}"
-        by_how_much = f" by more than {self.min_gain:g}" if self.min_gain else ""
-        if new < old - self.min_gain:
-            return True, f"better{by_how_much}: {numbers}"
-        return False, f"not better{by_how_much}: {numbers}; what is active stays as it is"
+            reason = f"published as asked (gate 'always'): {verdict.sentence}"
+            return verdict.model_copy(update={"published": True, "reason": reason, "advice": None})
+        return verdict.model_copy(update={"reason": reason})
 
-    def _reference(self, active: str | None) -> tuple[float, str]:
-        """Return the NLL to beat, and which model it is of."""
-        from langchain_cope.evaluation.evaluate import mean_nll
-
-        base_nll = self.evaluation.metrics[BASE.name]["nll"]
+    def _references(self, active: str | None) -> tuple[list[Reference], str]:
+        """Return what has to be beaten, and why the active version is not among it, if so."""
+        references = [Reference("the base", self.evaluation.item_nll[BASE.name], is_base=True)]
+        if self.reference_adapter is not None:
+            other = self.engine.load_adapter(Path(self.reference_adapter).expanduser())
+            references.append(Reference("the reference adapter", self._item_nll(other)))
         if active is None:
-            return base_nll, "the base"
+            return references, ""
         try:
             version = self.store.resolve(self.user, active, base=self.engine.base.fingerprint())
         except BaseModelMismatchError:
-            return base_nll, f"the base (the active version {active} was trained on another base)"
+            return references, f"the active version {active} was trained on another base"
         except AdapterNotFoundError:
-            return base_nll, "the base"  # deleted a moment ago
+            return references, ""  # deleted a moment ago
         num_seen = count_trained_on(version.metadata.get("trained_on"), self.held_out)
         if num_seen:
-            return base_nll, (
-                f"the base (the active version {active} was trained on {num_seen} of the "
-                "held-out items)"
+            return references, (
+                f"the active version {active} was trained on {num_seen} of the held-out items"
             )
         try:
             adapter = self.engine.load_adapter(self.store.fetch_dir(version))
         except (IntegrityError, ModelError) as error:
             # A damaged version must not keep its user from a new one.
-            return base_nll, f"the base (the active version {active} cannot be used: {error})"
-        nll = mean_nll(
-            self.engine, self.held_out, self.training.recipe, adapter, self.monitor.should_stop
-        )
-        return nll, f"the active version {active}"
+            return references, f"the active version {active} cannot be used: {error}"
+        nll = self._item_nll(adapter)
+        references.append(Reference(f"the active version {active}", nll, LIKELIER_THAN_NOT))
+        return references, ""
 
-    def _publish(self, active: str | None, reason: str) -> AdapterVersion:
+    def _item_nll(self, adapter: "Adapter") -> list[float]:
+        from langchain_cope.evaluation.evaluate import item_nll
+
+        recipe, should_stop = self.training.recipe, self.monitor.should_stop
+        return item_nll(self.engine, self.held_out, recipe, adapter, should_stop)
+
+    def _publish(self, active: str | None, verdict: Verdict) -> AdapterVersion:
         recipe = self.training.recipe
+        adapter = self.training.sft if verdict.adapter == SFT.name else self.training.dpo
         task_adapter = self.engine.base.task_adapter
         return self.store.publish(
             self.user,
-            self.training.dpo,
+            adapter,
             base=self.engine.base.fingerprint(),
             metrics=self.evaluation.metrics,
             alpha=recipe.alpha,
@@ -176,9 +209,10 @@ class Publisher:
                 "task_adapter": task_adapter.name if task_adapter else None,
                 "dtype": str(self.engine.base.dtype).removeprefix("torch."),
                 "trained_on": fingerprint_items(self.trained),
+                "verdict": verdict.model_dump(),
             },
             idempotency_key=self.job_key,
             expected_active=active,
             data_seq=self.data_seq,
-            reason=reason[:REASON_CHARACTERS].encode("utf-8", "replace").decode(),
+            reason=verdict.reason[:REASON_CHARACTERS].encode("utf-8", "replace").decode(),
         )

@@ -26,7 +26,7 @@ def split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
         noun = "item" if len(items) == 1 else "items"
         raise HistoryError(
             f"the history holds {len(items)} different {noun}, and at least {MIN_ITEMS} are needed "
-            f"({MIN_TRAINED} to train on and 2 to judge by): collect more"
+            f"({MIN_TRAINED} to train on and 2 to judge by): collect {MIN_ITEMS - len(items)} more"
         )
     num_newest = max(2, round(0.2 * len(items)))
     border = len(items) - num_newest

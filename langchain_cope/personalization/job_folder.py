@@ -25,7 +25,7 @@ from langchain_cope.history.items import Item
 from langchain_cope.training.progress import Stage
 from langchain_cope.training.recipe import Recipe
 
-FORMAT = 3  # of what the stages leave; a job in another one starts anew
+FORMAT = 4  # of what the stages leave; a job in another one starts anew
 FACTS = "job.json"
 
 

@@ -46,6 +46,31 @@ class Sample(BaseModel):
     """What the adapter wrote after DPO with the contrast: the personalized answer."""
 
 
+class Verdict(BaseModel):
+    """What the gate found, in numbers and in words."""
+
+    published: bool
+    """Whether this is good enough to be published, or was published all the same."""
+    sentence: str
+    """The evidence in one sentence of plain numbers."""
+    probability: float
+    """That the adapter makes new texts of the user likelier than the reference does, 0 to 1."""
+    num_texts: int
+    """Held-out texts that it was judged by; those of one conversation count as one."""
+    num_better: int
+    """Those that are likelier with the adapter."""
+    mean_gain: float
+    """Nats a token by which they are likelier on average, each text counting the same."""
+    reference: str
+    """What it was compared with: of all references the one that is hardest to beat."""
+    adapter: str
+    """The stage that trained it, `sft` or `dpo`: the better one of the two."""
+    reason: str
+    """The sentence, with what decided beside it."""
+    advice: str | None = None
+    """What would help, where it was refused."""
+
+
 class PersonalizeResult(BaseModel):
     """What became of a personalization."""
 
@@ -55,6 +80,8 @@ class PersonalizeResult(BaseModel):
     """The version published; None where the gate refused."""
     reason: str
     """Why it was published or refused, with the numbers."""
+    verdict: Verdict | None = None
+    """The same as numbers; None where an interrupted run had published it before."""
     metrics: dict[str, dict[str, float]]
     """By the name of each way, base, sft, dpo and cope, its figures on the held-out items.
 
@@ -80,5 +107,5 @@ class PersonalizeResult(BaseModel):
 
 
 # The public address of these classes, by which checkpoints and pickles name them.
-for _class in (PersonalizeRequest, Sample, PersonalizeResult):
+for _class in (PersonalizeRequest, Sample, Verdict, PersonalizeResult):
     _class.__module__ = "langchain_cope.personalize"

@@ -33,10 +33,17 @@ class PersonalizeSettings(BaseSettings):
     gate: Literal["improve", "always"] = "improve"
     """When to publish: `improve` or `always`.
 
-    `improve`: where the mean held-out NLL is lower than the active version's, else the base's.
+    `improve`: where it is at least 90 % sure that new texts of the user are likelier with the
+    adapter than with the base and with `reference_adapter`, and where the held-out ones are
+    likelier than with the active version.
     """
     min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Nats per token by which it must be lower."""
+    """Nats per token by which each of these has to be beaten on average."""
+    reference_adapter: str | os.PathLike[str] | None = None
+    """A peft folder on the same base that has to be beaten too: one that was trained on others.
+
+    Against the base alone an adapter gains by what all people's texts of a kind have in common.
+    """
     job_dir: str | os.PathLike[str] | None = None
     """A folder for unfinished runs, each user's in a folder of its own.
 

@@ -41,7 +41,7 @@ class TaskAdapterResult:
     reason: str
     """Why it was kept or refused, with the numbers."""
     nll: dict[str, float]
-    """Nats per token of held-out items under `base` and `task`: the mean over users."""
+    """Nats per token of held-out items under `base` and `task`: means over items, then users."""
     users_better: int
     """Users whose held-out items became likelier."""
     num_users: int
@@ -198,14 +198,14 @@ def _judge(
     folder: Path,
     monitor: Monitor,
 ) -> tuple[list[float], list[float]]:
-    """Return each user's held-out NLL under the base, and under the adapter in `folder`."""
-    from langchain_cope.evaluation.evaluate import mean_nll
+    """Return each user's mean held-out NLL under the base, and under the adapter in `folder`."""
+    from langchain_cope.evaluation.evaluate import item_nll
 
     adapter = engine.load_adapter(folder)
     base, task = [], []
     for number, items in enumerate(held_out, start=1):
-        base.append(mean_nll(engine, items, recipe, None, monitor.should_stop))
-        task.append(mean_nll(engine, items, recipe, adapter, monitor.should_stop))
+        base.append(_mean(item_nll(engine, items, recipe, None, monitor.should_stop)))
+        task.append(_mean(item_nll(engine, items, recipe, adapter, monitor.should_stop)))
         monitor.step_done(number, len(held_out))
     return base, task
 

@@ -18,7 +18,7 @@ replaced is how the model computes the log-probabilities that both trainers ask 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,8 @@ def _share_beginnings(backbone: torch.nn.Module) -> None:
 
     A model whose states are others that way (one without attention, say) is left as it is.
     """
-    if any(getattr(backbone.config, name, None) for name in NARROWER):
+    parts: Any = backbone.config  # a model that sees images has one of its text part, too
+    if any(getattr(parts.get_text_config(), name, None) for name in NARROWER):
         return
     plain, shared = backbone.forward, _SharedBeginnings(backbone.forward)
     device = next(backbone.parameters()).device
@@ -89,15 +90,15 @@ def _share_beginnings(backbone: torch.nn.Module) -> None:
 
 
 @contextmanager
-def logits_of_completions_alone() -> Iterator[None]:
+def logits_of_completions_alone(model: torch.nn.Module) -> Iterator[None]:
     """Let TRL make log-probabilities only where a label is, as it does by itself on GPUs alone.
 
-    TRL's switch and function are names of a module, so this holds for the whole process meanwhile;
-    what other trainers compute stays the same. The first of two trainings that ends brings TRL's
-    own back.
+    Those of `model` are made by `_FrozenHead`. TRL's switch and function are names of a module, so
+    this holds for the whole process meanwhile; what other trainers compute stays the same. The
+    first of two trainings that ends brings TRL's own back.
     """
     trl.trainer.utils._use_triton = lambda device: True
-    trl.trainer.utils._ChunkedLogProbFunction = _LogProbs
+    trl.trainer.utils._ChunkedLogProbFunction = _LogProbs(model.get_output_embeddings().weight)
     try:
         yield
     finally:
@@ -122,12 +123,14 @@ def _attention(
     """
     dtype = query.dtype
     length = key.shape[2] if layout is None else layout.columns.shape[1]
-    if dtype == torch.bfloat16 and query.device.type == "cpu" and length <= SHORT_TEXT:
+    is_short = dtype == torch.bfloat16 and query.device.type == "cpu" and length <= SHORT_TEXT
+    if is_short:
         query, key, value = query.float(), key.float(), value.float()
     if layout is not None:
         query, key, value = layout.rows_of(query), layout.rows_of(key), layout.rows_of(value)
         attention_mask = None
-    with torch.autocast(query.device.type, enabled=False):
+    # It would round again, but brings together what norms of queries and keys have made float32.
+    with torch.autocast(query.device.type, enabled=False) if is_short else nullcontext():
         answer, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if layout is not None:
         answer = layout.packed(answer)
@@ -345,14 +348,18 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 class _LogProbs:
-    """TRL's log-probabilities of labels, faster where the head is frozen and on a CPU."""
+    """TRL's log-probabilities of labels, faster under one frozen head on a CPU."""
 
-    @staticmethod
-    def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+    def __init__(self, head: Tensor) -> None:
+        """Be faster where `head` is the weight."""
+        self._head = head
+
+    def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
         """Take and return what TRL's `ChunkedLogProbFunction` does."""
         targets, temperature, _, softcap, scale, _ = args
         is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-        if is_frozen and hidden.device.type == "cpu" and softcap is None:
+        is_ours = weight is self._head and is_frozen
+        if is_ours and hidden.device.type == "cpu" and softcap is None:
             return _FrozenHead.apply(hidden, weight, bias, targets, scale / temperature)  # type: ignore[no-untyped-call]
         return ChunkedLogProbFunction.apply(hidden, weight, bias, *args)
 
@@ -395,7 +402,9 @@ class _FrozenHead(torch.autograd.Function):
                 )
             )
             if ctx.needs_input_grad[0]:
-                slopes.append((head[wanted] - probs.to(dtype) @ head).mul_(scale))
+                # Before it is rounded: of a token that is nearly certain little is left of 1 - p.
+                probs[range(len(wanted)), wanted] -= 1
+                slopes.append((probs.to(dtype) @ head).mul_(-scale))
         per_token = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(slopes))

@@ -1,15 +1,18 @@
 """Supervised fine-tuning of a new adapter on what the user wrote."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from langchain_cope.atomic_files import write_json
 from langchain_cope.engine import Base
 from langchain_cope.training.adapter import lora_config, save_adapter
 from langchain_cope.training.encode import Encoded
 from langchain_cope.training.fast import speed_up
+from langchain_cope.training.first_sight import FIRST_SIGHT, FirstSights
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Recipe
 from langchain_cope.training.trainer import (
@@ -26,12 +29,15 @@ def train_sft(
 ) -> None:
     """Train an adapter on `examples` and leave it in `folder` as a plain peft folder.
 
-    The base is not changed. Raises `Cancelled` at the next step after `monitor` asks for a stop;
+    What `first_sight.py` keeps of each item is left beside it before. The base is not changed.
+    Raises `Cancelled` at the next step after `monitor` asks for a stop;
     `folder` is then not written.
     """
     with undisturbed(folder) as scratch:
         trainer = sft_trainer(base, examples, recipe, scratch)
+        first = FirstSights(trainer.model, examples)
         train(trainer, monitor)
+        write_json(folder.parent / FIRST_SIGHT, [asdict(sight) for sight in first.sights])
         save_adapter(trainer.model, base.name, folder)
 
 

@@ -119,7 +119,7 @@ def train(trainer: Trainer, monitor: Monitor) -> None:
     trainer.remove_callback(PrinterCallback)  # it prints every log to standard output
     trainer.add_callback(_StepReporter(monitor))
     monitor.raise_if_stopped()
-    with logits_of_completions_alone():
+    with logits_of_completions_alone(trainer.model):
         trainer.train()
     monitor.raise_if_stopped()
 

@@ -81,7 +81,8 @@ def test_a_refusal_of_the_gate_is_no_error(
     outcome = personalize(history(), "--user", "alice")
     assert outcome.code == 0, outcome.stderr
     assert "not published: alice keeps what is active" in outcome.stdout
-    assert "not better" in outcome.stdout
+    assert f"likelier with it than with the active version {before['version']}" in outcome.stdout
+    assert "what would help: more texts" in outcome.stdout
     assert outcome.stdout.count("\npersonalized ") == 2  # both voices are shown all the same
     assert "--always" in outcome.stdout.splitlines()[-1]
     assert store.active("alice") == before["version"]

@@ -99,6 +99,19 @@ def test_a_prompt_of_several_completions_is_read_once(
         )
 
 
+def test_an_answer_that_begins_like_a_longer_prompt_is_scored_whole(engine: Engine) -> None:
+    text = tokens(40)
+    sequences = [
+        (text[:20], text[20:]),
+        (text[:20], tokens(5, 3)),
+        (text[:30], text[30:]),
+        (text[:30], tokens(5, 4)),
+    ]
+    together = engine.score(sequences)
+    for sequence, scores in zip(sequences, together, strict=True):
+        torch.testing.assert_close(scores, engine.score([sequence])[0], atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize("speculation", [False, True])
 def test_what_closes_a_turn_is_scored_with_the_answer(
     speculation: bool, tiny: Tiny, adapter: Tiny

@@ -27,6 +27,7 @@ def publisher(store: AdapterStore) -> Publisher:
         instruction=None,
         gate="always",
         min_gain=0.0,
+        reference_adapter=None,
         job_key="a job",
         data_seq=0,
         monitor=Monitor(),
@@ -34,7 +35,7 @@ def publisher(store: AdapterStore) -> Publisher:
 
 
 def outcome(version: AdapterVersion, replaced: AdapterVersion) -> Outcome:
-    return Outcome(version, "better", published_now=True, replaced=replaced.version)
+    return Outcome(version, "better", None, published_now=True, replaced=replaced.version)
 
 
 def test_the_version_before_is_active_again() -> None:

@@ -130,7 +130,9 @@ def test_a_tool_takes_a_request_and_tells_without_quoting(personalize: Personali
     message = tool.invoke({"name": tool.name, "args": REQUEST, "id": "1", "type": "tool_call"})
     assert isinstance(message, ToolMessage)
     version = AdapterStore(personalize.store).active("alice")
-    assert str(message.content).startswith(f"published version {version} for 'alice': better")
+    assert str(message.content).startswith(
+        f"published version {version} for 'alice': 2 of 2 newest texts are likelier"
+    )
     assert "fox" not in str(message.content)
     assert personalize.as_tool(name="learn", description="Learns.").description == "Learns."
 
@@ -196,7 +198,7 @@ def test_it_is_a_node_and_its_progress_a_custom_stream(personalize: PersonalizeU
     assert {(chunk["event"], chunk["user_id"]) for chunk in events} == {("cope.progress", "alice")}
     assert [chunk["step"] for chunk in events if chunk["stage"] == "sft"][-1] == 6
     assert chunks[-1][1]["published"]
-    assert "better" in chunks[-1][1]["reason"]
+    assert "likelier with it than with the base" in chunks[-1][1]["reason"]
 
 
 async def test_progress_of_a_node_function_is_streamed_asynchronously(

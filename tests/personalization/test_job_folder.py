@@ -112,6 +112,7 @@ def test_killed_in_dpo_it_goes_on_to_the_same_adapter(
     assert store.active("alice") is None
     before = job_files(personalize)
     assert set(before) == {
+        "first_sight.json",
         "job.json",
         "sft/adapter_model.safetensors",
         "sft/adapter_config.json",

@@ -1,13 +1,17 @@
 """The fast training steps compute what TRL's and peft's own compute."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trl.trainer.utils
+from peft import LoraConfig, get_peft_model
 from training.test_trainers import encoded, pair
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.kernels import ChunkedLogProbFunction
 
@@ -200,6 +204,22 @@ def test_log_probabilities_under_a_frozen_head_are_exact(has_bias):
     torch.testing.assert_close(slope, true_slope, atol=1e-5, rtol=1e-5)
 
 
+def test_the_slope_of_a_nearly_certain_token_survives_bfloat16():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(50, 64, generator=generator).bfloat16()
+    targets = torch.arange(50)
+    hidden = (weight / 6).clone().requires_grad_()
+    exact = hidden.detach().double().requires_grad_()
+    of_targets = torch.log_softmax(exact @ weight.double().t(), -1)[targets, targets]
+    assert of_targets.exp().median() > 0.99
+    (true_slope,) = torch.autograd.grad(of_targets.sum(), exact)
+    (slope,) = torch.autograd.grad(
+        _FrozenHead.apply(hidden, weight, None, targets, 1.0)[0].sum(), hidden
+    )
+    errors = (slope - true_slope).norm(dim=-1) / true_slope.norm(dim=-1)
+    assert errors.median() < 0.03
+
+
 def test_logits_are_made_where_labels_are_and_nowhere_else(
     base, items, recipe, monitor, tmp_path, monkeypatch
 ):
@@ -218,6 +238,21 @@ def test_logits_are_made_where_labels_are_and_nowhere_else(
     assert sum(scored) == num_epochs * sum(len(example.completion_ids) for example in examples)
     assert not trl.trainer.utils._use_triton(torch.device("cpu"))  # put back
     assert trl.trainer.utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+
+
+def test_other_trainings_get_the_log_probabilities_of_trl(base, monkeypatch):
+    ours = []
+    monkeypatch.setattr(fast, "_FrozenHead", SimpleNamespace(apply=lambda *args: ours.append(args)))
+    own = base.model.get_output_embeddings().weight
+    monkeypatch.setattr(own, "requires_grad", False)
+    arguments = None, torch.tensor([1, 2]), 1.0, 4, None, 1.0, ()
+    with logits_of_completions_alone(base.model):
+        kernel = trl.trainer.utils._ChunkedLogProbFunction
+        log_probs, *_ = kernel.apply(torch.ones(2, 5), torch.ones(7, 5), *arguments)
+        assert not ours
+        kernel.apply(torch.ones(2, own.shape[1]), own, *arguments)
+    assert log_probs.tolist() == pytest.approx([-math.log(7)] * 2)
+    assert len(ours) == 1
 
 
 @pytest.mark.parametrize("is_masked", [True, False])
@@ -276,8 +311,8 @@ def test_a_forward_that_checkpointing_repeats_drops_the_same(
     assert_same_steps(*steps)
 
 
-def test_trainings_that_overlap_leave_the_switch_as_it_was():
-    first, second = logits_of_completions_alone(), logits_of_completions_alone()
+def test_trainings_that_overlap_leave_the_switch_as_it_was(base):
+    first, second = (logits_of_completions_alone(base.model) for _ in range(2))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -292,6 +327,32 @@ def test_only_a_mask_of_padding_at_the_end_is_left_out():
         _, kwargs = _without_mask(torch.nn.Identity(), (), {"attention_mask": mask})
         assert (kwargs["attention_mask"] is mask) == kept
     assert _without_mask(torch.nn.Identity(), (), {})[1] == {}
+
+
+def test_a_window_in_the_text_part_of_a_configuration_is_seen():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text = {"vocab_size": 16, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**sizes, **text, "num_hidden_layers": 2},
+        vision_config={**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+    )
+    with random_state_kept():
+        model = AutoModelForCausalLM.from_config(config)
+        lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    fast.speed_up(model)
+    assert not isinstance(model.get_base_model().base_model.forward, _SharedBeginnings)
+
+
+def test_attention_takes_normed_queries_in_float32_under_autocast():
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 1
+    states = torch.randn(1, 2, 9, 16, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        answer, _ = _attention(module, states, states, states.bfloat16(), None)
+    expected, _ = sdpa_attention_forward(module, states, states, states, None)
+    torch.testing.assert_close(answer, expected, atol=0.03, rtol=0.03)
 
 
 @pytest.mark.parametrize("length", [7, SHORT_TEXT, SHORT_TEXT + 1])

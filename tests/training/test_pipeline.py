@@ -8,7 +8,7 @@ from training.tiny import Heard, make_item, pairs_in
 
 from langchain_cope.engine import Completion, Contrast, Request, Sampling
 from langchain_cope.errors import Cancelled, HistoryError
-from langchain_cope.evaluation.evaluate import evaluate, mean_nll
+from langchain_cope.evaluation.evaluate import evaluate, item_nll
 from langchain_cope.evaluation.ways import WAYS
 from langchain_cope.history.items import Item
 from langchain_cope.training.encode import encode
@@ -136,17 +136,16 @@ def test_an_evaluation_holds_the_metrics_and_the_texts_behind_them(
     assert [(p.stage, p.step, p.total) for p in monitor.steps] == [("evaluate", 3, 3)]
 
 
-def test_mean_nll_is_that_of_a_plain_forward_over_completions(engine, held_out, recipe):
-    total, count = 0.0, 0
+def test_item_nll_is_that_of_a_plain_forward_over_completions(engine, held_out, recipe):
+    plain = []
     for item in held_out:
         prompt, completion = encode(engine.base, item.messages, item.completion)
         with torch.no_grad():
             ids = torch.tensor([prompt + completion], device=engine.base.device)
             logits = engine.base.model(input_ids=ids).logits[0].cpu()
         scores = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-        total -= scores.gather(1, torch.tensor(completion)[:, None]).sum().item()
-        count += len(completion)
-    assert mean_nll(engine, held_out, recipe) == pytest.approx(total / count, abs=1e-5)
+        plain.append(-scores.gather(1, torch.tensor(completion)[:, None]).mean().item())
+    assert item_nll(engine, held_out, recipe) == pytest.approx(plain, abs=1e-5)
 
 
 def test_evaluation_without_items_is_refused(engine, recipe, tmp_path):
@@ -154,4 +153,4 @@ def test_evaluation_without_items_is_refused(engine, recipe, tmp_path):
         evaluate(engine, [], recipe, tmp_path, Monitor())
     refusal = "none of 1 items can be evaluated on: 1 of 1 items dropped"
     with pytest.raises(ValueError, match=refusal):
-        mean_nll(engine, [make_item(0)], replace(recipe, max_length=5))
+        item_nll(engine, [make_item(0)], replace(recipe, max_length=5))

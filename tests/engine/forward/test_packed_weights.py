@@ -180,6 +180,37 @@ def test_a_second_start_takes_the_kept_products_without_reading_the_file(
     assert packed_parts(engine_of(base)) == set(), "damaged, and the file has gone"
 
 
+@pytest.mark.parametrize("damage", [b"", b"\2" + bytes(7) + b"{}", b"no such file"])
+def test_a_damaged_file_of_products_is_made_anew(
+    damage: bytes, written: Written, engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    base = loaded(written)
+    everything = packed_parts(engine_of(base))
+    (kept,) = tmp_path.glob("cache/langchain-cope/gguf/*/packed-*/blocks.safetensors")
+    whole = kept.read_bytes()
+    kept.write_bytes(damage)
+    assert packed_parts(engine_of(base)) == everything
+    assert packed_parts(engine_of(base)) == everything
+    assert kept.read_bytes() == whole
+
+
+@pytest.mark.parametrize("has_kept", [True, False])
+def test_changed_weights_get_no_products_and_leave_those_of_others(
+    has_kept: bool, written: Written, engine_of: Callable[..., Engine]
+) -> None:
+    if has_kept:
+        packed_parts(engine_of(loaded(written)))
+    base = loaded(written)
+    weight = base.model.get_parameter("model.layers.0.mlp.down_proj.weight")
+    held = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_(held.flip(0))  # the same bits in another order
+    changed = packed_parts(engine_of(base))
+    with torch.no_grad():
+        weight.copy_(held)
+    assert packed_parts(engine_of(base)) - changed == {"0.mlp.down_proj"}
+
+
 def test_products_for_another_torch_are_replaced(
     written: Written,
     engine_of: Callable[..., Engine],

@@ -29,6 +29,8 @@ class FileBlocks:
         """Raises ModelError where the file has gone since."""
         self._path = file.path
         self._unpacking = Unpacking(file.path, file.header, model)
+        self.changed: list[str] = []
+        """Parameters that were found to have other values than their blocks."""
 
     def blocks(self, name: str, parameter: Tensor) -> Blocks | None:
         """Return the blocks of the parameter `name`, or None where it has no such values."""
@@ -46,7 +48,10 @@ class FileBlocks:
         except (OSError, ValueError):  # the file has gone or become shorter
             _log.debug("no blocks of %s in %s", name, self._path, exc_info=True)
             return None
-        return blocks if blocks.equal(parameter) else None
+        if blocks.equal(parameter):
+            return blocks
+        self.changed.append(name)
+        return None
 
     def packed(self, names: Sequence[str], weights: Sequence[Tensor]) -> PackedWeight | None:
         """Return the packed product with those parameters side by side, or None without blocks."""

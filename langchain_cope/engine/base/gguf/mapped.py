@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-_ALIGNMENT = (
-    64  # bytes; products with tensors that begin elsewhere are slower, and a copy is better
-)
+# Bytes: products with tensors that begin elsewhere are slower, and a copy is better.
+_ALIGNMENT = 64
 
 
 def map_weights(model: PreTrainedModel, path: Path) -> None:

@@ -2,9 +2,10 @@
 
 An engine's first start makes them and writes them down; later ones map the file, whose pages all
 processes share. Each is kept with a checksum of the weights that it stands for: a matrix of other
-values gets none.
+values gets none, and where there is one at that first start, nothing is kept.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,10 @@ from langchain_cope.engine.forward.packed_weights import (
 )
 from langchain_cope.errors import ModelError
 
-_FORMAT = 1  # of what is kept: a new one has the products made anew
-_PRODUCTS = "products"  # the metadata: of each product its planes and its checksum
+_FORMAT = 2  # of what is kept: a new one has the products made anew
+_PRODUCTS = "products"  # the metadata: of each product its planes (0: there is none) and checksum
 _MOST_BYTES = 1.25  # of a weight: two planes of half a byte, and their scales and zeros
+_DAMAGED = (SafetensorError, KeyError, TypeError, ValueError)  # what reading such a file raises
 _log = logging.getLogger(__name__)
 
 
@@ -46,9 +48,12 @@ class _Group:
     def key(self) -> str:
         return "+".join(self.names)
 
-    def checksum(self) -> int:
-        """Return the sum of all bits, eight bytes a number: as fast as memory is read."""
-        return sum(int(weight.detach().view(torch.int64).sum()) for weight in self.weights)
+    def checksum(self) -> str:
+        """Return a digest of the sums of each row, eight bytes a number: as fast as memory is."""
+        digest = hashlib.sha256()
+        for weight in self.weights:
+            digest.update(weight.detach().view(torch.int64).sum(-1).numpy().tobytes())
+        return digest.hexdigest()
 
 
 class PackedFile:
@@ -99,36 +104,53 @@ class PackedFile:
                 cpu_features(),
                 f"{torch.__version__} {_FORMAT}",
                 num_weights * _MOST_BYTES,
-                lambda path: _write(path, self._made(groups), groups),
+                lambda path: _write(path, self._made_of_file(groups), groups),
             )
-            return _read(path, groups)
-        except (ModelError, OSError, SafetensorError):  # no room on the disk, say
+            try:
+                return _read(path, groups)
+            except _DAMAGED:
+                path.unlink()  # the next start makes it anew
+                raise
+        except (ModelError, OSError, *_DAMAGED):  # no room on the disk, say
             _log.debug("packed products of %s are not kept", self._file.path, exc_info=True)
         return self._made_if_there(groups)
 
     def _made_if_there(self, groups: Sequence[_Group]) -> dict[str, PackedWeight]:
         try:
-            return self._made(groups)
+            return self._made(groups)[0]
         except ModelError:
             _log.debug("%s has gone", self._file.path, exc_info=True)
             return {}
 
-    def _made(self, groups: Sequence[_Group]) -> dict[str, PackedWeight]:
+    def _made_of_file(self, groups: Sequence[_Group]) -> dict[str, PackedWeight]:
+        """Return the products that all bases of the file can use.
+
+        Raises ModelError where weights of this one have other values.
+        """
+        made, changed = self._made(groups)
+        if changed:
+            raise ModelError(f"these are not the values of {self._file.path}: {changed}")
+        return made
+
+    def _made(self, groups: Sequence[_Group]) -> tuple[dict[str, PackedWeight], list[str]]:
+        """Return the products, and the names of weights of other values than in the file."""
         from langchain_cope.engine.base.gguf.blocks import FileBlocks  # slow to import
 
         source = FileBlocks(self._file, self._model)
         made = {group.key: source.packed(group.names, group.weights) for group in groups}
-        return {key: product for key, product in made.items() if product is not None}
+        products = {key: product for key, product in made.items() if product is not None}
+        return products, source.changed
 
 
 def _write(path: Path, made: Mapping[str, PackedWeight], groups: Sequence[_Group]) -> None:
     tensors: dict[str, Tensor] = {}
-    facts = {}
+    facts: dict[str, tuple[int, str]] = {}
     for group in groups:
+        facts[group.key] = (0, "")
         if product := made.get(group.key):
             tensors[f"{group.key}.codes"] = product.codes
             tensors[f"{group.key}.scales"] = product.scales
-            facts[group.key] = [product.planes, group.checksum()]
+            facts[group.key] = (product.planes, group.checksum())
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     with path.open("xb") as file:
         file.write(safetensors_header(shapes, {_PRODUCTS: json.dumps(facts)}))
@@ -137,12 +159,15 @@ def _write(path: Path, made: Mapping[str, PackedWeight], groups: Sequence[_Group
 
 
 def _read(path: Path, groups: Sequence[_Group]) -> dict[str, PackedWeight]:
-    """Return the kept products with the weights of `groups`, mapped."""
+    """Return the kept products with the weights of `groups`, mapped.
+
+    Raises one of `_DAMAGED` where the file cannot be read, or knows nothing of a group.
+    """
     products = {}
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()[_PRODUCTS])
         for group in groups:
-            planes, checksum = facts.get(group.key, (0, 0))
+            planes, checksum = facts[group.key]
             if planes and checksum == group.checksum():
                 codes, scales = (
                     file.get_tensor(f"{group.key}.{part}") for part in ("codes", "scales")
