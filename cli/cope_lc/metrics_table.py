@@ -43,7 +43,7 @@ def metrics_table(metrics: Metrics, first: str = "") -> "Table":
     return rows
 
 
-def user_table(users: "list[tuple[str, Metrics]]", ways: Sequence[Way]) -> "Table":
+def user_table(users: "Sequence[tuple[str, Metrics]]", ways: Sequence[Way]) -> "Table":
     """Return a row for each user, given as (name, metrics): changes of NLL, and ROUGE-L.
 
     In `ways` are those that the metrics have.

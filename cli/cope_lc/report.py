@@ -144,11 +144,11 @@ def _chart(report: "Report", measure: str) -> str:
             f"<title>{escape(way)}: {value:.3f}</title></circle>"
         )
     legend = []
-    for number, way in enumerate(report.ways):
+    for number, name in enumerate(way.name for way in report.ways):
         y = bottom + 16 + 18 * number
         legend.append(
             f'<circle cx="{_LEFT}" cy="{y}" r="5" fill="{_colour(number)}"/>'
-            f'<text x="{_LEFT + 12}" y="{y + 4}">{escape(way.name)}</text>'
+            f'<text x="{_LEFT + 12}" y="{y + 4}">{escape(name)}</text>'
         )
     width, height = _LEFT + _WIDTH + _RIGHT, bottom + 20 + 18 * len(report.ways)
     return (
