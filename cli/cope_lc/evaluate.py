@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from langchain_cope.evaluation.ways import Way
     from langchain_cope.history import UserHistory
 
+_SHOWN_WAYS = 6  # columns of a way in the users' table
+
 
 def evaluate(
     file: Annotated[
@@ -274,13 +276,15 @@ def _scale(scale: Any) -> dict[str, Any]:
 def _show(report: "Report", facts: dict[str, Any], file: Path | None) -> None:
     from cope_lc.metrics_table import differences_table, metrics_table, user_table
     from cope_lc.progress import duration
+    from langchain_cope.evaluation.ways import QUICK_WAYS
 
     out = console()
     num_users = len(report.users)
     seconds = sum(sum(user.timings.values()) for user in report.users)
     out.print()
     rows = [(shorten(user.name, 30), user.metrics) for user in report.users]
-    out.print(user_table(rows, report.ways))
+    few = [way for way in report.ways if way.name in QUICK_WAYS] or report.ways[:_SHOWN_WAYS]
+    out.print(user_table(rows, few))  # more columns fit no terminal; the report has all
     out.print()
     out.print(metrics_table(facts["mean"], f"mean of {plural(num_users, 'user')}"))
     out.print()
