@@ -90,15 +90,15 @@ def _share_beginnings(backbone: torch.nn.Module) -> None:
 
 
 @contextmanager
-def logits_of_completions_alone(model: torch.nn.Module) -> Iterator[None]:
+def logits_of_completions_alone(head: Tensor) -> Iterator[None]:
     """Let TRL make log-probabilities only where a label is, as it does by itself on GPUs alone.
 
-    Those of `model` are made by `_FrozenHead`. TRL's switch and function are names of a module, so
-    this holds for the whole process meanwhile; what other trainers compute stays the same. The
-    first of two trainings that ends brings TRL's own back.
+    Those under `head`, the weight of the output head, are made by `_FrozenHead`. TRL's switch and
+    function are names of a module, so this holds for the whole process meanwhile; what other
+    trainers compute stays the same. The first of two trainings that ends brings TRL's own back.
     """
     trl.trainer.utils._use_triton = lambda device: True
-    trl.trainer.utils._ChunkedLogProbFunction = _LogProbs(model.get_output_embeddings().weight)
+    trl.trainer.utils._ChunkedLogProbFunction = _LogProbs(head)
     try:
         yield
     finally:

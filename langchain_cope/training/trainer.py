@@ -119,7 +119,8 @@ def train(trainer: Trainer, monitor: Monitor) -> None:
     trainer.remove_callback(PrinterCallback)  # it prints every log to standard output
     trainer.add_callback(_StepReporter(monitor))
     monitor.raise_if_stopped()
-    with logits_of_completions_alone(trainer.model):
+    model: Any = trainer.model
+    with logits_of_completions_alone(model.get_output_embeddings().weight):
         trainer.train()
     monitor.raise_if_stopped()
 

@@ -133,7 +133,9 @@ def test_an_evaluation_holds_the_metrics_and_the_texts_behind_them(
     ]
     answers = [completion.text for completion in engine.generate(requests)]
     assert answers == [texts[0][name] for name in ("base", "dpo", "cope")]
-    assert [(p.stage, p.step, p.total) for p in monitor.steps] == [("evaluate", 3, 3)]
+    assert [(p.stage, p.step, p.total) for p in monitor.steps] == [
+        ("evaluate", step, 3) for step in (1, 2, 3)
+    ]
 
 
 def test_item_nll_is_that_of_a_plain_forward_over_completions(engine, held_out, recipe):
