@@ -23,6 +23,7 @@ from cope_lc.options import (
     Rule,
     Seed,
     Store,
+    TaskAdapter,
     Tau,
     Temperature,
 )
@@ -40,6 +41,7 @@ _HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an
 def chat(
     user: AsUser = None,
     model: Model = DEFAULT_MODEL,
+    task_adapter: TaskAdapter = None,
     store: Store = None,
     version: AdapterVersion = None,
     alpha: Alpha = None,
@@ -61,6 +63,7 @@ def chat(
     options = ChatOptions(
         user=user,
         model=model,
+        task_adapter=task_adapter,
         store=store,
         version=version,
         alpha=alpha,

@@ -24,6 +24,7 @@ from cope_lc.options import (
     Rule,
     Seed,
     Store,
+    TaskAdapter,
     Tau,
     Temperature,
 )
@@ -48,6 +49,7 @@ def generate(
     ],
     user: AsUser = None,
     model: Model = DEFAULT_MODEL,
+    task_adapter: TaskAdapter = None,
     store: Store = None,
     version: AdapterVersion = None,
     alpha: Alpha = None,
@@ -79,6 +81,7 @@ def generate(
     options = ChatOptions(
         user=user,
         model=model,
+        task_adapter=task_adapter,
         store=store,
         version=version,
         alpha=alpha,

@@ -18,6 +18,7 @@ from cope_lc.evaluate import evaluate
 from cope_lc.forget import forget
 from cope_lc.generate import generate
 from cope_lc.personalize import personalize
+from cope_lc.task_adapter import task_adapter
 
 HELP = """Answer every user in that user's own manner, on one local base model.
 
@@ -38,6 +39,7 @@ COMMANDS: tuple[Command, ...] = (
     ("chat", chat, "--user alice"),
     ("generate", generate, '"Write a headline for: …" --user alice'),
     ("evaluate", evaluate, "users.jsonl --limit 6"),
+    ("task-adapter", task_adapter, "users.jsonl --out ./task"),
     ("forget", forget, "alice --history ./chroma --job-dir ./jobs"),
     ("doctor", doctor, ""),
 )

@@ -1,72 +1,104 @@
-"""The ways of answering side by side: a table of their figures, and means over users."""
+"""The ways of answering side by side: tables of their figures."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cope_lc.screen import cell, number, table
-from langchain_cope.evaluation.ways import BASE, WAYS, Way
+from langchain_cope.evaluation.ways import BASE, Way
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-MEASURES = {"nll": "NLL ↓", "rouge1": "ROUGE-1 ↑", "rougeL": "ROUGE-L ↑"}
-WITH_NLL = [way for way in WAYS if way.has_nll]
-LEARNT = [way for way in WITH_NLL if way.adapter is not None]
-_BY_ROUGE = [BASE, *[way for way in WAYS if way.contrastive]]  # shown for each user
-Metrics = dict[str, dict[str, float]]
+    from langchain_cope.evaluation.over_users import Difference
+
+_ALWAYS = {"nll": "NLL ↓", "rouge1": "ROUGE-1 ↑", "rougeL": "ROUGE-L ↑"}
+MEASURES = {
+    **_ALWAYS,
+    "meteor": "METEOR ↑",
+    "voice": "voice → 1",
+    "style": "style → 1",
+    "copied": "copied ↓",
+    "distinct1": "dist-1",
+    "distinct2": "dist-2",
+    "words": "words",
+}
+COMPARED = ("nll", "rougeL", "voice", "style", "copied")
+"""Measures whose differences are shown."""
+_LOWER_IS_BETTER = {"nll", "copied"}
+_HAS_BEST = {"nll", "rouge1", "rougeL", "meteor"}
+Metrics = Mapping[str, Mapping[str, float]]
 
 
 def metrics_table(metrics: Metrics, first: str = "") -> "Table":
-    """Return a row for each way and a column for each measure, the best figure of each column bold.
+    """Return a row for each way and a column for each measure that any has, the best figure bold.
 
     `first` is the heading of the column that names the ways.
     """
-    rows = table(first, *MEASURES.values(), right=tuple(MEASURES.values()))
-    for way in WAYS:
-        figures = [_figure(metrics, way, measure) for measure in MEASURES]
-        rows.add_row(cell(way.name), *figures)
+    had = {measure for figures in metrics.values() for measure in figures}
+    measures = [name for name in MEASURES if name in had or name in _ALWAYS]
+    columns = tuple(MEASURES[name] for name in measures)
+    rows = table(first, *columns, right=columns)
+    for way in metrics:
+        rows.add_row(cell(way), *(_figure(metrics, way, measure) for measure in measures))
     return rows
 
 
-def user_table(users: "list[tuple[str, Metrics]]") -> "Table":
-    """Return a row for each user, given as (name, metrics): NLL, its changes, and ROUGE-L."""
-    nll_columns = [way.name for way in WITH_NLL]
-    nll_columns[0] = f"NLL {nll_columns[0]}"
-    change_columns = [f"{way.name} %" for way in LEARNT]
-    rouge_columns = [way.name for way in _BY_ROUGE]
-    rouge_columns[0] = f"ROUGE-L {rouge_columns[0]}"
-    columns = (*nll_columns, *change_columns, *rouge_columns)
-    rows = table("user", *columns, right=columns)
+def user_table(users: "Sequence[tuple[str, Metrics]]", ways: Sequence[Way]) -> "Table":
+    """Return a row for each user, given as (name, metrics): changes of NLL, and ROUGE-L.
+
+    In `ways` are those that the metrics have.
+    """
+    names = [way.name for way in ways]
+    has_base = BASE.name in names
+    learnt = [way.name for way in ways if has_base and way.has_nll and way.adapter is not None]
+    nll = (f"NLL {BASE.name}", *(f"{name} %" for name in learnt)) if has_base else ()
+    rouge = (f"ROUGE-L {names[0]}", *names[1:])
+    rows = table("user", *nll, *rouge, right=(*nll, *rouge))
     for name, metrics in users:
-        nll = [number(metrics[way.name]["nll"]) for way in WITH_NLL]
-        changes = [f"{change:+.2%}" for change in nll_changes(metrics).values()]
-        rouge = [number(metrics[way.name].get("rougeL")) for way in _BY_ROUGE]
-        rows.add_row(cell(name), *nll, *changes, *rouge)
+        cells = []
+        if has_base:
+            changes = nll_changes(metrics)
+            base = number(metrics[BASE.name].get("nll"))
+            cells = [base, *(f"{changes[way]:+.2%}" for way in learnt)]
+        cells += [number(metrics[way].get("rougeL")) for way in names]
+        rows.add_row(cell(name), *cells)
     return rows
 
 
-def mean_metrics(users: "list[Metrics]") -> Metrics:
-    """Return the mean over users of every figure that all have, each user counting the same."""
-    means: Metrics = {}
-    for way in WAYS:
-        means[way.name] = {
-            measure: sum(metrics[way.name][measure] for metrics in users) / len(users)
-            for measure in users[0][way.name]
-            if all(measure in metrics[way.name] for metrics in users)
-        }
-    return means
+def differences_table(by_way: "Mapping[str, Mapping[str, Difference]]", first: str) -> "Table":
+    """Return a row for each way: how far it lies above the reference, and how sure that is."""
+    had = {measure for figures in by_way.values() for measure in figures}
+    measures = [name for name in COMPARED if name in had]
+    columns = tuple(f"Δ {MEASURES[name]}" for name in measures)
+    rows = table(first, *columns, right=columns)
+    for way, figures in by_way.items():
+        cells = [_difference(figures.get(measure)) for measure in measures]
+        rows.add_row(cell(way), *cells)
+    return rows
 
 
 def nll_changes(metrics: Metrics) -> dict[str, float]:
-    """Return by what share the NLL of each trained way is above (below: negative) the base's."""
-    base = metrics[BASE.name]["nll"]
-    return {way.name: metrics[way.name]["nll"] / base - 1 for way in LEARNT}
+    """Return by what share the NLL of each other way is above (below: negative) the base's."""
+    base = metrics.get(BASE.name, {}).get("nll")
+    if base is None:
+        return {}
+    return {
+        way: figures["nll"] / base - 1
+        for way, figures in metrics.items()
+        if way != BASE.name and "nll" in figures
+    }
 
 
-def _figure(metrics: Metrics, way: Way, measure: str) -> Any:
+def _difference(value: "Difference | None") -> str:
+    return "–" if value is None else f"{value.value:+.3f} (p {value.p:.2f})"
+
+
+def _figure(metrics: Metrics, way: str, measure: str) -> Any:
     """Return one figure as a table cell, bold where it is the best of all ways."""
-    value = metrics[way.name].get(measure)
+    value = metrics[way].get(measure)
     if value is None:
         return cell(number(None))
     column = [figures[measure] for figures in metrics.values() if measure in figures]
-    best = min(column) if measure == "nll" else max(column)
-    return cell(number(value), "bold" if value == best else "")
+    best = min(column) if measure in _LOWER_IS_BETTER else max(column)
+    is_best = measure in _HAS_BEST and value == best
+    return cell(number(value), "bold" if is_best else "")

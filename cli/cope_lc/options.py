@@ -82,6 +82,15 @@ Model = Annotated[
         "owner/repository:FILE.gguf or ollama:NAME. COPE_MODEL changes the default.",
     ),
 ]
+TaskAdapter = Annotated[
+    str | None,
+    typer.Option(
+        "--task-adapter",
+        metavar="FOLDER",
+        help="A shared LoRA that is merged into the base: a folder that `cope-lc task-adapter` "
+        "left, or a Hugging Face id. Default: none.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -222,6 +231,7 @@ class ChatOptions(NamedTuple):
 
     user: str | None
     model: str
+    task_adapter: str | None
     store: str | None
     version: str | None
     alpha: float | None
@@ -250,6 +260,7 @@ class ChatOptions(NamedTuple):
         return ChatCoPe(
             user_id=self.user,
             model=self.model,
+            task_adapter=self.task_adapter,
             store=self.store,
             adapter_version=self.version,
             alpha=self.alpha,
@@ -269,4 +280,6 @@ class ChatOptions(NamedTuple):
         """Load the base, or return the one that is loaded already."""
         from langchain_cope.engine import load_base
 
-        return load_base(self.model, device=self.device, dtype=self.dtype)
+        return load_base(
+            self.model, device=self.device, dtype=self.dtype, task_adapter=self.task_adapter
+        )

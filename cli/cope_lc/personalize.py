@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cope_lc.options import DEFAULT_MODEL, Device, Dtype, Json, Model, Store, Target
+from cope_lc.options import DEFAULT_MODEL, Device, Dtype, Json, Model, Store, Target, TaskAdapter
 from cope_lc.output import Output
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.recipe_choice import Paper, TrainingSeed, recipe_choice
@@ -46,6 +46,7 @@ def personalize(
         ),
     ] = None,
     model: Model = DEFAULT_MODEL,
+    task_adapter: TaskAdapter = None,
     store: Store = None,
     target: Target = None,
     instruction: Annotated[
@@ -100,6 +101,7 @@ def personalize(
 
         chain = PersonalizeUser(
             model=model,
+            task_adapter=task_adapter,
             device=device,
             dtype=dtype,
             store=open_store(store),
@@ -109,7 +111,7 @@ def personalize(
         )
         result = _train(chain, history)
     outcome = {"store": chain.store.url, **result.model_dump(mode="json")}
-    Output(as_json).show(outcome, lambda: _show_result(result, history, model, store))
+    Output(as_json).show(outcome, lambda: _show_result(result, history, chain, store))
 
 
 def _facts(history: "UserHistory") -> dict[str, Any]:
@@ -207,7 +209,10 @@ def _stopped(chain: "PersonalizeUser", user: str, before: str | None) -> str:
 
 
 def _show_result(
-    result: "PersonalizeResult", history: "UserHistory", model: str, store: str | None
+    result: "PersonalizeResult",
+    history: "UserHistory",
+    chain: "PersonalizeUser",
+    store: str | None,
 ) -> None:
     from cope_lc.metrics_table import metrics_table
     from cope_lc.progress import duration
@@ -232,7 +237,7 @@ def _show_result(
     in_all = duration(sum(result.timings.values()))
     say(out, f"\ntime: {', '.join(stages)}; {in_all} in all\n", "dim")
     _show_answers(out, result)
-    say(out, f"next: {_next(result, model, store)}", whole=True)
+    say(out, f"next: {_next(result, chain, store)}", whole=True)
 
 
 def _show_answers(out: "Console", result: "PersonalizeResult") -> None:
@@ -273,12 +278,16 @@ def _without_shared_start(samples: "list[Sample]") -> list[str]:
     ]
 
 
-def _next(result: "PersonalizeResult", model: str, store: str | None) -> str:
+def _next(result: "PersonalizeResult", chain: "PersonalizeUser", store: str | None) -> str:
     """Return what to do now, as a command to copy."""
     from langchain_cope.engine import default_model
 
     if not result.published:
         return "add items to the history, or publish it all the same with --always"
-    which = "" if model == default_model() else f" --model {shlex.quote(model)}"
-    where = f" --store {shlex.quote(store)}" if store else ""
-    return f"cope-lc chat --user {shlex.quote(result.user_id)}{which}{where}"
+    options = {
+        "--model": None if chain.model == default_model() else chain.model,
+        "--task-adapter": chain.task_adapter,
+        "--store": store,
+    }
+    given = [f" {option} {shlex.quote(value)}" for option, value in options.items() if value]
+    return f"cope-lc chat --user {shlex.quote(result.user_id)}{''.join(given)}"

@@ -60,7 +60,7 @@ def evaluate(
         if way.has_nll
     }
     texts = _generate(engine, examples, recipe, adapters, monitor)
-    metrics, rouge_notes = _rouge(texts)
+    metrics, rouge_notes = rouge_of_ways(texts, [way.name for way in WAYS])
     for name, of_items in scores.items():
         metrics[name]["nll"] = _over_all_tokens(of_items)
     item_nll = {name: _by_item(of_items) for name, of_items in scores.items()}
@@ -175,15 +175,17 @@ def _requests(
     ]
 
 
-def _rouge(texts: Sequence[dict[str, str]]) -> tuple[dict[str, dict[str, float]], list[str]]:
+def rouge_of_ways(
+    texts: Sequence[dict[str, str]], names: Sequence[str]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Return each way's ROUGE, and a note where there is none: no adapter is lost for that."""
     try:
         with a_home():  # nltk, which comes with it, does not load without
             from langchain_cope.evaluation.rouge import mean_rouge
 
         references = [text["reference"] for text in texts]
-        rouge = {way.name: mean_rouge(references, [t[way.name] for t in texts]) for way in WAYS}
+        rouge = {name: mean_rouge(references, [text[name] for text in texts]) for name in names}
     except Exception as error:
         note = f"ROUGE could not be computed ({type(error).__name__}: {error}); NLL stands"
-        return {way.name: {} for way in WAYS}, [note]
+        return {name: {} for name in names}, [note]
     return rouge, []

@@ -85,7 +85,8 @@ class UserHistory(BaseModel):
     `queries` are newer items that are never trained on. `instruction` is the fixed text that stands
     in where an item had no prompt, None where every item had one. `formats` counts the rows of each
     format, and `target` is the side of the conversations that is learnt, None without
-    conversations. `notes` are sentences for people on what was decided.
+    conversations. `shareable` says that a model which others use may be trained on the items.
+    `notes` are sentences for people on what was decided.
     """
 
     user_id: str | None
@@ -94,6 +95,7 @@ class UserHistory(BaseModel):
     instruction: str | None = None
     formats: dict[str, int] = {}
     target: Target | None = None
+    shareable: bool = False
     notes: list[str] = []
 
     @property
@@ -110,6 +112,7 @@ def settle(
     instruction: str | None = None,
     formats: Mapping[str, int] | None = None,
     target: Target | None = None,
+    shareable: bool = False,
     notes: Sequence[str] = (),
 ) -> UserHistory:
     """Return the history: items in order, without exact duplicates, and notes that say so.
@@ -137,6 +140,7 @@ def settle(
         instruction=instruction,
         formats=dict(formats or {}),
         target=target,
+        shareable=shareable,
         notes=all_notes,
     )
 

@@ -26,7 +26,7 @@ from langchain_cope.history.items import Item, Target, UserHistory, settle
 from langchain_cope.history.messages import is_conversation
 from langchain_cope.history.order import oldest_first
 from langchain_cope.history.reader import RowReader
-from langchain_cope.history.rows import Located, Row, checked_id
+from langchain_cope.history.rows import Located, Row, checked_id, shown
 
 
 def read_history(
@@ -176,8 +176,21 @@ def _read_user(
         instruction=reader.used_instruction,
         formats=history.formats,
         target=history.target,
+        shareable=_all_shareable(all_lines),
         notes=notes,
     )
+
+
+def _all_shareable(lines: Sequence[Row]) -> bool:
+    """Return whether each of a user's lines says that others' models may be trained on it."""
+    values = [line.get("shareable", False) for line in lines]
+    for line, value in zip(lines, values, strict=True):
+        if not isinstance(value, bool):
+            raise HistoryError(
+                f"{line.where}: shareable is {shown(value)}; expected true (a model that others "
+                "use may be trained on this) or false"
+            )
+    return bool(values) and all(values)
 
 
 def _oldest_first(by_row: Sequence[Sequence[Row]], ends: Sequence[int]) -> list[Row]:

@@ -193,6 +193,7 @@ class Publisher:
     def _publish(self, active: str | None, verdict: Verdict) -> AdapterVersion:
         recipe = self.training.recipe
         adapter = self.training.sft if verdict.adapter == SFT.name else self.training.dpo
+        task_adapter = self.engine.base.task_adapter
         return self.store.publish(
             self.user,
             adapter,
@@ -205,6 +206,7 @@ class Publisher:
                 "num_trained": len(self.trained),
                 "num_held_out": len(self.held_out),
                 "recipe": recipe.as_dict(),
+                "task_adapter": task_adapter.name if task_adapter else None,
                 "dtype": str(self.engine.base.dtype).removeprefix("torch."),
                 "trained_on": fingerprint_items(self.trained),
                 "verdict": verdict.model_dump(),

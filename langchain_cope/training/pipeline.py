@@ -21,7 +21,7 @@ from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from langchain_cope.engine import Engine
+    from langchain_cope.engine import Base, Engine
     from langchain_cope.history.items import Item
     from langchain_cope.training.encode import Encoded
     from langchain_cope.training.negatives import Pair
@@ -55,6 +55,8 @@ def train_user(
     recipe: Recipe,
     folder: Path,
     monitor: Monitor | None = None,
+    *,
+    last: Stage = Stage.DPO,
 ) -> TrainingResult:
     """Train one user's adapter on `items` and leave it in `folder`.
 
@@ -69,6 +71,7 @@ def train_user(
         folder: Where the stages leave their work. A stage that finds its own work there is not
             run again: it must be of the same base, items and recipe.
         monitor: Times the stages SFT, negatives and DPO, hears of their steps and may stop them.
+        last: `Stage.SFT` leaves out the negatives and DPO.
 
     Raises:
         Cancelled: `monitor` asked for a stop; `folder` then holds the work of the stages before,
@@ -78,11 +81,7 @@ def train_user(
     """
     from langchain_cope.training.encode import fit
 
-    if engine.base.quantization is not None:
-        raise ModelError(
-            f"the base {engine.base.name!r} is quantized ({engine.base.quantization}), but "
-            "adapters are trained on plain weights: load it without quantization_config to train"
-        )
+    check_trainable(engine.base)
     examples, notes = fit(engine.base, items, recipe.max_length, recipe.max_words)
     if not examples:
         raise HistoryError(
@@ -94,12 +93,25 @@ def train_user(
         recipe = replace(recipe, max_new_tokens=longest)
     folder.mkdir(parents=True, exist_ok=True)
     training = TrainingResult(folder, recipe, notes)
-    _run_stages(engine, examples, training, monitor or Monitor())
+    _run_stages(engine, examples, training, monitor or Monitor(), last)
     return training
 
 
+def check_trainable(base: "Base") -> None:
+    """Raise `ModelError` for a quantized base."""
+    if base.quantization is not None:
+        raise ModelError(
+            f"the base {base.name!r} is quantized ({base.quantization}), but "
+            "adapters are trained on plain weights: load it without quantization_config to train"
+        )
+
+
 def _run_stages(
-    engine: "Engine", examples: "Sequence[Encoded]", training: TrainingResult, monitor: Monitor
+    engine: "Engine",
+    examples: "Sequence[Encoded]",
+    training: TrainingResult,
+    monitor: Monitor,
+    last: Stage,
 ) -> None:
     from langchain_cope.engine import give_back
     from langchain_cope.training.dpo import train_dpo
@@ -111,6 +123,8 @@ def _run_stages(
         with monitor.stage(Stage.SFT):
             train_sft(base, examples, recipe, training.sft, monitor)
         give_back(base.device)
+    if last is Stage.SFT:
+        return
     pairs_file = training.folder / Stage.NEGATIVES.file
     if not pairs_file.exists():
         with monitor.stage(Stage.NEGATIVES):

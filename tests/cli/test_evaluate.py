@@ -1,8 +1,12 @@
 import json
+import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
+HOSTILE = "<script>alert(1)</script>"
 
 
 def user_row(name: str, num_items: int = 6, num_queries: int = 2) -> dict:
@@ -28,10 +32,13 @@ def test_users_are_compared_side_by_side_and_nothing_is_published(
     assert "\x1b" not in outcome.stdout + outcome.stderr
     rows = [line.split() for line in outcome.stdout.splitlines()]
     assert [row[0] for row in rows[2:4]] == ["alice", "bob"]
-    assert {"base", "sft", "dpo", "cope"} <= {row[0] for row in rows if row}
+    assert {"base", "base+retrieved", "sft", "dpo", "cope"} <= {row[0] for row in rows if row}
     assert "mean of 2 users" in outcome.stdout
+    assert "against base" in outcome.stdout
+    assert "note: no style score: 0 users have" in outcome.stdout
     assert "nothing was published" in outcome.stdout
     assert "[1/2] alice: SFT: started\n" in outcome.stderr
+    assert "left for the others\n" in outcome.stderr
     assert "[2/2] bob [red]\\x1b[2J: NLL " in outcome.stderr
     assert outcome.stdout.count("note: 2 users: the items have no created_at") == 1
     assert not store_folder.exists()
@@ -50,6 +57,113 @@ def test_json_holds_every_figure(evaluate: Callable, history: Callable[..., Path
     assert facts["mean"]["base"]["nll"] == pytest.approx(means[0])
     assert facts["nll_change"]["dpo"] == pytest.approx(means[1] / means[0] - 1)
     assert facts["users_better"]["sft"] in (0, 1, 2)
+    low, high = facts["intervals"]["base"]["nll"]
+    assert low <= means[0] <= high
+    assert facts["differences"]["base"]["dpo"]["nll"]["value"] == pytest.approx(means[1] - means[0])
+
+
+def test_chosen_ways_go_on_in_a_job_folder(
+    evaluate: Callable, history: Callable[..., Path], tmp_path: Path
+) -> None:
+    file, jobs = history([user_row("alice")]), tmp_path / "jobs"
+    first = evaluate(file, "--ways", "base,sft", "--job-dir", jobs, "--json")
+    assert first.json["ways"] == ["base", "sft"]
+    assert "SFT: started" in first.stderr
+    assert "DPO" not in first.stderr
+    again = evaluate(file, "--ways", "base,sft,sft+contrast", "--job-dir", jobs, "--json")
+    assert again.json["ways"] == ["base", "sft", "sft+contrast"]
+    assert "SFT: started" not in again.stderr
+    assert again.json["mean"]["sft"] == first.json["mean"]["sft"]
+
+
+def test_without_scikit_learn_the_plain_figures_stand(
+    evaluate: Callable, history: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    file = history([user_row("alice"), user_row("bob")])
+    facts = evaluate(file, "--json").json
+    assert facts["ways"] == ["base", "sft", "dpo", "cope"]
+    assert facts["intervals"]["base"]["nll"] is None
+    assert not facts["differences"]
+    (note,) = [note for note in facts["notes"] if "scikit-learn" in note]
+    outcome = evaluate(file, "--ways", "base+retrieved")
+    assert outcome.code == 2
+    assert note in outcome.error
+
+
+def test_a_way_that_is_not_there_is_refused(
+    evaluate: Callable, history: Callable[..., Path]
+) -> None:
+    outcome = evaluate(history([user_row("alice")]), "--ways", "base,best")
+    assert outcome.code == 2
+    assert "there is no way 'best': name some of base, " in outcome.error
+
+
+class Tags(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_report_is_one_page_in_which_texts_are_text(
+    evaluate: Callable, history: Callable[..., Path], tmp_path: Path
+) -> None:
+    row = user_row("alice")
+    row["queries"][1] = {"prompt": HOSTILE, "completion": f"{HOSTILE} she wrote"}
+    page_file = tmp_path / "report.html"
+    outcome = evaluate(
+        history([row, user_row(HOSTILE)]), "--report", page_file, "--ways", "base,cope"
+    )
+    assert outcome.code == 0, outcome.stderr
+    page = page_file.read_text(encoding="utf-8")
+    tags = Tags(page)
+    assert {"table", "svg", "circle", "details"} <= set(tags.names)
+    assert "script" not in tags.names
+    assert not tags.addresses
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; she wrote" in page
+    assert ' nats">' in page
+
+
+def test_users_are_compared_on_a_task_adapter(
+    cope_lc: Callable,
+    evaluate: Callable,
+    history: Callable[..., Path],
+    tmp_path: Path,
+    tiny: Callable[..., Path],
+) -> None:
+    rows = [user_row("alice", 10), user_row("bob", 10)]
+    file = history([{**row, "shareable": True} for row in rows])
+    trained = cope_lc(
+        "task-adapter", file, "--model", tiny(), "--out", tmp_path / "task", "--always", "--json"
+    )
+    assert trained.code == 0, trained.stderr
+    assert trained.json["num_users"] == 2
+    assert "SFT: done in" in trained.stderr
+    leaking = [{**row, "queries": row["history"][:2]} for row in rows]
+    outcome = evaluate(
+        history(leaking), "--task-adapter", tmp_path / "task", "--ways", "base,task", "--json"
+    )
+    assert outcome.code == 0, outcome.stderr
+    mean = outcome.json["mean"]
+    assert mean["task"]["nll"] != mean["base"]["nll"]
+    (note,) = [note for note in outcome.json["notes"] if "task adapter" in note]
+    assert "was trained on 4 of the 4 queries" in note
+
+
+def test_users_who_did_not_agree_make_no_task_adapter(
+    cope_lc: Callable, history: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    file = history([user_row("alice"), user_row("bob")])
+    outcome = cope_lc("task-adapter", file, "--model", tiny(), "--out", tmp_path / "task")
+    assert outcome.code == 2
+    assert "0 of 2 users can be used" in outcome.error
+    assert not (tmp_path / "task").exists()
 
 
 def test_a_user_who_cannot_be_judged_is_found_before_the_first_training(

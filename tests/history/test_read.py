@@ -706,3 +706,25 @@ def test_reading_items_again_changes_nothing(rows: list[tuple[str, str, int]]) -
     items = as_history(raw).items
     assert as_history(items).items == items
     assert len({item.key for item in items}) == len(items)
+
+
+@pytest.mark.parametrize(
+    ("values", "shareable"), [([True], True), ([False], False), ([True, None], False), ([], False)]
+)
+def test_a_user_is_shareable_where_every_line_says_so(
+    tmp_path: Path, values: list[bool | None], shareable: bool
+) -> None:
+    lines: list[dict[str, object]] = [
+        {"user_id": "alice", "history": [pair(number)]} for number in range(len(values) or 1)
+    ]
+    for line, value in zip(lines, values, strict=False):
+        if value is not None:
+            line["shareable"] = value
+    (user,) = read_users(write(tmp_path, *lines))
+    assert user.shareable is shareable
+
+
+def test_shareable_is_true_or_false(tmp_path: Path) -> None:
+    path = write(tmp_path, {"user_id": "alice", "history": [pair(1)], "shareable": "yes"})
+    with pytest.raises(HistoryError, match=r"user.jsonl:1: shareable is 'yes'; expected true"):
+        read_users(path)

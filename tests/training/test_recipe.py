@@ -111,3 +111,13 @@ def test_recipe_and_pipeline_import_without_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "False"
+
+
+def test_a_task_adapter_is_the_papers_with_larger_steps_for_smaller_bases() -> None:
+    paper, small = (
+        Recipe.for_task(Sized(number), []).sft for number in (7_000_000_000, 135_000_000)
+    )
+    assert (paper.rank, paper.lora_alpha, paper.epochs, paper.batch_size) == (16, 16, 3, 8)
+    assert paper.learning_rate == 1e-4
+    assert small == replace(paper, learning_rate=small.learning_rate)
+    assert small.learning_rate == Recipe.for_model(Sized(135_000_000), []).sft.learning_rate

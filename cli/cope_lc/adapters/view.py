@@ -27,7 +27,9 @@ def version_table(versions: list["AdapterVersion"], active: str | None) -> "Tabl
     rows.columns[1].min_width = max(len(version.version) for version in versions)
     for version in reversed(versions):
         size = f"{num_bytes(version) / 1e6:.1f} MB"
-        model = f"base {version.base.get('model', '?')}, {size}"
+        task = version.metadata.get("task_adapter")
+        with_task = f" with the task adapter {task}" if task else ""
+        model = f"base {version.base.get('model', '?')}{with_task}, {size}"
         contrast = f"α {_plain(version.alpha)}  τ {_plain(version.tau)}"
         rows.add_row(
             cell("●" if version.version == active else "", "green"),

@@ -1,0 +1,105 @@
+"""A user's own items in the prompt, as earlier turns: the newest, or those most like the question.
+
+This is what personalization without training does, and what an adapter has to beat.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from langchain_cope.evaluation.over_users import require_scikit_learn
+from langchain_cope.evaluation.ways import Shown
+from langchain_cope.evaluation.words import words
+from langchain_cope.history.items import Item
+
+if TYPE_CHECKING:
+    from langchain_cope.engine import Base, Message
+
+NUM_RETRIEVED = 3
+
+
+class OwnItems:
+    """One user's items, oldest first, and the prompts that show some of them."""
+
+    def __init__(self, base: "Base", items: Sequence[Item]) -> None:
+        self._base = base
+        self._items = items
+        self._likeness: Callable[[str], Sequence[float]] | None = None
+
+    def prompt(self, question: "Sequence[Message]", shown: Shown, answer: int) -> "list[Message]":
+        """Return `question` after the items that `shown` chooses, as far as they fit.
+
+        Args:
+            question: The messages to answer.
+            shown: Which items.
+            answer: Tokens of the context that stay free.
+
+        Raises:
+            InputError: scikit-learn is needed, and not installed.
+        """
+
+        def fits(items: Sequence[Item]) -> bool:
+            prompt = self._base.prompt_ids(_with_items(question, items))
+            return len(prompt) + answer <= self._base.context
+
+        if shown is Shown.NEWEST:
+            return _with_items(question, self._newest(fits))
+        if shown is Shown.RETRIEVED:
+            return _with_items(question, self._retrieved(question, fits))
+        return list(question)
+
+    def _newest(self, fits: Callable[[Sequence[Item]], bool]) -> Sequence[Item]:
+        low, high = 0, len(self._items)  # `low` fit, more than `high` do not
+        while low < high:
+            middle = (low + high + 1) // 2
+            if fits(self._items[-middle:]):
+                low = middle
+            else:
+                high = middle - 1
+        return self._items[-low:] if low else []
+
+    def _retrieved(
+        self, question: "Sequence[Message]", fits: Callable[[Sequence[Item]], bool]
+    ) -> Sequence[Item]:
+        """Return the items most like `question` that fit, the most alike last."""
+        if self._likeness is None:
+            self._likeness = _likeness_to([_last_text(item.messages) for item in self._items])
+        likeness = self._likeness(_last_text(question))
+        order = sorted(range(len(self._items)), key=lambda index: (likeness[index], index))
+        chosen: list[Item] = []
+        for index in reversed(order):
+            more = [self._items[index], *chosen]
+            if fits(more):
+                chosen = more
+            if len(chosen) == NUM_RETRIEVED:
+                break
+        return chosen
+
+
+def _likeness_to(texts: Sequence[str]) -> Callable[[str], Sequence[float]]:
+    """Return a function of a text: its TF-IDF cosine with each of `texts`, by words."""
+    require_scikit_learn()
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(analyzer=words, sublinear_tf=True)
+    of_texts = vectorizer.fit_transform(texts)
+
+    def likeness(text: str) -> Sequence[float]:
+        cosines: Any = of_texts @ vectorizer.transform([text]).T
+        values: list[float] = cosines.toarray().ravel().tolist()
+        return values
+
+    return likeness
+
+
+def _with_items(question: "Sequence[Message]", items: Sequence[Item]) -> "list[Message]":
+    """Return the items as turns before `question`, whose own system message stays in front."""
+    system = [message for message in question if message["role"] == "system"]
+    turns: list[Message] = []
+    for item in items:
+        turns += [message for message in item.messages if message["role"] != "system"]
+        turns.append({"role": "assistant", "content": item.completion})
+    return [*system, *turns, *(m for m in question if m["role"] != "system")]
+
+
+def _last_text(messages: "Sequence[Message]") -> str:
+    return str(messages[-1]["content"])

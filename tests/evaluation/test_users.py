@@ -1,0 +1,191 @@
+"""Ways compared over users on tiny bases: really trained, resumed, and told apart."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from personal import QUICK
+from training.tiny import Heard
+
+from langchain_cope.engine import Engine, load_base
+from langchain_cope.errors import Cancelled, HistoryError, InputError
+from langchain_cope.evaluation.measures import measure
+from langchain_cope.evaluation.shown_items import NUM_RETRIEVED, OwnItems
+from langchain_cope.evaluation.users import ANSWERS, Comparison, _best
+from langchain_cope.evaluation.voice import VoiceScale
+from langchain_cope.evaluation.ways import ALL_WAYS, QUICK_WAYS, Shown, ways_named
+from langchain_cope.history.items import Item, UserHistory
+
+RECIPE = replace(QUICK, max_new_tokens=6)
+WITHOUT_TASK = [way for way in ALL_WAYS if not way.needs_task]
+
+
+def user(name: str, num_items: int = 5, num_queries: int = 2) -> UserHistory:
+    items = [
+        Item(prompt=f"Say {number}.", completion=f"{name} says {number}, so there.")
+        for number in range(num_items + num_queries)
+    ]
+    return UserHistory(user_id=name, items=items[:num_items], queries=items[num_items:])
+
+
+@pytest.fixture
+def engine(tiny: Callable[..., Path]) -> Engine:
+    return Engine.of(load_base(tiny("llama", initializer_range=0.05), device="cpu"))
+
+
+def test_every_way_answers_every_query(engine: Engine, tmp_path: Path) -> None:
+    users = [user("anna"), user("bert")]
+    comparison = Comparison(engine, users, tmp_path, WITHOUT_TASK, recipe=RECIPE)
+    comparison.run()
+    report = measure(comparison)
+    names = {way.name for way in WITHOUT_TASK}
+    for figures in report.users:
+        assert figures.metrics.keys() == names
+        assert len(figures.samples) == 2
+        assert all(sample.answers.keys() == names for sample in figures.samples)
+        with_nll = {name for name, metrics in figures.metrics.items() if "nll" in metrics}
+        assert with_nll == {way.name for way in WITHOUT_TASK if way.has_nll}
+        assert figures.metrics["dpo"]["nll"] < figures.metrics["base"]["nll"]
+        assert figures.metrics["dpo"]["nll"] < figures.metrics["another-dpo"]["nll"]
+    mean = report.means["sft"]["nll"]
+    of_users = [figures.metrics["sft"]["nll"] for figures in report.users]
+    assert mean.value == pytest.approx(sum(of_users) / 2)
+    assert report.differences.keys() == {"base", "sft"}
+    gain = report.differences["base"]["sft"]["nll"]
+    base = report.means["base"]["nll"]
+    assert gain.value == pytest.approx(mean.value - base.value)
+    assert gain.num_above == 0
+    shown = report.users[0].samples[0].answers["cope"]
+    assert "".join(text for text, _ in shown.tokens).strip() == shown.text.strip()
+
+
+def test_finished_work_is_not_done_again(engine: Engine, tmp_path: Path) -> None:
+    users = [user("anna"), user("bert")]
+    ways = ways_named(["base", "sft"])
+    first = Comparison(engine, users, tmp_path, ways, recipe=RECIPE)
+    monitor = Heard()
+    first.train(first.jobs[0], monitor)
+    assert monitor.steps
+    first.run()
+    before = engine.statistics().tokens
+    again, silent = Comparison(engine, users, tmp_path, ways, recipe=RECIPE), Heard()
+    again.run(silent)
+    assert not silent.steps
+    assert engine.statistics().tokens == before
+    assert measure(again) == measure(first)
+
+
+def test_another_history_starts_anew(engine: Engine, tmp_path: Path) -> None:
+    ways = ways_named(["base", "sft"])
+    Comparison(engine, [user("anna")], tmp_path, ways, recipe=RECIPE).run()
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "sft").is_dir()
+    longer = Comparison(engine, [user("anna", num_items=6)], tmp_path, ways, recipe=RECIPE)
+    assert not (folder / "sft").exists()
+    assert not longer.jobs[0].answers
+
+
+def test_a_stop_keeps_what_is_done(engine: Engine, tmp_path: Path) -> None:
+    comparison = Comparison(engine, [user("anna")], tmp_path, ways_named(["sft"]), recipe=RECIPE)
+    comparison.train(comparison.jobs[0], Heard())
+    with pytest.raises(Cancelled):
+        comparison.answer(Heard(stop=lambda steps: True))
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / ANSWERS).read_text())["answers"] == {}
+    assert (folder / "sft").is_dir()
+    assert not (folder / "dpo").exists()
+
+
+def test_users_are_trained_on_the_task_adapter(
+    engine: Engine, tiny: Callable[..., Path], adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny("llama", initializer_range=0.05)
+    tasked = Engine.of(load_base(folder, device="cpu", task_adapter=adapter(folder, seed=3)))
+    ways = ways_named(["base", "task", "task+retrieved", "sft"])
+    comparison = Comparison(
+        engine, [user("anna")], tmp_path, ways, task_engine=tasked, recipe=RECIPE
+    )
+    comparison.run()
+    metrics = measure(comparison).users[0].metrics
+    sft = tasked.load_adapter(comparison.jobs[0].folder / "sft")
+    (example, _) = comparison.jobs[0].examples
+    pair = [(example.prompt_ids, example.completion_ids)]
+    assert metrics["base"]["nll"] != metrics["task"]["nll"] != metrics["task+retrieved"]["nll"]
+    assert float(tasked.score(pair, sft)[0].sum()) > float(tasked.score(pair)[0].sum())
+    assert float(tasked.score(pair)[0].sum()) != float(engine.score(pair)[0].sum())
+
+
+def test_of_samples_the_one_of_the_highest_reward_is_taken(engine: Engine, tmp_path: Path) -> None:
+    ways = ways_named(["sft-best4", "sft-best16"])
+    comparison = Comparison(engine, [user("anna")], tmp_path, ways, recipe=RECIPE)
+    comparison.train(comparison.jobs[0], Heard())
+    plan = comparison._plan(engine)
+    assert [[way.name for way in group] for group in plan[0][1]] == [["sft-best4", "sft-best16"]]
+    samples = engine.generate(list(comparison._requests(*plan[0]))[:16])
+    rewards = [
+        sum(t.log_p_user - t.log_p_base for t in sample.logprobs) / len(sample.logprobs)
+        for sample in samples
+    ]
+    assert len(set(rewards)) > 4
+    assert _best(samples[:4]) is samples[rewards.index(max(rewards[:4]))]
+    assert _best(samples) is samples[rewards.index(max(rewards))]
+    comparison.answer(Heard())
+    found = comparison.answers_of(comparison.jobs[0], ways[1])[0]
+    assert found.text == _best(samples).text
+
+
+def test_items_like_the_question_are_retrieved(engine: Engine) -> None:
+    topics = ["a red boat", "a tall tree", "the red boat sinks", "rain in May", "my red boat"]
+    items = [Item(prompt=f"Write of {topic}.", completion=topic) for topic in topics]
+    question = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Write of the red boat."},
+    ]
+    prompt = OwnItems(engine.base, items).prompt(question, Shown.RETRIEVED, answer=8)
+    assert prompt[0] == question[0]
+    assert prompt[-1] == question[-1]
+    shown = [message["content"] for message in prompt if message["role"] == "assistant"]
+    assert len(shown) == NUM_RETRIEVED
+    assert shown[-1] == "the red boat sinks"
+    assert set(shown) == {topic for topic in topics if "boat" in topic}
+
+
+def test_as_many_of_the_newest_are_shown_as_fit(engine: Engine) -> None:
+    items = [Item(prompt=f"Say {n}.", completion="word " * 8) for n in range(40)]
+    question = [{"role": "user", "content": "Say it."}]
+    prompt = OwnItems(engine.base, items).prompt(question, Shown.NEWEST, answer=8)
+    num_shown = sum(message["role"] == "assistant" for message in prompt)
+    assert 0 < num_shown < 40
+    assert prompt[0]["content"] == f"Say {40 - num_shown}."
+    assert len(engine.base.prompt_ids(prompt)) + 8 <= engine.base.context
+    older = items[-num_shown - 1]
+    more = [*older.messages, {"role": "assistant", "content": older.completion}, *prompt]
+    assert len(engine.base.prompt_ids(more)) + 8 > engine.base.context
+
+
+def test_what_cannot_be_compared_is_refused(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="task: needs a task adapter"):
+        Comparison(engine, [user("anna")], tmp_path, ways_named(["task"]))
+    with pytest.raises(InputError, match="give two or more"):
+        Comparison(engine, [user("anna")], tmp_path, ways_named(["another-cope"]))
+    with pytest.raises(HistoryError, match="'anna' has 5 items to train on and 0 queries"):
+        Comparison(engine, [user("anna", num_queries=0)], tmp_path, ways_named(["base"]))
+    with pytest.raises(InputError, match="no way 'cop': name some of base, "):
+        ways_named(["cop"])
+    assert {way.name for way in ways_named(QUICK_WAYS)} == set(QUICK_WAYS)
+
+
+def test_answers_are_placed_between_strangers_and_the_user(engine: Engine, tmp_path: Path) -> None:
+    names = ("anna", "bert", "carl", "dora", "emil", "finn")
+    users = [user(name * 3, num_items=12, num_queries=5) for name in names]
+    comparison = Comparison(engine, users, tmp_path, ways_named(["base"]), recipe=RECIPE)
+    comparison.run()
+    report = measure(comparison)
+    scale = report.voice["voice"]
+    assert isinstance(scale, VoiceScale)
+    assert scale.auc == 1
+    voices = [figures.metrics["base"]["voice"] for figures in report.users]
+    assert report.means["base"]["voice"].value == pytest.approx(sum(voices) / 6)
+    assert report.means["base"]["voice"].value < 0.5
