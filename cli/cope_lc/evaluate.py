@@ -5,7 +5,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,23 +98,16 @@ def evaluate(
 
 def _chosen(names: str | None, task_adapter: str | None, num_users: int) -> "tuple[Way, ...]":
     """Return the ways asked for, else the quick ones that can be had here."""
-    from langchain_cope.evaluation.over_users import require_scikit_learn
     from langchain_cope.evaluation.ways import ALL_WAYS, QUICK_WAYS, ways_named
 
     if names is None or names.strip() == "all":
-        has_scikit_learn = find_spec("sklearn") is not None and find_spec("scipy") is not None
         named = ALL_WAYS if names else ways_named(QUICK_WAYS)
         return tuple(
             way
             for way in named
-            if (task_adapter or not way.needs_task)
-            and (has_scikit_learn or not way.retrieves)
-            and (num_users > 1 or not way.of_another)
+            if (task_adapter or not way.needs_task) and (num_users > 1 or not way.of_another)
         )
-    asked = ways_named(name.strip() for name in names.split(","))
-    if any(way.retrieves for way in asked):
-        require_scikit_learn()
-    return asked
+    return ways_named(name.strip() for name in names.split(","))
 
 
 def _check(users: "list[UserHistory]", file: Path) -> None:

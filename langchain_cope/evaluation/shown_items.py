@@ -4,12 +4,11 @@ This is what personalization without training does, and what an adapter has to b
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from langchain_cope.evaluation.over_users import require_scikit_learn
 from langchain_cope.evaluation.ways import Shown
-from langchain_cope.evaluation.words import words
 from langchain_cope.history.items import Item
+from langchain_cope.history.similar import most_alike
 
 if TYPE_CHECKING:
     from langchain_cope.engine import Base, Message
@@ -23,7 +22,6 @@ class OwnItems:
     def __init__(self, base: "Base", items: Sequence[Item]) -> None:
         self._base = base
         self._items = items
-        self._likeness: Callable[[str], Sequence[float]] | None = None
 
     def prompt(self, question: "Sequence[Message]", shown: Shown, answer: int) -> "list[Message]":
         """Return `question` after the items that `shown` chooses, as far as they fit.
@@ -32,9 +30,6 @@ class OwnItems:
             question: The messages to answer.
             shown: Which items.
             answer: Tokens of the context that stay free.
-
-        Raises:
-            InputError: scikit-learn is needed, and not installed.
         """
 
         def fits(items: Sequence[Item]) -> bool:
@@ -61,34 +56,10 @@ class OwnItems:
         self, question: "Sequence[Message]", fits: Callable[[Sequence[Item]], bool]
     ) -> Sequence[Item]:
         """Return the items most like `question` that fit, the most alike last."""
-        if self._likeness is None:
-            self._likeness = _likeness_to([_last_text(item.messages) for item in self._items])
-        likeness = self._likeness(_last_text(question))
-        order = sorted(range(len(self._items)), key=lambda index: (likeness[index], index))
-        chosen: list[Item] = []
-        for index in reversed(order):
-            more = [self._items[index], *chosen]
-            if fits(more):
-                chosen = more
-            if len(chosen) == NUM_RETRIEVED:
-                break
+        chosen = most_alike(self._items, _last_text(question), NUM_RETRIEVED)
+        while chosen and not fits(chosen):
+            chosen = chosen[1:]
         return chosen
-
-
-def _likeness_to(texts: Sequence[str]) -> Callable[[str], Sequence[float]]:
-    """Return a function of a text: its TF-IDF cosine with each of `texts`, by words."""
-    require_scikit_learn()
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer = TfidfVectorizer(analyzer=words, sublinear_tf=True)
-    of_texts = vectorizer.fit_transform(texts)
-
-    def likeness(text: str) -> Sequence[float]:
-        cosines: Any = of_texts @ vectorizer.transform([text]).T
-        values: list[float] = cosines.toarray().ravel().tolist()
-        return values
-
-    return likeness
 
 
 def _with_items(question: "Sequence[Message]", items: Sequence[Item]) -> "list[Message]":

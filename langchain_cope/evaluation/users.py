@@ -324,11 +324,13 @@ class Comparison:
         for example in job.examples:
             for group in groups:
                 way = group[0]
+                bare = base.prompt_ids(example.item.messages)
                 prompt = base.prompt_ids(self._prompt(job, way, example))
                 most = max(way.samples for way in group)
                 for number in range(most):
                     yield Request(
                         prompt,
+                        base_prompt=bare if way.contrastive and prompt != bare else None,
                         adapter=adapters[folder] if (folder := folders[way]) else None,
                         contrast=job.recipe.contrast if way.contrastive else ADAPTER_ALONE,
                         sampling=_sampling(job.recipe, example, number, is_sample=most > 1),

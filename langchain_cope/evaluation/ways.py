@@ -18,7 +18,7 @@ class Shown(StrEnum):
     NEWEST = "newest"
     """As many of the newest as the context holds."""
     RETRIEVED = "retrieved"
-    """The few whose prompts are most like the question."""
+    """The few that are most like the question."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Way:
     contrastive: bool = False
     """Whether the base is contrasted away, with the recipe's α and τ."""
     shown: Shown = Shown.NOTHING
-    """What the prompt shows of the user's own items."""
+    """What the prompt shows of the user's own items; never to a base that is contrasted away."""
     needs_task: bool = False
     """Whether it is the base with the task adapter that answers."""
     samples: int = 1
@@ -51,11 +51,6 @@ class Way:
         its plausible head. Nor has the best of several samples.
         """
         return not self.contrastive and self.samples == 1
-
-    @property
-    def retrieves(self) -> bool:
-        """Whether it looks for items that are like the question, with scikit-learn."""
-        return self.shown is Shown.RETRIEVED
 
 
 BASE = Way("base")
@@ -78,6 +73,7 @@ ALL_WAYS = (
     *(Way(f"sft-best{number}", Stage.SFT, samples=number) for number in (4, 8, 16)),
     DPO,
     COPE,
+    Way("cope+retrieved", Stage.DPO, contrastive=True, shown=Shown.RETRIEVED),
     Way("another-dpo", Stage.DPO, of_another=True),
     Way("another-cope", Stage.DPO, contrastive=True, of_another=True),
 )

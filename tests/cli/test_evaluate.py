@@ -82,13 +82,10 @@ def test_without_scikit_learn_the_plain_figures_stand(
     monkeypatch.setitem(sys.modules, "sklearn", None)
     file = history([user_row("alice"), user_row("bob")])
     facts = evaluate(file, "--json").json
-    assert facts["ways"] == ["base", "sft", "dpo", "cope"]
+    assert facts["ways"] == ["base", "base+retrieved", "sft", "dpo", "cope"]
     assert facts["intervals"]["base"]["nll"] is None
     assert not facts["differences"]
-    (note,) = [note for note in facts["notes"] if "scikit-learn" in note]
-    outcome = evaluate(file, "--ways", "base+retrieved")
-    assert outcome.code == 2
-    assert note in outcome.error
+    assert [note for note in facts["notes"] if "scikit-learn" in note]
 
 
 def test_a_way_that_is_not_there_is_refused(

@@ -152,6 +152,17 @@ def test_items_like_the_question_are_retrieved(engine: Engine) -> None:
     assert set(shown) == {topic for topic in topics if "boat" in topic}
 
 
+def test_retrieved_items_are_shown_to_the_users_model_alone(engine: Engine, tmp_path: Path) -> None:
+    ways = ways_named(["cope", "cope+retrieved"])
+    comparison = Comparison(engine, [user("anna")], tmp_path, ways, recipe=RECIPE)
+    comparison.train(comparison.jobs[0], Heard())
+    bare, retrieving = list(comparison._requests(*comparison._plan(engine)[0]))[:2]
+    assert retrieving.base_prompt == bare.prompt
+    assert len(retrieving.prompt) > len(bare.prompt)
+    comparison.answer(Heard())
+    assert comparison.answers_of(comparison.jobs[0], ways[1])[0].text
+
+
 def test_as_many_of_the_newest_are_shown_as_fit(engine: Engine) -> None:
     items = [Item(prompt=f"Say {n}.", completion="word " * 8) for n in range(40)]
     question = [{"role": "user", "content": "Say it."}]
