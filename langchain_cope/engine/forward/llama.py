@@ -156,7 +156,7 @@ class LlamaForward:
             gated = self._product(layer.gate_up, layer.second_norm(states), inputs.lora)
             width = gated.shape[-1] // 2
             gated = layer.activation(gated[..., :width]) * gated[..., width:]
-            states = states + self._product(layer.down, gated, inputs.lora)
+            states = states + self._product(layer.down, gated.to(embedded.dtype), inputs.lora)
         last = self._norm(states[inputs.logit_rows, inputs.logit_columns])
         head = self._output_head
         return refined(head(last, self._order), last, head.weight, head.bias)
@@ -184,7 +184,8 @@ class LlamaForward:
         # partner, the sign is in the sine. (`roll` and `cat` take several times as long as `flip`.)
         cos, sin = rotation
         swapped = qk.view(*qk.shape[:-1], 2, self._size // 2).flip(-2).flatten(-2)
-        qk = torch.addcmul(qk * cos, swapped, sin)
+        qk = torch.addcmul(qk * cos, swapped, sin).to(states.dtype)
+        values = values.to(states.dtype)
         if mask is None:  # one query, at the end of rows of one length
             inputs.kv.write_at(index, end - 1, qk[:, :, heads:], values)
         else:
@@ -197,7 +198,10 @@ class LlamaForward:
 
     def _product(self, product: Product, states: Tensor, lora: LoraRows) -> Tensor:
         output = product(states, self._order)
-        lora.add(product.site, states, output)
+        if lora.changes(product.site):
+            # In float32: a sum that is rounded already would take up large changes alone.
+            output = output.float()
+            lora.add(product.site, states, output)
         return output
 
     def _mask(self, inputs: Inputs, dtype: torch.dtype) -> Tensor | None:

@@ -149,7 +149,7 @@ class _Stack:
     def add(self, states: Tensor, output: Tensor) -> None:
         """Add the products of all rows of `states` `(R, Q, in)` to `output` `(R, Q, out)`."""
         num_rows, num_tokens, _ = states.shape
-        dtype = output.dtype if num_tokens >= MANY_TOKENS else self.down.dtype
+        dtype = states.dtype if num_tokens >= MANY_TOKENS else self.down.dtype
         down, up = self.down[:num_rows].to(dtype), self.up[:num_rows].to(dtype)
         low = torch.bmm(states.to(dtype), down)
         if output.dtype == dtype:
