@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny import change_config, make_adapter
 from transformers import AutoModelForCausalLM
 
-from langchain_cope.engine import Contrast, Engine, Request, Sampling
+from langchain_cope.engine import Contrast, Engine, Request, Sampling, load_base
+from langchain_cope.engine.forward.llama import LlamaForward
+from langchain_cope.engine.forward.lora_rows import LoraRows
 from langchain_cope.errors import ModelError
 
 Tiny = Callable[..., Path]
@@ -309,3 +311,30 @@ def test_no_pickle_is_ever_read(folder: Path, engine: Engine) -> None:
     torch.save(tensors, folder / "adapter_model.bin")
     with pytest.raises(ModelError, match="safetensors missing"):
         engine.load_adapter(folder)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_small_changes_are_not_lost_in_sums_in_bfloat16(
+    tiny: Tiny, adapter: Tiny, num_tokens: int
+) -> None:
+    folder = tiny("llama")
+    engine = Engine(load_base(folder, device="cpu", dtype="bfloat16"))
+    weak = engine.load_adapter(adapter(folder, targets="all-linear")).scaled(0.01)
+    forward = engine._batch.forward
+    assert isinstance(forward, LlamaForward)
+    product = forward._layers[0].gate_up
+    lora = LoraRows(forward.sites, torch.empty(0))
+    lora.set([weak])
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(1, num_tokens, product.weight.shape[1], generator=generator).bfloat16()
+    alone = product(states, forward._order).double()
+    changes = [
+        weak.scale * (states.double() @ weak.pairs[path][0].double() @ weak.pairs[path][1].double())
+        for path in product.site.paths
+    ]
+    expected = torch.cat(changes, dim=-1)
+    # A whole product, rounded, would lose most of it: the change is below its last digit.
+    assert expected.abs().mean() < alone.abs().mean() / 2**8
+    changed = forward._product(product, states, lora).double() - alone
+    assert (changed - expected).norm() < 0.02 * expected.norm()
+    engine.close()
