@@ -249,10 +249,11 @@ class ChatOptions(NamedTuple):
     def chat_model(self) -> "ChatCoPe":
         """Return the chat model that answers so; it loads the base at its first answer."""
         from langchain_cope import ChatCoPe
-        from langchain_cope.history import read_history
 
         history = None
         if self.retrieve:
+            from langchain_cope.history import read_history
+
             if self.history is None:
                 problem = "it shows what the user wrote: add --history FILE"
                 raise typer.BadParameter(problem, param_hint="--retrieve")
