@@ -112,15 +112,10 @@ def _chosen(names: str | None, task_adapter: str | None, num_users: int) -> "tup
 
 def _check(users: "list[UserHistory]", file: Path) -> None:
     """Refuse a file with a user that cannot be evaluated before the first one is trained."""
-    from langchain_cope.errors import HistoryError
+    from langchain_cope.evaluation.comparison import check_has_queries
 
     for index, user in enumerate(users, 1):
-        if not user.items or not user.queries:
-            raise HistoryError(
-                f"{file}: user {index} ({user.user_id!r:.80}) has {len(user.items)} items to train "
-                f"on and {len(user.queries)} queries to judge by, and both are needed: "
-                "user_id, history and queries on one line"
-            )
+        check_has_queries(user, f"{file}: user {index} ({user.user_id!r:.80})")
 
 
 @contextmanager

@@ -53,12 +53,7 @@ def evaluate_user(
         HistoryError: Items or queries are missing.
         Cancelled: `monitor` asked for a stop.
     """
-    if not history.items or not history.queries:
-        raise HistoryError(
-            f"user {history.user_id!r} has {len(history.items)} history items and "
-            f"{len(history.queries)} queries; both are needed: "
-            "one line a user with user_id, history and queries"
-        )
+    check_has_queries(history, f"user {history.user_id!r:.80}")
     from langchain_cope.engine import WEIGHTS
 
     monitor = monitor or Monitor()
@@ -77,6 +72,15 @@ def evaluate_user(
         adapter_bytes=adapter_bytes,
         notes=[*history.notes, *training.notes, *evaluation.notes],
     )
+
+
+def check_has_queries(user: UserHistory, name: str) -> None:
+    """Raise `HistoryError` unless `user`, called `name`, has items to train on and queries."""
+    if not user.items or not user.queries:
+        raise HistoryError(
+            f"{name} has {len(user.items)} items to train on and {len(user.queries)} queries to "
+            "judge by, and both are needed: user_id, history and queries on one line"
+        )
 
 
 def train_and_evaluate(

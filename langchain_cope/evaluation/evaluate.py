@@ -62,8 +62,8 @@ def evaluate(
     texts = _generate(engine, examples, recipe, adapters, monitor)
     metrics, rouge_notes = rouge_of_ways(texts, [way.name for way in WAYS])
     for name, of_items in scores.items():
-        metrics[name]["nll"] = _over_all_tokens(of_items)
-    item_nll = {name: _by_item(of_items) for name, of_items in scores.items()}
+        metrics[name]["nll"] = over_all_tokens(of_items)
+    item_nll = {name: by_item(of_items) for name, of_items in scores.items()}
     indices = [example.index for example in examples]
     return Evaluation(metrics, indices, texts, [*notes, *rouge_notes], item_nll)
 
@@ -86,7 +86,7 @@ def item_nll(
     `Cancelled`.
     """
     examples, _ = _encode(engine, held_out, recipe)
-    return _by_item(_scores(engine, examples, adapter, should_stop))
+    return by_item(_scores(engine, examples, adapter, should_stop))
 
 
 def _scores(
@@ -100,12 +100,14 @@ def _scores(
     return [of_item.tolist() for of_item in engine.score(sequences, adapter, should_stop)]
 
 
-def _over_all_tokens(scores: Sequence[Sequence[float]]) -> float:
+def over_all_tokens(scores: Sequence[Sequence[float]]) -> float:
+    """Return the NLL, nats a token, of items together, from each one's log-probabilities."""
     total = math.fsum(math.fsum(of_item) for of_item in scores)
     return -total / sum(map(len, scores))
 
 
-def _by_item(scores: Sequence[Sequence[float]]) -> list[float]:
+def by_item(scores: Sequence[Sequence[float]]) -> list[float]:
+    """Return the NLL, nats a token, of each item, from its log-probabilities."""
     return [-math.fsum(of_item) / len(of_item) for of_item in scores]
 
 

@@ -29,6 +29,8 @@ from langchain_cope.engine import (
     give_back,
 )
 from langchain_cope.errors import HistoryError, InputError
+from langchain_cope.evaluation.comparison import check_has_queries
+from langchain_cope.evaluation.evaluate import over_all_tokens
 from langchain_cope.evaluation.shown_items import OwnItems
 from langchain_cope.evaluation.ways import Shown, Way
 from langchain_cope.history.items import Item, UserHistory
@@ -178,8 +180,7 @@ class Comparison:
                 pairs = [self._sequence(job, way, example) for example in job.examples]
                 adapter = self._adapter(job, way)
                 log_probs = engine.score(pairs, adapter, monitor.should_stop)
-                total = sum(float(of_tokens.double().sum()) for of_tokens in log_probs)
-                job.nll[key] = -total / sum(len(of_tokens) for of_tokens in log_probs)
+                job.nll[key] = over_all_tokens([of_item.tolist() for of_item in log_probs])
                 job.save()
 
     def answer(self, monitor: Monitor) -> None:
@@ -204,12 +205,7 @@ class Comparison:
         return job.answers[self._key(job, way)]
 
     def _job(self, user: UserHistory, folder: Path, choice: RecipeChoice) -> UserJob:
-        if not user.items or not user.queries:
-            raise HistoryError(
-                f"user {user.user_id!r:.80} has {len(user.items)} items to train on and "
-                f"{len(user.queries)} queries to judge by, and both are needed: "
-                "user_id, history and queries on one line"
-            )
+        check_has_queries(user, f"user {user.user_id!r:.80}")
         base = self._trained.base
         recipe = recipe_for(choice, base, user.items)
         if recipe.max_new_tokens is None:

@@ -60,9 +60,9 @@ def gather(
     sequences = [(example.prompt_ids, example.completion_ids) for example in needed.values()]
     own = dict(zip(needed, _mean_nll(engine, sequences, should_stop), strict=True))
     return Evidence(
-        first_sights=by_conversation(
+        first_sights=mean_of_each(
+            units_of([seen[int(row["index"])].item for row in late]),
             [own[int(row["index"])] - row["nll"] for row in late],
-            [seen[int(row["index"])].item for row in late],
         ),
         trained_pairing=_pairing(
             engine, newest, [own[example.index] for example in newest], should_stop
@@ -71,12 +71,19 @@ def gather(
     )
 
 
-def by_conversation(values: Sequence[float], items: Sequence[Item]) -> list[float]:
-    """Return one value an item, or where several belong to one conversation their mean."""
+def units_of(items: Sequence[Item]) -> list[object]:
+    """Return for each item what it counts with: its conversation, else itself alone."""
+    return [
+        position if item.conversation is None else item.conversation
+        for position, item in enumerate(items)
+    ]
+
+
+def mean_of_each(units: Sequence[object], values: Sequence[float]) -> list[float]:
+    """Return the mean of the values of each unit, in the order in which the units come."""
     groups: dict[object, list[float]] = {}
-    for position, (value, item) in enumerate(zip(values, items, strict=True)):
-        key = position if item.conversation is None else item.conversation
-        groups.setdefault(key, []).append(value)
+    for unit, value in zip(units, values, strict=True):
+        groups.setdefault(unit, []).append(value)
     return [fmean(group) for group in groups.values()]
 
 
@@ -113,5 +120,7 @@ def _mean_nll(
     sequences: Sequence[tuple[list[int], list[int]]],
     should_stop: Callable[[], bool] | None,
 ) -> list[float]:
+    from langchain_cope.evaluation.evaluate import by_item
+
     scores = engine.score(sequences, None, should_stop)
-    return [-float(of_item.double().mean()) for of_item in scores]
+    return by_item([of_item.tolist() for of_item in scores])

@@ -18,7 +18,7 @@ from langchain_cope.errors import Cancelled, ModelError
 from langchain_cope.evaluation.ways import BASE, DPO, SFT
 from langchain_cope.history.items import Item
 from langchain_cope.personalization.certainty import prior_of
-from langchain_cope.personalization.evidence import gather
+from langchain_cope.personalization.evidence import gather, units_of
 from langchain_cope.personalization.held_out import count_trained_on, fingerprint_items
 from langchain_cope.personalization.result import Verdict
 from langchain_cope.personalization.verdict import Reference, choose_adapter, judge
@@ -145,7 +145,7 @@ class Publisher:
             name,
             item_nll[name],
             references,
-            [self.held_out[index].conversation or index for index in self.evaluation.indices],
+            units_of([self.held_out[index] for index in self.evaluation.indices]),
             evidence,
             prior_of(self.engine.base.fingerprint()),
             self.min_gain,

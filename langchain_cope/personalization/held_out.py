@@ -8,6 +8,7 @@ from langchain_cope.errors import HistoryError
 from langchain_cope.history.items import Item
 
 MIN_ITEMS = 5
+HELD_OUT_SHARE = 0.2  # of the items
 MIN_TRAINED = 3  # what 5 items leave when 2 are held out
 _MAX_FINGERPRINTS = 30_000  # of the newest items, the likeliest to be held out another time
 _FINGERPRINT_BYTES = 4  # of an item's digest: enough to recognise it, too little to guess it from
@@ -28,7 +29,7 @@ def split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
             f"the history holds {len(items)} different {noun}, and at least {MIN_ITEMS} are needed "
             f"({MIN_TRAINED} to train on and 2 to judge by): collect {MIN_ITEMS - len(items)} more"
         )
-    num_newest = max(2, round(0.2 * len(items)))
+    num_newest = max(2, round(HELD_OUT_SHARE * len(items)))
     border = len(items) - num_newest
     cut = {item.conversation for item in items[border:]} - {None}
     trained, held_out = [], []

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,7 @@ def train_task_adapter(
             train_sft(engine.base, examples, used, unfinished, monitor)
         with monitor.stage(Stage.EVALUATE):
             base, task = _judge(engine, held_out, used, unfinished, monitor)
-        nll = {"base": _mean(base), "task": _mean(task)}
+        nll = {"base": fmean(base), "task": fmean(task)}
         helps = nll["task"] < nll["base"]
         result = TaskAdapterResult(
             folder=str(target) if helps or always else None,
@@ -204,14 +205,10 @@ def _judge(
     adapter = engine.load_adapter(folder)
     base, task = [], []
     for number, items in enumerate(held_out, start=1):
-        base.append(_mean(item_nll(engine, items, recipe, None, monitor.should_stop)))
-        task.append(_mean(item_nll(engine, items, recipe, adapter, monitor.should_stop)))
+        base.append(fmean(item_nll(engine, items, recipe, None, monitor.should_stop)))
+        task.append(fmean(item_nll(engine, items, recipe, adapter, monitor.should_stop)))
         monitor.step_done(number, len(held_out))
     return base, task
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _reason(nll: dict[str, float], helps: bool, always: bool) -> str:

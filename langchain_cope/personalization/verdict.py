@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from langchain_cope.personalization.certainty import Prior, certainty, items_needed
-from langchain_cope.personalization.evidence import Evidence
+from langchain_cope.personalization.evidence import Evidence, mean_of_each
+from langchain_cope.personalization.held_out import HELD_OUT_SHARE
 from langchain_cope.personalization.result import Verdict
 from langchain_cope.text import count
 
 SURE = 0.9  # of helping, to be published
 PAIRED = 0.95  # how sure that texts fit their own prompts best; most histories exceed it by far
-HELD_OUT_SHARE = 0.2  # of a history's items; `held_out.split`
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,8 @@ def _compare(
     prior: Prior,
     min_gain: float,
 ) -> _Comparison:
-    groups: dict[object, list[float]] = {}
-    for unit, before, after in zip(units, reference.nll, nll, strict=True):
-        groups.setdefault(unit, []).append(before - after)
-    gains = [fmean(group) for group in groups.values()]
+    of_items = [before - after for before, after in zip(reference.nll, nll, strict=True)]
+    gains = mean_of_each(units, of_items)
     belief = prior.sceptical
     if reference.is_base:
         # First sights are of the items that were trained on, which may be another person's: they
