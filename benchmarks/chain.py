@@ -28,7 +28,7 @@ class Training:
 
     def train(self, rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
         """Train on items of `prompt` and `completion`; return the seconds of each stage."""
-        items = _items(rows)
+        items = as_items(rows)
         monitor = Monitor()
         self._engine.drop_caches()
         with TemporaryDirectory() as folder:
@@ -41,7 +41,7 @@ class Training:
         A token takes two operations a weight forwards and two backwards, as frozen weights have no
         gradient; the output head does so for completions only. A batch reads the weights twice.
         """
-        items = _items(rows)
+        items = as_items(rows)
         recipe = self._recipe(items)
         examples, _ = fit(self._base, items, recipe.max_length, recipe.max_words)
         answered = sum(len(example.completion_ids) for example in examples)
@@ -67,5 +67,6 @@ class Training:
         return Recipe.for_model(self._base, items)
 
 
-def _items(rows: Sequence[Mapping[str, str]]) -> list[Item]:
+def as_items(rows: Sequence[Mapping[str, str]]) -> list[Item]:
+    """Return rows of `prompt` and `completion` as items."""
     return [Item(prompt=row["prompt"], completion=row["completion"]) for row in rows]

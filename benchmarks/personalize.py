@@ -50,6 +50,7 @@ from typing import Any
 
 import psutil
 import torch
+from chain import as_items
 from datasets import Dataset
 from datasets.utils import logging as datasets_logging
 from peft import PeftModel, set_peft_model_state_dict
@@ -83,7 +84,7 @@ MINING_ROUNDS = 3  # at most: each samples every item's candidates three times
 def read_items(options: Any, part: str) -> list[Item]:
     with options.users.open(encoding="utf-8") as file:
         rows = json.loads(file.readline())[part][-options.items :]
-    return [Item(prompt=row["prompt"], completion=row["completion"]) for row in rows]
+    return as_items(rows)
 
 
 def our_chain(

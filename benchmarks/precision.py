@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from chain import as_items
+
 from langchain_cope.engine import Engine, load_base
 from langchain_cope.evaluation.evaluate import item_nll
-from langchain_cope.history.items import Item
 from langchain_cope.training.pipeline import train_user
 from langchain_cope.training.recipe import Recipe
 
@@ -67,8 +68,8 @@ def main() -> None:
 
 def _nll(engine: Engine, user: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
     """Return the NLL of a user's queries under the adapters of both stages."""
-    items = _items(user["history"])[-options.items :]
-    queries = _items(user["queries"])[: options.queries]
+    items = as_items(user["history"])[-options.items :]
+    queries = as_items(user["queries"])[: options.queries]
     with tempfile.TemporaryDirectory() as folder:
         result = train_user(engine, items, Recipe.for_model(engine.base, items), Path(folder))
         adapters = [None, engine.load_adapter(result.sft), engine.load_adapter(result.dpo)]
@@ -76,10 +77,6 @@ def _nll(engine: Engine, user: dict[str, Any], options: argparse.Namespace) -> d
             stage: statistics.mean(item_nll(engine, queries, result.recipe, adapter))
             for stage, adapter in zip(STAGES, adapters, strict=True)
         }
-
-
-def _items(rows: list[dict[str, str]]) -> list[Item]:
-    return [Item(prompt=row["prompt"], completion=row["completion"]) for row in rows]
 
 
 if __name__ == "__main__":

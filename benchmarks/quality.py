@@ -67,7 +67,8 @@ Texts = list[tuple[list[int], list[int]]]
 
 def train(users: Path, folder: Path) -> None:
     """Train an adapter on the newest items of the file's first user."""
-    from langchain_cope.history.items import Item
+    from chain import as_items
+
     from langchain_cope.training.encode import fit
     from langchain_cope.training.progress import Monitor, Stage
     from langchain_cope.training.recipe import Recipe
@@ -75,7 +76,7 @@ def train(users: Path, folder: Path) -> None:
 
     base = load_base("smollm2", device="cpu", dtype="float32")
     rows = read_users(users)[0]["history"][-TRAINING_ITEMS:]
-    items = [Item(prompt=row["prompt"], completion=row["completion"]) for row in rows]
+    items = as_items(rows)
     recipe, monitor = Recipe.for_model(base, items), Monitor()
     examples, _ = fit(base, items, recipe.max_length, recipe.max_words)
     with monitor.stage(Stage.SFT):
