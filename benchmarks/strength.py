@@ -55,8 +55,6 @@ GRID = [
     BASE,
     *(Strength(alpha) for alpha in (0.0, 0.1, 0.3, 0.5, 0.8)),
     Strength(0.3, adapter_scale=1.5),
-    Strength(0.5, adapter_scale=0.7),
-    Strength(0.5, tau=0.3),
 ]
 LEAST_HALF = 5  # queries in half a user's
 
@@ -129,10 +127,8 @@ def record_of(engine: Engine, job: UserJob, scale: VoiceScale | None) -> Record:
 
 def make(options: Any, done: set[tuple[str, str]]) -> None:
     started = time.monotonic()
-    newest = -options.items
-    users = [
-        user.model_copy(update={"items": user.items[newest:]}) for user in read_users(options.users)
-    ]
+    everybody, newest = read_users(options.users), -options.items
+    users = [user.model_copy(update={"items": user.items[newest:]}) for user in everybody]
     engine = task_engine = Engine.of(load_base(options.model))
     if options.task_adapter:
         task_engine = Engine.of(load_base(options.model, task_adapter=options.task_adapter))
@@ -144,8 +140,8 @@ def make(options: Any, done: set[tuple[str, str]]) -> None:
         task_engine=task_engine if options.task_adapter else None,
     )
     scale = voice_scale(
-        {user.user_id or "": [item.completion for item in user.items] for user in users},
-        {user.user_id or "": [item.completion for item in user.queries] for user in users},
+        {user.user_id or "": [item.completion for item in user.items] for user in everybody},
+        {user.user_id or "": [item.completion for item in user.queries] for user in everybody},
         View.STYLE,
     )
     task = f"{options.users.stem}{' on its task adapter' if options.task_adapter else ''}"
