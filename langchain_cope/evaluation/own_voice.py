@@ -77,7 +77,7 @@ def own_voice(
     if not any(len(see(text)) >= RUN for text in newest):
         return Silent(f"no text has {RUN} characters beside what it is about")
     vectorizer = TfidfVectorizer(analyzer=runs_of, sublinear_tf=True)
-    vectorizer.fit(see(text) for text in (*newest, *of_base))
+    vectorizer.fit(map(see, newest))
     profile = vectorizer.transform(["\n".join(map(see, newest))])
     scale = OwnVoice(0.0, 1.0, see, vectorizer, profile)
     floor, ceiling = scale.likeness(of_base), scale.likeness(own)
