@@ -1,8 +1,8 @@
 """One personalization from its request to its result, traced through LangChain's callbacks.
 
-`Run.run` is the one straight path: history → split → SFT → negatives → DPO → evaluation → strength →
-gate → publishing. Every stage is a child run, so that a trace shows each with its time; nothing is
-published unless everything before succeeded.
+`Run.run` is the one straight path: history → split → SFT → negatives → DPO → evaluation →
+strength → gate → publishing. Every stage is a child run, so that a trace shows each with its time;
+nothing is published unless everything before succeeded.
 """
 
 import sys

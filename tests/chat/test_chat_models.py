@@ -577,7 +577,7 @@ def test_what_users_of_the_base_need_is_used_without_recommendation(
     before = chat.invoke(QUESTION, user_id="bob")
     usual = {"alpha": 0.6, "tau": 0.3, "adapter_scale": 0.8}
     weights = load_base(base).fingerprint()["weights"]
-    known = {weights: {"usual": usual, "candidates": []}}
+    known = {**strength._measured(), weights: {"usual": usual, "candidates": []}}
     monkeypatch.setattr(strength, "_measured", lambda: known)
     facts = chat.invoke(QUESTION, user_id="bob").response_metadata
     assert {name: facts[name] for name in usual} == usual
