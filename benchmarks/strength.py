@@ -4,11 +4,12 @@
         [--task-adapter FOLDER] [--limit 6] [--items 80] [--seconds 3000]
 
 The file of users has one a line (`{"user_id", "history": [{"prompt", "completion"}], "queries"}`).
-Each user's adapter is trained by SFT on the newest items of the history, unless the job folder (as
-`cope-lc evaluate --job-dir` leaves it: give a copy) holds it. Then all queries are answered greedily at every
-setting of `GRID`. Texts lie in the job folder; every finished user is a line of `runs.jsonl`, with
-figures and no text, and is not run again. So it can be stopped and go on, by `--seconds` too, and
-several files of users can have one `runs.jsonl`; without `--users` it reports alone.
+Each user's adapter is trained by SFT on the newest items of the history, unless the job folder
+holds it, as `cope-lc evaluate --job-dir` leaves it (give a copy: what is of other items is
+removed). Then all queries are answered greedily at every setting of `GRID`. Texts lie in the job
+folder; every finished user is a line of `runs.jsonl`, with figures and no text, and is not run
+again. So it can be stopped and go on, by `--seconds` too, and several files of users can have one
+`runs.jsonl`; without `--users` it reports alone.
 
 | figure | |
 |---|---|
