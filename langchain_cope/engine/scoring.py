@@ -86,9 +86,8 @@ def contrasted_log_probs(
     user, chosen = _logits(forward, new_rows, sequences, adapter)
     base, _ = _logits(forward, new_rows, sequences, None)
     scores = []
-    for user_part, base_part, tokens in zip(
-        *(tensor.split(CONTRASTED) for tensor in (user, base, chosen)), strict=True
-    ):
+    parts = (torch.split(tensor, CONTRASTED) for tensor in (user, base, chosen))
+    for user_part, base_part, tokens in zip(*parts, strict=True):
         log_user = torch.log_softmax(user_part.float(), dim=-1)
         log_base = torch.log_softmax(base_part.float(), dim=-1)
         rows = [
