@@ -58,6 +58,7 @@ GRID = [
     Strength(0.3, adapter_scale=1.5),
 ]
 LEAST_HALF = 5  # queries in half a user's
+LEAST_USERS = 5  # in a report: what is believed of one comes of the others
 
 Record = dict[str, Any]
 
@@ -332,7 +333,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if options.users:
         make(options, {(record["task"], record["user"]) for record in read()})
-    print(json.dumps(report(read())))
+    records = read()
+    if len(records) < LEAST_USERS:
+        parser.exit(message=f"{len(records)} users are done; a report needs {LEAST_USERS}\n")
+    print(json.dumps(report(records)))
 
 
 if __name__ == "__main__":
