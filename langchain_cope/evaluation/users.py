@@ -22,7 +22,6 @@ from langchain_cope.engine import (
     Adapter,
     Base,
     Completion,
-    Contrast,
     Engine,
     Message,
     Request,
@@ -229,7 +228,7 @@ class Comparison:
             digest=_digest(
                 FORMAT,
                 _identity(base),
-                _numbers_of_training(recipe),
+                {**recipe.as_dict(), "alpha": None, "tau": None},  # nothing is trained by them
                 *(_texts(items) for items in (user.items, user.queries)),
             ),
             folder=folder / name[:32],
@@ -258,9 +257,12 @@ class Comparison:
     def _key(self, job: UserJob, way: Way) -> str:
         """Return what stands for a way in a user's file: equal where the work is the same."""
         engine = self._engine(way)
-        strength = [asdict(self._strength(job))] if way.contrastive else []
-        owner = self._owner(job, way)
-        return _digest(asdict(way), _identity(engine.base), owner.digest, *strength)
+        contrast: list[float] = []
+        if way.contrastive:
+            strength = self._strength(job)
+            of_adapter = [strength.adapter_scale] if strength.adapter_scale != 1 else []
+            contrast = [strength.alpha, strength.tau, *of_adapter]
+        return _digest(asdict(way), _identity(engine.base), self._owner(job, way).digest, contrast)
 
     def _strength(self, job: UserJob) -> Strength:
         """Return how strongly adapters act in contrastive ways: by the recipe, else as usual."""
@@ -381,11 +383,6 @@ def _answer(base: Base, completion: Completion) -> Answer:
 
 def _identity(base: Base) -> dict[str, str]:
     return {**base.fingerprint(), "dtype": str(base.dtype)}
-
-
-def _numbers_of_training(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's numbers, those of decoding replaced: no adapter depends on them."""
-    return replace(recipe, alpha=Contrast.alpha, tau=Contrast.tau).as_dict()
 
 
 def _texts(items: Sequence[Item]) -> list[list[object]]:
