@@ -55,6 +55,7 @@ BASE = Strength(0.0, adapter_scale=0.0)  # the base alone
 GRID = [
     BASE,
     *(Strength(alpha) for alpha in (0.0, 0.1, 0.3, 0.5, 0.8)),
+    Strength(0.0, adapter_scale=0.7),
     Strength(0.3, adapter_scale=1.5),
 ]
 LEAST_HALF = 5  # queries in half a user's
