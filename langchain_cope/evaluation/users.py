@@ -196,6 +196,32 @@ class Comparison:
                 done = self._answer_on(engine, plan, monitor, done, total)
                 give_back(engine.base.device)
 
+    @property
+    def trained_engine(self) -> Engine:
+        """The engine of the base that users are trained on."""
+        return self._trained
+
+    def last_adapter(self, job: UserJob) -> Path:
+        """Return the folder of the last adapter that was trained for the user.
+
+        Raises `InputError` where there is none, as none of the ways needs one.
+        """
+        for stage in (Stage.DPO, Stage.SFT):
+            if (job.folder / stage.file).exists():
+                return job.folder / stage.file
+        raise InputError("no way has an adapter to look at: name sft or cope among the ways")
+
+    def nll_under(self, job: UserJob, owner: UserJob, monitor: Monitor) -> float:
+        """Return the NLL of a user's queries under the last adapter of `owner`, scored once."""
+        folder = self.last_adapter(owner)
+        key = _digest(job.digest, owner.digest, folder.name)
+        if key not in job.nll:
+            pairs = [(example.prompt_ids, example.completion_ids) for example in job.examples]
+            adapter = self._trained.load_adapter(folder)
+            log_probs = self._trained.score(pairs, adapter, monitor.should_stop)
+            job.nll[key] = over_all_tokens([of_item.tolist() for of_item in log_probs])
+        return job.nll[key]
+
     def nll_of(self, job: UserJob, way: Way) -> float | None:
         """Return what `score` measured; None for a way that has none."""
         return job.nll[self._key(job, way)] if way.has_nll else None

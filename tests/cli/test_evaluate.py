@@ -88,6 +88,29 @@ def test_without_scikit_learn_the_plain_figures_stand(
     assert [note for note in facts["notes"] if "scikit-learn" in note]
 
 
+def test_json_holds_the_grid_and_the_matrix(
+    evaluate: Callable, history: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = (history([user_row("alice"), user_row("bob")]), "--ways", "sft", "--job-dir", tmp_path)
+    facts = evaluate(*words, "--grid", "--matrix", "--json").json
+    assert len(facts["grid"]) == 13
+    assert facts["grid"][0]["figures"]["rougeL"]["num_users"] == 2
+    assert 0 <= facts["matrix"]["top1"]["value"] <= 1
+    plain = evaluate(*words, "--json").json
+    assert (plain["grid"], plain["matrix"]) == ([], None)
+
+
+def test_views_that_would_be_empty_are_refused_before_training(
+    evaluate: Callable, history: Callable[..., Path]
+) -> None:
+    file = history([user_row("alice")])
+    outcome = evaluate(file, "--ways", "base", "--grid")
+    assert (outcome.code, "no way has an adapter" in outcome.stderr) == (2, True)
+    assert "SFT" not in outcome.stderr
+    outcome = evaluate(file, "--matrix")
+    assert (outcome.code, "two users or more" in outcome.stderr) == (2, True)
+
+
 def test_a_way_that_is_not_there_is_refused(
     evaluate: Callable, history: Callable[..., Path]
 ) -> None:
@@ -114,10 +137,10 @@ def test_the_report_is_one_page_in_which_texts_are_text(
     row = user_row("alice")
     row["queries"][1] = {"prompt": HOSTILE, "completion": f"{HOSTILE} she wrote"}
     page_file = tmp_path / "report.html"
-    outcome = evaluate(
-        history([row, user_row(HOSTILE)]), "--report", page_file, "--ways", "base,cope"
-    )
+    words = ("--report", page_file, "--ways", "base,cope", "--grid", "--matrix")
+    outcome = evaluate(history([row, user_row(HOSTILE, 9)]), *words)
     assert outcome.code == 0, outcome.stderr
+    assert "adapters: the user's own finds the user's texts likeliest of all 2" in outcome.stdout
     page = page_file.read_text(encoding="utf-8")
     tags = Tags(page)
     assert {"table", "svg", "circle", "details"} <= set(tags.names)
@@ -125,6 +148,9 @@ def test_the_report_is_one_page_in_which_texts_are_text(
     assert not tags.addresses
     assert "&lt;script&gt;alert(1)&lt;/script&gt; she wrote" in page
     assert ' nats">' in page
+    assert page.count('class="heat"') == 13  # settings of α and τ
+    assert "Gain of cope over base" in page
+    assert "of the users (chance 50%)" in page
 
 
 def test_users_are_compared_on_a_task_adapter(
