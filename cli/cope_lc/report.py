@@ -33,12 +33,14 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .25rem }
 table { border-collapse: collapse; margin: .75rem 0 }
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; font-weight: 400 }
 thead th { border-bottom: 1px solid var(--line); color: var(--quiet); white-space: nowrap }
-tbody th { white-space: nowrap }
+tbody th { min-width: 6.5rem; max-width: 10rem; overflow-wrap: anywhere }
+.number small { display: block; color: var(--quiet); font-size: .85em }
+.wide tbody th, .wide thead th:first-child { position: sticky; left: 0; background: var(--paper) }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .wide { overflow-x: auto } .note, figcaption, summary { color: var(--quiet) }
 .text { white-space: pre-wrap; overflow-wrap: anywhere } summary { cursor: pointer }
 summary, .name { overflow-wrap: anywhere }
-.figures { display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem }
+.figures { margin-bottom: 1.5rem; display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem }
 figure { margin: 0; max-width: 100%; min-width: 0 }
 .legend { list-style: none; padding: 0; margin: .25rem 0; display: flex; flex-wrap: wrap;
   gap: .1rem 1rem }
@@ -62,7 +64,7 @@ figure { margin: 0; max-width: 100%; min-width: 0 }
 .heat { text-align: right; padding: .4rem .7rem; font-variant-numeric: tabular-nums;
   vertical-align: middle;
   background: color-mix(in srgb, rgb(var(--heat)) calc(var(--share) * .6), var(--paper)) }
-.map th { padding: .4rem .7rem .4rem 0; color: var(--quiet); white-space: nowrap }
+.map th { min-width: 0; padding: .4rem .7rem .4rem 0; color: var(--quiet); white-space: nowrap }
 .map tr:first-child th { text-align: right; padding-right: .7rem }
 svg { display: block; max-width: 100%; height: auto; font-size: 12px } svg text { fill: var(--ink) }
 .axis, .mark { fill: none; stroke: var(--line) } .mark { stroke-dasharray: 4 3;
@@ -129,7 +131,7 @@ def _differences(reference: str, by_way: "dict[str, dict[str, Difference]]") -> 
         cells = []
         for name in measures:
             value = figures.get(name)
-            more = f", p {value.p:.3f}, above for {value.num_above}" if value else ""
+            more = f"\np {value.p:.3f}, above for {value.num_above}" if value else ""
             cells.append(_estimate(value, sign=True) + more)
         rows.append([way, *cells])
     heads = ["", *(f"Δ {MEASURES[name]}" for name in measures)]
@@ -137,13 +139,14 @@ def _differences(reference: str, by_way: "dict[str, dict[str, Difference]]") -> 
 
 
 def _estimate(value: "Estimate | None", *, sign: bool = False) -> str:
+    """Return a figure, and its interval on a line of its own."""
     if value is None:
         return "–"
     form = "+.3f" if sign else ".3f"
     interval = ""
     if value.interval is not None:
         low, high = value.interval
-        interval = f" [{low:{form}}, {high:{form}}]"
+        interval = f"\n[{low:{form}}, {high:{form}}]"
     return f"{value.value:{form}}{interval}"
 
 

@@ -79,24 +79,34 @@ def _numbers(report: "Report", measure: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table that scrolls by itself where the window is narrow."""
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    """Return a table of figures, which scrolls by itself where the window is narrow.
+
+    The first column names the rows. In a cell, lines after the first are small.
+    """
+    name, *columns = heads
+    head = f'<th scope="col">{escape(name)}</th>'
+    head += "".join(f'<th scope="col" class="number">{escape(text)}</th>' for text in columns)
     body = []
-    for first, *numbers in rows:
-        cells = "".join(f'<td class="number">{escape(text)}</td>' for text in numbers)
-        body.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
+    for first, *cells in rows:
+        shown = "".join(f'<td class="number">{_lines(text)}</td>' for text in cells)
+        body.append(f'<tr><th scope="row">{escape(first)}</th>{shown}</tr>')
     return (
         f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
+def _lines(text: str) -> str:
+    first, *others = map(escape, text.split("\n"))
+    return first + "".join(f"<small>{line}</small>" for line in others)
+
+
 def gains(report: "Report") -> str:
     """Return each user's gain of the last adapter over the reference, and it against the items."""
-    pair = _gain_of(report)
-    if pair is None:
+    shown = _gain_of(report)
+    if shown is None:
         return ""
-    way, reference = pair
+    way, reference = shown
     charts = []
     for measure in ("rougeL", "style", "voice"):
         found = [
@@ -109,11 +119,12 @@ def gains(report: "Report") -> str:
         points = [(float(user.num_trained), gain, user.name) for user, gain in found]
         label = f"Δ {MEASURES[measure].split()[0]}"
         ranked = sorted(((gain, user.name) for user, gain in found), reverse=True)
-        charts.append(_bars(ranked, label))
+        pair = _bars(ranked, label)
         if len({items for items, _, _ in points}) > 1:
-            charts.append(_figure([("", points)], "items trained on", label, joined=False))
+            pair += _figure([("", points)], "items trained on", label, joined=False)
+        charts.append(f'<div class="figures">{pair}</div>')
     title = f"<h2>Gain of {escape(way)} over {escape(reference)}</h2>"
-    return f'{title}<div class="figures">{"".join(charts)}</div>' if charts else ""
+    return title + "".join(charts) if charts else ""
 
 
 def _gain_of(report: "Report") -> tuple[str, str] | None:
@@ -254,5 +265,5 @@ def _figure(
 
 
 def _tick(value: float, x: float, y: float, anchor: str) -> str:
-    digits = f"{value:.2f}".rstrip("0").rstrip(".")
+    digits = f"{round(value, 2) + 0.0:g}"  # + 0.0: -0.0 becomes 0.0
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{digits}</text>'

@@ -203,3 +203,55 @@ def test_a_broken_line_is_named(evaluate: Callable, tmp_path: Path) -> None:
     outcome = evaluate(file)
     assert outcome.code == 2
     assert "users.jsonl:2: broken JSON" in outcome.error
+
+
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} <|im_end|>{% endif %}{% endfor %}"
+)
+SOLAR = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}### User:\n{{ m['content'] }}\n\n"
+    "{% else %}### Assistant:\n{{ m['content'] }}<|im_end|>\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [  # their shapes, and how they write turns
+        ("llama", {"template": LLAMA_2, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+        ("mistral", {"template": LLAMA_2, "sliding_window": None, "rope_theta": 1e6}),
+        ("llama", {"template": SOLAR, "num_hidden_layers": 4, "rms_norm_eps": 1e-5}),
+    ],
+    ids=["Llama-2", "Mistral", "Solar"],
+)
+def test_the_papers_recipe_runs_on_its_families_and_files(
+    cope_lc: Callable,
+    history: Callable[..., Path],
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    family: str,
+    changes: dict,
+) -> None:
+    model = tiny(family, context=512, **changes)
+    question = "Generate a headline for the following article: "
+    lines = [
+        {
+            "user_id": name,
+            "shareable": True,
+            "profile": [
+                {"id": n, "text": f"News {n}.", "title": f"{name} on {n}"} for n in range(6)
+            ],
+            "query": [{"input": f"{question}News {n}.", "gold": f"{name} on {n}"} for n in (6, 7)],
+        }
+        for name in ("7", "8")
+    ]
+    file, task = history(lines), tmp_path / "task"
+    words = ("--model", model, "--device", "cpu", "--dtype", "float32")
+    made = cope_lc("task-adapter", file, *words, "--out", task, "--always", "--json")
+    assert made.code == 0, made.stderr
+    outcome = cope_lc("evaluate", file, *words, "--task-adapter", task, "--paper", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["ways"] == ["base", "base+retrieved", "task", "sft", "dpo", "cope"]
+    assert [user["num_trained"] for user in outcome.json["users"]] == [6, 6]
+    assert outcome.json["mean"]["cope"].keys() >= {"rouge1", "rougeL"}
