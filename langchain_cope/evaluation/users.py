@@ -8,6 +8,7 @@ Read `Comparison`; what is made of the texts is `measures.py`.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -115,7 +116,7 @@ class Comparison:
         self,
         engine: Engine,
         users: Sequence[UserHistory],
-        folder: Path,
+        folder: str | os.PathLike[str],
         ways: Sequence[Way],
         *,
         task_engine: Engine | None = None,
@@ -143,7 +144,7 @@ class Comparison:
             raise InputError(f"{names}: needs a task adapter (--task-adapter FOLDER)")
         if any(way.of_another for way in ways) and len(users) < 2:
             raise InputError("another user's adapter needs another user: give two or more")
-        self.jobs = [self._job(user, folder, recipe) for user in users]
+        self.jobs = [self._job(user, Path(folder), recipe) for user in users]
         for job in self.jobs:
             job.load()
 
