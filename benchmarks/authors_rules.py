@@ -135,7 +135,7 @@ class Theirs:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append(float(value))
+            losses.append(value.item())
         self.user.eval()
         return losses
 

@@ -1,6 +1,6 @@
 """Every user answered in that user's own manner, on one local base model (CoPe).
 
-`ChatCoPe` chats, `PersonalizeUser` trains, and `TrainTaskAdapter` teaches a base the task; histories
+`ChatCoPe` chats, `PersonalizeUser` trains, `TrainTaskAdapter` teaches a base the task; histories
 come from files (`read_history`), rows (`as_history`), Chroma (`ChromaHistory`) and an app's chats
 (`RecordedChatHistory`); `forget` removes all that is kept of a user. Everything else is imported
 from its own module. Names are loaded when first used, so that importing the package costs nothing.
