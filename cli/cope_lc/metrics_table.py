@@ -95,9 +95,9 @@ def matrix_line(matrix: "AdapterMatrix") -> str:
     """Return in one sentence how often a user's own adapter knows the user best."""
     top1, above = matrix.top1, matrix.own_above_another
     return (
-        f"adapters: the user's own finds the user's texts likeliest of all {matrix.num_users} for "
+        f"a user's own adapter is the likeliest of all {matrix.num_users} on the user's texts for "
         f"{_share(top1)} of the users (chance {1 / matrix.num_users:.0%}), and likelier than "
-        f"{_share(above)} of the others (chance 50%)"
+        f"{_share(above)} of the others' (chance 50%)"
     )
 
 

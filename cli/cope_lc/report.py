@@ -66,6 +66,7 @@ figure { margin: 0; max-width: 100%; min-width: 0 }
   background: color-mix(in srgb, rgb(var(--heat)) calc(var(--share) * .6), var(--paper)) }
 .map th { min-width: 0; padding: .4rem .7rem .4rem 0; color: var(--quiet); white-space: nowrap }
 .map tr:first-child th { text-align: right; padding-right: .7rem }
+@media (max-width: 30rem) { .map td.heat, .map tr th { padding: .4rem .3rem } }
 svg { display: block; max-width: 100%; height: auto; font-size: 12px } svg text { fill: var(--ink) }
 .axis, .mark { fill: none; stroke: var(--line) } .mark { stroke-dasharray: 4 3;
   stroke: var(--quiet) }
@@ -77,7 +78,7 @@ path.s0, path.s1 { fill: none }
 .c3 { background: #228833 } .c4 { background: #ccbb44 } .c5 { background: #ee6677 }
 .c6 { background: #aa3377 } .c7 { background: #cc6622 }
 .likely { background: rgba(var(--likely), var(--much)) }
-.unlikely { background: rgba(var(--unlikely), var(--much)) }
+.unlikely { background: rgba(var(--unlikely), var(--much)); text-decoration: underline dotted }
 .sample { border-top: 1px solid var(--line); padding: .5rem 0 1rem }
 .answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr));
   gap: .75rem 1.5rem; margin: .5rem 0 } .answers dt { color: var(--quiet); font-size: .9em }
@@ -99,8 +100,8 @@ def html_report(report: "Report", model: str, task_adapter: str | None = None) -
         grid_charts(report.grid),
         *_matrix(report),
         "<h2>Samples</h2>",
-        "<p>Green words are likelier under the user's model than under the base, red ones less "
-        "likely; where a way computes both.</p>",
+        "<p>Green words are likelier under the user's model than under the base, red and dotted "
+        "ones less likely; where a way computes both.</p>",
         *(_samples(user) for user in report.users),
         *(f'<p class="note">{escape(note)}</p>' for note in _notes(report)),
     ]
@@ -153,7 +154,7 @@ def _estimate(value: "Estimate | None", *, sign: bool = False) -> str:
 def _matrix(report: "Report") -> list[str]:
     if report.matrix is None:
         return []
-    return ["<h2>Adapters</h2>", f"<p>{escape(matrix_line(report.matrix))}.</p>"]
+    return ["<h2>Adapters</h2>", f"<p>On held-out texts {escape(matrix_line(report.matrix))}.</p>"]
 
 
 def _notes(report: "Report") -> list[str]:

@@ -243,7 +243,7 @@ def _figure(
     for name, value in (levels or ({} if joined else {"": 0.0})).items():
         shapes.append(
             f'<path class="mark" d="M{_LEFT} {y(value)}H{_WIDTH}"/>'
-            f'<text x="{_WIDTH - 2}" y="{y(value) - 4}" text-anchor="end">{escape(name)}</text>'
+            f'<text x="{_LEFT + 4}" y="{y(value) - 4}">{escape(name)}</text>'
         )
     for number, (_, of_series) in enumerate(series):
         if joined:
@@ -265,5 +265,5 @@ def _figure(
 
 
 def _tick(value: float, x: float, y: float, anchor: str) -> str:
-    digits = f"{round(value, 2) + 0.0:g}"  # + 0.0: -0.0 becomes 0.0
+    digits = f"{round(value, 3 if abs(value) < 1 else 2) + 0.0:g}"  # + 0.0: -0.0 becomes 0.0
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{digits}</text>'

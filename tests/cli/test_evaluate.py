@@ -140,7 +140,7 @@ def test_the_report_is_one_page_in_which_texts_are_text(
     words = ("--report", page_file, "--ways", "base,cope", "--grid", "--matrix")
     outcome = evaluate(history([row, user_row(HOSTILE, 9)]), *words)
     assert outcome.code == 0, outcome.stderr
-    assert "adapters: the user's own finds the user's texts likeliest of all 2" in outcome.stdout
+    assert "a user's own adapter is the likeliest of all 2 on" in outcome.stdout
     page = page_file.read_text(encoding="utf-8")
     tags = Tags(page)
     assert {"table", "svg", "circle", "details"} <= set(tags.names)
