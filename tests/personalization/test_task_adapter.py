@@ -103,7 +103,7 @@ def test_it_is_a_runnable(tiny: Callable[..., Path], tmp_path: Path) -> None:
     assert (result.folder, result.num_users) == (str(tmp_path / "task"), 2)
     assert {"num_users": 2, "num_items": 12} in recorder.inputs
     assert {event["stage"] for event in recorder.progress} == {"sft", "evaluate"}
-    assert "says anna" not in str(recorder.inputs[-1]) + str(recorder.outputs[0])
+    assert "says anna" not in str(recorder.inputs[-1]) + str(recorder.outputs[1])
     assert (tmp_path / "task" / WEIGHTS).is_file()
 
 
