@@ -121,7 +121,7 @@ def _means(report: "Report") -> str:
         [way, *(_estimate(figures.get(name)) for name in measures)]
         for way, figures in report.means.items()
     ]
-    return table(["", *(MEASURES[name] for name in measures)], rows)
+    return table(["way", *(MEASURES[name] for name in measures)], rows)
 
 
 def _differences(reference: str, by_way: "dict[str, dict[str, Difference]]") -> str:
@@ -135,7 +135,7 @@ def _differences(reference: str, by_way: "dict[str, dict[str, Difference]]") -> 
             more = f"\np {value.p:.3f}, above for {value.num_above}" if value else ""
             cells.append(_estimate(value, sign=True) + more)
         rows.append([way, *cells])
-    heads = ["", *(f"Δ {MEASURES[name]}" for name in measures)]
+    heads = ["way", *(f"Δ {MEASURES[name]}" for name in measures)]
     return f"<h2>Against {escape(reference)}, user by user</h2>{table(heads, rows)}"
 
 

@@ -91,7 +91,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         shown = "".join(f'<td class="number">{_lines(text)}</td>' for text in cells)
         body.append(f'<tr><th scope="row">{escape(first)}</th>{shown}</tr>')
     return (
-        f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="table"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -205,7 +205,7 @@ def _heat_map(cells: "Sequence[Cell]", measure: str) -> str:
     heads = "".join(f'<th scope="col">α {alpha}</th>' for alpha in ([0] if alone else []) + alphas)
     return (
         f"<figure><figcaption>{escape(MEASURES[measure])}</figcaption>"
-        f'<div class="wide" tabindex="0"><table class="map"><tr><td></td>{heads}</tr>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="table"><table class="map"><tr><td></td>{heads}</tr>'
         f"{''.join(body)}</table></div></figure>"
     )
 
