@@ -18,6 +18,7 @@ NUM_COLOURS = 8
 _SCALED = {"strangers": 0.0, "the user": 1.0}  # the marks of a voice score
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 330, 210, 44, 34  # pixels of a small chart
 _PAD = 12
+_WIDE = '<div class="wide" tabindex="0" role="region" aria-label="table">'  # scrolls by itself
 Point = tuple[float, float, str]
 """Position on both axes, and what it says of itself."""
 
@@ -91,8 +92,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         shown = "".join(f'<td class="number">{_lines(text)}</td>' for text in cells)
         body.append(f'<tr><th scope="row">{escape(first)}</th>{shown}</tr>')
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="table"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f"{_WIDE}<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
@@ -205,7 +205,7 @@ def _heat_map(cells: "Sequence[Cell]", measure: str) -> str:
     heads = "".join(f'<th scope="col">α {alpha}</th>' for alpha in ([0] if alone else []) + alphas)
     return (
         f"<figure><figcaption>{escape(MEASURES[measure])}</figcaption>"
-        f'<div class="wide" tabindex="0" role="region" aria-label="table"><table class="map"><tr><td></td>{heads}</tr>'
+        f'{_WIDE}<table class="map"><tr><td></td>{heads}</tr>'
         f"{''.join(body)}</table></div></figure>"
     )
 
