@@ -95,7 +95,7 @@ class TrainTaskAdapter(
 
         def train(
             _: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig
-        ) -> dict[str, Any]:
+        ) -> Any:
             monitor = _EventMonitor(config, stop_event)
             found.append(self._train(users, request.folder, monitor))
             return asdict(found[0])
