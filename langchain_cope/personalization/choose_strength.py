@@ -115,9 +115,9 @@ def recommend(
     trained: Sequence[Item],
     monitor: Monitor,
 ) -> Recommendation:
-    """Return what the version is to recommend, in the stage of that name.
+    """Return what the version is to recommend.
 
-    What an interrupted run left in the training's folder is not chosen again.
+    The choice is a stage. What an interrupted run left in the folder is not chosen again.
 
     Args:
         engine: of the base.
@@ -132,16 +132,16 @@ def recommend(
     from langchain_cope.training.encode import fit
 
     file = training.folder / Stage.STRENGTH.file
-    if file.exists():
-        return Recommendation.model_validate(read_json(file))
-    recipe = training.recipe
-    examples, _ = fit(engine.base, items, recipe.max_length, recipe.max_words)
-    folder = training.folder / Stage(adapter).file
-    trial = Trial(engine, engine.load_adapter(folder), examples, recipe, monitor)
-    of_base = [texts[BASE.name] for texts in evaluation.texts]
-    chosen = choose_strength(trial, of_base, [item.completion for item in trained])
-    write_json(file, chosen.model_dump())
-    return chosen
+    if not file.exists():
+        with monitor.stage(Stage.STRENGTH):
+            recipe = training.recipe
+            examples, _ = fit(engine.base, items, recipe.max_length, recipe.max_words)
+            folder = training.folder / Stage(adapter).file
+            trial = Trial(engine, engine.load_adapter(folder), examples, recipe, monitor)
+            of_base = [texts[BASE.name] for texts in evaluation.texts]
+            chosen = choose_strength(trial, of_base, [item.completion for item in trained])
+            write_json(file, chosen.model_dump())
+    return Recommendation.model_validate(read_json(file))
 
 
 def choose_strength(trial: Trial, of_base: Sequence[str], history: Sequence[str]) -> Recommendation:

@@ -151,20 +151,19 @@ class Run(Monitor):
             training, evaluation = train_and_evaluate(
                 engine, trained, held_out, recipe, job.folder, self
             )
-            with self.stage(Stage.STRENGTH):
-                evaluated = [held_out[index] for index in evaluation.indices]
-                choosing, judging = divide(evaluated)
-                judged = evaluation.on(judging)
-                adapter = better_adapter(judged)
-                recommended = recommend(
-                    engine,
-                    training,
-                    adapter,
-                    [evaluated[row] for row in choosing],
-                    evaluation.on(choosing),
-                    trained,
-                    self,
-                )
+            evaluated = [held_out[index] for index in evaluation.indices]
+            choosing, judging = divide(evaluated)
+            judged = evaluation.on(judging)
+            adapter = better_adapter(judged)
+            recommended = recommend(
+                engine,
+                training,
+                adapter,
+                [evaluated[row] for row in choosing],
+                evaluation.on(choosing),
+                trained,
+                self,
+            )
             with self.stage(Stage.PUBLISH):
                 publisher = Publisher(
                     store=store,
