@@ -52,7 +52,7 @@ from langchain_cope.history import read_users
 from langchain_cope.history.items import Item
 from langchain_cope.personalization.certainty import prior_of
 from langchain_cope.personalization.evidence import Evidence, gather
-from langchain_cope.personalization.held_out import split
+from langchain_cope.personalization.held_out import divide, split
 from langchain_cope.personalization.verdict import Reference, judge
 from langchain_cope.training.encode import fit
 from langchain_cope.training.first_sight import FIRST_SIGHT
@@ -145,7 +145,8 @@ def run(engine: Engine, plan: Plan, users: Sequence[list[Item]], anybody: Path) 
     """Train and score one run, and return all that a rule may ask of it."""
     started = time.perf_counter()
     trained = items_to_train_on(engine, plan, users)
-    _, held_out = split(users[plan.user][-plan.num_items :])
+    _, newest = split(users[plan.user][-plan.num_items :])
+    held_out = [newest[index] for index in divide(newest)[1]]
     recipe = Recipe.for_model(engine.base, trained)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "sft"

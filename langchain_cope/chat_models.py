@@ -10,6 +10,7 @@ call in `chat/call.py` and its user in `chat/user.py`.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -65,9 +66,11 @@ from langchain_cope.engine import (
 from langchain_cope.errors import EngineClosed, ModelNotFound
 from langchain_cope.settings import BaseSettings
 from langchain_cope.stores import open_store
+from langchain_cope.strength import Strength, strength_for
 from langchain_cope.tracing import TraceUserId, traced_user
 
 if TYPE_CHECKING:
+    from adapter_store import AdapterVersion
     from langchain_cope.engine import Contrast, Engine, Sampling
 
 _CHECKS: dict[str, Callable[[object], None]] = {
@@ -108,12 +111,13 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     alpha: float | None = Field(default=None, json_schema_extra={"minimum": 0})
     """Weight of the base that is contrasted away, ≥ 0; 0 is the adapter alone.
 
-    None: what the adapter version recommends, else 0.1, the paper's value.
+    None: what the adapter version recommends, else what users of the base were measured to need,
+    else 0.1, the paper's value.
     """
     tau: float | None = Field(default=None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})
     """Tokens below this share of the likeliest one's probability are out, 0 < τ ≤ 1.
 
-    None: what the adapter version recommends, else 0.1, the paper's value.
+    None: as for `alpha`.
     """
     contrast: ContrastRule = "fixed"
     """`fixed`: the paper's, the same α for every token.
@@ -122,7 +126,10 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     be exact, and never in calls and JSON.
     """
     adapter_scale: float | None = Field(default=None, json_schema_extra={"minimum": 0})
-    """What the adapter's own changes are multiplied with, ≥ 0; 0 is the base alone, None is 1."""
+    """What the adapter's own changes are multiplied with, ≥ 0; 0 is the base alone.
+
+    None: what the adapter version recommends, else what users of the base need, else 1.
+    """
     retrieve: int = Field(default=0, ge=0)
     """How many of the user's own items, those most like the question, the user's model reads first.
 
@@ -298,10 +305,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
             "revision": self.revision,
             "device": str(base.device),
             "dtype": str(base.dtype),
-            "alpha": self.alpha,
-            "tau": self.tau,
-            "contrast": self.contrast,
-            "adapter_scale": self.adapter_scale,
+            # As used: what a version recommends counts, and what a later release knows of the base.
+            "strength": [asdict(self._contrast(user, options)), self._adapter_scale(user, options)],
             "retrieve": self.retrieve,
             "stop": self._stops(stop),
             **{name: getattr(self, name) for name in SAMPLING_OPTIONS},
@@ -573,21 +578,26 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         return [], 0
 
     def _contrast(self, user: PinnedUser, options: dict[str, Any]) -> "Contrast":
-        """Return the call's α and τ, else the model's, else the version's, else the paper's."""
+        """Return the call's α and τ, else the model's, else those that suit the version."""
         rule = options.get("contrast", self.contrast)
         call = (options.get("alpha"), options.get("tau"))
         model = (self.alpha, self.tau)
         if user.version is None:
             nothing_to_contrast = (0.0, None)
             return contrast_of(nothing_to_contrast, call, model, rule=rule)
-        return contrast_of(call, model, (user.version.alpha, user.version.tau), rule=rule)
+        strength = _strength_of(user.engine, user.version)
+        return contrast_of(call, model, (strength.alpha, strength.tau), rule=rule)
 
     def _adapter_scale(self, user: PinnedUser, options: dict[str, Any]) -> float:
-        """Return the call's scale of the adapter, else the model's, else 1; 0 without a version."""
+        """Return the call's scale of the adapter, else the model's, else the one that suits it.
+
+        It is 0 without a version.
+        """
         if user.version is None:
             return 0.0
+        suits = _strength_of(user.engine, user.version).adapter_scale
         levels = (options.get("adapter_scale"), self.adapter_scale)
-        return next((scale for scale in levels if scale is not None), 1.0)
+        return next((scale for scale in levels if scale is not None), suits)
 
     def _sampling(self, stop: list[str] | None, options: dict[str, Any]) -> "Sampling":
         from langchain_cope.engine import Sampling
@@ -620,3 +630,9 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
             raise EngineClosed(
                 "this ChatCoPe is closed: `load()` opens it again, or make another one"
             )
+
+
+def _strength_of(engine: "Engine", version: "AdapterVersion") -> Strength:
+    """Return how strongly a version acts where neither the call nor the model says it."""
+    fingerprint = engine.base.fingerprint()
+    return strength_for(fingerprint, version.alpha, version.tau, version.metadata)

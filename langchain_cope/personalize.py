@@ -23,6 +23,7 @@ from langchain_cope.errors import InputError
 from langchain_cope.personalization.result import (
     PersonalizeRequest,
     PersonalizeResult,
+    Recommendation,
     Sample,
     Verdict,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "PersonalizeRequest",
     "PersonalizeResult",
     "PersonalizeUser",
+    "Recommendation",
     "Sample",
     "Verdict",
 ]

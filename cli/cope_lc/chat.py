@@ -87,8 +87,10 @@ def chat(
 def _greeting(options: ChatOptions) -> str:
     """Load what is needed: a wrong user or model is told now and not at the first message."""
     from langchain_cope.chat.user import find_version
+    from langchain_cope.strength import strength_for
 
     base = options.load_base()
+    fingerprint = base.fingerprint()
     if options.user is None:
         return f"{base.name} alone, in no user's manner. {_HELP}"
     name = name_of(options.user)
@@ -96,12 +98,15 @@ def _greeting(options: ChatOptions) -> str:
         store_at(options.store),
         options.user,
         options.version,
-        base=base.fingerprint(),
+        base=fingerprint,
         required=False,
     )
     if version is None:
         return f"{name} has no adapter yet: {base.name} alone answers. {_HELP}"
-    return f"{name} on {base.name}, version {version.version}. {_HELP}"
+    strength = options.strength(
+        strength_for(fingerprint, version.alpha, version.tau, version.metadata)
+    )
+    return f"{name} on {base.name}, version {version.version}, {strength}. {_HELP}"
 
 
 class Conversation:

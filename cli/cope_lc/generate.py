@@ -161,7 +161,8 @@ def _show_explained(answer: "AIMessageChunk") -> None:
     say(out, "\ngreen: likelier for the user than for the base; red: less likely\n", "dim")
     out.print(_token_table(tokens))
     changed = f"{metadata['contrast_changed']:.0%} of the tokens are not the adapter's first choice"
-    contrast = f"α {metadata['alpha']:g}, τ {metadata['tau']:g}"
+    scale = f"adapter scale {metadata['adapter_scale']:g}"
+    contrast = f"α {metadata['alpha']:g}, τ {metadata['tau']:g}, {scale}"
     legend = "reward = log p user − α · log p base, in nats"
     version = f"version {metadata['adapter_version']}"
     say(out, f"\n{legend}; {changed}; {contrast}, {version}", "dim")

@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from langchain_cope import ChatCoPe
     from langchain_cope.engine import Base
+    from langchain_cope.strength import Strength
 
 
 class Side(StrEnum):
@@ -161,7 +162,7 @@ Alpha = Annotated[
         metavar="A",
         callback=_check_alpha,
         help="Weight of the base that is contrasted away; 0: the adapter alone. "
-        "Default: what the adapter recommends, else 0.1.",
+        "Default: what the adapter recommends, else what suits users of the base.",
     ),
 ]
 Tau = Annotated[
@@ -187,7 +188,7 @@ AdapterScale = Annotated[
         "--adapter-scale",
         metavar="S",
         callback=_check_adapter_scale,
-        help="Multiply what the adapter changes; 0: the base alone. Default: 1.",
+        help="Multiply what the adapter changes; 0: the base alone. Default: as for --alpha.",
     ),
 ]
 Retrieve = Annotated[
@@ -275,6 +276,16 @@ class ChatOptions(NamedTuple):
             seed=self.seed,
             device=self.device,
             dtype=self.dtype,
+        )
+
+    def strength(self, suits: "Strength") -> "Strength":
+        """Return how strongly the adapter acts: as was asked for, else as `suits` its version."""
+        from langchain_cope.strength import Strength
+
+        return Strength(
+            alpha=suits.alpha if self.alpha is None else self.alpha,
+            tau=suits.tau if self.tau is None else self.tau,
+            adapter_scale=suits.adapter_scale if self.adapter_scale is None else self.adapter_scale,
         )
 
     def load_base(self) -> "Base":

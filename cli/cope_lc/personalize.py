@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from langchain_cope.history import UserHistory
-    from langchain_cope.personalize import PersonalizeResult, PersonalizeUser, Sample
+    from langchain_cope.personalize import (
+        PersonalizeResult,
+        PersonalizeUser,
+        Recommendation,
+        Sample,
+    )
 
 SHOWN_ITEMS, SHOWN_ANSWERS = 3, 4
 _TEXT_LIMIT = 240  # characters of a text in a comparison
@@ -227,6 +232,8 @@ def _show_result(
     say(out, f"{result.reason}\n")
     if result.verdict and result.verdict.advice:
         say(out, f"what would help: {result.verdict.advice}\n")
+    if result.recommended:
+        say(out, f"recommended: {_strength(result.recommended)}\n")
     for note in result.notes:
         if note not in history.notes:
             say(out, f"note: {shorten(note, 400)}", "yellow")
@@ -238,6 +245,14 @@ def _show_result(
     say(out, f"\ntime: {', '.join(stages)}; {in_all} in all\n", "dim")
     _show_answers(out, result)
     say(out, f"next: {_next(result, chain, store)}", whole=True)
+
+
+def _strength(recommended: "Recommendation") -> str:
+    """Return how strongly the adapter is to act, and why."""
+    from langchain_cope.strength import Strength
+
+    strength = Strength(recommended.alpha, recommended.tau, recommended.adapter_scale)
+    return f"{strength} ({recommended.why})"
 
 
 def _show_answers(out: "Console", result: "PersonalizeResult") -> None:

@@ -41,7 +41,7 @@ from langchain_cope.engine.base.base import Base
 from langchain_cope.engine.base.loading import unload_base
 from langchain_cope.engine.batch import Batch
 from langchain_cope.engine.device import give_back, release_thread_pool
-from langchain_cope.engine.options import EngineOptions
+from langchain_cope.engine.options import Contrast, EngineOptions
 from langchain_cope.engine.request import Request
 from langchain_cope.engine.scheduler import Scheduler, model_error
 from langchain_cope.errors import Cancelled, ContextOverflow, EngineClosed, InputError, ModelError
@@ -306,6 +306,34 @@ class Engine:
         Returns:
             Per sequence a float32 tensor `(len(completion),)` on the CPU, in the order given.
         """
+        together = partial(scoring.log_probs, adapter=adapter)
+        return self._scored(together, sequences, should_stop)
+
+    def score_contrasted(
+        self,
+        sequences: scoring.Sequences,
+        adapter: Adapter,
+        contrasts: Sequence[Contrast],
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Tensor]:
+        """Return the log-probability, in nats, of each completion token under each contrast.
+
+        Args are those of `score`. The plausible head keeps the adapter's probability of it, shared
+        out by the contrast; other tokens keep their own: so every text has a likelihood.
+
+        Returns:
+            Per sequence a float32 tensor `(len(contrasts), len(completion))` on the CPU.
+        """
+        together = partial(scoring.contrasted_log_probs, adapter=adapter, contrasts=contrasts)
+        return self._scored(together, sequences, should_stop)
+
+    def _scored(
+        self,
+        score_together: Callable[..., list[Tensor]],
+        sequences: scoring.Sequences,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[Tensor]:
+        """Return what `score_together` finds for each sequence, one group after the other."""
         for prompt, completion in sequences:
             if not prompt or not completion:
                 raise InputError(
@@ -318,7 +346,8 @@ class Engine:
             if should_stop is not None and should_stop():
                 raise Cancelled("stopped on request while the model was scoring")
             together = [sequences[index] for index in group]
-            group_scores = self._call(partial(self._score_together, together, adapter))
+            forward, new_rows = self._batch.forward, self._batch.new_rows
+            group_scores = self._call(partial(score_together, forward, new_rows, together))
             for index, score in zip(group, group_scores, strict=True):
                 scores[index] = score
         return scores
@@ -407,11 +436,6 @@ class Engine:
                 f"the adapter was loaded for another base than {self.base.name!r}: "
                 "load it with this engine"
             )
-
-    def _score_together(
-        self, sequences: scoring.Sequences, adapter: Adapter | None
-    ) -> list[Tensor]:
-        return scoring.log_probs(self._batch.forward, self._batch.new_rows, sequences, adapter)
 
     def _call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two steps and return what it returns."""

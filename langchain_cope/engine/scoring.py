@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from langchain_cope.engine.adapter import Adapter
+from langchain_cope.engine.decoding.contrast import contrast_likelihood
 from langchain_cope.engine.forward.inputs import Forward
+from langchain_cope.engine.options import Contrast
 from langchain_cope.engine.rows import Row, Rows
 
 MAX_TOKENS = 16_384  # of one forward, padding included
 LEAST_SHARED = 8  # tokens of a beginning that is worth a forward of its own
 MAX_LOGITS = 1 << 26  # float32 entries of one forward: 256 MB
+CONTRASTED = 128  # distributions that are contrasted at a time: temporaries stay small
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 """(prompt, completion) pairs of token ids, none of them empty."""
@@ -61,6 +64,48 @@ def log_probs(
     Returns:
         Per sequence float32 `(len(completion),)` on the CPU.
     """
+    logits, chosen = _logits(forward, new_rows, sequences, adapter)
+    scores = torch.log_softmax(logits.float(), dim=-1).gather(-1, chosen).squeeze(-1).cpu()
+    return list(torch.split(scores, [len(completion) for _, completion in sequences]))
+
+
+def contrasted_log_probs(
+    forward: Forward,
+    new_rows: Callable[[], Rows],
+    sequences: Sequences,
+    adapter: Adapter,
+    contrasts: Sequence[Contrast],
+) -> list[Tensor]:
+    """Return the log-probability of each completion token under each contrast, in nats.
+
+    Args are those of `log_probs`; `contrast_likelihood` says what becomes of the plausible head.
+
+    Returns:
+        Per sequence float32 `(len(contrasts), len(completion))` on the CPU.
+    """
+    user, chosen = _logits(forward, new_rows, sequences, adapter)
+    base, _ = _logits(forward, new_rows, sequences, None)
+    scores = []
+    parts = (torch.split(tensor, CONTRASTED) for tensor in (user, base, chosen))
+    for user_part, base_part, tokens in zip(*parts, strict=True):
+        log_user = torch.log_softmax(user_part.float(), dim=-1)
+        log_base = torch.log_softmax(base_part.float(), dim=-1)
+        rows = [
+            contrast_likelihood(log_user, log_base, contrast.alpha, contrast.tau).gather(-1, tokens)
+            for contrast in contrasts
+        ]
+        scores.append(torch.cat(rows, dim=-1).T.cpu())
+    lengths = [len(completion) for _, completion in sequences]
+    return list(torch.split(torch.cat(scores, dim=1), lengths, dim=1))
+
+
+def _logits(
+    forward: Forward,
+    new_rows: Callable[[], Rows],
+    sequences: Sequences,
+    adapter: Adapter | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of all completion tokens, `(N, V)`, and the tokens, `(N, 1)`."""
     read = _Read(forward, new_rows, adapter)
     if beginning := _common_beginning(sequences):
         read = read.continued([beginning])
@@ -75,9 +120,7 @@ def log_probs(
         logits_at += [(index, column) for column in range(first, first + len(completion))]
         targets += completion
     logits = rows.forward(forward, [new[:-1] for new in ids], logits_at)
-    chosen = torch.tensor(targets, device=logits.device).unsqueeze(-1)
-    scores = torch.log_softmax(logits.float(), dim=-1).gather(-1, chosen).squeeze(-1).cpu()
-    return list(torch.split(scores, [len(completion) for _, completion in sequences]))
+    return logits, torch.tensor(targets, device=logits.device).unsqueeze(-1)
 
 
 class _Read:

@@ -8,7 +8,7 @@ better; ROUGE compares greedy generations with them (f-measures, 0 to 1), higher
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from langchain_cope._environment import a_home
@@ -16,6 +16,7 @@ from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, Request, Sampl
 from langchain_cope.errors import HistoryError
 from langchain_cope.evaluation.ways import WAYS
 from langchain_cope.history.items import Item
+from langchain_cope.strength import strength_for
 from langchain_cope.training.encode import Encoded, fit, parts_of_reply
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
@@ -41,6 +42,15 @@ class Evaluation:
     """In words for people: what was cut, dropped, or could not be measured."""
     item_nll: dict[str, list[float]]
     """By the name of each way that has an NLL: nats per completion token of each evaluated item."""
+
+    def on(self, rows: Sequence[int]) -> "Evaluation":
+        """Return the same of some evaluated items, numbered anew; the metrics stay those of all."""
+        return replace(
+            self,
+            indices=list(range(len(rows))),
+            texts=[self.texts[row] for row in rows],
+            item_nll={name: [nll[row] for row in rows] for name, nll in self.item_nll.items()},
+        )
 
 
 def evaluate(
@@ -164,11 +174,13 @@ def _requests(
     """Return the question put to each way."""
     prompt = engine.base.prompt_ids(example.item.messages)
     parts = parts_of_reply(engine.base, prompt)
+    strength = strength_for(engine.base.fingerprint(), recipe.alpha, recipe.tau)
     return [
         Request(
             prompt,
             adapter=adapters[way.adapter],
-            contrast=recipe.contrast if way.contrastive else ADAPTER_ALONE,
+            adapter_scale=strength.adapter_scale if way.contrastive else 1.0,
+            contrast=strength.contrast if way.contrastive else ADAPTER_ALONE,
             sampling=sampling,
             parts=parts,
             offline=True,

@@ -35,6 +35,7 @@ from langchain_cope.evaluation.evaluate import over_all_tokens
 from langchain_cope.evaluation.shown_items import OwnItems
 from langchain_cope.evaluation.ways import Shown, Way
 from langchain_cope.history.items import Item, UserHistory
+from langchain_cope.strength import Strength, strength_for
 from langchain_cope.training.encode import Encoded, encode, fit, parts_of_reply
 from langchain_cope.training.pipeline import train_user
 from langchain_cope.training.progress import Monitor, Stage
@@ -66,7 +67,7 @@ class UserJob:
     """The queries that fit the context."""
     notes: list[str]
     digest: str
-    """Of all that the work depends on but the ways."""
+    """Of all that the work depends on but the ways, and how strongly the adapters act."""
     folder: Path
     own: OwnItems
     timings: dict[str, float] = field(default_factory=dict)
@@ -283,8 +284,17 @@ class Comparison:
     def _key(self, job: UserJob, way: Way) -> str:
         """Return what stands for a way in a user's file: equal where the work is the same."""
         engine = self._engine(way)
-        contrast = [job.recipe.alpha, job.recipe.tau] if way.contrastive else []
+        contrast: list[float] = []
+        if way.contrastive:
+            strength = self._strength(job)
+            of_adapter = [strength.adapter_scale] if strength.adapter_scale != 1 else []
+            contrast = [strength.alpha, strength.tau, *of_adapter]
         return _digest(asdict(way), _identity(engine.base), self._owner(job, way).digest, contrast)
+
+    def _strength(self, job: UserJob) -> Strength:
+        """Return how strongly adapters act in contrastive ways: by the recipe, else as usual."""
+        fingerprint = self._trained.base.fingerprint()
+        return strength_for(fingerprint, job.recipe.alpha, job.recipe.tau)
 
     def _prompt(self, job: UserJob, way: Way, example: Encoded) -> list[Message]:
         if way.shown is Shown.NOTHING:
@@ -340,7 +350,7 @@ class Comparison:
         return done
 
     def _requests(self, job: UserJob, groups: list[list[Way]]) -> Iterator[Request]:
-        base = self._trained.base
+        base, strength = self._trained.base, self._strength(job)
         folders = {group[0]: self._adapter_folder(job, group[0]) for group in groups}
         adapters = {
             folder: self._trained.load_adapter(folder) for folder in folders.values() if folder
@@ -356,7 +366,8 @@ class Comparison:
                         prompt,
                         base_prompt=bare if way.contrastive and prompt != bare else None,
                         adapter=adapters[folder] if (folder := folders[way]) else None,
-                        contrast=job.recipe.contrast if way.contrastive else ADAPTER_ALONE,
+                        adapter_scale=strength.adapter_scale if way.contrastive else 1.0,
+                        contrast=strength.contrast if way.contrastive else ADAPTER_ALONE,
                         sampling=_sampling(job.recipe, example, number, is_sample=most > 1),
                         parts=parts_of_reply(base, prompt),
                         logprobs=way.contrastive or most > 1,

@@ -164,7 +164,7 @@ class _Profiles:
 
         self.column = {user: index for index, user in enumerate(histories)}
         self._see = see
-        self._vectorizer = TfidfVectorizer(analyzer=_runs, sublinear_tf=True)
+        self._vectorizer = TfidfVectorizer(analyzer=runs_of, sublinear_tf=True)
         self._vectorizer.fit(map(self._see, _all(histories)))
         self._of_users = self._vectors(histories.values())
 
@@ -189,7 +189,7 @@ class _Profiles:
         return self._vectorizer.transform("\n".join(map(self._see, texts)) for texts in groups)
 
 
-def _runs(text: str) -> list[str]:
+def runs_of(text: str) -> list[str]:
     """Return the runs of four characters: case and line breaks are a part of a voice."""
     return [text[start : start + RUN] for start in range(len(text) - RUN + 1)]
 

@@ -20,8 +20,9 @@ from langchain_cope.history.items import Item
 from langchain_cope.personalization.certainty import prior_of
 from langchain_cope.personalization.evidence import gather, units_of
 from langchain_cope.personalization.held_out import count_trained_on, fingerprint_items
-from langchain_cope.personalization.result import Verdict
+from langchain_cope.personalization.result import Recommendation, Verdict
 from langchain_cope.personalization.verdict import Reference, choose_adapter, judge
+from langchain_cope.strength import RECOMMENDED
 from langchain_cope.training.progress import Monitor
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class Outcome:
     """The version that was active before, where one was published now."""
 
 
+def better_adapter(evaluation: "Evaluation") -> str:
+    """Return the name of the better one of both adapters: that one is judged."""
+    return choose_adapter(evaluation.item_nll, [SFT.name, DPO.name])
+
+
 @dataclass(frozen=True)
 class Publisher:
     """Judges the result of one training, and publishes it."""
@@ -58,6 +64,11 @@ class Publisher:
     engine: "Engine"
     training: "TrainingResult"
     evaluation: "Evaluation"
+    """Of `held_out`."""
+    adapter: str
+    """The stage that trained the adapter to be judged."""
+    recommended: Recommendation
+    """How strongly it is to act; published with it."""
     trained: Sequence[Item]
     held_out: Sequence[Item]
     instruction: str | None
@@ -129,8 +140,7 @@ class Publisher:
         from langchain_cope.atomic_files import read_json
         from langchain_cope.training.first_sight import FIRST_SIGHT
 
-        item_nll = self.evaluation.item_nll
-        name = choose_adapter(item_nll, [SFT.name, DPO.name])
+        item_nll, name = self.evaluation.item_nll, self.adapter
         evidence = gather(
             self.engine,
             self.trained,
@@ -199,8 +209,8 @@ class Publisher:
             adapter,
             base=self.engine.base.fingerprint(),
             metrics=self.evaluation.metrics,
-            alpha=recipe.alpha,
-            tau=recipe.tau,
+            alpha=self.recommended.alpha,
+            tau=self.recommended.tau,
             metadata={
                 "instruction": self.instruction,
                 "num_trained": len(self.trained),
@@ -210,6 +220,7 @@ class Publisher:
                 "dtype": str(self.engine.base.dtype).removeprefix("torch."),
                 "trained_on": fingerprint_items(self.trained),
                 "verdict": verdict.model_dump(),
+                RECOMMENDED: self.recommended.model_dump(),
             },
             idempotency_key=self.job_key,
             expected_active=active,

@@ -10,6 +10,8 @@ from langchain_cope.history.items import Item
 MIN_ITEMS = 5
 HELD_OUT_SHARE = 0.2  # of the items
 MIN_TRAINED = 3  # what 5 items leave when 2 are held out
+LEAST_DIVIDED = 16  # held-out items: with fewer, either part would be too few for its purpose
+LEAST_CHOOSING, MOST_CHOOSING = 8, 24  # items to choose a strength by
 _MAX_FINGERPRINTS = 30_000  # of the newest items, the likeliest to be held out another time
 _FINGERPRINT_BYTES = 4  # of an item's digest: enough to recognise it, too little to guess it from
 
@@ -45,6 +47,26 @@ def split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
             "conversations are needed to train on: collect more"
         )
     return trained, held_out
+
+
+def divide(held_out: Sequence[Item]) -> tuple[list[int], list[int]]:
+    """Return indices of the held-out items to choose a strength by, and of those that judge.
+
+    A choice flatters the items that it was made by, so that no item does both. To choose by are a
+    third of 16 or more, but 8 at least and 24 at most, the oldest; else none. A conversation is
+    never divided.
+    """
+    everything = list(range(len(held_out)))
+    if len(held_out) < LEAST_DIVIDED:
+        return [], everything
+    border = min(MOST_CHOOSING, max(LEAST_CHOOSING, len(held_out) // 3))
+    judging_talks = {item.conversation for item in held_out[border:]} - {None}
+    choosing = [
+        index for index in everything[:border] if held_out[index].conversation not in judging_talks
+    ]
+    if len(choosing) < LEAST_CHOOSING:
+        return [], everything
+    return choosing, [index for index in everything if index not in set(choosing)]
 
 
 def fingerprint_items(items: Iterable[Item]) -> str:

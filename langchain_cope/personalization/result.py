@@ -71,6 +71,21 @@ class Verdict(BaseModel):
     """What would help, where it was refused."""
 
 
+class Recommendation(BaseModel):
+    """How strongly an adapter is to act where an app says nothing; a version's metadata keeps it.
+
+    `langchain_cope.strength.Strength` says what the numbers mean.
+    """
+
+    alpha: float
+    tau: float
+    adapter_scale: float
+    why: str
+    """For people."""
+    num_texts: int
+    """Held-out texts that it was chosen by, which judge nothing; 0: it is the usual one."""
+
+
 class PersonalizeResult(BaseModel):
     """What became of a personalization."""
 
@@ -82,6 +97,8 @@ class PersonalizeResult(BaseModel):
     """Why it was published or refused, with the numbers."""
     verdict: Verdict | None = None
     """The same as numbers; None where an interrupted run had published it before."""
+    recommended: Recommendation | None = None
+    """How strongly the adapter is to act; `ChatCoPe` follows it where nothing else is said."""
     metrics: dict[str, dict[str, float]]
     """By the name of each way, base, sft, dpo and cope, its figures on the held-out items.
 
@@ -107,5 +124,5 @@ class PersonalizeResult(BaseModel):
 
 
 # The public address of these classes, by which checkpoints and pickles name them.
-for _class in (PersonalizeRequest, Sample, Verdict, PersonalizeResult):
+for _class in (PersonalizeRequest, Sample, Verdict, Recommendation, PersonalizeResult):
     _class.__module__ = "langchain_cope.personalize"

@@ -1,8 +1,8 @@
 """One personalization from its request to its result, traced through LangChain's callbacks.
 
-`Run.run` is the one straight path: history → split → SFT → negatives → DPO → evaluation → gate →
-publishing. Every stage is a child run, so that a trace shows each with its time; nothing is
-published unless everything before succeeded.
+`Run.run` is the one straight path: history → split → SFT → negatives → DPO → evaluation →
+strength → gate → publishing. Every stage is a child run, so that a trace shows each with its time;
+nothing is published unless everything before succeeded.
 """
 
 import sys
@@ -19,8 +19,9 @@ from langchain_cope.errors import Cancelled, InputError
 from langchain_cope.evaluation.comparison import train_and_evaluate
 from langchain_cope.history import as_history
 from langchain_cope.history.items import Item, UserHistory
-from langchain_cope.personalization.gate import Outcome, Publisher
-from langchain_cope.personalization.held_out import split
+from langchain_cope.personalization.choose_strength import recommend
+from langchain_cope.personalization.gate import Outcome, Publisher, better_adapter
+from langchain_cope.personalization.held_out import divide, split
 from langchain_cope.personalization.job_folder import (
     Job,
     input_digest,
@@ -150,15 +151,30 @@ class Run(Monitor):
             training, evaluation = train_and_evaluate(
                 engine, trained, held_out, recipe, job.folder, self
             )
+            evaluated = [held_out[index] for index in evaluation.indices]
+            choosing, judging = divide(evaluated)
+            judged = evaluation.on(judging)
+            adapter = better_adapter(judged)
+            recommended = recommend(
+                engine,
+                training,
+                adapter,
+                [evaluated[row] for row in choosing],
+                evaluation.on(choosing),
+                trained,
+                self,
+            )
             with self.stage(Stage.PUBLISH):
                 publisher = Publisher(
                     store=store,
                     user=self.user,
                     engine=engine,
                     training=training,
-                    evaluation=evaluation,
+                    evaluation=judged,
+                    adapter=adapter,
+                    recommended=recommended,
                     trained=trained,
-                    held_out=held_out,
+                    held_out=[evaluated[row] for row in judging],
                     instruction=history.instruction,
                     gate=self.settings.gate,
                     min_gain=self.settings.min_gain,
@@ -175,6 +191,7 @@ class Run(Monitor):
             version=outcome.version.version if outcome.version else None,
             reason=outcome.reason,
             verdict=outcome.verdict,
+            recommended=recommended,
             metrics=evaluation.metrics,
             timings=self.timings,
             num_trained=len(trained),

@@ -27,6 +27,7 @@ class Stage(StrEnum):
     NEGATIVES = "negatives", "negatives", "negatives.json"
     DPO = "dpo", "DPO", "dpo"
     EVALUATE = "evaluate", "evaluation", "evaluation.json"
+    STRENGTH = "strength", "strength", "strength.json"
     PUBLISH = "publish", "gate"
 
     def __new__(cls, value: str, label: str = "", file: str = "") -> "Stage":

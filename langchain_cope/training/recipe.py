@@ -9,10 +9,17 @@ here, so that a recipe can be built before torch is.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from langchain_cope.engine import Contrast, check_option, is_number, is_whole
+from langchain_cope.engine import (
+    Contrast,
+    check_alpha,
+    check_option,
+    check_tau,
+    is_number,
+    is_whole,
+)
 from langchain_cope.errors import InputError
 
 # The size that the paper's learning rates, epochs and targets were chosen for.
@@ -150,10 +157,13 @@ class Recipe:
     sft: SFT = field(default_factory=SFT)
     negatives: Negatives = field(default_factory=Negatives)
     dpo: DPO = field(default_factory=DPO)
-    alpha: float = Contrast.alpha
-    """Weight of the base's log-probabilities in contrastive decoding; the paper."""
-    tau: float = Contrast.tau
-    """Plausibility threshold of contrastive decoding; the paper."""
+    alpha: float | None = None
+    """Weight of the base's log-probabilities in contrastive decoding; the paper: 0.1.
+
+    None: what suits the user, else what users of the base need.
+    """
+    tau: float | None = None
+    """Plausibility threshold of contrastive decoding; the paper: 0.1. None: as for `alpha`."""
     repetition_penalty: float = 1.0
     """In the generations of the evaluation; the paper: 1.0 for short texts, 1.2 to 1.3 for long."""
     max_new_tokens: int | None = None
@@ -176,7 +186,10 @@ class Recipe:
             expected = f"an instance of {kind.__name__}"
             check_option(f"Recipe.{name}", stage, expected, isinstance(stage, kind))
         try:
-            Contrast(self.alpha, self.tau)
+            if self.alpha is not None:
+                check_alpha(self.alpha)
+            if self.tau is not None:
+                check_tau(self.tau)
         except ValueError as error:
             raise ValueError(f"Recipe.{error}") from None
         _check_positive("Recipe.repetition_penalty", self.repetition_penalty)
@@ -187,20 +200,16 @@ class Recipe:
         _check_count("Recipe.seed", self.seed, 0)
         check_option("Recipe.seed", self.seed, "below 2**32", self.seed < 2**32)
 
-    @property
-    def contrast(self) -> Contrast:
-        """The decoding that the result is meant for."""
-        return Contrast(self.alpha, self.tau)
-
     @classmethod
     def paper(cls, *, long_form: bool = False) -> "Recipe":
         """Return the authors' settings for 7B models.
 
         `long_form`: those of their three long tasks (abstracts, reviews, posts).
         """
+        paper = cls(alpha=Contrast.alpha, tau=Contrast.tau, max_new_tokens=100)
         if long_form:
-            return cls(max_new_tokens=600, repetition_penalty=1.2)
-        return cls(max_new_tokens=100)
+            return replace(paper, max_new_tokens=600, repetition_penalty=1.2)
+        return paper
 
     @classmethod
     def for_model(cls, base: Sized, history: Sequence[Any], *, seed: int = 0) -> "Recipe":

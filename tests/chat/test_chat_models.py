@@ -25,7 +25,7 @@ from adapter_store import (
     BaseModelMismatchError,
     InvalidAdapterError,
 )
-from langchain_cope import ChatCoPe, EngineOptions
+from langchain_cope import ChatCoPe, EngineOptions, strength
 from langchain_cope.engine import Contrast, Engine, Request, Sampling, load_base
 from langchain_cope.errors import InputError, ModelNotFound
 
@@ -545,6 +545,45 @@ def test_tracing_parameters(chat: ChatCoPe) -> None:
     assert params["ls_model_type"] == "chat"
     assert chat._llm_type == "cope"
     assert ensure_config(None)["tags"] == []
+
+
+@pytest.mark.parametrize(("recommended", "used"), [(0.5, 0.5), (50.0, 1), (-1, 1), ("0.5", 1)])
+def test_the_recommended_scale_is_used_where_it_is_sane(
+    chat: ChatCoPe,
+    store: AdapterStore,
+    base: Path,
+    adapter: Callable[..., Path],
+    recommended: object,
+    used: float,
+) -> None:
+    store.publish(
+        "alice",
+        adapter(base, seed=1),
+        base=load_base(base).fingerprint(),
+        alpha=0.3,
+        metadata={"recommended": {"adapter_scale": recommended}},
+    )
+    message = chat.invoke(QUESTION)
+    facts = message.response_metadata
+    assert (facts["alpha"], facts["tau"], facts["adapter_scale"]) == (0.3, 0.1, used)
+    same = chat.invoke(QUESTION, adapter_scale=used, alpha=0.3, tau=0.1)
+    assert message.content == same.content
+    assert chat.invoke(QUESTION, adapter_scale=0.25).response_metadata["adapter_scale"] == 0.25
+
+
+def test_what_users_of_the_base_need_is_used_without_recommendation(
+    chat: ChatCoPe, base: Path, monkeypatch: pytest.MonkeyPatch, llm_cache: InMemoryCache
+) -> None:
+    before = chat.invoke(QUESTION, user_id="bob")
+    usual = {"alpha": 0.6, "tau": 0.3, "adapter_scale": 0.8}
+    weights = load_base(base).fingerprint()["weights"]
+    known = {**strength._measured(), weights: {"usual": usual, "candidates": []}}
+    monkeypatch.setattr(strength, "_measured", lambda: known)
+    facts = chat.invoke(QUESTION, user_id="bob").response_metadata
+    assert {name: facts[name] for name in usual} == usual
+    assert before.response_metadata["alpha"] == 0.1  # and the cache did not serve it again
+    facts = chat.invoke(QUESTION).response_metadata
+    assert (facts["alpha"], facts["tau"], facts["adapter_scale"]) == (0.3, 0.2, 0.8)
 
 
 def test_the_adapters_scale_of_a_call_wins_over_the_models(chat: ChatCoPe) -> None:

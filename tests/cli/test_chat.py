@@ -23,7 +23,8 @@ def test_a_piped_conversation_is_answered_line_by_line(
     version = publish("alice")
     outcome = chat("Hello there.\n\nHow are you?\n", "--user", "alice")
     assert outcome.code == 0, outcome
-    assert f"alice on {tiny()}, version {version.version}." in outcome.stderr
+    strength = "α 0.1, τ 0.1, adapter scale 1"
+    assert f"alice on {tiny()}, version {version.version}, {strength}." in outcome.stderr
     same = ("--user", "alice", "--model", tiny(), "--max-tokens", 6)
     first = cope_lc("generate", "Hello there.", *same).stdout
     assert outcome.stdout.startswith(first)

@@ -177,3 +177,26 @@ def test_a_sequence_may_fill_the_context_but_not_exceed_it(engine: Engine) -> No
     with pytest.raises(ContextOverflow) as caught:
         engine.score([(tokens(200), tokens(57))])
     assert (caught.value.num_tokens, caught.value.context) == (257, 256)
+
+
+def test_contrasted_scores_equal_an_independent_contrast(
+    tiny: Tiny, adapter: Tiny, engine_for: Callable[..., Engine]
+) -> None:
+    base, engine = tiny("llama"), engine_for(tiny("llama"))
+    folder = adapter(base, seed=1)
+    reference = Reference(base, folder)
+    contrasts = [Contrast(0.0, 0.1), Contrast(0.3, 0.1), Contrast(0.8, 0.02)]
+    scores = engine.score_contrasted(SEQUENCES, engine.load_adapter(folder), contrasts)
+    for (prompt, completion), rows in zip(SEQUENCES, scores, strict=True):
+        user, of_base = reference.log_probs([*prompt, *completion])
+        places = slice(len(prompt) - 1, -1)
+        chosen = torch.tensor(completion).unsqueeze(-1)
+        for contrast, row in zip(contrasts, rows, strict=True):
+            p = user[places].exp()
+            inside = p >= contrast.tau * p.amax(-1, keepdim=True)
+            raw = torch.where(inside, p * of_base[places].exp() ** -contrast.alpha, 0)
+            shared = raw / raw.sum(-1, keepdim=True) * torch.where(inside, p, 0).sum(-1, True)
+            everything = torch.where(inside, shared, p)
+            torch.testing.assert_close(everything.sum(-1), torch.ones(len(completion)).double())
+            expected_row = everything.gather(-1, chosen).squeeze(-1).log()
+            torch.testing.assert_close(row.double(), expected_row, atol=5e-4, rtol=0)

@@ -22,6 +22,8 @@ def publisher(store: AdapterStore) -> Publisher:
         engine=unused,
         training=unused,
         evaluation=unused,
+        adapter="sft",
+        recommended=unused,
         trained=(),
         held_out=(),
         instruction=None,

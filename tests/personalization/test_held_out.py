@@ -60,3 +60,19 @@ def test_a_version_recognises_what_it_was_trained_on() -> None:
     assert held_out.count_trained_on(fingerprints, history[15:]) == 0
     assert held_out.count_trained_on(fingerprints, history[10:]) == 5
     assert held_out.count_trained_on(None, history) == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "choosing"), [(2, 0), (15, 0), (16, 8), (30, 10), (60, 20), (200, 24)]
+)
+def test_items_to_choose_by_are_the_oldest_and_judge_nothing(count: int, choosing: int) -> None:
+    chosen, judging = held_out.divide(items(count))
+    assert chosen == list(range(choosing))
+    assert judging == list(range(choosing, count))
+
+
+def test_a_conversation_never_chooses_and_judges() -> None:
+    chosen, judging = held_out.divide(items(30, {0: "a", 29: "a"}))
+    assert chosen == list(range(1, 10))
+    assert judging == [0, *range(10, 30)]
+    assert held_out.divide(items(16, {0: "a", 15: "a"})) == ([], list(range(16)))

@@ -127,7 +127,7 @@ def test_killed_in_dpo_it_goes_on_to_the_same_adapter(
 
     recorder = AtDpo()
     result = personalize.invoke(REQUEST, {"callbacks": [recorder]})
-    assert recorder.stages == ["history", "load", "dpo", "evaluate", "publish"]
+    assert recorder.stages == ["history", "load", "dpo", "evaluate", "strength", "publish"]
     assert {name: at_dpo[name] for name in before} == before
     assert result.published
     assert set(result.timings) == set(recorder.stages)
@@ -174,7 +174,14 @@ def stopped(personalize: PersonalizeUser, monkeypatch: pytest.MonkeyPatch) -> Pe
 
 
 def test_after_a_failure_it_goes_on_too(stopped: PersonalizeUser) -> None:
-    assert invoke(stopped)[1].stages == ["history", "load", "dpo", "evaluate", "publish"]
+    assert invoke(stopped)[1].stages == [
+        "history",
+        "load",
+        "dpo",
+        "evaluate",
+        "strength",
+        "publish",
+    ]
 
 
 CHANGES = ["history", "held out", "recipe", "base", "ways", "format"]

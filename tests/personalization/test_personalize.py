@@ -189,7 +189,7 @@ def test_every_stage_is_a_child_run_and_progress_is_told(personalize: Personaliz
     assert result.samples
     (_, root, none), *children = recorder.started
     assert none is None
-    names = ["history", "load", "sft", "negatives", "dpo", "evaluate", "publish"]
+    names = ["history", "load", "sft", "negatives", "dpo", "evaluate", "strength", "publish"]
     assert [name for name, _, _ in children] == names
     assert {parent for _, _, parent in children} == {root}
     assert len(recorder.outputs) == len(recorder.started)

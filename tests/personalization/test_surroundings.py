@@ -247,4 +247,4 @@ def test_no_adapter_is_lost_to_its_evaluation(
     recorder = Recorder()
     again = personalize.model_copy(update={"job_dir": job_dir})
     assert again.invoke(request, {"callbacks": [recorder]}).published
-    assert recorder.stages == ["history", "load", "evaluate", "publish"]
+    assert recorder.stages == ["history", "load", "evaluate", "strength", "publish"]

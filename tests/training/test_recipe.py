@@ -29,7 +29,8 @@ def test_paper_recipe_holds_the_papers_numbers():
 
 def test_default_recipe_is_the_papers_at_seven_billion_parameters():
     recipe = Recipe.for_model(Sized(7_000_000_000), range(60))
-    assert replace(recipe, max_new_tokens=100) == Recipe.paper()
+    assert (recipe.alpha, recipe.tau) == (None, None)  # chosen for each user
+    assert replace(recipe, max_new_tokens=100, alpha=0.1, tau=0.1) == Recipe.paper()
 
 
 def test_smaller_models_get_larger_steps_up_to_those_that_work():

@@ -18,6 +18,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 def version_table(versions: list["AdapterVersion"], active: str | None) -> "Table":
     """Return a table of the versions, the newest first, with what they were measured at."""
     from langchain_cope.evaluation.ways import BASE, COPE, DPO
+    from langchain_cope.strength import recommended_scale
 
     nll = f"NLL\n{BASE.name} → {DPO.name}"
     rouge = f"ROUGE-L\n{BASE.name} → {COPE.name}"
@@ -31,6 +32,9 @@ def version_table(versions: list["AdapterVersion"], active: str | None) -> "Tabl
         with_task = f" with the task adapter {task}" if task else ""
         model = f"base {version.base.get('model', '?')}{with_task}, {size}"
         contrast = f"α {_plain(version.alpha)}  τ {_plain(version.tau)}"
+        scale = recommended_scale(version.metadata)
+        if scale is not None:
+            contrast += f"\nadapter scale {_plain(scale)}"
         rows.add_row(
             cell("●" if version.version == active else "", "green"),
             cell(f"{version.version}\n  {model}\n"),

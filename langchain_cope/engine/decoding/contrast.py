@@ -43,3 +43,21 @@ def contrast_log_probs(
     log_tau = torch.log(tau) if isinstance(tau, Tensor) else math.log(tau)
     outside = user < user.amax(dim=-1, keepdim=True) + log_tau
     return torch.log_softmax((user - alpha * base).masked_fill_(outside, -math.inf), dim=-1)
+
+
+def contrast_likelihood(user: Tensor, base: Tensor, alpha: float, tau: float) -> Tensor:
+    """Return log-probabilities that the contrast gives to *every* token, so that texts have an NLL.
+
+    V_head keeps the probability that the personal model gives it, shared out among its tokens by
+    `contrast`; tokens outside keep their own. At α = 0 this is the personal model. The NLL of a
+    text is convex in α.
+
+    Args:
+        user: float32 log-probabilities `(R, V)` of the personal model.
+        base: the base model's, the same shape.
+        alpha: α ≥ 0.
+        tau: 0 < τ ≤ 1.
+    """
+    inside = user >= user.amax(dim=-1, keepdim=True) + math.log(tau)
+    mass = user.masked_fill(~inside, -math.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.where(inside, mass + contrast_log_probs(user, base, alpha, tau), user)

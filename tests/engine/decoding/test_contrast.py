@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from langchain_cope.engine import Contrast, Request
-from langchain_cope.engine.decoding.contrast import contrast
+from langchain_cope.engine.decoding.contrast import contrast, contrast_likelihood
 
 ALPHAS, TAUS = (0.0, 0.1, 0.5, 1.0), (0.01, 0.1, 0.5, 0.99, 1.0)
 quickly = settings(deadline=None, max_examples=150)
@@ -179,3 +179,16 @@ def test_a_tau_out_of_range_is_refused_with_its_value(tau: float) -> None:
 @pytest.mark.parametrize(("alpha", "tau"), [(0, 1), (0.0, 1e-6), (1, 1.0), (50.0, 0.5)])
 def test_the_ends_of_the_ranges_are_accepted(alpha: float, tau: float) -> None:
     Contrast(alpha, tau)
+
+
+@quickly
+@given(rows=two_rows(), alpha=alphas, tau=taus)
+def test_the_likelihood_is_a_distribution_that_keeps_the_heads_mass(
+    rows: tuple[torch.Tensor, torch.Tensor], alpha: float, tau: float
+) -> None:
+    user, base = (row.log_softmax(-1) for row in rows)
+    found = contrast_likelihood(user, base, alpha, tau)
+    assert float(found.logsumexp(-1)) == pytest.approx(0, abs=1e-4)
+    outside = user < user.max() + math.log(tau)
+    assert torch.equal(found[outside], user[outside])
+    torch.testing.assert_close(contrast_likelihood(user, base, 0.0, tau), user)
