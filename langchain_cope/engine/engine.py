@@ -40,6 +40,7 @@ from langchain_cope.engine.answer import (
 from langchain_cope.engine.base.base import Base
 from langchain_cope.engine.base.loading import unload_base
 from langchain_cope.engine.batch import Batch
+from langchain_cope.engine.checks import check_option, is_whole
 from langchain_cope.engine.device import give_back, release_thread_pool
 from langchain_cope.engine.options import EngineOptions
 from langchain_cope.engine.request import Request
@@ -374,6 +375,8 @@ class Engine:
             self._check_prompt(prompt)
         if isinstance(request.adapter, Adapter):
             self._check_adapter(request.adapter)
+        if request.early_exit is not None:
+            self._check_exit(request.early_exit)
         active = ActiveRequest(request, self.base, sink)
         self._scheduler.check_size(active)
         self._hand_over(partial(self._scheduler.submit, active))
@@ -407,6 +410,14 @@ class Engine:
                 f"the adapter was loaded for another base than {self.base.name!r}: "
                 "load it with this engine"
             )
+
+    def _check_exit(self, layers: int) -> None:
+        most = self._batch.forward.num_layers
+        if not most:
+            name = type(self.base.model).__name__
+            raise ModelError(f"{name} is served as it is, and cannot be read out early")
+        fits = is_whole(layers, least=1) and layers <= most
+        check_option("early_exit", layers, f"a number of layers from 1 to {most}", fits)
 
     def _score_together(
         self, sequences: scoring.Sequences, adapter: Adapter | None

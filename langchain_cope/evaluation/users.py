@@ -256,7 +256,10 @@ class Comparison:
     def _key(self, job: UserJob, way: Way) -> str:
         """Return what stands for a way in a user's file: equal where the work is the same."""
         engine = self._engine(way)
-        return _digest(asdict(way), _identity(engine.base), self._owner(job, way).digest)
+        facts = asdict(way)
+        if not way.early_exit:  # so that what was answered before there was such a way is found
+            del facts["early_exit"]
+        return _digest(facts, _identity(engine.base), self._owner(job, way).digest)
 
     def _prompt(self, job: UserJob, way: Way, example: Encoded) -> list[Message]:
         if way.shown is Shown.NOTHING:
@@ -332,6 +335,9 @@ class Comparison:
                         sampling=_sampling(job.recipe, example, number, is_sample=most > 1),
                         parts=parts_of_reply(base, prompt),
                         logprobs=way.contrastive or most > 1,
+                        early_exit=base.model.config.get_text_config().num_hidden_layers // 2
+                        if way.early_exit
+                        else None,
                         offline=True,
                     )
 
