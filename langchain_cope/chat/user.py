@@ -166,7 +166,7 @@ class PinnedUser:
         )
 
     def relevance(self, turns: Sequence[Mapping[str, Any]]) -> float | None:
-        """Return how much the last question of a conversation is like those of the version's history, 0 to 1.
+        """Return how much a conversation's last question is like those of the history, 0 to 1.
 
         None where the version says nothing of its prompts. Raises ModelError where what it says
         cannot be used.

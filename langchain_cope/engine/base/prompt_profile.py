@@ -31,7 +31,7 @@ MAX_PROMPTS = 500  # of a history, the newest
 MAX_WIDTH = 16_384  # entries of an embedding, a byte each in a stored profile
 LEAST_PROMPTS = 3  # different ones: a single instruction says nothing of what else it is asked for
 LEAST_GAP = 0.1  # between the everyday prompts and the median of the history's own
-_OTHERS_QUANTILE = 0.95  # of the everyday prompts of all languages
+_EVERYDAY_QUANTILE = 0.95  # of the everyday prompts of its language, and of those of all
 _OWN_QUANTILE = 0.05  # of the history's prompts
 _LEAST_RAMP = 0.05
 _STEPS = 4  # of the relevance: few, so that what is cached at one of them serves others too
@@ -117,8 +117,8 @@ class PromptProfile:
         total = directions.sum(0)
         without_it = F.normalize(total - directions, dim=-1)  # each is judged by the others
         own = (directions * without_it).sum(-1)
-        alike, everyone = (each @ F.normalize(total, dim=0) for each in everyday.others(language))
-        low = max(float(alike.max()), float(everyone.quantile(_OTHERS_QUANTILE)))
+        others = (each @ F.normalize(total, dim=0) for each in everyday.others(language))
+        low = max(float(each.quantile(_EVERYDAY_QUANTILE)) for each in others)
         if not float(own.median()) - low >= LEAST_GAP:
             return None
         high = max(float(own.quantile(_OWN_QUANTILE)), low + _LEAST_RAMP)
