@@ -18,7 +18,7 @@ history is made with. Those count that the base answers right: the base that the
 |---|---|
 | `base` | the base |
 | `sft`, `dpo` | the user's adapter |
-| `fixed 0.1`, `0.3`, `0.5` | the DPO adapter, contrasted with the base by the paper's rule |
+| `fixed 0.1`, `0.3`, `0.5` | the last of `--stages`, contrasted with the base by the paper's rule |
 | `adaptive` | the same at 0.5 by the adaptive rule, the adapter always at full scale |
 | `built` | `contrast="adaptive"` as a chat has it: the adapter's scale goes by the question, too |
 
@@ -37,7 +37,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,9 @@ KEPT = "no_harm.json"
 MAX_TOKENS = 96  # of an answer to a prompt of the pool
 EARLY = 0.5  # of the base's tokens
 STRONG = 0.5  # α at which the most is gained on own prompts, and the most harm done on others
+ALONE = ("sft", "dpo")
 CONTRASTS = {
-    "sft": ADAPTER_ALONE,
-    "dpo": ADAPTER_ALONE,
+    **dict.fromkeys(ALONE, ADAPTER_ALONE),
     "fixed 0.1": Contrast(0.1),
     "fixed 0.3": Contrast(0.3),
     "fixed 0.5": Contrast(STRONG),
@@ -81,6 +81,16 @@ ITEM = re.compile(r"(?m)^\s*(?:\d+[.)]|[-*•])\s+\S")
 
 Answer = dict[str, Any]
 """`text`, `tokens`, and whether it `ended` by itself."""
+
+
+def ways_of(stages: Sequence[str]) -> list[str]:
+    """Return the ways of users who have the adapters of these stages."""
+    return ["base", *(way for way in CONTRASTS if way not in ALONE or way in stages)]
+
+
+def ways_in(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the ways that every user has."""
+    return [way for way in ("base", *CONTRASTS) if all(way in row["ways"] for row in rows)]
 
 
 def right(check: Mapping[str, Any], text: str) -> bool:
@@ -121,7 +131,7 @@ def request(
         scale = profile.relevance(engine.base.everyday, question_of(turns))
     return Request(
         prompt,
-        adapter=adapters["sft" if way == "sft" else "dpo"],
+        adapter=adapters.get(way, list(adapters.values())[-1]),
         adapter_scale=scale,
         contrast=CONTRASTS[way],
         sampling=sampling,
@@ -130,12 +140,17 @@ def request(
 
 
 def answered(
-    engine: Engine, job: UserJob, pool: Sequence[Any], kept: dict[str, Any], save: Any
+    engine: Engine,
+    job: UserJob,
+    pool: Sequence[Any],
+    stages: Sequence[str],
+    kept: dict[str, Any],
+    save: Callable[[], None],
 ) -> None:
     """Answer what `kept` lacks: way by way, the pool's prompts and the user's own queries."""
-    adapters = {name: engine.load_adapter(job.folder / name) for name in ("sft", "dpo")}
+    adapters = {name: engine.load_adapter(job.folder / name) for name in stages}
     own = [example.item.messages for example in job.examples]
-    for way in ("base", *CONTRASTS):
+    for way in ways_of(stages):
         of_way = kept.setdefault(way, {"pool": {}, "own": []})
         prompts = [each["prompt"] for each in pool if each["prompt"] not in of_way["pool"]]
         if way != "base":  # where the base is wrong already there is nothing to harm
@@ -161,7 +176,9 @@ def answered(
         save()
 
 
-def general_nll(engine: Engine, texts: Sequence[str], job: UserJob) -> dict[str, float]:
+def general_nll(
+    engine: Engine, texts: Sequence[str], job: UserJob, stages: Sequence[str]
+) -> dict[str, float]:
     """Return the nats a token of general texts, after their first tokens, by way."""
     ids = [engine.base.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     pairs = [(each[:TEXT_START], each[TEXT_START:TEXT_TOKENS]) for each in ids]
@@ -171,7 +188,7 @@ def general_nll(engine: Engine, texts: Sequence[str], job: UserJob) -> dict[str,
         return -sum(float(each.sum()) for each in scores) / sum(map(len, scores))
 
     found = {"base": nll(None)}
-    for name in ("sft", "dpo"):
+    for name in stages:
         found[name] = nll(engine.load_adapter(job.folder / name))
     profile = profile_of(engine, job)
     if profile is not None:
@@ -201,7 +218,7 @@ def figures(
         asked = [each for each in pool if right(each["check"], base[each["prompt"]]["text"])]
         user, ways = str(job.history.user_id), {}
         for way, given in answers.items():
-            if way not in ("base", *CONTRASTS):
+            if way not in ("base", *CONTRASTS):  # what else is kept
                 continue
             of_pool = [(each, given["pool"][each["prompt"]]) for each in asked]
             texts = [answer["text"] for answer in given["own"]]
@@ -239,8 +256,9 @@ def figures(
 
 def summary(files: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Return the means over the users of all files together, and ratios, with intervals."""
-    found: dict[str, Any] = {"users": sum(map(len, files.values()))}
-    for way in ("base", *CONTRASTS):
+    every = [row for rows in files.values() for row in rows]
+    found: dict[str, Any] = {"users": len(every), "ways": ways_in(every)}
+    for way in found["ways"]:
         for name in ("kept", "early", "rougeL", "style"):
             values = [
                 {row["user"]: row["ways"][way][name] for row in rows if name in row["ways"][way]}
@@ -248,7 +266,7 @@ def summary(files: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
             ]
             if all(values):
                 found.setdefault(way, {})[name] = asdict(mean_over_users(values))
-    for name in ("sft", "dpo"):
+    for name in set(ALONE) & set(found["ways"]):
         above, below = (
             [{r["user"]: r["nll"][each] for r in rows if r["nll"]} for rows in files.values()]
             for each in (name, "base")
@@ -266,7 +284,7 @@ def table(found: Mapping[str, Any]) -> str:
         "| way | still right | ended early | ROUGE-L | style | NLL, general |",
         "|---" * 6 + "|",
     ]
-    for way in ("base", *CONTRASTS):
+    for way in found["ways"]:
         cells = [
             written(found[way].get(name))
             for name in ("kept", "early", "rougeL", "style", "nll_ratio")
@@ -282,10 +300,12 @@ def written(estimate: Mapping[str, Any] | None) -> str:
     return f"{estimate['value']:.3f}" + (f" ({ends[0]:.3f}–{ends[1]:.3f})" if ends else "")
 
 
-def step_pairs(engine: Engine, job: UserJob, num_pairs: int) -> Iterator[tuple[float, float]]:
+def step_pairs(
+    engine: Engine, job: UserJob, stage: str, num_pairs: int
+) -> Iterator[tuple[float, float]]:
     """Yield seconds of an answer by the fixed rule and by the adaptive one, in turns."""
     type(engine.base).eos_ids = frozenset()  # type: ignore[method-assign, assignment]  # no answer stops early
-    adapter = engine.load_adapter(job.folder / "dpo")
+    adapter = engine.load_adapter(job.folder / stage)
     prompt = engine.base.prompt_ids(job.examples[0].item.messages)
     rules = (Contrast(STRONG), Contrast(STRONG, rule="adaptive"))
     for pair in range(num_pairs + 1):
@@ -307,11 +327,11 @@ def main() -> None:
         task = options.task_adapter
         engine = Engine.of(load_base(options.model, task_adapter=task))
         users = read_users(options.users)
-        ways = ways_named(["base", "sft", "dpo"])
+        ways = ways_named(["base", *options.stages])
         comparison = Comparison(engine, users, options.job_dir, ways)
         jobs = comparison.jobs[: options.limit]
         if options.steps:
-            pairs = list(step_pairs(engine, jobs[0], options.steps))
+            pairs = list(step_pairs(engine, jobs[0], options.stages[-1], options.steps))
             ratios = {str(n): adaptive / fixed for n, (fixed, adaptive) in enumerate(pairs)}
             found = {"step": asdict(mean_over_users([ratios]))}
             print(json.dumps(found))
@@ -321,7 +341,7 @@ def main() -> None:
         kept = []
         for job in jobs:
             comparison.train(job, Monitor())
-            kept.append(work(engine, job, pool, texts))
+            kept.append(work(engine, job, pool, texts, options.stages))
         rows = figures(engine, comparison.jobs, pool, kept)
         found = summary({"": rows})
         write_json(options.results, {"rows": rows, "summary": found})
@@ -329,15 +349,21 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def work(engine: Engine, job: UserJob, pool: Sequence[Any], texts: Sequence[str]) -> dict[str, Any]:
+def work(
+    engine: Engine,
+    job: UserJob,
+    pool: Sequence[Any],
+    texts: Sequence[str],
+    stages: Sequence[str],
+) -> dict[str, Any]:
     """Return what is kept of one user, all of it there."""
     file = job.folder / KEPT
     kept: dict[str, Any] = read_json(file) if file.exists() else {}
     if kept.get("digest") != job.digest:
         kept = {"digest": job.digest}
-    answered(engine, job, pool, kept, lambda: write_json(file, kept))
+    answered(engine, job, pool, stages, kept, lambda: write_json(file, kept))
     if texts and not kept.get("nll"):
-        kept["nll"] = general_nll(engine, texts, job)
+        kept["nll"] = general_nll(engine, texts, job, stages)
         write_json(file, kept)
     print(f"{job.history.user_id}: done", flush=True)
     return kept
@@ -351,6 +377,9 @@ def _options() -> Any:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--task-adapter", type=Path)
     parser.add_argument("--texts", type=Path, help="general texts, .jsonl.gz with the field body")
+    parser.add_argument(
+        "--stages", type=lambda text: text.split(","), default=ALONE, help="sft, or sft,dpo"
+    )
     parser.add_argument("--limit", type=int, default=4, help="users, the first of the file")
     parser.add_argument("--prompts", type=int, default=10_000, help="of the pool, about, spread")
     parser.add_argument("--report", type=Path, nargs="+", help="results of several files, together")

@@ -177,6 +177,11 @@ class Engine:
         for device in devices:
             give_back(device)
 
+    @property
+    def num_exits(self) -> int:
+        """Layers after which a base's row can be read out (`Request.early_exit`); 0: after none."""
+        return self._batch.forward.num_layers
+
     def load_adapter(self, folder: str | Path) -> Adapter:
         """Read a peft LoRA folder for requests.
 
@@ -412,7 +417,7 @@ class Engine:
             )
 
     def _check_exit(self, layers: int) -> None:
-        most = self._batch.forward.num_layers
+        most = self.num_exits
         if not most:
             name = type(self.base.model).__name__
             raise ModelError(f"{name} is served as it is, and cannot be read out early")

@@ -141,6 +141,12 @@ class Comparison:
         if any(way.needs_task for way in ways) and task_engine is None:
             names = ", ".join(way.name for way in ways if way.needs_task)
             raise InputError(f"{names}: needs a task adapter (--task-adapter FOLDER)")
+        if any(way.early_exit for way in ways) and not self._trained.num_exits:
+            names = ", ".join(way.name for way in ways if way.early_exit)
+            raise InputError(
+                f"{names}: {type(engine.base.model).__name__} cannot be read out after half of its "
+                "layers: name the other ways (--ways)"
+            )
         if any(way.of_another for way in ways) and len(users) < 2:
             raise InputError("another user's adapter needs another user: give two or more")
         self.jobs = [self._job(user, folder, recipe) for user in users]
@@ -335,9 +341,7 @@ class Comparison:
                         sampling=_sampling(job.recipe, example, number, is_sample=most > 1),
                         parts=parts_of_reply(base, prompt),
                         logprobs=way.contrastive or most > 1,
-                        early_exit=base.model.config.get_text_config().num_hidden_layers // 2
-                        if way.early_exit
-                        else None,
+                        early_exit=self._trained.num_exits // 2 if way.early_exit else None,
                         offline=True,
                     )
 
