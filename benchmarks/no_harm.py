@@ -63,7 +63,7 @@ from langchain_cope.history import read_users
 from langchain_cope.training.progress import Monitor
 
 POOL = Path(__file__).parent / "everyday.jsonl"
-KEPT = "no_harm.json"
+KEPT, BASE_KEPT = "no_harm.json", "everyday.json"
 MAX_TOKENS = 96  # of an answer to a prompt of the pool
 EARLY = 0.5  # of the base's tokens
 STRONG = 0.5  # α at which the most is gained on own prompts, and the most harm done on others
@@ -139,41 +139,70 @@ def request(
     )
 
 
+def answers_to(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
+    return [
+        {"text": each.text, "tokens": len(each.token_ids), "ended": each.finish_reason == "stop"}
+        for each in engine.generate_each(requests)
+    ]
+
+
 def answered(
     engine: Engine,
     job: UserJob,
     pool: Sequence[Any],
     stages: Sequence[str],
+    of_base: Mapping[str, Answer],
     kept: dict[str, Any],
     save: Callable[[], None],
 ) -> None:
-    """Answer what `kept` lacks: way by way, the pool's prompts and the user's own queries."""
+    """Answer what `kept` lacks: way by way, the pool's prompts and the user's own queries.
+
+    Where the base is wrong already there is nothing to harm, and at scale 0 it answers itself.
+    """
     adapters = {name: engine.load_adapter(job.folder / name) for name in stages}
     own = [example.item.messages for example in job.examples]
+    asked = [
+        each["prompt"] for each in pool if right(each["check"], of_base[each["prompt"]]["text"])
+    ]
+    short = Sampling(max_tokens=MAX_TOKENS)
+    long = Sampling(max_tokens=job.recipe.max_new_tokens or MAX_TOKENS)
+    kept.setdefault("base", {"own": []})["pool"] = dict(of_base)
     for way in ways_of(stages):
         of_way = kept.setdefault(way, {"pool": {}, "own": []})
-        prompts = [each["prompt"] for each in pool if each["prompt"] not in of_way["pool"]]
-        if way != "base":  # where the base is wrong already there is nothing to harm
-            answers = kept["base"]["pool"]
-            checks = {each["prompt"]: each["check"] for each in pool}
-            prompts = [each for each in prompts if right(checks[each], answers[each]["text"])]
-        short = Sampling(max_tokens=MAX_TOKENS)
-        long = Sampling(max_tokens=job.recipe.max_new_tokens or MAX_TOKENS)
-        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        requests = [request(engine, job, way, turns, short, adapters) for turns in asked]
+        prompts = [prompt for prompt in asked if prompt not in of_way["pool"]]
+        requests = [
+            request(engine, job, way, [{"role": "user", "content": prompt}], short, adapters)
+            for prompt in prompts
+        ]
         if not of_way["own"]:
             requests += [request(engine, job, way, turns, long, adapters) for turns in own]
-        found: list[Answer] = [
-            {
-                "text": each.text,
-                "tokens": len(each.token_ids),
-                "ended": each.finish_reason == "stop",
-            }
-            for each in engine.generate_each(requests)
-        ]
-        of_way["pool"] |= dict(zip(prompts, found[: len(prompts)], strict=True))
-        of_way["own"] = of_way["own"] or found[len(prompts) :]
+        ready = [of_base[prompt] for prompt in prompts] + kept["base"]["own"]
+        new = [each.personal or way == "base" for each in requests]
+        found = iter(answers_to(engine, [r for r, n in zip(requests, new, strict=True) if n]))
+        answers = [next(found) if is_new else ready[n] for n, is_new in enumerate(new)]
+        of_way["pool"] |= dict(zip(prompts, answers[: len(prompts)], strict=True))
+        of_way["own"] = of_way["own"] or answers[len(prompts) :]
         save()
+
+
+def base_answers(engine: Engine, pool: Sequence[Any], file: Path) -> dict[str, Answer]:
+    """Return the base's answers to the pool, the same for every user; kept in `file`."""
+    facts = read_json(file) if file.exists() else {}
+    base = engine.base.fingerprint()
+    known: dict[str, Answer] = facts["answers"] if facts.get("base") == base else {}
+    missing = [each["prompt"] for each in pool if each["prompt"] not in known]
+    sampling = Sampling(max_tokens=MAX_TOKENS)
+    requests = [
+        Request(
+            engine.base.prompt_ids([{"role": "user", "content": prompt}]),
+            sampling=sampling,
+            offline=True,
+        )
+        for prompt in missing
+    ]
+    known |= dict(zip(missing, answers_to(engine, requests), strict=True))
+    write_json(file, {"base": base, "answers": known})
+    return {each["prompt"]: known[each["prompt"]] for each in pool}
 
 
 def general_nll(
@@ -338,10 +367,11 @@ def main() -> None:
             return
         pool = [json.loads(line) for line in POOL.read_text(encoding="utf-8").splitlines()]
         pool, texts = pool[:: max(1, len(pool) // options.prompts)], general_texts(options.texts)
+        of_base = base_answers(engine, pool, options.job_dir / BASE_KEPT)
         kept = []
         for job in jobs:
             comparison.train(job, Monitor())
-            kept.append(work(engine, job, pool, texts, options.stages))
+            kept.append(work(engine, job, pool, texts, options.stages, of_base))
         rows = figures(engine, comparison.jobs, pool, kept)
         found = summary({"": rows})
         write_json(options.results, {"rows": rows, "summary": found})
@@ -355,13 +385,14 @@ def work(
     pool: Sequence[Any],
     texts: Sequence[str],
     stages: Sequence[str],
+    of_base: Mapping[str, Answer],
 ) -> dict[str, Any]:
     """Return what is kept of one user, all of it there."""
     file = job.folder / KEPT
     kept: dict[str, Any] = read_json(file) if file.exists() else {}
     if kept.get("digest") != job.digest:
         kept = {"digest": job.digest}
-    answered(engine, job, pool, stages, kept, lambda: write_json(file, kept))
+    answered(engine, job, pool, stages, of_base, kept, lambda: write_json(file, kept))
     if texts and not kept.get("nll"):
         kept["nll"] = general_nll(engine, texts, job, stages)
         write_json(file, kept)

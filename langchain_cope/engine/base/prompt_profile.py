@@ -26,7 +26,7 @@ from langchain_cope.errors import ModelError
 FORMAT = 1
 """Of a stored profile. Another list of everyday prompts, or other arithmetic, needs a new one."""
 EVERYDAY = Path(__file__).parent / "everyday_prompts.txt"
-MAX_TOKENS = 2048  # of a prompt that are looked at
+MAX_CHARACTERS = 10_000  # of a prompt that are looked at
 MAX_PROMPTS = 500  # of a history, the newest
 MAX_WIDTH = 16_384  # entries of an embedding, a byte each in a stored profile
 LEAST_PROMPTS = 3  # different ones: a single instruction says nothing of what else it is asked for
@@ -84,7 +84,7 @@ class Everyday:
         device = self._table.weight.device
         rows = []
         for text in texts:
-            ids = self._tokenizer.encode(text, add_special_tokens=False)[:MAX_TOKENS]
+            ids = self._tokenizer.encode(text[:MAX_CHARACTERS], add_special_tokens=False)
             embedded = self._table(torch.tensor(ids, dtype=torch.long, device=device)).float()
             rows.append(embedded.sum(0) / max(1, len(ids)))
         return torch.stack(rows).cpu()
