@@ -233,7 +233,7 @@ class Comparison:
             digest=_digest(
                 FORMAT,
                 _identity(base),
-                recipe.as_dict(),
+                {**recipe.as_dict(), "alpha": None, "tau": None},  # nothing is trained by them
                 *(_texts(items) for items in (user.items, user.queries)),
             ),
             folder=folder / name[:32],
@@ -265,7 +265,8 @@ class Comparison:
         facts = asdict(way)
         if not way.early_exit:  # so that what was answered before there was such a way is found
             del facts["early_exit"]
-        return _digest(facts, _identity(engine.base), self._owner(job, way).digest)
+        contrast = [job.recipe.alpha, job.recipe.tau] if way.contrastive else []
+        return _digest(facts, _identity(engine.base), self._owner(job, way).digest, contrast)
 
     def _prompt(self, job: UserJob, way: Way, example: Encoded) -> list[Message]:
         if way.shown is Shown.NOTHING:
