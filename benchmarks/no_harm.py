@@ -76,7 +76,8 @@ CONTRASTS = {
     "adaptive": Contrast(STRONG, rule="adaptive"),
     "built": Contrast(STRONG, rule="adaptive"),
 }
-NUM_TEXTS, TEXT_TOKENS, TEXT_START = 60, 160, 16  # general texts; what a text begins with is given
+NUM_TEXTS, TEXT_WORDS = 60, 60  # general texts, and words that each has at least
+TEXT_TOKENS, TEXT_START = 160, 16  # of a text that count; what it begins with is given
 ITEM = re.compile(r"(?m)^\s*(?:\d+[.)]|[-*•])\s+\S")
 
 Answer = dict[str, Any]
@@ -231,7 +232,7 @@ def general_texts(file: Path | None) -> list[str]:
         return []
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         bodies = (str(json.loads(line)["body"]) for line in lines)
-        return [body for body in bodies if len(body.split()) > TEXT_TOKENS][:NUM_TEXTS]
+        return [body for body in bodies if len(body.split()) > TEXT_WORDS][:NUM_TEXTS]
 
 
 def figures(
