@@ -135,6 +135,43 @@ def test_one_users_adapter_leaves_the_others_answers_alone(
     )
 
 
+def test_few_adapters_of_many_rows_lie_in_memory_once_each(
+    tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
+    ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
+    users = [ann, bob, bob, None, ann, bob, ann]
+    requests = [
+        Request(prompt_of(5 + index), user, Contrast(0.5), Sampling(max_tokens=9), logprobs=True)
+        for index, user in enumerate(users)
+    ]
+    lora = LoraRows(engine._batch.forward.sites, torch.empty(0))
+    lora.set([user for user in users if user is not None])
+    assert {len(stack.down) for stack in lora._stacks.values()} == {2}
+    together = engine.generate(requests)
+    for request, answer in zip(requests, together, strict=True):
+        (alone,) = engine.generate([request])
+        assert answer.token_ids == alone.token_ids
+        for one, other in zip(answer.logprobs, alone.logprobs, strict=True):
+            assert one.log_p_user == pytest.approx(other.log_p_user, abs=1e-4)
+
+
+def test_broken_matrices_beside_a_users_own_leave_that_user_alone(
+    tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
+    ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
+    lora = LoraRows(engine._batch.forward.sites, torch.empty(0))
+    lora.set([ann, bob, ann, bob])
+    site, stack = next(iter(lora._stacks.items()))
+    states = torch.randn(4, 3, stack.down.shape[1])
+    good = torch.zeros(4, 3, sum(site.sizes))
+    lora.add(site, states, good)
+    stack.down[1], stack.up[1] = torch.inf, torch.nan
+    spoilt = torch.zeros_like(good)
+    lora.add(site, states, spoilt)
+    assert torch.equal(spoilt[::2], good[::2])
+    assert spoilt[1::2].isnan().any()
+
+
 @pytest.fixture
 def folder(tiny: Tiny, adapter: Tiny, tmp_path: Path) -> Path:
     """A copy of a good adapter, to be spoilt."""
