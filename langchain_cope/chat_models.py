@@ -44,6 +44,7 @@ from langchain_cope.chat.call import (
     tokens_in,
     without_none,
 )
+from langchain_cope.chat.messages import template_messages
 from langchain_cope.chat.profile import profile_of
 from langchain_cope.chat.retrieval import examples_for, items_of, with_examples
 from langchain_cope.chat.tools import ToolUse
@@ -123,7 +124,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     """`fixed`: the paper's, the same α for every token.
 
     `adaptive`: α acts only in answers in which adapter and base differ, not where the answer has to
-    be exact, and never in calls and JSON.
+    be exact, and never in calls and JSON; and the adapter itself steps back where the question is
+    unlike those of the history (`relevance` in `response_metadata`).
     """
     adapter_scale: float | None = Field(default=None, json_schema_extra={"minimum": 0})
     """What the adapter's own changes are multiplied with, ≥ 0; 0 is the base alone.
@@ -539,11 +541,14 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
             raise ChatContextOverflow(len(prompt), base.context)
         sampling = self._sampling(stop, options)
         personal, num_retrieved = self._with_own_items(user, messages, use, options, sampling)
+        contrast, scale = self._contrast(user, options), self._adapter_scale(user, options)
+        is_adaptive = contrast.rule == "adaptive"
+        relevance = user.relevance(template_messages(messages)) if is_adaptive else None
         request = Request(
             personal or prompt,
             adapter=user.adapter,
-            adapter_scale=self._adapter_scale(user, options),
-            contrast=self._contrast(user, options),
+            adapter_scale=scale if relevance is None else scale * relevance,
+            contrast=contrast,
             sampling=sampling,
             deadline=deadline,
             grammar=grammar,
@@ -554,7 +559,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         )
         # A new one, where it was closed meanwhile.
         engine = Engine.of(base, self.engine_options, holder=self)
-        return Call(user, engine, request, num_retrieved)
+        return Call(user, engine, request, num_retrieved, relevance)
 
     def _with_own_items(
         self,

@@ -179,7 +179,8 @@ ContrastOption = Annotated[
     Rule,
     typer.Option(
         "--contrast",
-        help="adaptive: contrast only where adapter and base differ, and nothing has to be exact.",
+        help="adaptive: contrast only where adapter and base differ, and nothing has to be exact; "
+        "on questions unlike the history the base answers.",
     ),
 ]
 AdapterScale = Annotated[

@@ -71,6 +71,8 @@ class Call:
     request: "Request"
     num_retrieved: int = 0
     """Items of the user's that the user's row reads."""
+    relevance: float | None = None
+    """How much the question is like the history's, 0 to 1; None where nothing goes by it."""
 
     def chunks(self, piece: "Piece | Completion") -> Iterator[ChatGenerationChunk]:
         """Yield what a piece adds to the message.
@@ -112,6 +114,7 @@ class Call:
             "tau": self.request.contrast.tau,
             "contrast": self.request.contrast.rule,
             "adapter_scale": self.request.adapter_scale,
+            "relevance": self.relevance,
             "finish_reason": "tool_calls" if made_calls else answer.finish_reason,
             "contrast_changed": answer.contrast_changed,
             "contrast_active_share": answer.contrast_active_share,

@@ -165,6 +165,21 @@ class PinnedUser:
             label=f"{self.version_id} of " + (f"user {self.shown!r}" if self.shown else "its user"),
         )
 
+    def relevance(self, turns: Sequence[Mapping[str, Any]]) -> float | None:
+        """Return how much a conversation's last question is like those of the history, 0 to 1.
+
+        None where the version says nothing of its prompts. Raises ModelError where what it says
+        cannot be used.
+        """
+        stored = None if self.version is None else self.version.metadata.get("prompts")
+        if stored is None:
+            return None
+        from langchain_cope.engine import PromptProfile, question_of
+
+        everyday = self.engine.base.everyday
+        profile = PromptProfile.from_stored(stored, everyday)
+        return None if profile is None else profile.relevance(everyday, question_of(turns))
+
     def to_dict(self) -> dict[str, str | None]:
         """Return what tracers may write down."""
         return {"user_id": self.shown, "adapter_version": self.version_id}

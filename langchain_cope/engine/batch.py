@@ -370,7 +370,7 @@ def _new_rows(active: ActiveRequest) -> tuple[Row, ...]:
     personal = Row(active.tokens, active.adapter, offline)
     if not active.request.two_rows:
         return (personal,)
-    return personal, Row(active.base_tokens, None, offline)
+    return personal, Row(active.base_tokens, None, offline, active.request.early_exit)
 
 
 def _kv_bytes(memory: int | float, device: torch.device) -> int:

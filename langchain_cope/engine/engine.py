@@ -40,6 +40,7 @@ from langchain_cope.engine.answer import (
 from langchain_cope.engine.base.base import Base
 from langchain_cope.engine.base.loading import unload_base
 from langchain_cope.engine.batch import Batch
+from langchain_cope.engine.checks import check_option, is_whole
 from langchain_cope.engine.device import give_back, release_thread_pool
 from langchain_cope.engine.options import Contrast, EngineOptions
 from langchain_cope.engine.request import Request
@@ -175,6 +176,11 @@ class Engine:
             gc.collect()  # module trees are full of cycles
         for device in devices:
             give_back(device)
+
+    @property
+    def num_exits(self) -> int:
+        """Layers after which a base's row can be read out (`Request.early_exit`); 0: after none."""
+        return self._batch.forward.num_layers
 
     def load_adapter(self, folder: str | Path) -> Adapter:
         """Read a peft LoRA folder for requests.
@@ -403,6 +409,8 @@ class Engine:
             self._check_prompt(prompt)
         if isinstance(request.adapter, Adapter):
             self._check_adapter(request.adapter)
+        if request.early_exit is not None:
+            self._check_exit(request.early_exit)
         active = ActiveRequest(request, self.base, sink)
         self._scheduler.check_size(active)
         self._hand_over(partial(self._scheduler.submit, active))
@@ -436,6 +444,14 @@ class Engine:
                 f"the adapter was loaded for another base than {self.base.name!r}: "
                 "load it with this engine"
             )
+
+    def _check_exit(self, layers: int) -> None:
+        most = self.num_exits
+        if not most:
+            name = type(self.base.model).__name__
+            raise ModelError(f"{name} is served as it is, and cannot be read out early")
+        fits = is_whole(layers, least=1) and layers <= most
+        check_option("early_exit", layers, f"a number of layers from 1 to {most}", fits)
 
     def _call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two steps and return what it returns."""

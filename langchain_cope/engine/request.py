@@ -70,6 +70,11 @@ class Request:
     So the personal row alone may read what its user wrote before. A repetition penalty counts what
     both read, which is this.
     """
+    early_exit: int | None = None
+    """Layers after which the base's row is read out: a weaker model to be contrasted away.
+
+    None: all of them, which is the base. For comparisons; see `Forward.num_layers`.
+    """
     holder: object = field(default=None, compare=False, repr=False)
     """For whom it is answered; `Engine.release` of that object ends it."""
 

@@ -18,11 +18,19 @@ from langchain_cope.engine.forward.lora_rows import LoraRows
 class Row:
     """One sequence of tokens under one model: a user's, or the base."""
 
-    def __init__(self, tokens: list[int], adapter: Adapter | None, offline: bool = False) -> None:
+    def __init__(
+        self,
+        tokens: list[int],
+        adapter: Adapter | None,
+        offline: bool = False,
+        early_exit: int | None = None,
+    ) -> None:
         """Take the request's own list of `tokens` for this row, which grows with its answer."""
         self.tokens = tokens
         self.adapter = adapter
         self.offline = offline
+        self.early_exit = early_exit
+        """Layers after which it is read out; None: all. Its keys and values are of all layers."""
         self.length = 0
         """Positions in the cache."""
         self.logits: Tensor | None = None
@@ -128,6 +136,7 @@ class Rows:
                 logit_rows=[row for row, _ in logits_at],
                 logit_columns=[column for _, column in logits_at],
                 same_length=shortest == longest,
+                exits=[rows[row].early_exit for row, _ in logits_at],
             )
         )
 

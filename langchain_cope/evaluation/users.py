@@ -143,6 +143,12 @@ class Comparison:
         if any(way.needs_task for way in ways) and task_engine is None:
             names = ", ".join(way.name for way in ways if way.needs_task)
             raise InputError(f"{names}: needs a task adapter (--task-adapter FOLDER)")
+        if any(way.early_exit for way in ways) and not self._trained.num_exits:
+            names = ", ".join(way.name for way in ways if way.early_exit)
+            raise InputError(
+                f"{names}: {type(engine.base.model).__name__} cannot be read out after half of its "
+                "layers: name the other ways (--ways)"
+            )
         if any(way.of_another for way in ways) and len(users) < 2:
             raise InputError("another user's adapter needs another user: give two or more")
         self.jobs = [self._job(user, Path(folder), recipe) for user in users]
@@ -284,12 +290,15 @@ class Comparison:
     def _key(self, job: UserJob, way: Way) -> str:
         """Return what stands for a way in a user's file: equal where the work is the same."""
         engine = self._engine(way)
+        facts = asdict(way)
+        if not way.early_exit:  # so that what was answered before there was such a way is found
+            del facts["early_exit"]
         contrast: list[float] = []
         if way.contrastive:
             strength = self._strength(job)
             of_adapter = [strength.adapter_scale] if strength.adapter_scale != 1 else []
             contrast = [strength.alpha, strength.tau, *of_adapter]
-        return _digest(asdict(way), _identity(engine.base), self._owner(job, way).digest, contrast)
+        return _digest(facts, _identity(engine.base), self._owner(job, way).digest, contrast)
 
     def _strength(self, job: UserJob) -> Strength:
         """Return how strongly adapters act in contrastive ways: by the recipe, else as usual."""
@@ -371,6 +380,7 @@ class Comparison:
                         sampling=_sampling(job.recipe, example, number, is_sample=most > 1),
                         parts=parts_of_reply(base, prompt),
                         logprobs=way.contrastive or most > 1,
+                        early_exit=self._trained.num_exits // 2 if way.early_exit else None,
                         offline=True,
                     )
 

@@ -40,6 +40,11 @@ class Way:
     """Whether it is the base with the task adapter that answers."""
     samples: int = 1
     """Above 1: of so many samples the one with the highest implicit reward is the answer."""
+    early_exit: bool = False
+    """Whether what is contrasted away is a weaker model: the base, read out after half its layers.
+
+    That is plain contrastive decoding, with nothing personal in the contrast.
+    """
     of_another: bool = False
     """Whether another user's adapter answers: what is then left is the task, and no person."""
 
@@ -73,6 +78,7 @@ ALL_WAYS = (
     *(Way(f"sft-best{number}", Stage.SFT, samples=number) for number in (4, 8, 16)),
     DPO,
     COPE,
+    Way("dpo+early-exit", Stage.DPO, contrastive=True, early_exit=True),
     Way("cope+retrieved", Stage.DPO, contrastive=True, shown=Shown.RETRIEVED),
     Way("another-dpo", Stage.DPO, of_another=True),
     Way("another-cope", Stage.DPO, contrastive=True, of_another=True),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapter_store import AdapterStore, AdapterVersion
 from adapter_store.errors import (
@@ -200,6 +200,14 @@ class Publisher:
         recipe, should_stop = self.training.recipe, self.monitor.should_stop
         return item_nll(self.engine, self.held_out, recipe, adapter, should_stop)
 
+    def _prompts(self) -> dict[str, Any] | None:
+        """Return what the trained prompts have in common, as numbers; None where it is little."""
+        from langchain_cope.engine import PromptProfile, question_of
+
+        asked = [question_of(item.messages) for item in self.trained]
+        profile = PromptProfile.of(self.engine.base.everyday, asked)
+        return None if profile is None else profile.to_stored()
+
     def _publish(self, active: str | None, verdict: Verdict) -> AdapterVersion:
         recipe = self.training.recipe
         adapter = self.training.sft if verdict.adapter == SFT.name else self.training.dpo
@@ -219,6 +227,7 @@ class Publisher:
                 "task_adapter": task_adapter.name if task_adapter else None,
                 "dtype": str(self.engine.base.dtype).removeprefix("torch."),
                 "trained_on": fingerprint_items(self.trained),
+                "prompts": self._prompts(),
                 "verdict": verdict.model_dump(),
                 RECOMMENDED: self.recommended.model_dump(),
             },

@@ -26,8 +26,8 @@ from adapter_store import (
     InvalidAdapterError,
 )
 from langchain_cope import ChatCoPe, EngineOptions, strength
-from langchain_cope.engine import Contrast, Engine, Request, Sampling, load_base
-from langchain_cope.errors import InputError, ModelNotFound
+from langchain_cope.engine import Contrast, Engine, PromptProfile, Request, Sampling, load_base
+from langchain_cope.errors import InputError, ModelError, ModelNotFound
 
 QUESTION = "What does the fox do all day?"
 
@@ -610,3 +610,40 @@ def test_the_adaptive_contrast_says_when_it_acted(chat: ChatCoPe) -> None:
     assert model.invoke(QUESTION, max_tokens=16).content == adaptive.content
     with pytest.raises(InputError, match="contrast must be 'fixed' or 'adaptive', not 'often'"):
         chat.invoke(QUESTION, contrast="often")
+
+
+def test_on_questions_unlike_the_history_the_base_answers(
+    base: Path, store: AdapterStore, adapter: Callable[..., Path], chat: ChatCoPe
+) -> None:
+    loaded = load_base(base)
+    asked = [f"What does the {animal} do all day?" for animal in ("dog", "cat", "owl", "bee")]
+    profile = PromptProfile.of(loaded.everyday, asked)
+    assert profile is not None
+    store.publish(
+        "alice",
+        adapter(base, seed=1),
+        base=loaded.fingerprint(),
+        metadata={"prompts": profile.to_stored()},
+    )
+    careful = chat.model_copy(update={"contrast": "adaptive", "adapter_scale": 0.8})
+    other = "Write a Python function that adds two numbers."
+    like, unlike = careful.invoke(QUESTION), careful.invoke(other)
+    told = [each.response_metadata for each in (like, unlike)]
+    assert [each["relevance"] for each in told] == [1, 0]
+    assert [each["adapter_scale"] for each in told] == [0.8, 0]
+    assert unlike.content == careful.invoke(other, user_id=None).content
+    assert like.content != careful.invoke(QUESTION, user_id=None).content
+    fixed = careful.invoke(other, contrast="fixed")
+    assert fixed.content != unlike.content
+    assert fixed.response_metadata["relevance"] is None
+
+
+def test_a_version_whose_prompt_profile_is_damaged_is_an_error(
+    base: Path, store: AdapterStore, adapter: Callable[..., Path], chat: ChatCoPe
+) -> None:
+    fingerprint = load_base(base).fingerprint()
+    metadata = {"prompts": {"format": 1, "centre": "?"}}
+    store.publish("alice", adapter(base, seed=1), base=fingerprint, metadata=metadata)
+    with pytest.raises(ModelError, match="keeps of its prompts cannot be used"):
+        chat.invoke(QUESTION, contrast="adaptive")
+    assert chat.invoke(QUESTION).response_metadata["contrast"] == "fixed"

@@ -180,6 +180,20 @@ def test_retrieved_items_are_shown_to_the_users_model_alone(engine: Engine, tmp_
     assert len(comparison.answers_of(comparison.jobs[0], ways[1])) == 2
 
 
+def test_half_of_the_bases_layers_are_contrasted_with(
+    engine: Engine, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    ways = ways_named(["cope", "dpo+early-exit"])
+    comparison = Comparison(engine, [user("anna")], tmp_path, ways, recipe=RECIPE)
+    comparison.train(comparison.jobs[0], Heard())
+    whole, half = list(comparison._requests(*comparison._plan(engine)[0]))[:2]
+    assert (whole.early_exit, half.early_exit) == (None, 1)
+    assert half.contrast == whole.contrast
+    other = Engine.of(load_base(tiny("gpt2"), device="cpu"))
+    with pytest.raises(InputError, match="early-exit: GPT2LMHeadModel cannot be read out"):
+        Comparison(other, [user("anna")], tmp_path / "other", ways)
+
+
 def test_as_many_of_the_newest_are_shown_as_fit(engine: Engine) -> None:
     items = [Item(prompt=f"Say {n}.", completion="word " * 8) for n in range(40)]
     question = [{"role": "user", "content": "Say it."}]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from adapter_store import AdapterStore, BackendError, InvalidAdapterError
 from langchain_cope import ChatCoPe, ChromaHistory, PersonalizeResult, PersonalizeUser
-from langchain_cope.engine import Engine, load_base
+from langchain_cope.engine import Engine, PromptProfile, load_base
 from langchain_cope.errors import HistoryError, InputError, ModelError
 from langchain_cope.evaluation.ways import WAYS
 from langchain_cope.history import as_history
@@ -52,6 +52,11 @@ def test_from_history_to_a_published_version_that_chats(
     assert (version.version, version.alpha, version.tau) == (result.version, 0.1, 0.1)
     assert version.metrics == result.metrics
     assert version.metadata["recipe"]["sft"]["rank"] == 4
+    everyday = load_base(base).everyday
+    profile = PromptProfile.from_stored(version.metadata["prompts"], everyday)
+    assert profile is not None
+    assert profile.relevance(everyday, ROWS[-1]["prompt"]) == 1
+    assert profile.relevance(everyday, "Add 12 and 7.") == 0
     assert version.metadata["dtype"] == str(load_base(base).dtype).removeprefix("torch.")
     assert all(
         torch.equal(tensor, before[name])

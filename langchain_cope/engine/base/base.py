@@ -20,6 +20,7 @@ from langchain_cope.engine.base.chat_template import ChatTemplate
 from langchain_cope.engine.base.fingerprint import fingerprint_of
 from langchain_cope.engine.base.forms import Message
 from langchain_cope.engine.base.gguf.cache import GgufFile
+from langchain_cope.engine.base.prompt_profile import Everyday
 from langchain_cope.engine.base.reply_format import THINK, ReplyFormat, reply_format_of
 from langchain_cope.engine.base.turn_end import TurnEnd, turn_end_of
 from langchain_cope.engine.forward.packed_weights import BlockSource, can_pack
@@ -113,6 +114,11 @@ class Base:
             native_tools=self.reply_format.native_tools,
             thinks=bool(self.reply_format.thought_names),
         )
+
+    @cached_property
+    def everyday(self) -> Everyday:
+        """What prompts are that nobody's history is needed for."""
+        return Everyday(self.model, self.tokenizer)
 
     @cached_property
     def markers(self) -> frozenset[int]:

@@ -4,7 +4,7 @@ Whatever runs the model (the reference in `plain.py`, the shorter way in `llama.
 and returns logits. A forward is chosen, and checked, by `choose.choose_forward`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,8 @@ class Inputs:
     """N rows; with `logit_columns` the positions whose logits are asked for."""
     logit_columns: list[int]
     """N columns of `ids`."""
+    exits: Sequence[int | None] = ()
+    """Layers after which each of the N logits is read out, None for all; empty: all for each."""
     same_length: bool = False
     """True where all rows have as many positions: with one query a row nothing needs a mask."""
 
@@ -40,6 +42,11 @@ class Forward(Protocol):
     @property
     def sites(self) -> Mapping[str, Site]:
         """The site of each path at which an adapter may change the model."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers, after each of which a row can be read out; 0 where none can."""
+        ...
 
     def __call__(self, inputs: Inputs, /) -> Tensor:
         """Return logits `(N, V)` of the positions asked for; write the new keys and values."""

@@ -91,6 +91,7 @@ class LlamaForward:
         self._size: int = attention.head_dim
         self._groups = attention.k_proj.out_features // self._size
         self._heads = attention.q_proj.out_features // self._size
+        self.num_layers = len(layers)
         self.sites: dict[str, Site] = {}
         for layer in layers:
             for product in layer.products:
@@ -149,6 +150,7 @@ class LlamaForward:
         rows = torch.arange(inputs.ids.shape[0], device=embedded.device).unsqueeze(1)
         mask = self._mask(inputs, embedded.dtype)
         states = embedded.float()  # sums over layers: in bfloat16 they would lose most
+        early: dict[int, Tensor] = {}
         for index, layer in enumerate(self._layers):
             normed = layer.first_norm(states)
             mixed = self._attend(index, layer, normed, rotation, mask, rows, inputs)
@@ -157,7 +159,14 @@ class LlamaForward:
             width = gated.shape[-1] // 2
             gated = layer.activation(gated[..., :width]) * gated[..., width:]
             states = states + self._product(layer.down, gated.to(embedded.dtype), inputs.lora)
-        last = self._norm(states[inputs.logit_rows, inputs.logit_columns])
+            if index + 1 in inputs.exits:
+                early[index + 1] = states
+        read = states[inputs.logit_rows, inputs.logit_columns]
+        for number, layers in enumerate(inputs.exits):
+            if layers is not None:
+                at = inputs.logit_rows[number], inputs.logit_columns[number]
+                read[number] = early[layers][at]
+        last = self._norm(read)
         head = self._output_head
         logits = head(last, self._order)
         if len(last) > max(FEW, len(inputs.ids)):

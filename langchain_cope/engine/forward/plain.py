@@ -32,6 +32,7 @@ class PlainForward:
         self._accepts = inspect.signature(model.forward).parameters.keys()
         self._modules = dict(model.named_modules())
         self.sites: dict[str, Site] = {}
+        self.num_layers = 0  # architectures differ in what stands between a layer and the logits
         for path, module in self._modules.items():
             if sizes := linear_sizes(module):
                 self.sites[path] = Site((path,), (sizes[1],))
