@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from langchain_cope._environment import a_home
-from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, Request, Sampling
+from langchain_cope.engine import ADAPTER_ALONE, Adapter, Contrast, Engine, Request, Sampling
 from langchain_cope.errors import HistoryError
-from langchain_cope.evaluation.ways import WAYS
+from langchain_cope.evaluation.ways import WAYS, Way
 from langchain_cope.history.items import Item
 from langchain_cope.training.encode import Encoded, fit, parts_of_reply
+from langchain_cope.training.pipeline import trained_by
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
 
@@ -54,11 +55,12 @@ def evaluate(
     """
     examples, notes = _encode(engine, held_out, recipe)
     adapters = _load_adapters(engine, folder)
-    scores = {
-        way.name: _scores(engine, examples, adapters[way.adapter], monitor.should_stop)
-        for way in WAYS
-        if way.has_nll
+    with_nll = [way for way in WAYS if way.has_nll]
+    of_adapter = {
+        adapter: _scores(engine, examples, adapter, monitor.should_stop)
+        for adapter in dict.fromkeys(adapters[way.adapter] for way in with_nll)
     }
+    scores = {way.name: of_adapter[adapters[way.adapter]] for way in with_nll}
     texts = _generate(engine, examples, recipe, adapters, monitor)
     metrics, rouge_notes = rouge_of_ways(texts, [way.name for way in WAYS])
     for name, of_items in scores.items():
@@ -124,10 +126,17 @@ def _encode(
 
 
 def _load_adapters(engine: Engine, folder: Path) -> Adapters:
+    """Return the adapters of all ways; where DPO was skipped, one and the same under both stages.
+
+    So nothing is scored or asked twice.
+    """
     adapters: dict[Stage | None, Adapter | None] = {None: None}
     for way in WAYS:
         if way.adapter is not None and way.adapter not in adapters:
-            adapters[way.adapter] = engine.load_adapter(folder / way.adapter.file)
+            stage = trained_by(folder, way.adapter)
+            if stage not in adapters:
+                adapters[stage] = engine.load_adapter(folder / stage.file)
+            adapters[way.adapter] = adapters[stage]
     return adapters
 
 
@@ -152,7 +161,9 @@ def _generate(
     texts: list[dict[str, str]] = []
     with closing(engine.generate_each(requests, monitor.should_stop)) as answers:
         for number, example in enumerate(examples, start=1):
-            answer_of_way = {way.name: next(answers).text for way in WAYS}
+            asked = dict.fromkeys(_asked(way, recipe, adapters) for way in WAYS)
+            text_of = {each: next(answers).text for each in asked}
+            answer_of_way = {way.name: text_of[_asked(way, recipe, adapters)] for way in WAYS}
             texts.append({"reference": example.item.completion, **answer_of_way})
             monitor.step_done(number, len(examples))
     return texts
@@ -161,20 +172,25 @@ def _generate(
 def _requests(
     engine: Engine, example: Encoded, recipe: Recipe, adapters: Adapters, sampling: Sampling
 ) -> list[Request]:
-    """Return the question put to each way."""
+    """Return the question put to each way, those that would be the same once."""
     prompt = engine.base.prompt_ids(example.item.messages)
     parts = parts_of_reply(engine.base, prompt)
     return [
         Request(
             prompt,
-            adapter=adapters[way.adapter],
-            contrast=recipe.contrast if way.contrastive else ADAPTER_ALONE,
+            adapter=adapter,
+            contrast=contrast,
             sampling=sampling,
             parts=parts,
             offline=True,
         )
-        for way in WAYS
+        for adapter, contrast in dict.fromkeys(_asked(way, recipe, adapters) for way in WAYS)
     ]
+
+
+def _asked(way: Way, recipe: Recipe, adapters: Adapters) -> tuple[Adapter | None, Contrast]:
+    """Return what answers for `way`."""
+    return adapters[way.adapter], recipe.contrast if way.contrastive else ADAPTER_ALONE
 
 
 def rouge_of_ways(

@@ -148,7 +148,11 @@ class Recipe:
     """The whole chain: SFT, negatives, DPO, and the decoding that the result is meant for."""
 
     sft: SFT = field(default_factory=SFT)
-    negatives: Negatives = field(default_factory=Negatives)
+    negatives: Negatives | None = field(default_factory=Negatives)
+    """How negatives are mined for DPO; None: not at all.
+
+    DPO then takes the pairs that the history itself gives, and is skipped where there are none.
+    """
     dpo: DPO = field(default_factory=DPO)
     alpha: float = Contrast.alpha
     """Weight of the base's log-probabilities in contrastive decoding; the paper."""
@@ -173,8 +177,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kind in (("sft", SFT), ("negatives", Negatives), ("dpo", DPO)):
             stage = getattr(self, name)
-            expected = f"an instance of {kind.__name__}"
-            check_option(f"Recipe.{name}", stage, expected, isinstance(stage, kind))
+            may_be_none = kind is Negatives
+            expected = f"an instance of {kind.__name__}" + " or None" * may_be_none
+            fits = isinstance(stage, kind) or (may_be_none and stage is None)
+            check_option(f"Recipe.{name}", stage, expected, fits)
         try:
             Contrast(self.alpha, self.tau)
         except ValueError as error:
