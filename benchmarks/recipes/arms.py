@@ -74,7 +74,23 @@ def _dpo_arms() -> list[Arm]:
     return arms
 
 
-ARMS |= {arm.name: arm for arm in _dpo_arms()}
+def _starter_arms() -> list[Arm]:
+    plain = {"dropout": 0.0}
+    strong = {"learning_rate": 3e-4, "beta": 0.1}
+    arms = [
+        Arm("s-plain", plain),
+        Arm("s-lr3e-3", {**plain, "learning_rate": 3e-3}),
+        Arm("s-ep1", {**plain, "epochs": 1}),
+        Arm("s-ep3", {**plain, "epochs": 3}),
+        Arm("s-ep4", {**plain, "epochs": 4}),
+        Arm("s-dpo-today", plain, {}),
+        Arm("s-dpo-strong", plain, {**strong, "learning_rate": 1.5e-3}),
+    ]
+    arms += [Arm(f"s-dpo-{kind}", plain, strong, kind) for kind in KINDS]
+    return arms
+
+
+ARMS |= {arm.name: arm for arm in _dpo_arms() + _starter_arms()}
 
 
 @dataclass(frozen=True)

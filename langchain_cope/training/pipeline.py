@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from langchain_cope.atomic_files import atomic_folder, read_json, write_json
-from langchain_cope.engine import WEIGHTS
 from langchain_cope.errors import HistoryError, ModelError
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
@@ -105,6 +104,8 @@ def trained_by(folder: Path, stage: Stage) -> Stage:
 
     That of DPO is SFT's where DPO was skipped.
     """
+    from langchain_cope.engine import WEIGHTS
+
     files = [folder / each.file / WEIGHTS for each in (Stage.SFT, Stage.DPO)]
     if stage is Stage.DPO and filecmp.cmp(*files, shallow=False):
         return Stage.SFT

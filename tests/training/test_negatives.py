@@ -258,7 +258,10 @@ def test_what_the_base_thought_is_no_part_of_a_negative(thinker, items, recipe, 
     assert [answer.text for answer in overheard.answers] == answers
     assert {pair.rejected for pair in pairs} <= set(answers) - {""}
     assert len(pairs) > 3
-    assert notes[0] == f"{answers.count('')} of 18 candidates dropped: empty or nearly the user's own text"
+    assert (
+        notes[0]
+        == f"{answers.count('')} of 18 candidates dropped: empty or nearly the user's own text"
+    )
 
 
 def test_mining_stops_between_batches(engine, mining, recipe, monkeypatch):
