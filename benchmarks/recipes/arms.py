@@ -1,4 +1,4 @@
-"""What the sweep compares: each arm says what it changes in `Recipe.for_model`."""
+"""What the sweep compares: ways to train, and the sides that DPO may reject."""
 
 import random
 from collections.abc import Sequence
@@ -21,76 +21,55 @@ FEW = 3  # of them that are looked at, as in the paper; by `lowest-of-8` all
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train."""
+    """One way to train: what it changes in the recipe for a base and a history."""
 
-    name: str
-    sft: dict[str, Any] | None = field(default_factory=dict)
-    """What it changes in the recipe's `SFT`; None: no adapter at all."""
-    dpo: dict[str, Any] | None = None
-    """What it changes in the recipe's `DPO`; None: SFT alone."""
-    rejected: str = "lowest"
-    """Which candidate is rejected: of the `lowest`, a `random` or the `highest` reward."""
+    rate: float = 1.0
+    """Times the sweep's learning rate of SFT."""
+    sft: dict[str, Any] = field(default_factory=dict)
+    """What else it changes in SFT, which here has no dropout otherwise."""
+    dpo_rate: float | None = None
+    """The learning rate of DPO, as a share of that of SFT; None: SFT alone."""
+    dpo: dict[str, Any] = field(default_factory=dict)
+    """What else it changes in DPO."""
+    rejected: str = KINDS[0]
+    """Which of an item's answers is the rejected side: one of `KINDS`."""
+    trains: bool = True
+    """Whether there is an adapter at all."""
 
-
-def _arms() -> list[Arm]:
-    plain = {"dropout": 0.0, "learning_rate": 5e-4}
-    arms = [Arm("base", None), Arm("today"), Arm("pilot", plain)]
-    for rate in (1e-3, 2e-3, 4e-3):
-        arms.append(Arm(f"lr{rate:.0e}".replace("e-0", "e-"), {**plain, "learning_rate": rate}))
-    arms += [
-        Arm("ep1", {**plain, "epochs": 1}),
-        Arm("ep3", {**plain, "epochs": 3}),
-        Arm("ep4", {**plain, "epochs": 4}),
-        Arm("lr1e-3ep1", {**plain, "learning_rate": 1e-3, "epochs": 1}),
-        Arm("lr1e-3ep3", {**plain, "learning_rate": 1e-3, "epochs": 3}),
-        Arm("lr1e-3ep4", {**plain, "learning_rate": 1e-3, "epochs": 4}),
-        Arm("r2", {**plain, "rank": 2, "lora_alpha": 2}),
-        Arm("r16", {**plain, "rank": 16, "lora_alpha": 16}),
-        Arm("r32", {**plain, "rank": 32, "lora_alpha": 32}),
-        Arm("qv", {**plain, "targets": "attention"}),
-        Arm("qv-lr1e-3", {**plain, "targets": "attention", "learning_rate": 1e-3}),
-        Arm("drop", {**plain, "dropout": 0.05}),
-        Arm("b8", {**plain, "batch_size": 8}),
-        Arm("b2", {**plain, "batch_size": 2}),
-        Arm("clip1", {**plain, "max_grad_norm": 1.0}),
-    ]
-    return arms
+    def recipe(self, reference: Recipe, rate: float) -> Recipe:
+        """Return `reference` with the changes; `rate` is the sweep's."""
+        sft_rate = _rounded(rate * self.rate)
+        sft = replace(reference.sft, **{"dropout": 0.0, "learning_rate": sft_rate, **self.sft})
+        dpo_rate = _rounded(sft_rate * (self.dpo_rate or 1))
+        dpo = replace(reference.dpo, **{"learning_rate": dpo_rate, **self.dpo})
+        return replace(reference, sft=sft, dpo=dpo)
 
 
-ARMS = {arm.name: arm for arm in _arms()}
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
-def _dpo_arms() -> list[Arm]:
-    plain = {"dropout": 0.0, "learning_rate": 5e-4}
-    strong = {"learning_rate": 1e-4, "beta": 0.1}
-    arms = [
-        Arm("dpo-today", plain, {}),
-        Arm("dpo-1e-4", plain, strong),
-        Arm("dpo-5e-4", plain, {**strong, "learning_rate": 5e-4}),
-        Arm("dpo-2e-4-b.03", plain, {"learning_rate": 2e-4, "beta": 0.03}),
-        Arm("dpo-2e-4-ep2", plain, {**strong, "learning_rate": 2e-4, "epochs": 2}),
-    ]
-    arms += [Arm(f"dpo-1e-4-{kind}", plain, strong, kind) for kind in KINDS[1:]]
-    return arms
-
-
-def _starter_arms() -> list[Arm]:
-    plain = {"dropout": 0.0}
-    strong = {"learning_rate": 3e-4, "beta": 0.1}
-    arms = [
-        Arm("s-plain", plain),
-        Arm("s-lr3e-3", {**plain, "learning_rate": 3e-3}),
-        Arm("s-ep1", {**plain, "epochs": 1}),
-        Arm("s-ep3", {**plain, "epochs": 3}),
-        Arm("s-ep4", {**plain, "epochs": 4}),
-        Arm("s-dpo-today", plain, {}),
-        Arm("s-dpo-strong", plain, {**strong, "learning_rate": 1.5e-3}),
-    ]
-    arms += [Arm(f"s-dpo-{kind}", plain, strong, kind) for kind in KINDS]
-    return arms
-
-
-ARMS |= {arm.name: arm for arm in _dpo_arms() + _starter_arms()}
+_FIRM = {"beta": 0.1}
+ARMS = {
+    "base": Arm(trains=False),
+    "plain": Arm(),
+    "dropout": Arm(sft={"dropout": 0.05}),
+    "rate-x2": Arm(2),
+    "rate-x4": Arm(4),
+    "1-epoch": Arm(sft={"epochs": 1}),
+    "3-epochs": Arm(sft={"epochs": 3}),
+    "4-epochs": Arm(sft={"epochs": 4}),
+    "rank-2": Arm(sft={"rank": 2, "lora_alpha": 2}),
+    "rank-32": Arm(sft={"rank": 32, "lora_alpha": 32}),
+    "q-and-v": Arm(sft={"targets": "attention"}),
+    "batch-2": Arm(sft={"batch_size": 2}),
+    "batch-8": Arm(sft={"batch_size": 8}),
+    "clip-1": Arm(sft={"max_grad_norm": 1.0}),
+    "dpo-paper": Arm(dpo_rate=0.05),
+    **{f"dpo-firm-{kind}": Arm(dpo_rate=0.2, dpo=_FIRM, rejected=kind) for kind in KINDS},
+    "dpo-hard": Arm(dpo_rate=1, dpo=_FIRM),
+}
+"""`dpo-paper`: at the paper's distance from the rate of SFT; all `dpo-firm` take as many steps."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def table(arms: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for column in dict.fromkeys(sorted(columns, key=lambda name: name != "nll")):
         having = {arm: figures[column] for arm, figures in arms.items() if column in figures}
-        reference = having.get("pilot") or next(iter(having.values()))
+        reference = having.get("plain") or next(iter(having.values()))
         for arm, of_users in having.items():
             shared = [user for user in of_users if user in reference]
             gap = difference([of_users], [{user: reference[user] for user in shared}])

@@ -2,16 +2,16 @@
 
     python benchmarks/recipes/sweep.py runs.jsonl --task NAME=USERS.jsonl[=TASK_ADAPTER] …
         [--model smollm2] [--arms NAME,…] [--contrasts 0,0.3:0.1] [--users 4] [--items N]
-        [--seconds 3000] [--keep FILE.json]
+        [--rate 5e-4] [--seconds 3000]
 
 A file has one user a line (`{"user_id", "history", "queries"}`); adapters are trained on the newest
 `--items` of the history and judged by the queries. `arms.py` says what each arm changes in
-`Recipe.for_model`. The NLL is the mean over queries of nats a token; ROUGE-L is that of greedy
-answers, for every `α:τ` of `--contrasts`.
+`Recipe.for_model`; the rate that arms multiply is `--rate`, else that recipe's. The NLL is the mean
+over queries of nats a token; ROUGE-L is that of greedy answers, for every `α:τ` of `--contrasts`.
 
 Every finished run is a line of `runs.jsonl` and is not run again; adapters lie in
-`runs.jsonl.adapters`. So it can be stopped and go on, by `--seconds` too. `--keep` writes what a
-reader needs, without any text, as `report.py` reads it.
+`runs.jsonl.adapters`. So it can be stopped and go on, by `--seconds` too. All of it holds users'
+texts: `report.py` makes tables of it, and the figures that may be kept.
 """
 
 import argparse
@@ -55,6 +55,7 @@ class Task:
 
     @classmethod
     def of(cls, text: str) -> "Task":
+        """Return the task that the command line writes as NAME=USERS.jsonl[=TASK_ADAPTER]."""
         name, users, *adapter = text.split("=")
         return cls(name, users, adapter[0] if adapter else None)
 
@@ -73,6 +74,7 @@ class Person:
 
     @property
     def key(self) -> list[Any]:
+        """Return what the user's runs are known by."""
         return [self.task.name, bool(self.task.adapter), self.number, len(self.items)]
 
 
@@ -91,8 +93,8 @@ def people(engine: Engine, task: Task, options: Any) -> Iterator[Person]:
 class Sweep:
     """All runs of one model, those of `file` done already."""
 
-    def __init__(self, file: Path, model: str, deadline: float) -> None:
-        self._file, self._model, self._deadline = file, model, deadline
+    def __init__(self, file: Path, model: str, rate: float | None, deadline: float) -> None:
+        self._file, self._model, self._rate, self._deadline = file, model, rate, deadline
         self._adapters = Path(f"{file}.adapters")
         self._adapters.mkdir(parents=True, exist_ok=True)
         self.persons: list[Person] = []
@@ -103,18 +105,22 @@ class Sweep:
                 self.done[json.dumps(run["key"])] = run
 
     def out_of_time(self) -> bool:
+        """Return whether no run is to be begun any more."""
         return time.monotonic() > self._deadline
 
     def is_done(self, key: list[Any]) -> bool:
+        """Return whether the run of that key has its line."""
         return json.dumps(key) in self.done
 
     def keep(self, key: list[Any], **figures: Any) -> None:
+        """Write the line of a run."""
         run = {"key": key, **figures}
         self.done[json.dumps(key)] = run
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run, ensure_ascii=False) + "\n")
 
     def folder(self, *parts: Any) -> Path:
+        """Return where the adapter of these settings lies."""
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
         return self._adapters / digest
 
@@ -134,14 +140,15 @@ class Sweep:
         answers = generate(engine, person, adapter, wanted)
         references = [example.item.completion for example in person.query_examples]
         for contrast, texts in zip(wanted, answers, strict=True):
-            rouge = [mean_rouge([one], [text])["rougeL"] for one, text in zip(references, texts)]
+            pairs = zip(references, texts, strict=True)
+            rouge = [mean_rouge([own], [text])["rougeL"] for own, text in pairs]
             self.keep([*key, contrast.alpha, contrast.tau], rougeL=rouge, texts=texts)
 
     def adapter(self, engine: Engine, person: Person, arm: Arm, key: list[Any]) -> Adapter | None:
         """Return the arm's adapter, trained where that was not done yet; None for the base."""
-        if arm.sft is None:
+        if not arm.trains:
             return None
-        recipe = replace(person.recipe, sft=replace(person.recipe.sft, **arm.sft))
+        recipe = arm.recipe(person.recipe, self._rate or person.recipe.sft.learning_rate)
         identity = [self._model, person.key, asdict(recipe.sft)]
         folder = self.folder(identity)
         sft = folder / "sft"
@@ -153,15 +160,14 @@ class Sweep:
             )
             sights = json.loads((folder / FIRST_SIGHT).read_text(encoding="utf-8"))
             self.keep([*key, "sft"], seconds=seconds, first_sight=sights)
-        if arm.dpo is None:
+        if arm.dpo_rate is None:
             return engine.load_adapter(sft)
-        dpo_recipe = replace(recipe, dpo=replace(recipe.dpo, **arm.dpo))
-        dpo = folder / self.folder(asdict(dpo_recipe.dpo), arm.rejected).name
+        dpo = folder / self.folder(asdict(recipe.dpo), arm.rejected).name
         if not dpo.exists():
             pairs = self.pairs(engine, person, recipe, arm.rejected, folder)
             seconds = timed(
                 Stage.DPO,
-                lambda monitor: train_dpo(engine.base, pairs, dpo_recipe, sft, dpo, monitor),
+                lambda monitor: train_dpo(engine.base, pairs, recipe, sft, dpo, monitor),
             )
             self.keep([*key, "dpo"], seconds=seconds, num_pairs=len(pairs))
         return engine.load_adapter(dpo)
@@ -227,6 +233,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--task", type=Task.of, action="append", required=True)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--rate", type=float)
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
     parser.add_argument("--contrasts", default="")
     parser.add_argument("--users", type=int, default=4)
@@ -236,7 +243,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     datasets_logging.disable_progress_bar()
     contrasts = [contrast_of(text) for text in options.contrasts.split(",") if text]
-    sweep = Sweep(options.runs, options.model, time.monotonic() + options.seconds)
+    sweep = Sweep(options.runs, options.model, options.rate, time.monotonic() + options.seconds)
     for task in options.task:
         engine = Engine.of(load_base(options.model, task_adapter=task.adapter))
         sweep.persons = list(people(engine, task, options))
