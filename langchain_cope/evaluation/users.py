@@ -227,7 +227,7 @@ class Comparison:
             digest=_digest(
                 FORMAT,
                 _identity(base),
-                recipe.as_dict(),
+                {**recipe.as_dict(), "alpha": None, "tau": None},  # nothing is trained by them
                 *(_texts(items) for items in (user.items, user.queries)),
             ),
             folder=folder / name[:32],
@@ -261,7 +261,8 @@ class Comparison:
     def _key(self, job: UserJob, way: Way) -> str:
         """Return what stands for a way in a user's file: equal where the work is the same."""
         engine = self._engine(way)
-        return _digest(asdict(way), _identity(engine.base), self._owner(job, way).digest)
+        contrast = [job.recipe.alpha, job.recipe.tau] if way.contrastive else []
+        return _digest(asdict(way), _identity(engine.base), self._owner(job, way).digest, contrast)
 
     def _prompt(self, job: UserJob, way: Way, example: Encoded) -> list[Message]:
         if way.shown is Shown.NOTHING:

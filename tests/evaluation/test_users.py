@@ -111,6 +111,18 @@ def test_another_history_starts_anew(engine: Engine, tmp_path: Path) -> None:
     assert not longer.jobs[0].answers
 
 
+def test_another_contrast_trains_nothing_anew(engine: Engine, tmp_path: Path) -> None:
+    users, ways = [user("anna")], ways_named(["sft", "sft+contrast"])
+    Comparison(engine, users, tmp_path, ways, recipe=RECIPE).run()
+    adapter = next(tmp_path.glob("*/sft/adapter_model.safetensors"))
+    trained = adapter.stat().st_mtime_ns
+    for alpha in (0.0, 0.9):
+        other = Comparison(engine, users, tmp_path, ways, recipe=replace(RECIPE, alpha=alpha))
+        other.run()
+        assert adapter.stat().st_mtime_ns == trained
+    assert len(other.jobs[0].answers) == 4  # without contrast once, with each of the three
+
+
 def test_a_stop_keeps_what_is_done(engine: Engine, tmp_path: Path) -> None:
     comparison = Comparison(engine, [user("anna")], tmp_path, ways_named(["sft"]), recipe=RECIPE)
     comparison.train(comparison.jobs[0], Heard())
