@@ -124,9 +124,9 @@ class Sweep:
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
         return self._adapters / digest
 
-    def run(self, engine: Engine, person: Person, arm: Arm, contrasts: Sequence[Contrast]) -> None:
+    def run(self, engine: Engine, person: Person, name: str, contrasts: Sequence[Contrast]) -> None:
         """Train, score and answer what is not done yet."""
-        key = [self._model, *person.key, arm.name]
+        key = [self._model, *person.key, name]
         wanted = [
             contrast
             for contrast in contrasts
@@ -134,7 +134,7 @@ class Sweep:
         ]
         if self.is_done(key) and not wanted:
             return
-        adapter = self.adapter(engine, person, arm, key)
+        adapter = self.adapter(engine, person, ARMS[name], key)
         if not self.is_done(key):
             self.keep(key, nll=item_nll(engine, person.queries, person.recipe, adapter))
         answers = generate(engine, person, adapter, wanted)
@@ -252,7 +252,7 @@ def main() -> None:
                 if sweep.out_of_time():
                     sys.exit("out of time: start it again to go on")
                 started = time.monotonic()
-                sweep.run(engine, person, ARMS[name], contrasts)
+                sweep.run(engine, person, name, contrasts)
                 took = time.monotonic() - started
                 print(task.name, name, person.number, f"{took:.0f} s", file=sys.stderr)
         engine.close()

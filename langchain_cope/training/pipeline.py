@@ -106,9 +106,10 @@ def trained_by(folder: Path, stage: Stage) -> Stage:
     """
     from langchain_cope.engine import WEIGHTS
 
-    files = [folder / each.file / WEIGHTS for each in (Stage.SFT, Stage.DPO)]
-    if stage is Stage.DPO and filecmp.cmp(*files, shallow=False):
-        return Stage.SFT
+    if stage is Stage.DPO:
+        of_sft, of_dpo = (folder / each.file / WEIGHTS for each in (Stage.SFT, Stage.DPO))
+        if filecmp.cmp(of_sft, of_dpo, shallow=False):
+            return Stage.SFT
     return stage
 
 

@@ -219,8 +219,8 @@ class Recipe:
         rank, on every linear layer. A history too short for 12 steps in the paper's two epochs gets
         more epochs, for as many steps. At 7B and above, from 21 items on, this is the paper.
 
-        Below a billion parameters no negatives are mined: DPO on them was measured to add nothing,
-        whichever answer is rejected, and takes two fifths of the time (`benchmarks/recipes/`).
+        Below a billion parameters no negatives are mined: at 7 million DPO on them added nothing,
+        whichever answer was rejected, and takes two fifths of the time (`benchmarks/recipes/`).
         """
         growth = _rate_growth(base)
         is_small = base.num_parameters < SMALL
