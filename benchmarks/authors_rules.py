@@ -23,6 +23,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,7 +44,7 @@ from langchain_cope.training.adapter import lora_config
 from langchain_cope.training.encode import encode
 from langchain_cope.training.pipeline import train_user
 from langchain_cope.training.progress import Monitor, Progress
-from langchain_cope.training.recipe import Schedule
+from langchain_cope.training.recipe import Negatives, Schedule
 
 TINY = 1e-8  # what their decoding adds to probabilities before logarithms
 MAX_NEW_TOKENS = 40
@@ -178,7 +179,8 @@ def _log_probs(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tens
 
 def candidates_of(engine: Engine, items: Sequence[Item], recipe: Recipe) -> list[list[str]]:
     """Return what the base writes to each prompt, sampled, as many as the recipe says."""
-    settings, number = recipe.negatives, recipe.negatives.candidates
+    settings = recipe.negatives or Negatives()
+    number = settings.candidates
     requests = [
         Request(
             engine.base.prompt_ids(item.messages),
@@ -241,7 +243,8 @@ def our_answers(
 
 def compare(engine: Engine, items: list[Item], queries: list[Item], seed: int) -> dict[str, Any]:
     """Return the figures of both, of one seed."""
-    base_recipe = Recipe.for_model(engine.base, items, seed=seed)
+    default = Recipe.for_model(engine.base, items, seed=seed)
+    base_recipe = replace(default, negatives=Negatives())
     contrast, found = Contrast(), dict[str, Any]()
     with tempfile.TemporaryDirectory() as name:
         ours = Path(name) / "ours"

@@ -1,6 +1,7 @@
 """The training chain as the benchmarks run it; served by a `worker.Worker`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,12 +10,12 @@ from ours import products
 from roofline import Work
 from worker import Setting, peak_memory
 
-from langchain_cope.engine import Engine, load_base
+from langchain_cope.engine import Base, Engine, load_base
 from langchain_cope.history.items import Item
 from langchain_cope.training.encode import fit
 from langchain_cope.training.pipeline import train_user
 from langchain_cope.training.progress import Monitor
-from langchain_cope.training.recipe import Recipe
+from langchain_cope.training.recipe import Negatives, Recipe
 
 
 class Training:
@@ -64,7 +65,12 @@ class Training:
         return peak_memory(self._setting.device)
 
     def _recipe(self, items: Sequence[Item]) -> Recipe:
-        return Recipe.for_model(self._base, items)
+        return whole_chain(self._base, items)
+
+
+def whole_chain(base: Base, items: Sequence[Item]) -> Recipe:
+    """Return the default recipe with every stage, also where it would leave some out."""
+    return replace(Recipe.for_model(base, items), negatives=Negatives())
 
 
 def as_items(rows: Sequence[Mapping[str, str]]) -> list[Item]:

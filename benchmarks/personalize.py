@@ -50,7 +50,7 @@ from typing import Any
 
 import psutil
 import torch
-from chain import as_items
+from chain import as_items, whole_chain
 from datasets import Dataset
 from datasets.utils import logging as datasets_logging
 from peft import PeftModel, set_peft_model_state_dict
@@ -70,7 +70,7 @@ from langchain_cope.training.encode import fit
 from langchain_cope.training.negatives import Pair, _requests, mine_negatives
 from langchain_cope.training.pipeline import TrainingResult, train_user
 from langchain_cope.training.progress import Monitor, Stage
-from langchain_cope.training.recipe import Recipe
+from langchain_cope.training.recipe import Negatives, Recipe
 from langchain_cope.training.sft import train_sft
 from langchain_cope.training.trainer import arguments, tokenizer_copy
 
@@ -239,6 +239,7 @@ def generated(
     model: Any, prompts: list[list[int]], recipe: Recipe, base: Any
 ) -> list[tuple[list[int], list[int]]]:
     """Return (prompt, answer) of every candidate, by transformers."""
+    settings = recipe.negatives or Negatives()
     answers = []
     for start in range(0, len(prompts), GENERATE_ITEMS):
         batch = prompts[start : start + GENERATE_ITEMS]
@@ -249,10 +250,10 @@ def generated(
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
-            temperature=recipe.negatives.temperature,
-            top_p=recipe.negatives.top_p,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
             top_k=0,
-            num_return_sequences=recipe.negatives.candidates,
+            num_return_sequences=settings.candidates,
             max_new_tokens=recipe.max_new_tokens,
             eos_token_id=sorted(base.eos_ids),
             pad_token_id=0,
@@ -260,7 +261,7 @@ def generated(
         for row, sequence in enumerate(output[:, width:].tolist()):
             ends = [at + 1 for at, token in enumerate(sequence) if token in base.eos_ids]
             answer = sequence[: min(ends, default=len(sequence))]
-            answers.append((batch[row // recipe.negatives.candidates], answer))
+            answers.append((batch[row // settings.candidates], answer))
     return answers
 
 
@@ -308,7 +309,7 @@ def play_role(options: Any) -> None:
     """Do what a fresh process does of which the memory is measured."""
     base = load_base(options.model, dtype=None if options.role == "chain" else options.dtype)
     items = read_items(options, "history")
-    recipe = Recipe.for_model(base, items)
+    recipe = whole_chain(base, items)
     pairs = [Pair(**row) for row in json.loads(options.pairs_file.read_text())]
     with tempfile.TemporaryDirectory() as scratch:
         if options.role == "chain":
@@ -381,7 +382,7 @@ def measure(options: Any, scratch: Path) -> dict[str, Any]:
     base = load_base(options.model)
     engine, items = Engine.of(base), read_items(options, "history")
     monitor = Monitor()
-    result = train_user(engine, items, Recipe.for_model(base, items), scratch / "whole", monitor)
+    result = train_user(engine, items, whole_chain(base, items), scratch / "whole", monitor)
     storage = parameter_storage(result, base)
     with monitor.stage(Stage.EVALUATE):
         queries = read_items(options, "queries")

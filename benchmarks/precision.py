@@ -17,12 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from chain import as_items
+from chain import as_items, whole_chain
 
 from langchain_cope.engine import Engine, load_base
 from langchain_cope.evaluation.evaluate import item_nll
 from langchain_cope.training.pipeline import train_user
-from langchain_cope.training.recipe import Recipe
 
 STAGES = ("base", "sft", "dpo")
 
@@ -71,7 +70,7 @@ def _nll(engine: Engine, user: dict[str, Any], options: argparse.Namespace) -> d
     items = as_items(user["history"])[-options.items :]
     queries = as_items(user["queries"])[: options.queries]
     with tempfile.TemporaryDirectory() as folder:
-        result = train_user(engine, items, Recipe.for_model(engine.base, items), Path(folder))
+        result = train_user(engine, items, whole_chain(engine.base, items), Path(folder))
         adapters = [None, engine.load_adapter(result.sft), engine.load_adapter(result.dpo)]
         return {
             stage: statistics.mean(item_nll(engine, queries, result.recipe, adapter))

@@ -6,22 +6,25 @@ better; ROUGE compares greedy generations with them (f-measures, 0 to 1), higher
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from langchain_cope._environment import a_home
-from langchain_cope.engine import ADAPTER_ALONE, Adapter, Engine, Request, Sampling
+from langchain_cope.engine import ADAPTER_ALONE, Adapter, Contrast, Engine, Request, Sampling
 from langchain_cope.errors import HistoryError
-from langchain_cope.evaluation.ways import WAYS
+from langchain_cope.evaluation.ways import WAYS, Way
 from langchain_cope.history.items import Item
-from langchain_cope.strength import strength_for
+from langchain_cope.strength import Strength, strength_for
 from langchain_cope.training.encode import Encoded, fit, parts_of_reply
+from langchain_cope.training.pipeline import trained_by
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
 
 Adapters = Mapping[Stage | None, Adapter | None]
+Asked = tuple[Adapter | None, float, Contrast]
+"""What answers: an adapter, its scale and the contrast."""
 """The adapters that answer, by the stage that trained each; under None the base, which has none."""
 
 
@@ -64,11 +67,12 @@ def evaluate(
     """
     examples, notes = _encode(engine, held_out, recipe)
     adapters = _load_adapters(engine, folder)
-    scores = {
-        way.name: _scores(engine, examples, adapters[way.adapter], monitor.should_stop)
-        for way in WAYS
-        if way.has_nll
+    with_nll = [way for way in WAYS if way.has_nll]
+    of_adapter = {
+        adapter: _scores(engine, examples, adapter, monitor.should_stop)
+        for adapter in dict.fromkeys(adapters[way.adapter] for way in with_nll)
     }
+    scores = {way.name: of_adapter[adapters[way.adapter]] for way in with_nll}
     texts = _generate(engine, examples, recipe, adapters, monitor)
     metrics, rouge_notes = rouge_of_ways(texts, [way.name for way in WAYS])
     for name, of_items in scores.items():
@@ -134,10 +138,17 @@ def _encode(
 
 
 def _load_adapters(engine: Engine, folder: Path) -> Adapters:
+    """Return the adapters of all ways; where DPO was skipped, one and the same under both stages.
+
+    So nothing is scored or asked twice.
+    """
     adapters: dict[Stage | None, Adapter | None] = {None: None}
     for way in WAYS:
         if way.adapter is not None and way.adapter not in adapters:
-            adapters[way.adapter] = engine.load_adapter(folder / way.adapter.file)
+            stage = trained_by(folder, way.adapter)
+            if stage not in adapters:
+                adapters[stage] = engine.load_adapter(folder / stage.file)
+            adapters[way.adapter] = adapters[stage]
     return adapters
 
 
@@ -154,39 +165,50 @@ def _generate(
         max_tokens=recipe.max_new_tokens or longest,
         repetition_penalty=recipe.repetition_penalty,
     )
+    strength = strength_for(engine.base.fingerprint(), recipe.alpha, recipe.tau)
+    asked_by = {way.name: _asked(way, adapters, strength) for way in WAYS}
+    asked = dict.fromkeys(asked_by.values())  # those that would be the same once
     requests = (
-        request
-        for example in examples
-        for request in _requests(engine, example, recipe, adapters, sampling)
+        request for example in examples for request in _requests(engine, example, asked, sampling)
     )
     texts: list[dict[str, str]] = []
     with closing(engine.generate_each(requests, monitor.should_stop)) as answers:
         for number, example in enumerate(examples, start=1):
-            answer_of_way = {way.name: next(answers).text for way in WAYS}
+            text_of = {each: next(answers).text for each in asked}
+            answer_of_way = {name: text_of[each] for name, each in asked_by.items()}
             texts.append({"reference": example.item.completion, **answer_of_way})
             monitor.step_done(number, len(examples))
     return texts
 
 
 def _requests(
-    engine: Engine, example: Encoded, recipe: Recipe, adapters: Adapters, sampling: Sampling
+    engine: Engine,
+    example: Encoded,
+    asked: Iterable[Asked],
+    sampling: Sampling,
 ) -> list[Request]:
-    """Return the question put to each way."""
+    """Return the question put to each of `asked`."""
     prompt = engine.base.prompt_ids(example.item.messages)
     parts = parts_of_reply(engine.base, prompt)
-    strength = strength_for(engine.base.fingerprint(), recipe.alpha, recipe.tau)
     return [
         Request(
             prompt,
-            adapter=adapters[way.adapter],
-            adapter_scale=strength.adapter_scale if way.contrastive else 1.0,
-            contrast=strength.contrast if way.contrastive else ADAPTER_ALONE,
+            adapter=adapter,
+            adapter_scale=scale,
+            contrast=contrast,
             sampling=sampling,
             parts=parts,
             offline=True,
         )
-        for way in WAYS
+        for adapter, scale, contrast in asked
     ]
+
+
+def _asked(way: Way, adapters: Adapters, strength: Strength) -> Asked:
+    """Return what answers for `way`."""
+    if not way.contrastive:
+        return adapters[way.adapter], 1.0, ADAPTER_ALONE
+    return adapters[way.adapter], strength.adapter_scale, strength.contrast
 
 
 def rouge_of_ways(

@@ -37,9 +37,9 @@ from langchain_cope.evaluation.ways import Shown, Way
 from langchain_cope.history.items import Item, UserHistory
 from langchain_cope.strength import Strength, strength_for
 from langchain_cope.training.encode import Encoded, encode, fit, parts_of_reply
-from langchain_cope.training.pipeline import train_user
+from langchain_cope.training.pipeline import train_user, trained_by
 from langchain_cope.training.progress import Monitor, Stage
-from langchain_cope.training.recipe import Recipe, RecipeChoice, recipe_for
+from langchain_cope.training.recipe import Negatives, Recipe, RecipeChoice, recipe_for
 
 FORMAT = 1  # of what a user's folder holds
 ANSWERS = "answers.json"
@@ -287,6 +287,11 @@ class Comparison:
             return None
         return self._owner(job, way).folder / way.adapter.file
 
+    def _trained_by(self, job: UserJob, way: Way) -> Stage | None:
+        if way.adapter is None:
+            return None
+        return trained_by(self._owner(job, way).folder, way.adapter)
+
     def _key(self, job: UserJob, way: Way) -> str:
         """Return what stands for a way in a user's file: equal where the work is the same."""
         engine = self._engine(way)
@@ -320,13 +325,21 @@ class Comparison:
         return prompt, example.completion_ids
 
     def _plan(self, engine: Engine) -> list[tuple[UserJob, list[list[Way]]]]:
-        """Return for each user the ways that have not answered yet, in groups of equal samples."""
+        """Return for each user the ways that have not answered yet, in groups that are asked alike.
+
+        Those are of equal samples, and of one adapter: where DPO was skipped it left SFT's.
+        """
         plan = []
         for job in self.jobs:
             groups: dict[Way, list[Way]] = {}
             for way in self.ways:
                 if self._engine(way) is engine and self._key(job, way) not in job.answers:
-                    alike = replace(way, name="", samples=2) if way.samples > 1 else way
+                    alike = replace(
+                        way,
+                        name="",
+                        adapter=self._trained_by(job, way),
+                        samples=min(2, way.samples),
+                    )
                     groups.setdefault(alike, []).append(way)
             if groups:
                 plan.append((job, list(groups.values())))
@@ -392,7 +405,7 @@ def _sampling(recipe: Recipe, example: Encoded, number: int, *, is_sample: bool)
     if not is_sample:
         return greedy
     seed = int(_digest(recipe.seed, example.index, number)[:15], 16)
-    settings = recipe.negatives
+    settings = recipe.negatives or Negatives()
     return replace(greedy, temperature=settings.temperature, top_p=settings.top_p, seed=seed)
 
 

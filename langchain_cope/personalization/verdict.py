@@ -35,8 +35,8 @@ class Reference:
 
 
 def choose_adapter(item_nll: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
-    """Return which of `names` has the lowest mean NLL an item; of equal ones the last."""
-    return min(reversed(names), key=lambda name: fmean(item_nll[name]))
+    """Return which of `names` has the lowest mean NLL an item; of equal ones the first."""
+    return min(names, key=lambda name: fmean(item_nll[name]))
 
 
 def judge(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from itertools import islice
 
 from langchain_cope.engine import Adapter, Base, Completion, Engine, Request, Sampling
@@ -23,8 +24,9 @@ from langchain_cope.training.encode import (
     parts_of_reply,
 )
 from langchain_cope.training.progress import Monitor
-from langchain_cope.training.recipe import Recipe
+from langchain_cope.training.recipe import Negatives, Recipe
 
+NEAR_COPY = 0.8  # share of the tokens of both that are the same, in the same order
 ITEMS_A_BATCH = 8  # items of which candidates are scored together; a step of the stage
 
 
@@ -64,10 +66,14 @@ def make_pairs(
 ) -> tuple[list[Pair], list[str]]:
     """Return the pairs of all items in order, and in words for people what was left out.
 
-    They are the pairs that the history gives, and a mined one for every item without any.
+    They are the pairs that the history gives, and a mined one for every item without any, unless
+    the recipe mines none.
     """
-    unpaired = [example for example in examples if not example.item.rejected]
-    mined, mining_notes = mine_negatives(engine, unpaired, recipe, sft, monitor)
+    mined: list[Pair] = []
+    mining_notes: list[str] = []
+    if recipe.negatives is not None:
+        unpaired = [example for example in examples if not example.item.rejected]
+        mined, mining_notes = mine_negatives(engine, unpaired, recipe, sft, monitor)
     ready, notes = given_pairs(engine.base, examples, recipe)
     ready = with_base_log_probs(engine, ready, monitor)
     pairs = sorted([*mined, *ready], key=lambda pair: pair.index)
@@ -111,12 +117,13 @@ def mine_negatives(
     """Return a pair for every item with a usable candidate, in order, and notes.
 
     Candidates are sampled from the base, without what it thinks before it answers, and scored
-    against the adapter `sft`. Empty ones and copies of the user's own text are dropped; one cut at
-    the limit is scored, and trained on, without the end of the turn. `recipe.max_new_tokens` must
-    be set. Raises `Cancelled` within one forward of the model after `monitor` asks for a stop.
+    against the adapter `sft`. Empty ones and near-copies of the user's own text are dropped; one
+    cut at the limit is scored, and trained on, without the end of the turn. The recipe must have
+    `negatives` and `max_new_tokens`. Raises `Cancelled` within one forward of the model after
+    `monitor` asks for a stop.
     """
     pairs: list[Pair] = []
-    num_usable, number = 0, recipe.negatives.candidates
+    num_usable, number = 0, _settings(recipe).candidates
     after_end = tuple(closing_ids(engine.base)[1:])
     requests = (
         request
@@ -140,12 +147,18 @@ def mine_negatives(
     if num_usable < num_sampled:
         notes.append(
             f"{num_sampled - num_usable} of {num_sampled} candidates dropped: "
-            "empty or the user's own text"
+            "empty or nearly the user's own text"
         )
     if len(pairs) < len(examples):
         num_skipped = len(examples) - len(pairs)
         notes.append(f"{num_skipped} of {len(examples)} items skip DPO: no usable candidate")
     return pairs, notes
+
+
+def _settings(recipe: Recipe) -> Negatives:
+    if recipe.negatives is None:
+        raise ValueError("the recipe mines no negatives: Recipe.negatives is None")
+    return recipe.negatives
 
 
 def _requests(
@@ -154,14 +167,15 @@ def _requests(
     """Return a request for each candidate of an item; `after_end` follows the end of its turn."""
     prompt = base.prompt_ids(example.item.messages)
     parts = parts_of_reply(base, prompt)
+    settings = _settings(recipe)
     requests = []
-    for draw in range(recipe.negatives.candidates):
+    for draw in range(settings.candidates):
         # A seed for every draw: the candidates do not depend on how items are batched.
         digest = hashlib.sha256(f"{recipe.seed} {example.index} {draw}".encode()).digest()
         sampling = Sampling(
             max_tokens=recipe.max_new_tokens or base.context,
-            temperature=recipe.negatives.temperature,
-            top_p=recipe.negatives.top_p,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
             seed=int.from_bytes(digest[:7], "big"),
         )
         requests.append(
@@ -185,7 +199,8 @@ def _candidates(
     prompt = base.prompt_ids(example.item.messages)
     usable = []
     for answer in answers:
-        if not _is_usable(answer, example):
+        own = example.item.completion
+        if not answer.text.strip() or is_near_copy(base, answer.text, own):
             continue
         closed = answer.finish_reason == "stop"
         prompt_ids, completion_ids = encode_candidate(
@@ -212,9 +227,16 @@ def _sampled_log_probs(
     return by_base[len(prompt_ids) - len(prompt) : len(seen) - len(prompt)]
 
 
-def _is_usable(answer: Completion, example: Encoded) -> bool:
-    text = answer.text.strip()
-    return bool(text) and text != example.item.completion.strip()
+def is_near_copy(base: Base, text: str, own: str) -> bool:
+    """Return whether `text` is `own` but for a few tokens, which tell it in every language.
+
+    As the rejected side it would have DPO unlearn what the user wrote.
+    """
+    ids, own_ids = (
+        base.tokenizer(each.strip(), add_special_tokens=False, verbose=False)["input_ids"]
+        for each in (text, own)
+    )
+    return SequenceMatcher(None, ids, own_ids, autojunk=False).ratio() >= NEAR_COPY
 
 
 def _least_like_user(

@@ -9,6 +9,7 @@ Read on in `recipe.py` (the numbers), `encode.py` (what is trained on), then the
 trainers are imported when a training starts, not before.
 """
 
+import filecmp
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -61,8 +62,9 @@ def train_user(
     """Train one user's adapter on `items` and leave it in `folder`.
 
     Where an item says what was rejected, DPO takes those pairs as they are; for the others a
-    negative is mined. Where no item has a usable negative, DPO is skipped and both adapters are the
-    same. The base is neither copied nor changed, and the process's random state is as it was.
+    negative is mined, unless the recipe mines none. Where there is no pair, DPO is skipped and both
+    adapters are the same. The base is neither copied nor changed, and the process's random state
+    is as it was.
 
     Args:
         engine: The engine of the base, which also samples and scores the negatives.
@@ -95,6 +97,20 @@ def train_user(
     training = TrainingResult(folder, recipe, notes)
     _run_stages(engine, examples, training, monitor or Monitor(), last)
     return training
+
+
+def trained_by(folder: Path, stage: Stage) -> Stage:
+    """Return which stage trained the adapter that `stage` left in `folder`.
+
+    That of DPO is SFT's where DPO was skipped.
+    """
+    from langchain_cope.engine import WEIGHTS
+
+    if stage is Stage.DPO:
+        of_sft, of_dpo = (folder / each.file / WEIGHTS for each in (Stage.SFT, Stage.DPO))
+        if filecmp.cmp(of_sft, of_dpo, shallow=False):
+            return Stage.SFT
+    return stage
 
 
 def check_trainable(base: "Base") -> None:
@@ -140,9 +156,12 @@ def _run_stages(
                 _copy_folder(training.sft, training.dpo)
         give_back(base.device)
     if not pairs:
-        training.notes.append(
-            "DPO was skipped, as no item has a usable negative: the adapter is the one of SFT"
+        reason = (
+            "the recipe mines no negatives and the history has no rejected answers"
+            if recipe.negatives is None
+            else "no item has a usable negative"
         )
+        training.notes.append(f"DPO was skipped, as {reason}: the adapter is the one of SFT")
 
 
 def _write_pairs(

@@ -107,7 +107,7 @@ def test_the_same_command_goes_on_from_its_job_folder(
     def broken(*_: object) -> None:
         raise end
 
-    words = ("--user", "alice", "--always", "--job-dir", tmp_path / "jobs")
+    words = ("--user", "alice", "--always", "--paper", "--job-dir", tmp_path / "jobs")
     with monkeypatch.context() as patch:
         patch.setattr("langchain_cope.training.dpo.train_dpo", broken)
         outcome = personalize(history(), *words)

@@ -1,7 +1,7 @@
 """Ways compared over users on tiny bases: really trained, resumed, and told apart."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 from personal import QUICK
 from training.tiny import Heard
 
-from langchain_cope.engine import Engine, load_base
+from langchain_cope.engine import Engine, Request, load_base
 from langchain_cope.errors import Cancelled, HistoryError, InputError
 from langchain_cope.evaluation.adapter_matrix import score_adapters
 from langchain_cope.evaluation.grid import SETTINGS, answer_grid, measure_grid
@@ -38,6 +38,27 @@ def user(name: str, num_items: int = 5, num_queries: int = 2) -> UserHistory:
 @pytest.fixture
 def engine(tiny: Callable[..., Path]) -> Engine:
     return Engine.of(load_base(tiny("llama", initializer_range=0.05), device="cpu"))
+
+
+def test_adapters_that_are_the_same_answer_once(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Request] = []
+    generate_each = engine.generate_each
+
+    def overheard(requests: Iterable[Request], *args: object) -> object:
+        asked.extend(requests)
+        return generate_each(asked, *args)
+
+    monkeypatch.setattr(engine, "generate_each", overheard)
+    ways = ways_named(["sft", "dpo", "sft+contrast", "cope"])
+    recipe = replace(RECIPE, negatives=None)
+    comparison = Comparison(engine, [user("anna")], tmp_path, ways, recipe=recipe)
+    comparison.run()
+    assert len(asked) == 2 * 2  # with and without contrast, two queries
+    (job,) = comparison.jobs
+    sft, contrast, dpo, cope = (comparison.answers_of(job, way) for way in comparison.ways)
+    assert (sft, contrast) == (dpo, cope)
 
 
 def test_every_way_answers_every_query(engine: Engine, tmp_path: Path) -> None:

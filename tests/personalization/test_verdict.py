@@ -197,6 +197,6 @@ def test_only_a_base_that_reads_prompts_can_tell_shuffled_answers() -> None:
     assert not is_mispaired(Evidence([], [], clear), reads), "one prompt for all: nothing to tell"
 
 
-def test_of_equally_good_adapters_the_one_of_dpo_is_taken() -> None:
-    assert choose_adapter({"sft": [1.0, 2.0], "dpo": [2.0, 1.0]}, ["sft", "dpo"]) == "dpo"
-    assert choose_adapter({"sft": [1.0, 1.0], "dpo": [2.0, 1.0]}, ["sft", "dpo"]) == "sft"
+def test_of_equally_good_adapters_the_one_of_sft_is_taken() -> None:
+    assert choose_adapter({"sft": [1.0, 2.0], "dpo": [2.0, 1.0]}, ["sft", "dpo"]) == "sft"
+    assert choose_adapter({"sft": [1.0, 2.0], "dpo": [1.0, 1.0]}, ["sft", "dpo"]) == "dpo"

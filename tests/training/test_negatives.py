@@ -206,9 +206,19 @@ def test_empty_candidates_and_copies_are_dropped(engine, mining, recipe, monitor
     )
     assert [(pair.index, pair.rejected) for pair in pairs] == [(0, "fine")]
     assert notes == [
-        "5 of 6 candidates dropped: empty or the user's own text",
+        "5 of 6 candidates dropped: empty or nearly the user's own text",
         "1 of 2 items skip DPO: no usable candidate",
     ]
+
+
+def test_near_copies_of_the_users_text_are_dropped(engine, recipe, monitor, mining):
+    _, sft = mining
+    item = make_item(0).model_copy(update={"completion": "Meet me at the old bridge at nine."})
+    examples, _ = fit(engine.base, [item], 2048, 768)
+    answers = ["meet me at the old bridge at ten!", "Let us meet another day, not now.", ""]
+    script = Scripted(engine, [(answer, "stop") for answer in answers])
+    pairs, _ = mine_negatives(script, examples, recipe, engine.load_adapter(sft), monitor)
+    assert [pair.rejected for pair in pairs] == [answers[1]]
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +258,10 @@ def test_what_the_base_thought_is_no_part_of_a_negative(thinker, items, recipe, 
     assert [answer.text for answer in overheard.answers] == answers
     assert {pair.rejected for pair in pairs} <= set(answers) - {""}
     assert len(pairs) > 3
-    assert notes[0] == f"{answers.count('')} of 18 candidates dropped: empty or the user's own text"
+    assert (
+        notes[0]
+        == f"{answers.count('')} of 18 candidates dropped: empty or nearly the user's own text"
+    )
 
 
 def test_mining_stops_between_batches(engine, mining, recipe, monkeypatch):

@@ -6,7 +6,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from training.tiny import Heard, make_item, pairs_in
 
-from langchain_cope.engine import Completion, Contrast, Request, Sampling
+from langchain_cope.engine import Completion, Contrast, Engine, Request, Sampling
 from langchain_cope.errors import Cancelled, HistoryError
 from langchain_cope.evaluation.evaluate import evaluate, item_nll
 from langchain_cope.evaluation.ways import WAYS
@@ -79,6 +79,46 @@ def test_without_any_negative_dpo_is_skipped_with_a_note(
     assert pairs_in(tmp_path) == []
     said = "DPO was skipped, as no item has a usable negative: the adapter is the one of SFT"
     assert result.notes[-1] == said
+
+
+def test_a_recipe_without_negatives_mines_none(engine, items, recipe, tmp_path, monkeypatch):
+    monkeypatch.delattr(Engine, "generate_each")
+    result = train_user(engine, items, replace(recipe, negatives=None), tmp_path)
+    files = content(tmp_path)
+    assert all(files[f"sft/{file}"] == files[f"dpo/{file}"] for file in FILES)
+    assert result.notes == [
+        "DPO was skipped, as the recipe mines no negatives and the history has no rejected "
+        "answers: the adapter is the one of SFT"
+    ]
+
+
+def test_given_pairs_are_trained_on_without_mining(engine, items, recipe, tmp_path):
+    given = [items[0].model_copy(update={"rejected": ("not that",)}), *items[1:]]
+    train_user(engine, given, replace(recipe, negatives=None), tmp_path)
+    assert [(pair.index, pair.rejected) for pair in pairs_in(tmp_path)] == [(0, "not that")]
+    files = content(tmp_path)
+    assert files[f"sft/{FILES[0]}"] != files[f"dpo/{FILES[0]}"]
+
+
+def test_where_dpo_was_skipped_nothing_is_evaluated_twice(
+    engine, items, held_out, recipe, tmp_path, monkeypatch
+):
+    asked = []
+    generate_each = engine.generate_each
+
+    def overheard(requests, should_stop):
+        asked.extend(requests)
+        return generate_each(asked, should_stop)
+
+    result = train_user(engine, items, replace(recipe, negatives=None), tmp_path)
+    monkeypatch.setattr(engine, "generate_each", overheard)
+    monitor = Monitor()
+    with monitor.stage(Stage.EVALUATE):
+        evaluation = evaluate(engine, held_out, result.recipe, tmp_path, monitor)
+    assert len(asked) == 3 * len(held_out)  # base, SFT alone, SFT with contrast
+    assert evaluation.metrics["dpo"] == evaluation.metrics["sft"]
+    assert evaluation.item_nll["dpo"] == evaluation.item_nll["sft"]
+    assert evaluation.item_nll["sft"] != evaluation.item_nll["base"]
 
 
 def test_what_was_cut_is_said(engine, items, recipe, tmp_path):

@@ -1,7 +1,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import pytest
@@ -43,6 +43,15 @@ def test_smaller_models_get_larger_steps_up_to_those_that_work():
     assert rates[-1] == 1e-4
 
 
+@pytest.mark.parametrize(("num_parameters", "mines"), [(134_515_008, False), (10**9, True)])
+def test_small_models_mine_no_negatives(num_parameters, mines):
+    recipe = Recipe.for_model(Sized(num_parameters), range(60))
+    assert recipe.negatives == (Negatives() if mines else None)
+    assert json.loads(json.dumps(recipe.as_dict()))["negatives"] == (
+        asdict(Negatives()) if mines else None
+    )
+
+
 @pytest.mark.parametrize(
     ("num_items", "epochs"), [(5, 6), (8, 6), (15, 3), (20, 3), (21, 2), (1000, 2)]
 )
@@ -79,6 +88,8 @@ def test_short_histories_get_more_epochs(num_items, epochs):
         (Recipe, "max_new_tokens", "many", "Recipe.max_new_tokens must be .*, not 'many'"),
         (Recipe, "seed", 2**32, "Recipe.seed must be below .*, not 4294967296"),
         (Recipe, "sft", {"rank": 8}, "Recipe.sft must be an instance of SFT, not "),
+        (Recipe, "sft", None, "Recipe.sft must be an instance of SFT, not None"),
+        (Recipe, "negatives", 3, "Recipe.negatives must be an instance of Negatives or None, not"),
     ],
 )
 def test_a_wrong_number_is_refused_with_what_was_expected(kind, option, value, message):
