@@ -23,9 +23,9 @@ from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Recipe
 
 Adapters = Mapping[Stage | None, Adapter | None]
+"""The adapters that answer, by the stage that trained each; under None the base, which has none."""
 Asked = tuple[Adapter | None, float, Contrast]
 """What answers: an adapter, its scale and the contrast."""
-"""The adapters that answer, by the stage that trained each; under None the base, which has none."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def refined(logits: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None)
     if logits.dtype != torch.bfloat16 or logits.device.type != "cpu":
         return logits
     exact = logits.float()
-    for rows, own in zip(exact.split(FEW), states.split(FEW), strict=True):
+    for rows, own in zip(torch.split(exact, FEW), torch.split(states, FEW), strict=True):
         nearest = (rows - rows.amax(-1, keepdim=True)).amax(0)
         tokens = nearest.topk(min(_EACH * len(rows), len(nearest))).indices
         offsets = None if bias is None else bias[tokens].float()
