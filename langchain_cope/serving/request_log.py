@@ -1,0 +1,74 @@
+"""Around every request: its id, one line of the log without texts, and a deadline for readers."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from langchain_cope.serving.settings import ServeSettings
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+log = logging.getLogger("langchain_cope.serving")
+
+
+class RequestLog:
+    """Middleware that gives a request its id and writes its line.
+
+    Endpoints add what they know to `request.state.log`: counts, codes, ids of keys; no texts, and
+    no ids of users.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
+        self._app = app
+        self._deadline = settings.write_deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("X-Request-Id", "")
+        request_id = given if _ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        line: dict[str, Any] = {"id": request_id, "method": scope["method"]}
+        scope.setdefault("state", {})["log"] = line
+        started = time.monotonic()
+
+        async def send_in_time(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                line["status"] = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+            async with asyncio.timeout(self._deadline):
+                await send(message)
+
+        try:
+            await self._app(scope, receive, send_in_time)
+        finally:
+            line["route"] = getattr(scope.get("route"), "path", None)
+            line["seconds"] = round(time.monotonic() - started, 4)
+            log.info("request", extra={"line": line})
+
+
+class JsonLines(logging.Formatter):
+    """Writes records as a JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record; of an exception it holds the class alone."""
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        entry: dict[str, Any] = {
+            "time": moment,
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "line", {}),
+        }
+        if record.exc_info and record.exc_info[0] is not None:
+            entry["exception"] = record.exc_info[0].__name__
+        return json.dumps(entry, ensure_ascii=False)

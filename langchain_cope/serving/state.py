@@ -1,0 +1,108 @@
+"""What all requests share: the chat model, the store, the histories, the keys, the counts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+
+from adapter_store import AdapterStore
+from langchain_cope.chat_models import ChatCoPe
+from langchain_cope.history.chroma import ChromaHistory
+from langchain_cope.serving.keys import KeyFile
+from langchain_cope.serving.principals import Principal, resolve_user
+from langchain_cope.serving.settings import ServeSettings
+from langchain_cope.stores import open_store
+
+
+@dataclass(eq=False)
+class ServerState:
+    """The server, as its routes see it. `ServerState.of` makes one; nothing is loaded yet."""
+
+    settings: ServeSettings
+    chat: ChatCoPe
+    """Answers everyone; a request's user goes with each call."""
+    store: AdapterStore
+    history: ChromaHistory
+    """What users wrote, all of them in one collection."""
+    keys: KeyFile | None
+    """None: no keys; whoever reaches the loopback address may do everything."""
+    draining: bool = False
+    """True once the server is to stop: nothing new is begun."""
+    at_drain: list[Callable[[], None]] = field(default_factory=list)
+    """Called once the server is to stop, from a signal's handler: they must not wait."""
+    at_close: list[Callable[[], None]] = field(default_factory=list)
+    """Called, in a thread, after the last answer: they may wait."""
+
+    @classmethod
+    def of(cls, settings: ServeSettings) -> "ServerState":
+        """Return the state of a new server.
+
+        Raises:
+            InputError: the key file is missing, readable by others, or none.
+            AdapterStoreError: the store cannot be opened.
+        """
+        store = open_store(settings.store)
+        return cls(
+            settings=settings,
+            chat=ChatCoPe(
+                model=settings.model,
+                task_adapter=settings.task_adapter,
+                device=settings.device,
+                dtype=settings.dtype,
+                store=store,
+                engine_options=settings.engine_options,
+                max_tokens=settings.answer_tokens,
+                trace_user_id="hashed",
+            ),
+            store=store,
+            history=ChromaHistory(settings.data / "history"),
+            keys=None if settings.keys is None else KeyFile(settings.keys),
+        )
+
+    def begin_drain(self) -> None:
+        """Begin nothing new from now on."""
+        self.draining = True
+        for stop in self.at_drain:
+            stop()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for close in self.at_close:
+            close()
+        self.chat.close()
+
+    @property
+    def jobs(self) -> Path:
+        """The folder of personalizations: their records, and what they resume from."""
+        return self.settings.data / "jobs"
+
+
+def state_of(request: Request) -> ServerState:
+    """Return the state of the server that a request came to."""
+    return cast(ServerState, request.app.state.server)
+
+
+def caller_of(request: Request) -> Principal:
+    """Return who asks. `access.guard` has found it before any endpoint runs."""
+    return cast(Principal, request.state.principal)
+
+
+def user_of(request: Request, offers: dict[str, object], *, required: bool = False) -> str | None:
+    """Return the user of a request: one of `offers`, or of the trusted header.
+
+    Raises ApiError as `resolve_user` does. An endpoint that touches anything of a user's calls this
+    first.
+    """
+    principal, settings = caller_of(request), state_of(request).settings
+    if settings.user_header and principal.trusted_header:
+        named = request.headers.getlist(settings.user_header)
+        if len(named) > 1:
+            named = [""]  # which of them a proxy wrote cannot be told
+        offers = {**offers, **{settings.user_header: name for name in named}}
+    return resolve_user(principal, offers, required=required)
+
+
+State = Annotated[ServerState, Depends(state_of)]
+Caller = Annotated[Principal, Depends(caller_of)]
