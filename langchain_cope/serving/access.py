@@ -55,9 +55,12 @@ def guard(request: Request, needs: Needs) -> None:
         return
     else:
         principal = _key_holder(request, state)
+        request.state.log["key"] = principal.id
     if needs not in ("open", "key"):
         principal.require(needs)
     request.state.principal = principal
+    if needs not in ("open", "metrics"):
+        state.limits.take_request(principal)
 
 
 def _key_holder(request: Request, state: ServerState) -> Principal:

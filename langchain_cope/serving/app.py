@@ -18,7 +18,7 @@ from langchain_cope.serving.access import SCOPE, GuardedRoute
 from langchain_cope.serving.errors import ApiError, api_error
 from langchain_cope.serving.request_log import RequestLog
 from langchain_cope.serving.route import Route
-from langchain_cope.serving.routes import health, models
+from langchain_cope.serving.routes import chat, health, metrics, models
 from langchain_cope.serving.state import ServerState
 
 
@@ -28,7 +28,9 @@ def _document(request: Request) -> Response:
 
 ROUTES: tuple[Route, ...] = (
     *health.ROUTES,
+    *metrics.ROUTES,
     *models.ROUTES,
+    *chat.ROUTES,
     Route("GET", "/openapi.json", "key", _document, {"include_in_schema": False}),
 )
 
@@ -67,7 +69,7 @@ def create_app(state: ServerState) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the base while the server starts; let go of it at the end."""
     state: ServerState = app.state.server
-    await state.chat.aload()
+    await asyncio.to_thread(state.load)
     yield
     await asyncio.to_thread(state.close)
 

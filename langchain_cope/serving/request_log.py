@@ -12,6 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from langchain_cope.serving.metrics import Metrics
 from langchain_cope.serving.settings import ServeSettings
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -54,7 +55,16 @@ class RequestLog:
         finally:
             line["route"] = getattr(scope.get("route"), "path", None)
             line["seconds"] = round(time.monotonic() - started, 4)
+            self._count(scope, line)
             log.info("request", extra={"line": line})
+
+    def _count(self, scope: Scope, line: dict[str, Any]) -> None:
+        """Count a response; what strangers send never becomes a label."""
+        metrics: Metrics = scope["app"].state.server.metrics
+        status = line.get("status", 499)
+        metrics.responses.labels(line["route"] or "none", status).inc()
+        if status in (429, 503):
+            metrics.rejected.labels(line.get("error", "none")).inc()
 
 
 class JsonLines(logging.Formatter):
