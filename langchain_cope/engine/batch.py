@@ -349,9 +349,9 @@ class Batch:
 def _new_rows(active: ActiveRequest) -> tuple[Row, ...]:
     """Return the rows of a request: the personal one, then the base's where it has two."""
     request = active.request
+    public = list(request.public_prefix)
 
     def row(tokens: list[int], adapter: Adapter | None) -> Row:
-        public = request.public_prefix
         num_public = num_shared(tokens, public, len(public))
         return Row(tokens, adapter, request.offline, request.cache_owner, num_public)
 

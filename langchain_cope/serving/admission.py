@@ -1,7 +1,8 @@
 """Who is answered when: room for rows, a fair line before it, and a bound on that line.
 
 The engine answers first come first served. So that one busy key does not hold up the others, no
-more is handed to it than it can run; the others wait here. Whoever holds the fewest rows is next.
+more is handed to it than it can run; the others wait here. Whoever holds the fewest rows is next,
+and of those that hold as many whoever has the shortest line.
 """
 
 import asyncio
@@ -93,18 +94,19 @@ class Admission:
         try:
             await ticket.called
         except asyncio.CancelledError:
-            if ticket.called.done() and not ticket.called.cancelled():
+            if not ticket.called.cancelled():
                 self._give_back(key, rows)  # called and gone in the same moment
-            else:
-                self._remove(ticket)
-                self._admit()
+            self._admit()  # which drops it where it still waits
             raise
 
     def _admit(self) -> None:
         """Call whoever fits: of the keys that wait, the one that holds the fewest rows."""
         while self._waiting:
-            key = min(self._waiting, key=lambda name: self._held[name])
+            key = min(self._waiting, key=lambda name: (self._held[name], len(self._waiting[name])))
             ticket = self._waiting[key][0]
+            if ticket.called.cancelled():
+                self._remove(ticket)
+                continue
             if self._held.total() + ticket.rows > self._rows:
                 return
             self._remove(ticket)

@@ -1,4 +1,4 @@
-"""A real server on a loopback port, with a tiny base, two users' adapters and keys of every kind."""
+"""A real server on a loopback port: a tiny base, two users' adapters, keys of every kind."""
 
 import asyncio
 import socket
@@ -68,7 +68,7 @@ class Running:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base whose replies may hold calls and JSON."""
     folder = tmp_path_factory.mktemp("served")
-    return make_model(folder, "llama", template=TOOLS, context=512, likely='"]}')
+    return make_model(folder, "llama", template=TOOLS, context=1024, likely='"]}')
 
 
 @pytest.fixture(scope="session")

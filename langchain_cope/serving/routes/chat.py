@@ -234,6 +234,8 @@ def _messages(body: ChatRequest) -> list[BaseMessage]:
         raise ApiError(400, "invalid_value", message, param="messages") from None
     messages: list[BaseMessage] = []
     for index, message in enumerate(body.messages):
+        if message.get("role") == "assistant":  # whose calls may stand alone
+            message = {"content": "", **message}
         try:
             messages += convert_to_messages([message])
         except Exception:  # of many kinds; their texts repeat the message
