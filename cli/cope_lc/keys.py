@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cope_lc.options import Json
-from cope_lc.output import print_json
+from cope_lc.output import Output
 from cope_lc.text import clean
 
 if TYPE_CHECKING:
@@ -124,11 +124,8 @@ def list_keys(keys: KeyFile, as_json: Json = False) -> None:
 
     used = last_uses(keys)
     found = read_keys(keys)
-    if as_json:
-        print_json({"keys": [_facts(key, used.get(key.id)) for key in found]})
-        return
-    for key in found:
-        print(_line(key, used.get(key.id)))
+    facts = {"keys": [_facts(key, used.get(key.id)) for key in found]}
+    Output(as_json).show(facts, "\n".join(_line(key, used.get(key.id)) for key in found))
 
 
 def revoke(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import tomllib
 from enum import StrEnum
 from pathlib import Path
@@ -187,8 +186,6 @@ def serve(
         return
     from langchain_cope.serving import serve as run
 
-    where = f"http://{host}:{port}" + ("/app/" if app else "/v1")
-    print(f"serving {settings.name} at {where}", file=sys.stderr, flush=True)
     run(settings, log_level.value)
 
 

@@ -190,11 +190,6 @@ class Engine:
         for device in devices:
             give_back(device)
 
-    @property
-    def closed(self) -> bool:
-        """True once nothing is answered any more: it was closed, or its thread has stopped."""
-        return self._closed
-
     def load_adapter(self, folder: str | Path) -> Adapter:
         """Read a peft LoRA folder for requests.
 

@@ -128,7 +128,7 @@ class KeyFile:
             try:
                 if _stamp(self._path) != self._stamp:
                     self._reload()
-            except (OSError, InputError):
+            except InputError:
                 self._keys, self._stamp = {}, ()
 
     def _reload(self) -> None:
@@ -255,7 +255,11 @@ def _iso(moment: datetime) -> str:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    found = path.stat()
+    """Return what changes with a file; nothing where it cannot be looked at."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
     return (found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode)
 
 

@@ -38,30 +38,48 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        new = {"registry": self.registry}
         self.first_token = Histogram(
             "cope_time_to_first_token_seconds",
             "From request to first token.",
             buckets=_SECONDS,
-            **new,
+            registry=self.registry,
         )
         self.between_tokens = Histogram(
-            "cope_inter_token_latency_seconds", "Between two pieces.", buckets=_SHORT, **new
+            "cope_inter_token_latency_seconds",
+            "Between two pieces.",
+            buckets=_SHORT,
+            registry=self.registry,
         )
         self.whole = Histogram(
-            "cope_e2e_request_latency_seconds", "From request to end.", buckets=_SECONDS, **new
+            "cope_e2e_request_latency_seconds",
+            "From request to end.",
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self.queue = Histogram(
-            "cope_request_queue_time_seconds", "Waiting for room.", buckets=_SECONDS, **new
+            "cope_request_queue_time_seconds",
+            "Waiting for room.",
+            buckets=_SECONDS,
+            registry=self.registry,
         )
-        self.prompt_tokens = Counter("cope_prompt_tokens", "Tokens of prompts.", **new)
+        self.prompt_tokens = Counter(
+            "cope_prompt_tokens", "Tokens of prompts.", registry=self.registry
+        )
         self.success = Counter(
-            "cope_request_success", "Answers that ended.", ["finished_reason"], **new
+            "cope_request_success",
+            "Answers that ended.",
+            ["finished_reason"],
+            registry=self.registry,
         )
         self.responses = Counter(
-            "cope_http_responses", "Responses, by route and status.", ["route", "status"], **new
+            "cope_http_responses",
+            "Responses, by route and status.",
+            ["route", "status"],
+            registry=self.registry,
         )
-        self.rejected = Counter("cope_rejected", "Refused with 429 or 503.", ["reason"], **new)
+        self.rejected = Counter(
+            "cope_rejected", "Refused with 429 or 503.", ["reason"], registry=self.registry
+        )
 
     def watch(self, state: "ServerState") -> None:
         """Read the engine's own counts, too, whenever somebody asks."""

@@ -5,6 +5,7 @@ takes no more connections; answers under way have `drain` seconds. A second sign
 """
 
 import logging
+import socket
 import sys
 import time
 from types import FrameType
@@ -12,7 +13,7 @@ from types import FrameType
 import uvicorn
 
 from langchain_cope.serving.app import create_app
-from langchain_cope.serving.request_log import JsonLines
+from langchain_cope.serving.request_log import JsonLines, log
 from langchain_cope.serving.settings import ServeSettings
 from langchain_cope.serving.state import ServerState
 
@@ -52,6 +53,15 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._state = state
         self._exit_at: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say where."""
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            url = f"http://{host if ':' not in host else f'[{host}]'}:{port}"
+            page = f", the page at {url}/app/" if self._state.settings.app else ""
+            log.info("ready at %s/v1%s", url, page)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin the end; a second signal ends it at once."""

@@ -19,6 +19,7 @@ from langchain_cope.serving.limits import KeyLimits
 from langchain_cope.serving.metrics import Metrics
 from langchain_cope.serving.principals import Principal, resolve_user
 from langchain_cope.serving.settings import ServeSettings
+from langchain_cope.serving.store_watch import StoreWatch
 from langchain_cope.stores import open_store
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ServerState:
     """None: no keys; whoever reaches the loopback address may do everything."""
     admission: Admission
     limits: KeyLimits
+    store_watch: StoreWatch
     metrics: Metrics = field(default_factory=Metrics)
     engine: "Engine | None" = None
     """The engine that answers, once the base is loaded."""
@@ -78,6 +80,7 @@ class ServerState:
             keys=None if settings.keys is None else KeyFile(settings.keys),
             admission=Admission(rows, settings.max_waiting),
             limits=KeyLimits(settings.max_concurrent),
+            store_watch=StoreWatch(store),
         )
         state.metrics.watch(state)
         return state

@@ -48,7 +48,7 @@ async def completions(
     if not body.stream:
         return JSONResponse(await unless_gone(request, answering.whole()))
     events = answering.events()
-    first = await unless_gone(request, anext(events))  # type: ignore[arg-type]
+    first = await unless_gone(request, anext(events))
     return event_stream(_with_first(first, events))
 
 
@@ -233,11 +233,11 @@ def _messages(body: ChatRequest) -> list[BaseMessage]:
         message = "a text holds half of a surrogate pair: send whole characters"
         raise ApiError(400, "invalid_value", message, param="messages") from None
     messages: list[BaseMessage] = []
-    for index, message in enumerate(body.messages):
-        if message.get("role") == "assistant":  # whose calls may stand alone
-            message = {"content": "", **message}
+    for index, turn in enumerate(body.messages):
+        if turn.get("role") == "assistant":  # whose calls may stand alone
+            turn = {"content": "", **turn}
         try:
-            messages += convert_to_messages([message])
+            messages += convert_to_messages([turn])
         except Exception:  # of many kinds; their texts repeat the message
             where = f"messages.{index}"
             raise ApiError(
@@ -256,7 +256,7 @@ def _fingerprint(call: "Call", digest: str | None) -> str:
     return f"fp_{base[:8]}_{digest[:8] if digest and call.request.personal else 'base'}"
 
 
-_CONTENT = {"application/json": {}, "text/event-stream": {}}
+_CONTENT: dict[str, dict[str, Any]] = {"application/json": {}, "text/event-stream": {}}
 ROUTES = (
     Route(
         "POST",

@@ -12,8 +12,8 @@ async def healthz() -> Response:
 
 
 async def readyz(state: State) -> Response:
-    """Tell whether new requests are welcome."""
-    if state.draining:
+    """Tell whether new requests are welcome: the base is loaded and the store answers."""
+    if state.draining or state.engine is None or not state.store_watch.is_well():
         return JSONResponse({"status": "not ready"}, 503)
     return JSONResponse({"status": "ok"})
 
