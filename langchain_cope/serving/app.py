@@ -6,6 +6,7 @@ module a place in the table below; the committed matrix of the tests wants a row
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from langchain_cope.serving.access import SCOPE, GuardedRoute
-from langchain_cope.serving.errors import ApiError
+from langchain_cope.serving.errors import BODY_SCHEMA, ApiError
 from langchain_cope.serving.request_log import RequestLog
 from langchain_cope.serving.route import Route
 from langchain_cope.serving.routes import chat, health, metrics, models
@@ -35,6 +36,12 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
+_ERROR: dict[str, Any] = {
+    "description": "An error.",
+    "content": {"application/json": {"schema": BODY_SCHEMA}},
+}
+
+
 def create_app(state: ServerState) -> FastAPI:
     """Return the ASGI app of a server."""
     app = FastAPI(
@@ -44,6 +51,7 @@ def create_app(state: ServerState) -> FastAPI:
         redoc_url=None,
         telemetry={"logs": False},  # which would hold the texts of exceptions
         lifespan=_lifespan,
+        responses={"4XX": _ERROR, "5XX": _ERROR, 422: _ERROR},
     )
     app.state.server = state
     app.router.route_class = GuardedRoute
@@ -67,7 +75,8 @@ def create_app(state: ServerState) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the base while the server starts; let go of it at the end."""
     state: ServerState = app.state.server
-    await asyncio.to_thread(state.load)
+    with ThreadPoolExecutor(1) as loader:  # which ends: its idle threads would slow the engine's
+        await asyncio.get_running_loop().run_in_executor(loader, state.load)
     yield
     await asyncio.to_thread(state.close)
 

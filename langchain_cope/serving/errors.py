@@ -36,6 +36,24 @@ _TYPES = {
     409: "conflict_error",
     429: "rate_limit_error",
 }
+BODY_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+            "required": ["message", "type", "param", "code"],
+            "additionalProperties": False,
+        }
+    },
+    "required": ["error"],
+}
+"""What the body of every error is, for the OpenAPI document."""
 _RETRY_LATER = 5  # seconds, where nothing better is known
 
 
