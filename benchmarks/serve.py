@@ -60,7 +60,7 @@ class Seen:
 
 def main() -> None:
     options = _options()
-    state = machine("serve", options)
+    state = machine("serve", options) | {"model": MODEL}
     print(json.dumps(state), flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder, base = Path(name), Path(name) / "base"
@@ -84,6 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of an answer, at most")
     parser.add_argument("--rows", type=int, default=128, metavar="N", help="in the batch, at most")
     parser.add_argument("--peer", action="store_true", help="compare with `transformers serve`")
+    parser.set_defaults(device="cpu")
     return parser.parse_args()
 
 
