@@ -758,15 +758,29 @@ def _check_same_base(version: AdapterVersion, base: Mapping[str, str]) -> None:
             for part, (trained, asked) in differences.items()
         )
         trained_on = version.base.get("model")
-        options = f" (model={trained_on!r}, --model {trained_on})" if trained_on else ""
         raise BaseModelMismatchError(
             f"version {version.version} of user {shorten(version.user_id)} was trained on another "
             f"base model ({value_or_none(trained_on)}, "
-            f"now {value_or_none(base.get('model'))}): {parts}; load the base that it was trained "
-            f"on{options}, or personalize the user again on this one",
+            f"now {value_or_none(base.get('model'))}): {parts}; "
+            f"{_what_to_load(version, differences)}, or personalize the user again on this one",
             differences,
             trained_on,
         )
+
+
+def _what_to_load(
+    version: AdapterVersion, differences: Mapping[str, tuple[str | None, str | None]]
+) -> str:
+    """Return what to do about a base that is another one: most often its task adapter is."""
+    trained_on = version.base.get("model")
+    if differences.keys() == {"task_adapter"}:
+        if differences["task_adapter"][0] in (None, "none"):
+            return "load the base without a task adapter, as it was trained"
+        name = version.metadata.get("task_adapter")
+        called = f" {shorten(name)}" if isinstance(name, str) else ""
+        return f"load the base with the task adapter{called} (task_adapter=, --task-adapter)"
+    options = f" (model={trained_on!r}, --model {trained_on})" if trained_on else ""
+    return f"load the base that it was trained on{options}"
 
 
 def _head_of(store: OpenStore, user_key: str) -> UserHead | None:

@@ -1,10 +1,10 @@
 """Every user answered in that user's own manner, on one local base model (CoPe).
 
-`ChatCoPe` chats, `PersonalizeUser` trains; histories come from files (`read_history`), rows
-(`as_history`), Chroma (`ChromaHistory`) and an app's chats (`RecordedChatHistory`); `forget`
-removes all that is kept of a user. Everything else is imported from its own module. Names are
-loaded when first used, so that importing the package costs nothing. It sets three environment
-variables that are not set (`_environment.py`).
+`ChatCoPe` chats, `PersonalizeUser` trains, `TrainTaskAdapter` teaches a base the task; histories
+come from files (`read_history`), rows (`as_history`), Chroma (`ChromaHistory`) and an app's chats
+(`RecordedChatHistory`); `forget` removes all that is kept of a user. Everything else is imported
+from its own module. Names are loaded when first used, so that importing the package costs nothing.
+It sets three environment variables that are not set (`_environment.py`).
 """
 
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from langchain_cope.history.recorded import RecordedChatHistory
     from langchain_cope.middleware import CoPeUserMiddleware
     from langchain_cope.personalize import PersonalizeResult, PersonalizeUser
+    from langchain_cope.task_adapter import TrainTaskAdapter
     from langchain_cope.training.recipe import Recipe
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PersonalizeUser",
     "Recipe",
     "RecordedChatHistory",
+    "TrainTaskAdapter",
     "UserHistory",
     "as_history",
     "forget",
@@ -51,6 +53,7 @@ _MODULES = {
     "PersonalizeUser": "personalize",
     "Recipe": "training.recipe",
     "RecordedChatHistory": "history.recorded",
+    "TrainTaskAdapter": "task_adapter",
     "UserHistory": "history",
     "as_history": "history",
     "forget": "forgetting",

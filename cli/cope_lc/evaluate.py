@@ -59,6 +59,17 @@ def evaluate(
             "it was stopped, and another choice of ways runs the new ones only.",
         ),
     ] = None,
+    grid: Annotated[
+        bool,
+        typer.Option(
+            "--grid",
+            help="Also answer at 13 settings of α and τ, up to 10 queries a user.",
+        ),
+    ] = False,
+    matrix: Annotated[
+        bool,
+        typer.Option("--matrix", help="Also score each user's queries under everybody's adapter."),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="FILE.html", help="Write a page with charts and samples."),
@@ -75,17 +86,15 @@ def evaluate(
         users = read_users(file, target=target.value if target else None)[:limit]
         _check(users, file)
         chosen = _chosen(ways, task_adapter, len(users))
+        _check_views(chosen, len(users), grid=grid, matrix=matrix)
         if report is not None and not report.absolute().parent.is_dir():
             raise typer.BadParameter(f"there is no folder {report.parent}", param_hint="--report")
         settings = {"model": model, "device": device, "dtype": dtype}
         with _folder(job_dir) as folder:
-            from langchain_cope.evaluation.measures import measure
-
             comparison = _comparison(
                 users, chosen, folder, settings, task_adapter, paper=paper, seed=seed
             )
-            _run(comparison, job_dir)
-            found = measure(comparison)
+            found = _found(comparison, job_dir, grid=grid, matrix=matrix)
         notes = _leaks(users, task_adapter)
         found.notes.extend(notes)
         if report is not None:
@@ -116,6 +125,20 @@ def _check(users: "list[UserHistory]", file: Path) -> None:
 
     for index, user in enumerate(users, 1):
         check_has_queries(user, f"{file}: user {index} ({user.user_id!r:.80})")
+
+
+def _check_views(ways: "tuple[Way, ...]", num_users: int, *, grid: bool, matrix: bool) -> None:
+    """Refuse `--grid` and `--matrix` where they have nothing to look at, before any training."""
+    from langchain_cope.evaluation.over_users import require_scikit_learn
+
+    if not grid and not matrix:
+        return
+    require_scikit_learn()
+    option = "--matrix" if matrix else "--grid"
+    if all(way.adapter is None for way in ways):
+        raise typer.BadParameter("no way has an adapter: add sft or cope", param_hint=option)
+    if matrix and num_users < 2:
+        raise typer.BadParameter("it needs two users or more", param_hint=option)
 
 
 @contextmanager
@@ -149,33 +172,54 @@ def _comparison(
     return Comparison(engine, users, folder, ways, task_engine=task_engine, recipe=recipe)
 
 
-def _run(comparison: "Comparison", job_dir: Path | None) -> None:
-    """Train and score user by user, then let all ways answer, with progress."""
-    from cope_lc.progress import DisplayMonitor, duration, progress_display
-    from langchain_cope.errors import Cancelled
+def _found(comparison: "Comparison", job_dir: Path | None, *, grid: bool, matrix: bool) -> "Report":
+    """Do all that is not done yet, with progress, and return the figures."""
+    from dataclasses import replace
 
-    jobs, started = comparison.jobs, time.monotonic()
+    from cope_lc.progress import DisplayMonitor, progress_display
+    from langchain_cope.errors import Cancelled
+    from langchain_cope.evaluation.adapter_matrix import score_adapters
+    from langchain_cope.evaluation.grid import answer_grid, measure_grid
+    from langchain_cope.evaluation.measures import measure
+
     try:
-        for index, job in enumerate(jobs, 1):
-            prefix = f"[{index}/{len(jobs)}] {_name_of(job, 24)}: "
-            with progress_display(prefix, transient=True) as display:
-                comparison.train(job, DisplayMonitor(display))
-            left = (time.monotonic() - started) / index * (len(jobs) - index)
-            took = duration(sum(job.timings.values()))
-            line = f"{prefix}trained in {took}" if job.timings else f"{prefix}nothing to train"
-            others = f", about {duration(left)} left for the others" if index < len(jobs) else ""
-            print(f"{line}{others}", file=sys.stderr, flush=True)
-        with progress_display(transient=True) as display:
-            monitor = DisplayMonitor(display)
-            for index, job in enumerate(jobs, 1):
-                comparison.score(job, monitor)
-                summary = f"[{index}/{len(jobs)}] {_name_of(job, 24)}: {_summary(comparison, job)}"
-                print(summary, file=sys.stderr, flush=True)
-            comparison.answer(monitor)
+        _run(comparison)
+        found = measure(comparison)
+        if grid:
+            with progress_display("α and τ: ", transient=True) as display:
+                answer_grid(comparison, DisplayMonitor(display))
+            found = replace(found, grid=measure_grid(comparison, found.voice))
+        if matrix:
+            with progress_display("adapters: ", transient=True) as display:
+                found = replace(found, matrix=score_adapters(comparison, DisplayMonitor(display)))
     except KeyboardInterrupt:
         kept = f"; what was finished is kept in {job_dir}: the same command goes on after it"
         line = "stopped; nothing was published"
         raise Cancelled(line + (kept if job_dir else "")) from None
+    return found
+
+
+def _run(comparison: "Comparison") -> None:
+    """Train and score user by user, then let all ways answer, with progress."""
+    from cope_lc.progress import DisplayMonitor, duration, progress_display
+
+    jobs, started = comparison.jobs, time.monotonic()
+    for index, job in enumerate(jobs, 1):
+        prefix = f"[{index}/{len(jobs)}] {_name_of(job, 24)}: "
+        with progress_display(prefix, transient=True) as display:
+            comparison.train(job, DisplayMonitor(display))
+        left = (time.monotonic() - started) / index * (len(jobs) - index)
+        took = duration(sum(job.timings.values()))
+        line = f"{prefix}trained in {took}" if job.timings else f"{prefix}nothing to train"
+        others = f", about {duration(left)} left for the others" if index < len(jobs) else ""
+        print(f"{line}{others}", file=sys.stderr, flush=True)
+    with progress_display(transient=True) as display:
+        monitor = DisplayMonitor(display)
+        for index, job in enumerate(jobs, 1):
+            comparison.score(job, monitor)
+            summary = f"[{index}/{len(jobs)}] {_name_of(job, 24)}: {_summary(comparison, job)}"
+            print(summary, file=sys.stderr, flush=True)
+        comparison.answer(monitor)
 
 
 def _summary(comparison: "Comparison", job: "UserJob") -> str:
@@ -241,6 +285,8 @@ def _facts(report: "Report", model: str, task_adapter: str | None) -> dict[str, 
             for reference, by_way in report.differences.items()
         },
         "voice": {name: _scale(scale) for name, scale in report.voice.items()},
+        "grid": [asdict(cell) for cell in report.grid],
+        "matrix": asdict(report.matrix) if report.matrix else None,
         "nll_change": mean_changes,
         "users_better": users_better,
         "notes": report.notes,
@@ -261,7 +307,13 @@ def _scale(scale: Any) -> dict[str, Any]:
 
 
 def _show(report: "Report", facts: dict[str, Any], file: Path | None) -> None:
-    from cope_lc.metrics_table import differences_table, metrics_table, user_table
+    from cope_lc.metrics_table import (
+        differences_table,
+        grid_table,
+        matrix_line,
+        metrics_table,
+        user_table,
+    )
     from cope_lc.progress import duration
     from langchain_cope.evaluation.ways import QUICK_WAYS
 
@@ -287,6 +339,11 @@ def _show(report: "Report", facts: dict[str, Any], file: Path | None) -> None:
             say(out, f"note: no {name} score: {scale['silent']}", "dim")
         else:
             say(out, f"{name}: 0 is strangers, 1 the user; told apart with AUC {scale['auc']:.2f}")
+    if report.grid:
+        out.print(grid_table(report.grid))
+        out.print()
+    if report.matrix is not None:
+        say(out, matrix_line(report.matrix))
     for line in _notes(report):
         say(out, f"note: {line}", "dim")
     if file is not None:

@@ -9,7 +9,9 @@ from langchain_cope.evaluation.ways import BASE, Way
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from langchain_cope.evaluation.over_users import Difference
+    from langchain_cope.evaluation.adapter_matrix import AdapterMatrix
+    from langchain_cope.evaluation.grid import Cell
+    from langchain_cope.evaluation.over_users import Difference, Estimate
 
 _ALWAYS = {"nll": "NLL ↓", "rouge1": "ROUGE-1 ↑", "rougeL": "ROUGE-L ↑"}
 MEASURES = {
@@ -75,6 +77,35 @@ def differences_table(by_way: "Mapping[str, Mapping[str, Difference]]", first: s
         cells = [_difference(figures.get(measure)) for measure in measures]
         rows.add_row(cell(way), *cells)
     return rows
+
+
+def grid_table(cells: "Sequence[Cell]") -> "Table":
+    """Return a row for each setting of α and τ: what its answers are like."""
+    measures = [name for name in MEASURES if name in cells[0].figures]
+    columns = ("α", "τ", *(MEASURES[name] for name in measures))
+    rows = table(*columns, right=columns)
+    for each in cells:
+        tau = number(each.tau, 2) if each.alpha else "any"
+        figures = [number(each.figures[name].value) for name in measures]
+        rows.add_row(number(each.alpha, 1), tau, *figures)
+    return rows
+
+
+def matrix_line(matrix: "AdapterMatrix") -> str:
+    """Return in one sentence how often a user's own adapter knows the user best."""
+    top1, above = matrix.top1, matrix.own_above_another
+    return (
+        f"a user's own adapter is the likeliest of all {matrix.num_users} on the user's texts for "
+        f"{_share(top1)} of the users (chance {1 / matrix.num_users:.0%}), and likelier than "
+        f"{_share(above)} of the others' (chance 50%)"
+    )
+
+
+def _share(value: "Estimate") -> str:
+    if value.interval is None:
+        return f"{value.value:.0%}"
+    low, high = value.interval
+    return f"{value.value:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def nll_changes(metrics: Metrics) -> dict[str, float]:

@@ -42,7 +42,7 @@ def progress_display(prefix: str = "", *, transient: bool = False) -> Iterator[D
 
 
 class DisplayMonitor(Monitor):
-    """Shows the stages and steps of an `evaluate_user` on a display."""
+    """Shows stages and steps on a display."""
 
     def __init__(self, display: Display) -> None:
         super().__init__()

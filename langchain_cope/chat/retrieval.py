@@ -44,10 +44,7 @@ def examples_for(
         return []
     plain = [item for item in items if all(turn["role"] in _MESSAGES for turn in item.messages)]
     return [
-        [
-            *(_MESSAGES[turn["role"]](str(turn["content"])) for turn in item.messages),
-            AIMessage(item.completion),
-        ]
+        [_MESSAGES[turn["role"]](str(turn["content"])) for turn in item.turns]
         for item in most_alike(plain, str(asked[-1]), number)
     ]
 

@@ -1,77 +1,22 @@
-"""How much one user gains: train on some items, compare the ways on others. Publishes nothing."""
+"""One user's training and the four ways on held-out items, as a personalization runs them.
 
-import tempfile
+Many users and all ways, without publishing, are `users.py`.
+"""
+
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from langchain_cope.errors import HistoryError
 from langchain_cope.history.items import Item, UserHistory
 from langchain_cope.training.progress import Monitor, Stage
-from langchain_cope.training.recipe import Recipe, RecipeChoice, recipe_for
+from langchain_cope.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from langchain_cope.engine import Engine
     from langchain_cope.evaluation.evaluate import Evaluation
     from langchain_cope.training.pipeline import TrainingResult
-
-
-@dataclass(frozen=True)
-class UserEvaluation:
-    """One user's figures."""
-
-    user_id: str | None
-    metrics: dict[str, dict[str, float]]
-    """By the name of each of `WAYS`: `rouge1`, `rougeL` and, where it has one, `nll`."""
-    timings: dict[str, float]
-    """Seconds of each stage, by its name."""
-    num_trained: int
-    num_queries: int
-    adapter_bytes: int
-    """Size of the final adapter's weights file."""
-    notes: list[str]
-    """In words for people: what was cut, dropped or skipped."""
-
-
-def evaluate_user(
-    engine: "Engine",
-    history: UserHistory,
-    recipe: RecipeChoice = None,
-    *,
-    monitor: Monitor | None = None,
-) -> UserEvaluation:
-    """Train on all of `history.items` and compare the ways on `history.queries`.
-
-    Args:
-        engine: The engine of the base.
-        history: One user's items and queries.
-        recipe: None: `Recipe.for_model`.
-        monitor: Hears of stages and steps, and may stop them.
-
-    Raises:
-        HistoryError: Items or queries are missing.
-        Cancelled: `monitor` asked for a stop.
-    """
-    check_has_queries(history, f"user {history.user_id!r:.80}")
-    from langchain_cope.engine import WEIGHTS
-
-    monitor = monitor or Monitor()
-    chosen = recipe_for(recipe, engine.base, history.items)
-    with tempfile.TemporaryDirectory(prefix="cope-") as folder:
-        training, evaluation = train_and_evaluate(
-            engine, history.items, history.queries, chosen, Path(folder), monitor
-        )
-        adapter_bytes = (training.dpo / WEIGHTS).stat().st_size
-    return UserEvaluation(
-        user_id=history.user_id,
-        metrics=evaluation.metrics,
-        timings=dict(monitor.timings),
-        num_trained=len(history.items),
-        num_queries=len(history.queries),
-        adapter_bytes=adapter_bytes,
-        notes=[*history.notes, *training.notes, *evaluation.notes],
-    )
 
 
 def check_has_queries(user: UserHistory, name: str) -> None:

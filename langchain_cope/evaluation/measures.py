@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from langchain_cope.errors import InputError
+from langchain_cope.evaluation.adapter_matrix import AdapterMatrix
 from langchain_cope.evaluation.evaluate import rouge_of_ways
+from langchain_cope.evaluation.grid import Cell
 from langchain_cope.evaluation.meteor import WordNetMissing, mean_meteor
 from langchain_cope.evaluation.over_users import (
     Difference,
@@ -68,6 +70,10 @@ class Report:
     voice: dict[str, VoiceScale | Silent]
     """The scales of `voice` and `style`, or why there is none."""
     notes: list[str] = field(default_factory=list)
+    grid: list[Cell] = field(default_factory=list)
+    """What α and τ do, where `answer_grid` was run."""
+    matrix: AdapterMatrix | None = None
+    """Every adapter on every user's texts, where `score_adapters` was run."""
 
 
 def measure(comparison: Comparison) -> Report:

@@ -65,11 +65,8 @@ class OwnItems:
 def _with_items(question: "Sequence[Message]", items: Sequence[Item]) -> "list[Message]":
     """Return the items as turns before `question`, whose own system message stays in front."""
     system = [message for message in question if message["role"] == "system"]
-    turns: list[Message] = []
-    for item in items:
-        turns += [message for message in item.messages if message["role"] != "system"]
-        turns.append({"role": "assistant", "content": item.completion})
-    return [*system, *turns, *(m for m in question if m["role"] != "system")]
+    turns = [*(turn for item in items for turn in item.turns), *question]
+    return [*system, *(turn for turn in turns if turn["role"] != "system")]
 
 
 def _last_text(messages: "Sequence[Message]") -> str:

@@ -8,6 +8,7 @@ Read `Comparison`; what is made of the texts is `measures.py`.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -115,7 +116,7 @@ class Comparison:
         self,
         engine: Engine,
         users: Sequence[UserHistory],
-        folder: Path,
+        folder: str | os.PathLike[str],
         ways: Sequence[Way],
         *,
         task_engine: Engine | None = None,
@@ -143,7 +144,7 @@ class Comparison:
             raise InputError(f"{names}: needs a task adapter (--task-adapter FOLDER)")
         if any(way.of_another for way in ways) and len(users) < 2:
             raise InputError("another user's adapter needs another user: give two or more")
-        self.jobs = [self._job(user, folder, recipe) for user in users]
+        self.jobs = [self._job(user, Path(folder), recipe) for user in users]
         for job in self.jobs:
             job.load()
 
@@ -196,6 +197,32 @@ class Comparison:
                 done = self._answer_on(engine, plan, monitor, done, total)
                 give_back(engine.base.device)
 
+    @property
+    def trained_engine(self) -> Engine:
+        """The engine of the base that users are trained on."""
+        return self._trained
+
+    def last_adapter(self, job: UserJob) -> Path:
+        """Return the folder of the last adapter that was trained for the user.
+
+        Raises `InputError` where there is none, as none of the ways needs one.
+        """
+        for stage in (Stage.DPO, Stage.SFT):
+            if (job.folder / stage.file).exists():
+                return job.folder / stage.file
+        raise InputError("no way has an adapter to look at: name sft or cope among the ways")
+
+    def nll_under(self, job: UserJob, owner: UserJob, monitor: Monitor) -> float:
+        """Return the NLL of a user's queries under the last adapter of `owner`, scored once."""
+        folder = self.last_adapter(owner)
+        key = _digest(job.digest, owner.digest, folder.name)
+        if key not in job.nll:
+            pairs = [(example.prompt_ids, example.completion_ids) for example in job.examples]
+            adapter = self._trained.load_adapter(folder)
+            log_probs = self._trained.score(pairs, adapter, monitor.should_stop)
+            job.nll[key] = over_all_tokens([of_item.tolist() for of_item in log_probs])
+        return job.nll[key]
+
     def nll_of(self, job: UserJob, way: Way) -> float | None:
         """Return what `score` measured; None for a way that has none."""
         return job.nll[self._key(job, way)] if way.has_nll else None
@@ -227,7 +254,7 @@ class Comparison:
             digest=_digest(
                 FORMAT,
                 _identity(base),
-                recipe.as_dict(),
+                {**recipe.as_dict(), "alpha": None, "tau": None},  # nothing is trained by them
                 *(_texts(items) for items in (user.items, user.queries)),
             ),
             folder=folder / name[:32],
@@ -256,7 +283,8 @@ class Comparison:
     def _key(self, job: UserJob, way: Way) -> str:
         """Return what stands for a way in a user's file: equal where the work is the same."""
         engine = self._engine(way)
-        return _digest(asdict(way), _identity(engine.base), self._owner(job, way).digest)
+        contrast = [job.recipe.alpha, job.recipe.tau] if way.contrastive else []
+        return _digest(asdict(way), _identity(engine.base), self._owner(job, way).digest, contrast)
 
     def _prompt(self, job: UserJob, way: Way, example: Encoded) -> list[Message]:
         if way.shown is Shown.NOTHING:

@@ -65,6 +65,11 @@ class Item(BaseModel):
         return list(self.prompt)
 
     @property
+    def turns(self) -> list[Message]:
+        """The prompt and the completion as messages."""
+        return [*self.messages, {"role": "assistant", "content": self.completion}]
+
+    @property
     def key(self) -> str:
         """A text that two items share exactly when prompt and completion are the same."""
         return json.dumps([self.messages, self.completion], sort_keys=True)

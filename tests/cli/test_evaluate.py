@@ -88,6 +88,29 @@ def test_without_scikit_learn_the_plain_figures_stand(
     assert [note for note in facts["notes"] if "scikit-learn" in note]
 
 
+def test_json_holds_the_grid_and_the_matrix(
+    evaluate: Callable, history: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = (history([user_row("alice"), user_row("bob")]), "--ways", "sft", "--job-dir", tmp_path)
+    facts = evaluate(*words, "--grid", "--matrix", "--json").json
+    assert len(facts["grid"]) == 13
+    assert facts["grid"][0]["figures"]["rougeL"]["num_users"] == 2
+    assert 0 <= facts["matrix"]["top1"]["value"] <= 1
+    plain = evaluate(*words, "--json").json
+    assert (plain["grid"], plain["matrix"]) == ([], None)
+
+
+def test_views_that_would_be_empty_are_refused_before_training(
+    evaluate: Callable, history: Callable[..., Path]
+) -> None:
+    file = history([user_row("alice")])
+    outcome = evaluate(file, "--ways", "base", "--grid")
+    assert (outcome.code, "no way has an adapter" in outcome.stderr) == (2, True)
+    assert "SFT" not in outcome.stderr
+    outcome = evaluate(file, "--matrix")
+    assert (outcome.code, "two users or more" in outcome.stderr) == (2, True)
+
+
 def test_a_way_that_is_not_there_is_refused(
     evaluate: Callable, history: Callable[..., Path]
 ) -> None:
@@ -114,10 +137,10 @@ def test_the_report_is_one_page_in_which_texts_are_text(
     row = user_row("alice")
     row["queries"][1] = {"prompt": HOSTILE, "completion": f"{HOSTILE} she wrote"}
     page_file = tmp_path / "report.html"
-    outcome = evaluate(
-        history([row, user_row(HOSTILE)]), "--report", page_file, "--ways", "base,cope"
-    )
+    words = ("--report", page_file, "--ways", "base,cope", "--grid", "--matrix")
+    outcome = evaluate(history([row, user_row(HOSTILE, 9)]), *words)
     assert outcome.code == 0, outcome.stderr
+    assert "a user's own adapter is the likeliest of all 2 on" in outcome.stdout
     page = page_file.read_text(encoding="utf-8")
     tags = Tags(page)
     assert {"table", "svg", "circle", "details"} <= set(tags.names)
@@ -125,6 +148,9 @@ def test_the_report_is_one_page_in_which_texts_are_text(
     assert not tags.addresses
     assert "&lt;script&gt;alert(1)&lt;/script&gt; she wrote" in page
     assert ' nats">' in page
+    assert page.count('class="heat"') == 13  # settings of α and τ
+    assert "Gain of cope over base" in page
+    assert "of the users (chance 50%)" in page
 
 
 def test_users_are_compared_on_a_task_adapter(
@@ -177,3 +203,55 @@ def test_a_broken_line_is_named(evaluate: Callable, tmp_path: Path) -> None:
     outcome = evaluate(file)
     assert outcome.code == 2
     assert "users.jsonl:2: broken JSON" in outcome.error
+
+
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} <|im_end|>{% endif %}{% endfor %}"
+)
+SOLAR = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}### User:\n{{ m['content'] }}\n\n"
+    "{% else %}### Assistant:\n{{ m['content'] }}<|im_end|>\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [  # their shapes, and how they write turns
+        ("llama", {"template": LLAMA_2, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+        ("mistral", {"template": LLAMA_2, "sliding_window": None, "rope_theta": 1e6}),
+        ("llama", {"template": SOLAR, "num_hidden_layers": 4, "rms_norm_eps": 1e-5}),
+    ],
+    ids=["Llama-2", "Mistral", "Solar"],
+)
+def test_the_papers_recipe_runs_on_its_families_and_files(
+    cope_lc: Callable,
+    history: Callable[..., Path],
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    family: str,
+    changes: dict,
+) -> None:
+    model = tiny(family, context=512, **changes)
+    question = "Generate a headline for the following article: "
+    lines = [
+        {
+            "user_id": name,
+            "shareable": True,
+            "profile": [
+                {"id": n, "text": f"News {n}.", "title": f"{name} on {n}"} for n in range(6)
+            ],
+            "query": [{"input": f"{question}News {n}.", "gold": f"{name} on {n}"} for n in (6, 7)],
+        }
+        for name in ("7", "8")
+    ]
+    file, task = history(lines), tmp_path / "task"
+    words = ("--model", model, "--device", "cpu", "--dtype", "float32")
+    made = cope_lc("task-adapter", file, *words, "--out", task, "--always", "--json")
+    assert made.code == 0, made.stderr
+    outcome = cope_lc("evaluate", file, *words, "--task-adapter", task, "--paper", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["ways"] == ["base", "base+retrieved", "task", "sft", "dpo", "cope"]
+    assert [user["num_trained"] for user in outcome.json["users"]] == [6, 6]
+    assert outcome.json["mean"]["cope"].keys() >= {"rouge1", "rougeL"}

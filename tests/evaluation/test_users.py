@@ -11,6 +11,8 @@ from training.tiny import Heard
 
 from langchain_cope.engine import Engine, load_base
 from langchain_cope.errors import Cancelled, HistoryError, InputError
+from langchain_cope.evaluation.adapter_matrix import score_adapters
+from langchain_cope.evaluation.grid import SETTINGS, answer_grid, measure_grid
 from langchain_cope.evaluation.measures import measure
 from langchain_cope.evaluation.shown_items import NUM_RETRIEVED, OwnItems
 from langchain_cope.evaluation.users import ANSWERS, Comparison, _best
@@ -88,6 +90,18 @@ def test_another_history_starts_anew(engine: Engine, tmp_path: Path) -> None:
     longer = Comparison(engine, [user("anna", num_items=6)], tmp_path, ways, recipe=RECIPE)
     assert not (folder / "sft").exists()
     assert not longer.jobs[0].answers
+
+
+def test_another_contrast_trains_nothing_anew(engine: Engine, tmp_path: Path) -> None:
+    users, ways = [user("anna")], ways_named(["sft", "sft+contrast"])
+    Comparison(engine, users, tmp_path, ways, recipe=RECIPE).run()
+    adapter = next(tmp_path.glob("*/sft/adapter_model.safetensors"))
+    trained = adapter.stat().st_mtime_ns
+    for alpha in (0.0, 0.9):
+        other = Comparison(engine, users, tmp_path, ways, recipe=replace(RECIPE, alpha=alpha))
+        other.run()
+        assert adapter.stat().st_mtime_ns == trained
+    assert len(other.jobs[0].answers) == 4  # without contrast once, with each of the three
 
 
 def test_a_stop_keeps_what_is_done(engine: Engine, tmp_path: Path) -> None:
@@ -189,6 +203,49 @@ def test_what_cannot_be_compared_is_refused(engine: Engine, tmp_path: Path) -> N
     with pytest.raises(InputError, match="no way 'cop': name some of base, "):
         ways_named(["cop"])
     assert {way.name for way in ways_named(QUICK_WAYS)} == set(QUICK_WAYS)
+
+
+def test_every_adapter_is_scored_on_every_users_texts(engine: Engine, tmp_path: Path) -> None:
+    users = [user("anna"), user("bert")]
+    ways = ways_named(["sft", "dpo", "another-dpo"])
+    comparison = Comparison(engine, users, tmp_path, ways, recipe=RECIPE)
+    comparison.run()
+    matrix = score_adapters(comparison, Heard())
+    for job in comparison.jobs:
+        other = comparison.jobs[1 - comparison.jobs.index(job)]
+        own, another = (comparison.nll_of(job, way) for way in ways[1:])
+        assert comparison.nll_under(job, job, Heard()) == own
+        assert comparison.nll_under(job, other, Heard()) == another
+    assert matrix.top1.value == matrix.own_above_another.value == 1
+    before = engine.statistics().tokens
+    again = Comparison(engine, users, tmp_path, ways, recipe=RECIPE)
+    assert score_adapters(again, Heard()) == matrix
+    assert engine.statistics().tokens == before
+
+
+def test_the_grid_answers_every_setting_once(engine: Engine, tmp_path: Path) -> None:
+    users, ways = [user("anna"), user("bert")], ways_named(["sft", "dpo"])
+    comparison = Comparison(engine, users, tmp_path, ways, recipe=RECIPE)
+    comparison.run()
+    monitor = Heard()
+    answer_grid(comparison, monitor)
+    assert monitor.steps[-1].step == monitor.steps[-1].total == 2 * len(SETTINGS)
+    cells = measure_grid(comparison, measure(comparison).voice)
+    assert [(cell.alpha, cell.tau) for cell in cells] == [
+        (each.alpha, each.tau) for each in SETTINGS
+    ]
+    alone = measure(comparison).means["dpo"]["rougeL"]
+    assert cells[0].figures["rougeL"].value == pytest.approx(alone.value)
+    again, silent = Comparison(engine, users, tmp_path, ways, recipe=RECIPE), Heard()
+    answer_grid(again, silent)
+    assert not silent.steps
+    assert measure_grid(again, {}) == cells
+
+
+def test_without_an_adapter_there_is_no_grid(engine: Engine, tmp_path: Path) -> None:
+    comparison = Comparison(engine, [user("anna")], tmp_path, ways_named(["base"]), recipe=RECIPE)
+    with pytest.raises(InputError, match="name sft or cope among the ways"):
+        answer_grid(comparison, Heard())
 
 
 def test_answers_are_placed_between_strangers_and_the_user(engine: Engine, tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
 """The task adapter on a tiny base: what it learns, from whom, and when it is refused."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from personal import QUICK, ROWS
+from langchain_core.runnables import RunnableLambda
+from personal import QUICK, ROWS, Recorder
 from safetensors.torch import load_file
 from training.tiny import Heard
 
 from adapter_store import AdapterStore
 from adapter_store.errors import BaseModelMismatchError
-from langchain_cope import PersonalizeUser
+from langchain_cope import ChatCoPe, PersonalizeUser, TrainTaskAdapter
 from langchain_cope.engine import WEIGHTS, Engine, load_base
 from langchain_cope.errors import Cancelled, HistoryError, InputError
 from langchain_cope.history.items import Item, UserHistory
@@ -73,8 +75,51 @@ def test_a_version_says_which_task_adapter_it_needs(
     store = AdapterStore(store_folder)
     (version,) = store.versions("alice")
     assert version.metadata["task_adapter"] == "task"
-    with pytest.raises(BaseModelMismatchError, match="task_adapter"):
+    with pytest.raises(BaseModelMismatchError, match="with the task adapter 'task'"):
         store.resolve("alice", base=engine.base.fingerprint())
+    words = {"model": str(tiny()), "store": store_folder, "user_id": "alice", "device": "cpu"}
+    with pytest.raises(BaseModelMismatchError, match="--task-adapter"):
+        ChatCoPe(**words, max_tokens=4).invoke("Hi")
+    answer = ChatCoPe(**words, max_tokens=4, task_adapter=str(tmp_path / "task")).invoke("Hi")
+    assert answer.response_metadata["adapter_version"] == version.version
+
+
+def test_a_version_without_a_task_adapter_says_so(
+    engine: Engine, tiny: Callable[..., Path], adapter: Callable[..., Path], store_folder: Path
+) -> None:
+    store = AdapterStore(store_folder)
+    store.publish("alice", adapter(tiny()), base=engine.base.fingerprint())
+    tasked = load_base(tiny(), device="cpu", task_adapter=adapter(tiny(), seed=3))
+    with pytest.raises(BaseModelMismatchError, match="the base without a task adapter"):
+        store.resolve("alice", base=tasked.fingerprint())
+
+
+def test_it_is_a_runnable(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    train = TrainTaskAdapter(model=str(tiny()), device="cpu", recipe=RECIPE)
+    row = {"user_id": "anna", "shareable": True, "history": user("anna").model_dump()["items"]}
+    recorder = Recorder()
+    chain = RunnableLambda(lambda users: {"users": users, "folder": tmp_path / "task"}) | train
+    result = chain.invoke([row, user("bert")], {"callbacks": [recorder]})
+    assert (result.folder, result.num_users) == (str(tmp_path / "task"), 2)
+    assert {"num_users": 2, "num_items": 12} in recorder.inputs
+    assert {event["stage"] for event in recorder.progress} == {"sft", "evaluate"}
+    assert "says anna" not in str(recorder.inputs[-1]) + str(recorder.outputs[1])
+    assert (tmp_path / "task" / WEIGHTS).is_file()
+
+
+def test_a_runnable_stops_and_refuses(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    train = TrainTaskAdapter(model=str(tiny()), device="cpu", recipe=RECIPE)
+    stopped = threading.Event()
+    stopped.set()
+    request = {"users": [user("anna"), user("bert")], "folder": tmp_path / "task"}
+    with pytest.raises(Cancelled):
+        train.invoke(request, stop_event=stopped)
+    with pytest.raises(InputError, match="a request takes users and folder"):
+        train.invoke({"users": []})
+    broken = {"user_id": "carl", "history": [{"prompt": 3}]}
+    with pytest.raises(HistoryError, match=r"^users\[1\]: history\[0\]"):
+        train.invoke({"users": [user("anna"), broken], "folder": tmp_path / "task"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_those_who_agreed_are_trained_on(engine: Engine, tmp_path: Path) -> None:
