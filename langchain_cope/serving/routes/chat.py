@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from langchain_cope.serving.state import Caller, ServerState, State, user_of
 if TYPE_CHECKING:
     from langchain_cope.chat.call import Call
     from langchain_cope.engine import Completion, Piece
+    from langchain_cope.engine import Request as EngineRequest
 
 
 async def completions(
@@ -64,6 +65,9 @@ class Answering:
     log: dict[str, Any]
     answers: "dict[int, Completion]" = field(default_factory=dict)
     """The completions so far, by their choice's index."""
+    num_pieces: int = 0
+    last: float = 0.0
+    """When the last piece came."""
 
     def __post_init__(self) -> None:
         version = self.call.user.version
@@ -96,20 +100,17 @@ class Answering:
         """Yield the events of a stream; what goes wrong after the first is one of them."""
         options = self.body.stream_options
         with_usage = options is not None and options.include_usage
-        more: dict[str, Any] = {"usage": None} if with_usage else {}
+        usage: dict[str, Any] = {"usage": None} if with_usage else {}
         begun: set[int] = set()
         try:
             async with aclosing(self._pieces()) as coming:
                 async for index, piece in coming:
-                    choices = self._choices(index, piece, is_first=index not in begun)
+                    chunks = self._chunks(index, piece, is_first=index not in begun)
                     begun.add(index)
-                    ended = self.answers.get(index)
-                    if ended is not None:
-                        more["cope"] = chat_answer.extension(self.call, [ended])
-                    yield "".join(event(self.heading.chunk([each], **more)) for each in choices)
+                    yield "".join(event({**chunk, **usage}) for chunk in chunks)
             if with_usage:
-                usage = chat_answer.usage(self.call, self._in_order())
-                yield event(self.heading.chunk([], usage=usage))
+                usage["usage"] = chat_answer.usage(self.call, self._in_order())
+                yield event({**self.heading.chunk([]), **usage})
         except Exception as error:
             if not begun:
                 raise
@@ -118,64 +119,77 @@ class Answering:
             yield event(told.body)
         yield DONE
 
-    def _choices(
+    def _chunks(
         self, index: int, piece: "Piece | Completion", *, is_first: bool
-    ) -> list[dict[str, Any]]:
-        first = [chat_answer.first_choice(index)] if is_first else []
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the chunks that a piece becomes; the last one of a choice has our own part."""
+        chunk = self.heading.chunk
+        if is_first:
+            yield chunk([chat_answer.first_choice(index)])
         ended = self.answers.get(index)
         if ended is not None:
-            return [*first, chat_answer.last_choice(index, self.call, ended)]
-        return [*first, *chat_answer.piece_choices(index, piece)]  # type: ignore[arg-type]
+            own = chat_answer.extension(self.call, [ended])
+            yield chunk([chat_answer.last_choice(index, self.call, ended)], cope=own)
+            return
+        for choice in chat_answer.piece_choices(index, piece):  # type: ignore[arg-type]
+            yield chunk([choice])
 
     async def _pieces(self) -> "AsyncGenerator[tuple[int, Piece | Completion]]":
         """Yield every choice's pieces as they come; its completion is in `answers` by then."""
         from langchain_cope.engine import Completion
 
-        request, metrics = self.call.request, self.state.metrics
-        number = self.body.num_choices
-        requests = [request]
-        for index in range(1, number):
-            sampling = replace(request.sampling, seed=request.sampling.seed + index)
-            requests.append(replace(request, sampling=sampling))
-        try:
-            with self.state.limits.running(self.caller, number):
-                place = self.state.admission.place(self.caller.id, number * request.num_rows)
-                async with place as waited, aclosing(merged(self.call.engine, requests)) as coming:
-                    last: float | None = None
-                    async for index, piece in coming:
-                        now = time.monotonic()
-                        if last is None:
-                            self._note_first(waited, now)
-                        elif number == 1:
-                            metrics.between_tokens.observe(now - last)
-                        if isinstance(piece, Completion):
-                            self.answers[index] = piece
-                        last = now
-                        yield index, piece
-        finally:
-            self._settle()
+        requests = self._requests()
+        rows = len(requests) * self.call.request.num_rows
+        with self.state.limits.running(self.caller, len(requests)):
+            async with self.state.admission.place(self.caller.id, rows) as waited:
+                self.log["queue_seconds"] = round(waited, 4)
+                try:
+                    async with aclosing(merged(self.call.engine, requests)) as coming:
+                        async for index, piece in coming:
+                            self._note_time(one_answer=len(requests) == 1)
+                            if isinstance(piece, Completion):
+                                self.answers[index] = piece
+                            yield index, piece
+                finally:
+                    self._settle()
 
-    def _note_first(self, waited: float, now: float) -> None:
-        self.state.metrics.first_token.observe(now - self.started)
-        self.log["queue_seconds"] = round(waited, 4)
-        self.log["first_token_seconds"] = round(now - self.started, 4)
+    def _requests(self) -> "list[EngineRequest]":
+        """Return a request for each choice: the same one under seeds that follow each other."""
+        first = self.call.request
+        requests = [first]
+        for index in range(1, self.body.num_choices):
+            sampling = replace(first.sampling, seed=first.sampling.seed + index)
+            requests.append(replace(first, sampling=sampling))
+        return requests
+
+    def _note_time(self, *, one_answer: bool) -> None:
+        now, metrics = time.monotonic(), self.state.metrics
+        if not self.num_pieces:
+            metrics.first_token.observe(now - self.started)
+            self.log["first_token_seconds"] = round(now - self.started, 4)
+        elif one_answer:
+            metrics.between_tokens.observe(now - self.last)
+        self.num_pieces += 1
+        self.last = now
 
     def _settle(self) -> None:
         """Count what was read and written, whether or not the answer came to its end."""
         metrics, answers = self.state.metrics, self._in_order()
         counted = chat_answer.usage(self.call, answers)
-        self.state.limits.take_tokens(self.caller, counted["total_tokens"])
+        # Of what was broken off only the pieces are known.
+        written = max(counted["completion_tokens"], self.num_pieces)
+        self.state.limits.take_tokens(self.caller, counted["prompt_tokens"] + written)
         reasons = [self.call.metadata(answer)["finish_reason"] for answer in answers]
         reasons += ["abort"] * (self.body.num_choices - len(answers))
         for reason in reasons:
             metrics.success.labels(reason).inc()
         for answer in answers:
-            metrics.queue.observe(answer.queue_seconds + self.log.get("queue_seconds", 0.0))
+            metrics.queue.observe(answer.queue_seconds + self.log["queue_seconds"])
         metrics.prompt_tokens.inc(counted["prompt_tokens"])
         metrics.whole.observe(time.monotonic() - self.started)
         self.log.update(
             prompt_tokens=counted["prompt_tokens"],
-            answer_tokens=counted["completion_tokens"],
+            answer_tokens=written,
             finish_reason=",".join(sorted(set(reasons))),
             personal=self.call.request.personal,
         )
