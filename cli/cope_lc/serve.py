@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import tomllib
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +14,9 @@ from cope_lc.options import DEFAULT_MODEL, Device, Dtype, Model, Store, TaskAdap
 
 if TYPE_CHECKING:
     from langchain_cope.serving import ServeSettings
+
+
+_SECRET = re.compile(r"//[^/@]*@")  # user and password in a URL
 
 
 class Train(StrEnum):
@@ -182,7 +186,9 @@ def serve(
         dtype=dtype,
     )
     if print_config:
-        print(json.dumps(dataclasses.asdict(settings), indent=2, default=str))
+        shown = dataclasses.asdict(settings)
+        shown["store"] = _SECRET.sub("//…@", settings.store) if settings.store else None
+        print(json.dumps(shown, indent=2, default=str, ensure_ascii=False))
         return
     from langchain_cope.serving import serve as run
 

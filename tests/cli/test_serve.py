@@ -88,6 +88,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(
     words = ("serve", "--config", config, "--data", tmp_path, "--print-config")
     shown = cope_lc(*words, "--served-name", "flag").json
     assert (shown["max_waiting"], shown["port"], shown["served_name"]) == (2, 3, "flag")
+    assert "pass" not in str(cope_lc(*words, "--store", "s3://user:pass@host/bucket").stdout)
     config.write_text("prot = 1\n")
     refused = cope_lc(*words)
     assert (refused.code, "'prot'" in refused.error) == (2, True)
