@@ -32,4 +32,5 @@ def _byte_alphabet() -> dict[str, int]:
     """Return the byte of every character with which byte-level tokenizers write bytes."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    return {character: byte for byte, character in bytes_to_unicode().items()}
+    alphabet: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    return {character: byte for byte, character in alphabet.items()}
