@@ -71,8 +71,10 @@ def new(
         list[ScopeName] | None,
         typer.Option(
             "--scope",
-            help="What it may do; may be given again. Default: all but metrics for one user's own "
-            "key; chat, adapters, history and personalize for an app's.",
+            metavar="SCOPE",
+            help="What it may do: chat, logprobs, adapters, history, personalize, erase, metrics; "
+            "may be given again. Default: all but metrics for one user's own key; chat, adapters, "
+            "history and personalize for an app's.",
         ),
     ] = None,
     trusted_header: Annotated[

@@ -75,7 +75,7 @@ def serve(
         str, _option("--host", "Address to listen on; all but loopback need --keys.", metavar="H")
     ] = "127.0.0.1",
     port: Annotated[
-        int, _option("--port", "Port to listen on; 0: any free one.", min=0, max=65535)
+        int, _option("--port", "Port to listen on; 0: any free one.", min=0, max=65535, metavar="P")
     ] = 8000,
     app: Annotated[bool, _option("--app", "Serve the page at /app/, too.")] = False,
     data: Annotated[
@@ -114,19 +114,28 @@ def serve(
     ] = Train.thread,
     max_rows: Annotated[
         int,
-        _option("--max-rows", "Rows decoded together; a personal answer takes two.", min=2),
+        _option(
+            "--max-rows", "Rows decoded together; a personal answer takes two.", min=2, metavar="N"
+        ),
     ] = 64,
     max_waiting: Annotated[
         int,
-        _option("--max-waiting", "Requests that may wait; further ones get 429.", min=1),
+        _option(
+            "--max-waiting", "Requests that may wait; further ones get 429.", min=1, metavar="N"
+        ),
     ] = 256,
     max_concurrent: Annotated[
         int | None,
-        _option("--max-concurrent", "Requests that a key may have at a time.", min=1),
+        _option("--max-concurrent", "Requests that a key may have at a time.", min=1, metavar="N"),
     ] = None,
     answer_tokens: Annotated[
         int,
-        _option("--answer-tokens", "Tokens of an answer where the request names no bound.", min=1),
+        _option(
+            "--answer-tokens",
+            "Tokens of an answer where the request names no bound.",
+            min=1,
+            metavar="N",
+        ),
     ] = 512,
     drain_delay: Annotated[
         float,
@@ -134,15 +143,20 @@ def serve(
             "--drain-delay",
             "Seconds between not being ready any more and taking no more connections.",
             min=0,
+            metavar="N",
         ),
     ] = 0.0,
     drain: Annotated[
         float,
-        _option("--drain", "Seconds that answers under way may take at the end.", min=0),
+        _option(
+            "--drain", "Seconds that answers under way may take at the end.", min=0, metavar="N"
+        ),
     ] = 30.0,
     device: Device = None,
     dtype: Dtype = None,
-    log_level: Annotated[LogLevel, _option("--log-level", "What is logged.")] = LogLevel.info,
+    log_level: Annotated[
+        LogLevel, _option("--log-level", "debug, info or warning.", metavar="LEVEL")
+    ] = LogLevel.info,
     config: Annotated[
         Path | None,
         typer.Option(
