@@ -3,11 +3,14 @@
     python benchmarks/quality.py [USERS.jsonl] [--prompts 200] [--adapter FOLDER]
 
 Three engines on `smollm2` answer prompts of the file's users: in float32, in bfloat16, and in
-bfloat16 with packed products, which compute steps of few rows (the default). Beside each stands:
+bfloat16 with packed products, which compute steps of few rows (the default). float32 is the
+reference, and answers 16 prompts at a time, as it rounds too little for that to matter. Beside each
+stands:
 
     equal answers       share of greedy answers of 24 tokens, of the base alone, that are float32's
     first difference    mean position of the first token that differs, where one does
-    perplexity          of what the users wrote, under the base, read token by token: few rows
+    perplexity          of what the users wrote, under the base, read token by token, in as many
+                        rows as packed products compute where they compute two, else in 32
     nats                mean distance from float32's log-probability of those tokens, base and user
     contrastive tokens  share of steps, along float32's contrastive answers (α 0.3), at which the
                         same token is chosen
@@ -25,6 +28,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +53,7 @@ NUM_TOKENS = 24
 TOGETHER = 16
 MAX_PROMPT, MAX_WRITTEN = 256, 32  # tokens; longer prompts are left out, longer texts cut
 TRAINING_ITEMS = 32
-SIDES = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "packed": (None, True)}
+SIDES = {"bfloat16": ("bfloat16", False), "packed": ("bfloat16", True)}
 COLUMNS = {
     "equal answers": "equal",
     "first difference": "first_difference",
@@ -63,6 +67,9 @@ COLUMNS = {
 Answers = list[list[int]]
 Texts = list[tuple[list[int], list[int]]]
 """Prompts, and what follows them."""
+Reading = tuple[list[int], list[list[float]]]
+"""Of a text: the tokens that the contrast would have chosen, and the log-probabilities of its
+own tokens under the user's model and under the base."""
 
 
 def train(users: Path, folder: Path) -> None:
@@ -74,7 +81,7 @@ def train(users: Path, folder: Path) -> None:
     from langchain_cope.training.recipe import Recipe
     from langchain_cope.training.sft import train_sft
 
-    base = load_base("smollm2", device="cpu", dtype="float32")
+    base = load_base("smollm2", device="cpu")
     rows = read_users(users)[0]["history"][-TRAINING_ITEMS:]
     items = as_items(rows)
     recipe, monitor = Recipe.for_model(base, items), Monitor()
@@ -129,86 +136,117 @@ class Side:
             list(answer.token_ids) for group in groups for answer in self._engine.generate(group)
         ]
 
-    def forced(self, texts: Texts) -> list[tuple[list[int], list[list[float]]]]:
-        """Read each text token by token, in two rows as an answer's.
+    def forced(self, texts: Texts) -> list[Reading]:
+        """Read each text token by token, in two rows as an answer's."""
+        packed_rows = self._engine._batch.forward.packed_rows
+        together = min([rows // 2 for rows in packed_rows if rows >= 2], default=TOGETHER)
+        groups = [texts[i : i + together] for i in range(0, len(texts), together)]
+        return [
+            reading
+            for group in groups
+            for reading in self._engine._call(partial(self._read, group))
+        ]
 
-        Per text: the tokens that the contrast would have chosen, and the log-probabilities of the
-        text's own tokens under the user's model and under the base.
-        """
-        return [self._engine._call(partial(self._read, *text)) for text in texts]
-
-    def _read(self, prompt: list[int], text: list[int]) -> tuple[list[int], list[list[float]]]:
-        batch = self._engine._batch
+    def _read(self, texts: Texts) -> list[Reading]:
+        batch, number = self._engine._batch, len(texts)
         rows, forward = batch.new_rows(), batch.forward
-        rows.kv.reserve(2, len(prompt) + len(text))
+        longest = max(len(text) for _, text in texts)
+        rows.kv.reserve(2 * number, max(len(prompt) for prompt, _ in texts) + longest)
         for adapter in (self._adapter, None):
-            rows.add(Row([*prompt, *text], adapter))
-        chosen, log_probs = [], []
-        rows.forward(forward, [prompt[:-1]] * 2, [(0, 0)])
-        for row in rows.all():
+            for prompt, text in texts:
+                rows.add(Row([*prompt, *text], adapter))
+        rows.forward(forward, [prompt[:-1] for prompt, _ in texts * 2], [(0, 0)])
+        for row, (prompt, _) in zip(rows.all(), texts * 2, strict=True):
             row.length = len(prompt) - 1
-        for last, token in itertools.pairwise([prompt[-1], *text]):
-            logits = rows.forward(forward, [[last]] * 2, [(0, 0), (1, 0)])
-            scores = contrast(logits[0], logits[1], CONTRAST.alpha, CONTRAST.tau)
-            chosen.append(int(scores.argmax()))
-            log_probs.append(torch.log_softmax(logits.float(), -1)[:, token].tolist())
+        readings: list[Reading] = [([], []) for _ in texts]
+        for step in range(longest):  # what is read of a shorter text after its end does not count
+            logits = rows.forward(
+                forward,
+                [row.tokens[row.length :][:1] or [0] for row in rows.all()],
+                [(index, 0) for index in range(2 * number)],
+            ).float()
+            for index, (_, text) in enumerate(texts):
+                if step < len(text):
+                    pair = logits[[index, number + index]]
+                    scores = contrast(pair[0], pair[1], CONTRAST.alpha, CONTRAST.tau)
+                    chosen, log_probs = readings[index]
+                    chosen.append(int(scores.argmax()))
+                    log_probs.append(torch.log_softmax(pair, -1)[:, text[step]].tolist())
             for row in rows.all():
                 row.length += 1
-        return chosen, log_probs
+        return readings
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What float32 gives."""
+
+    texts: Texts
+    answers: Answers
+    """Of the base alone."""
+    talks: Texts
+    """The prompts with the contrastive answers."""
+    read: list[Reading]
+    """Of `texts`."""
 
 
 def measure(users: Path, number: int, adapter: Path) -> tuple[dict[str, Any], int]:
     """Return the figures of each side, and the number of prompts."""
     figures: dict[str, Any] = {}
+    with Worker("quality:Side", adapter, "float32", False) as side:
+        texts: Texts = side.run("texts", users=users, number=number)
+        prompts = [prompt for prompt, _ in texts]
+        answers, talks = (
+            side.run("answers", prompts=prompts, together=TOGETHER, contrastive=contrastive)
+            for contrastive in (False, True)
+        )
+        read = side.run("forced", texts=texts)
+        figures["float32"] = {"perplexity": perplexity(read), **side.run("about")}
+    exact = Reference(texts, answers, list(zip(prompts, talks, strict=True)), read)
     for name, settings in SIDES.items():
         with Worker("quality:Side", adapter, *settings) as side:
-            if name == "float32":
-                texts: Texts = side.run("texts", users=users, number=number)
-                prompts = [prompt for prompt, _ in texts]
-                exact = side.run("answers", prompts=prompts, together=1, contrastive=False)
-                talks = side.run("answers", prompts=prompts, together=1, contrastive=True)
-                along = list(zip(prompts, talks, strict=True))
-                read = side.run("forced", texts=texts)
-            figures[name] = figures_of(side, texts, exact, along, read)
+            figures[name] = figures_of(side, exact)
+            figures[name]["beside_others_contrastive"] = contrastive_beside_others(side, exact)
             print(name, figures[name], flush=True)
     return figures, len(prompts)
 
 
-def figures_of(
-    side: Worker, texts: Texts, exact: Answers, along: Texts, read: Any
-) -> dict[str, Any]:
-    """Return the figures of one side, against the `exact` answers and what float32 `read`."""
-    prompts = [prompt for prompt, _ in texts]
+def figures_of(side: Worker, exact: Reference) -> dict[str, Any]:
+    """Return the figures of one side against float32's."""
+    prompts = [prompt for prompt, _ in exact.texts]
     alone = side.run("answers", prompts=prompts, together=1, contrastive=False)
-    differences = [place for pair in zip(alone, exact, strict=True) if (place := differs(*pair))]
-    forced = side.run("forced", texts=texts)
-    own = [token for _, log_probs in forced for token in log_probs]
-    theirs = [token for _, log_probs in read for token in log_probs]
-    chosen = [token for tokens, _ in side.run("forced", texts=along) for token in tokens]
-    expected = [token for _, answer in along for token in answer]
-    same = [one == other for one, other in zip(chosen, expected, strict=True)]
+    together = side.run("answers", prompts=prompts, together=TOGETHER, contrastive=False)
+    pairs = zip(alone, exact.answers, strict=True)
+    differences = [place for pair in pairs if (place := differs(*pair))]
+    read = side.run("forced", texts=exact.texts)
+    own = [token for _, log_probs in read for token in log_probs]
+    theirs = [token for _, log_probs in exact.read for token in log_probs]
+    chosen = [token for tokens, _ in side.run("forced", texts=exact.talks) for token in tokens]
+    expected = [token for _, answer in exact.talks for token in answer]
     return {
-        "equal": share_equal(alone, exact),
+        "equal": share_equal(alone, exact.answers),
         "first_difference": statistics.mean(differences) if differences else None,
-        "perplexity": math.exp(-statistics.mean(base for _, base in own)),
+        "perplexity": perplexity(read),
         "nats": distance(own, theirs),
-        "contrastive_tokens": statistics.mean(same),
-        **beside_others(side, prompts, alone),
+        "contrastive_tokens": share_equal(chosen, expected),
+        "beside_others": share_equal(together, alone),
         **side.run("about"),
     }
 
 
-def beside_others(side: Worker, prompts: Answers, alone: Answers) -> dict[str, float]:
-    """Return the shares of answers that stay the same beside others."""
-    contrastive = [
-        side.run("answers", prompts=prompts, together=together, contrastive=True)
-        for together in (1, TOGETHER)
-    ]
-    together = side.run("answers", prompts=prompts, together=TOGETHER, contrastive=False)
-    return {
-        "beside_others": share_equal(together, alone),
-        "beside_others_contrastive": share_equal(*contrastive),
-    }
+def contrastive_beside_others(side: Worker, exact: Reference) -> float:
+    """Return the share of contrastive answers that stay the same beside others."""
+    prompts = [prompt for prompt, _ in exact.texts]
+    alone, together = (
+        side.run("answers", prompts=prompts, together=number, contrastive=True)
+        for number in (1, TOGETHER)
+    )
+    return share_equal(alone, together)
+
+
+def perplexity(read: list[Reading]) -> float:
+    """Return that of texts under the base."""
+    return math.exp(-statistics.mean(base for _, each in read for _, base in each))
 
 
 def differs(one: Sequence[int], other: Sequence[int]) -> int | None:
@@ -217,8 +255,8 @@ def differs(one: Sequence[int], other: Sequence[int]) -> int | None:
     return next((place for place, (a, b) in pairs if a != b), None)
 
 
-def share_equal(some: Answers, others: Answers) -> float:
-    """Return the share of answers that are the same."""
+def share_equal(some: Sequence[object], others: Sequence[object]) -> float:
+    """Return the share that are the same."""
     return statistics.mean(one == other for one, other in zip(some, others, strict=True))
 
 
@@ -242,10 +280,10 @@ def main() -> None:
             adapter = Path(folder) / "adapter"
             Worker("quality:train", options.users, adapter).close()
         figures, number = measure(options.users, options.prompts, adapter)
-    print(f"\n{number} prompts{'':<13}" + "".join(f"{name:>12}" for name in SIDES))
+    print(f"\n{number} prompts{'':<13}" + "".join(f"{name:>12}" for name in figures))
     for title, key in COLUMNS.items():
-        cells = [figures[name][key] for name in SIDES]
-        texts = ["none" if cell is None else f"{cell:.4f}" for cell in cells]
+        cells = [of_side.get(key) for of_side in figures.values()]
+        texts = ["" if cell is None else f"{cell:.4f}" for cell in cells]
         print(f"{title:<24}" + "".join(f"{text:>12}" for text in texts))
     print_report(state, users=options.users.name, num_prompts=number, figures=figures)
 

@@ -93,9 +93,7 @@ class TrainTaskAdapter(
         traced = {"num_users": len(users), "num_items": sum(len(user.items) for user in users)}
         found: list[TaskAdapterResult] = []
 
-        def train(
-            _: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig
-        ) -> dict[str, Any]:
+        def train(_: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> Any:
             monitor = _EventMonitor(config, stop_event)
             found.append(self._train(users, request.folder, monitor))
             return asdict(found[0])

@@ -15,7 +15,7 @@ from langchain_cope.engine.adapter import Adapter, low_rank_dtype
 from langchain_cope.engine.answer import ActiveRequest, NextToken
 from langchain_cope.engine.base.kept_order import matmul_order
 from langchain_cope.engine.decoding.speculation import MAX_DRAFT, PromptLookup, Speculation
-from langchain_cope.engine.device import free_bytes
+from langchain_cope.engine.device import free_bytes, is_out_of_memory
 from langchain_cope.engine.forward.choose import choose_forward
 from langchain_cope.engine.forward.kv_cache import KeyValues, layer_shapes
 from langchain_cope.engine.forward.lora_rows import LoraRows
@@ -130,7 +130,7 @@ class Batch:
         )
         (self.decoding if is_read else self.prefilling).append(active)
         rows = self._decode_rows if is_read else self._prefill_rows
-        self._make_room()
+        self._reserve()
         for row, (length, other, source) in zip(active.rows, copies, strict=True):
             blocks = [] if row.offline else self.prefixes.find(row)
             row.length = max(length, BLOCK * len(blocks))
@@ -238,7 +238,7 @@ class Batch:
     def shrink(self) -> None:
         """Give up the room of those who have left."""
         if self.decoding or self.prefilling:
-            self._make_room(exactly=True)
+            self._reserve(exactly=True)
 
     def clear(self) -> None:
         """Forget every request and all that was kept."""
@@ -249,17 +249,44 @@ class Batch:
         self._prefill_rows.clear()
         self.prefixes.clear()
 
-    def _make_room(self, exactly: bool = False) -> None:
+    def make_room(self, coming: Sequence[ActiveRequest], max_prompt_rows: int) -> None:
+        """Make room for everyone and for those that are `coming`, where the memory has it.
+
+        Of their prompts those that differ are read, in `max_prompt_rows` rows at most at a time.
+        """
+        if coming:
+            prompts = {
+                (id(active.request.adapter), active.request.num_rows, tuple(active.request.prompt))
+                for active in coming
+            }
+            num_rows = sum(rows for _, rows, _ in prompts)
+            try:
+                self._reserve(coming, min(num_rows, max_prompt_rows), optional=True)
+            except Exception as error:
+                if not is_out_of_memory(error):  # else they come in one by one, as far as it goes
+                    raise
+
+    def _reserve(
+        self,
+        coming: Sequence[ActiveRequest] = (),
+        coming_prompts: int = 0,
+        *,
+        exactly: bool = False,
+        optional: bool = False,
+    ) -> None:
         """Make room for everyone: prompts where they are read, and whole answers."""
-        prompt_rows = sum(len(active.rows) for active in self.prefilling)
-        longest_prompt = max((active.length + 1 for active in self.prefilling), default=0)
-        answer_rows = sum(len(active.rows) for active in self.requests)
-        longest_answer = max(active.limit for active in self.requests)
+        reading, answering = [*self.prefilling, *coming], [*self.requests, *coming]
+        prompt_rows = sum(len(active.rows) for active in self.prefilling) + coming_prompts
+        longest_prompt = max((active.length + 1 for active in reading), default=0)
+        answer_rows = sum(active.request.num_rows for active in answering)
+        longest_answer = max(active.limit for active in answering)
         sizes = [
             (self._prefill_rows.kv, prompt_rows, longest_prompt),
             (self._decode_rows.kv, answer_rows, longest_answer),
         ]
         if sum(kv.bytes_for(rows, positions) for kv, rows, positions in sizes) > self.kv_bytes:
+            if optional:
+                return
             exactly = True
         for kv, rows, positions in sorted(sizes, key=lambda size: size[0].bytes_for(*size[1:])):
             kv.reserve(rows, positions, exactly=exactly)

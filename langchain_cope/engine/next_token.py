@@ -4,8 +4,9 @@ Grammars mask the personal model's logits, the contrast with the base scores wha
 sampling chooses from the scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from langchain_cope.engine.answer import ActiveRequest, NextToken
 from langchain_cope.engine.decoding.adaptive import divergence
 from langchain_cope.engine.decoding.contrast import contrast_log_probs
 from langchain_cope.engine.decoding.sampling import choose_tokens
+
+TOGETHER = 16  # choices, about
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,29 @@ _NO_CONTRAST = _Step(acts=False)
 
 
 def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
-    """Return the next token of every choice; `logits` is `(N, V)`."""
+    """Return the next token of every choice; `logits` is `(N, V)`.
+
+    Choices of one request follow each other.
+    """
+    chosen = []
+    for together in _parts(choices):
+        chosen += _choose(logits, together)
+    return chosen
+
+
+def _parts(choices: Sequence[TokenChoice]) -> Iterator[list[TokenChoice]]:
+    """Yield the choices, a few requests at a time: their scores are still in a CPU's cache."""
+    part: list[TokenChoice] = []
+    for _, own in groupby(choices, key=lambda choice: id(choice.active)):
+        part += own
+        if len(part) >= TOGETHER:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     personal = _allowed(_rows(logits, [choice.personal for choice in choices]), choices)
     scores, steps_of = _scores(logits, personal, choices)
     samplings = [choice.active.request.sampling for choice in choices]
@@ -64,7 +89,7 @@ def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> list[NextToken]:
     unusable = scores.gather(1, tokens.unsqueeze(1)).squeeze(1).isnan()
     flags = torch.stack([differs, unusable]).to(tokens.dtype)
     chosen = torch.cat([tokens.unsqueeze(0), flags]).tolist()
-    logprobs = _logprobs(logits, tokens, choices)
+    logprobs = _logprobs(logits, scores, tokens, choices)
     steps_by_choice = [steps_of.get(index, _NO_CONTRAST) for index in range(len(choices))]
     return [
         NextToken(
@@ -201,12 +226,24 @@ def _whose(logits: Tensor, choice: TokenChoice) -> Literal["personal", "base"]:
 
 
 def _logprobs(
-    logits: Tensor, tokens: Tensor, choices: Sequence[TokenChoice]
+    logits: Tensor, scores: Tensor, tokens: Tensor, choices: Sequence[TokenChoice]
 ) -> dict[int, tuple[float, float]]:
     """Return (log p_user, log p_base) of `tokens`, in nats, by the choices that ask for it."""
     asking = [index for index, choice in enumerate(choices) if choice.active.request.logprobs]
+    known = {
+        index
+        for index in asking
+        # Of the base alone, by no grammar held back: the scores are its log-probabilities.
+        if choices[index].personal == choices[index].base
+        and choices[index].active.constraint is None
+    }
+    by_choice: dict[int, tuple[float, float]] = {}
+    if known:
+        found = scores.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
+        by_choice = {index: (found[index], found[index]) for index in known}
+    asking = [index for index in asking if index not in known]
     if not asking:
-        return {}
+        return by_choice
     of_rows = sorted({row for i in asking for row in (choices[i].personal, choices[i].base)})
     log_probs = torch.log_softmax(logits[of_rows].float(), dim=-1)
     place = {row: index for index, row in enumerate(of_rows)}
@@ -217,4 +254,4 @@ def _logprobs(
             [choices[index].base for index in asking],
         )
     )
-    return dict(zip(asking, zip(users, bases, strict=True), strict=True))
+    return by_choice | dict(zip(asking, zip(users, bases, strict=True), strict=True))

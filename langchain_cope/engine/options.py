@@ -101,7 +101,10 @@ class EngineOptions:
     }
 
     max_rows: int = 64
-    """Rows decoded together; a contrastive request takes two. Further requests wait in order."""
+    """Rows decoded together; a contrastive request takes two. Further requests wait in order.
+
+    Twice as many, where all requests are offline and the memory has room for them.
+    """
     max_tokens: int | None = None
     """Tokens in flight: prompts and budgets of all requests together, a row each.
 

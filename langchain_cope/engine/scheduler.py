@@ -24,6 +24,9 @@ from langchain_cope.errors import EngineBusy, InputError, ModelError
 from langchain_cope.text import count
 
 MAX_PROMPT_TOKENS = 4096  # of prompts, padding included, in one forward
+# Times as many rows as `max_rows` are decoded together where nobody waits for any of their tokens:
+# a step of more rows takes longer, but far less than in proportion.
+OFFLINE_ROWS = 2
 FIRST_RATE = 640.0  # tokens of prompts a second, before it was measured
 RATE_SMOOTHING = 0.3  # weight of the newest measurement
 RECENT_PROMPT = 512  # newest tokens of a prompt that its user's later answers may quote
@@ -54,8 +57,7 @@ class Scheduler:
         self._lock = wake
         self._waiting: deque[ActiveRequest] = deque()
         self._prefill_rate = FIRST_RATE
-        # Both are lowered where memory runs out.
-        self._max_rows, self._max_prompt_tokens = options.max_rows, MAX_PROMPT_TOKENS
+        self._reset_bounds()
         self.num_answers = 0
         self.queue_seconds = self.first_token_seconds = 0.0
 
@@ -182,15 +184,22 @@ class Scheduler:
 
         Who begins with what is being read for another waits until that is done, the room is kept.
         """
-        held: list[ActiveRequest] = []
+        coming: list[ActiveRequest] = []
         for active in self._ready():
-            if self._batch.num_rows >= self._max_rows or not self._fits(active, held):
+            if not self._has_room([*self._batch.requests, *coming, active]):
+                break
+            coming.append(active)
+        # At once: to enlarge room that is in use is to copy it.
+        self._batch.make_room(coming, self._prompt_budget() // MIN_COLUMNS)
+        for active in coming:
+            # Running out of memory may have lowered the bounds meanwhile.
+            if not self._has_room([*self._batch.requests, active]):
+                break
+            if not self._can_be_read(active):
                 break
             if active.lease is not None and active.lease.adapter is not None:
                 active.use(active.lease.adapter)
-            if self._batch.is_being_read(active):
-                held.append(active)
-            else:
+            if not self._batch.is_being_read(active):
                 self._admit_one(active)
 
     def _ready(self) -> list[ActiveRequest]:
@@ -220,31 +229,30 @@ class Scheduler:
             if is_out_of_memory(error) and (others or self._batch.prefixes.num_bytes):
                 self._requeue([active])
                 self._batch.prefixes.clear()
-                self._max_rows = max(self._batch.num_rows, 1)
+                self._admit_no_more_rows()
             else:
                 self._fail([active], model_error("the request could not be admitted", error))
 
-    def _fits(self, active: ActiveRequest, held: Sequence[ActiveRequest]) -> bool:
-        """Tell whether there is room for one more: rows, tokens in flight, memory, and a prompt.
-
-        Those that are `held` have theirs.
-        """
-        batch, num_rows = self._batch, active.request.num_rows
-        everyone = [*batch.requests, *held, active]
+    def _has_room(self, everyone: Sequence[ActiveRequest]) -> bool:
+        """Tell whether there is room for `everyone`: rows, tokens in flight, memory."""
         if len(everyone) == 1:
             return True
-        if sum(each.request.num_rows for each in everyone) > self._max_rows:
+        offline = all(active.request.offline for active in everyone)
+        max_rows = self._max_offline_rows if offline else self._max_rows
+        if sum(active.request.num_rows for active in everyone) > max_rows:
             return False
         max_tokens = self._options.max_tokens
         if max_tokens is not None:
-            tokens = sum(each.request.num_rows * each.limit for each in everyone)
+            tokens = sum(active.request.num_rows * active.limit for active in everyone)
             if tokens > max_tokens:
                 return False
-        if batch.num_bytes(everyone) > batch.kv_bytes:
-            return False
-        # The next forward reads at least a piece of every prompt.
-        prompt_rows = sum(each.request.num_rows for each in batch.prefilling) + num_rows
-        return not batch.prefilling or prompt_rows * MIN_COLUMNS <= self._prompt_budget()
+        return self._batch.num_bytes(everyone) <= self._batch.kv_bytes
+
+    def _can_be_read(self, active: ActiveRequest) -> bool:
+        """Tell whether the next forward has room for one more prompt: for a piece of it."""
+        prefilling = self._batch.prefilling
+        num_rows = sum(each.request.num_rows for each in (*prefilling, active))
+        return not prefilling or num_rows * MIN_COLUMNS <= self._prompt_budget()
 
     def _free_memory(self, requests: Sequence[ActiveRequest]) -> bool:
         """Hold less after a forward of `requests` ran out of memory.
@@ -264,12 +272,29 @@ class Scheduler:
             newest = list(requests[len(requests) // 2 :]) if len(requests) > 1 else []
         if newest:
             self._requeue(newest)
-            self._max_rows = max(batch.num_rows, 1)
+            self._admit_no_more_rows()
             return True
         if not was_decoding and self._max_prompt_tokens > MIN_COLUMNS:
             self._max_prompt_tokens //= 2
             return True
         return False
+
+    def _reset_bounds(self) -> None:
+        """Take the options' bounds again, where running out of memory had lowered them."""
+        self._max_prompt_tokens = MAX_PROMPT_TOKENS
+        self._set_max_rows(self._options.max_rows, OFFLINE_ROWS * self._options.max_rows)
+
+    def _admit_no_more_rows(self) -> None:
+        """Lower the bounds to the rows that are there: for more there was no memory."""
+        num_rows = max(self._batch.num_rows, 1)
+        self._set_max_rows(num_rows, num_rows)
+
+    def _set_max_rows(self, of_all: int, offline: int) -> None:
+        most = self._options.max_rows
+        self._max_rows, self._max_offline_rows = (
+            min(of_all, most),
+            min(offline, OFFLINE_ROWS * most),
+        )
 
     def _requeue(self, requests: Sequence[ActiveRequest]) -> None:
         """Take `requests` out of the batch, to the front of the line, with the tokens they have."""
@@ -302,9 +327,9 @@ class Scheduler:
             self._release(active)
         # What running out of memory took away comes back bit by bit, and at once when none is left.
         if self._batch.requests:
-            self._max_rows = min(self._max_rows + 2, self._options.max_rows)
+            self._set_max_rows(self._max_rows + 2, self._max_offline_rows + 2)
         else:
-            self._max_rows, self._max_prompt_tokens = self._options.max_rows, MAX_PROMPT_TOKENS
+            self._reset_bounds()
 
     def _drop_waiting(self, active: ActiveRequest) -> None:
         """Take a request out of the line whose reader has gone, or has been told."""

@@ -46,3 +46,22 @@ def test_only_offline_requests_take_the_same_steps_on_a_slow_machine(
     assert (reused == (0, 0)) is offline
     if offline:
         assert answers[0] == answers[1]
+
+
+def test_twice_as_many_offline_rows_are_decoded_together(tiny: Tiny) -> None:
+    engine = Engine(load_base(tiny("llama"), device="cpu"), EngineOptions(max_rows=4))
+    most: dict[bool, int] = {}
+    for offline in (True, False):
+        decode, seen = engine._batch.decode, []
+
+        def counted(decode: Callable[[], None] = decode, seen: list[int] = seen) -> None:
+            seen.append(len(engine._batch._decode_rows))
+            decode()
+
+        engine._batch.decode = counted  # type: ignore[method-assign]
+        answers = engine.generate(requests(offline))
+        engine._batch.decode = decode  # type: ignore[method-assign]
+        most[offline] = max(seen)
+        assert len(answers) == 12
+    engine.close()
+    assert most == {True: 8, False: 4}

@@ -180,7 +180,7 @@ def _sample(scores: Tensor, samplings: Sequence[Sampling], steps: Sequence[int])
         if attempt == _ATTEMPTS:
             own = _restrict(own, settings)
         noise = _gumbel_noise(settings, [steps[row] for row in rows], attempt, own.shape[-1])
-        weights = (own - own.amax(dim=-1, keepdim=True)).exp_()
+        weights = _weights(own, settings)
         drawn = _draw(own, weights, noise.to(own.device))
         tokens[rows] = drawn
         if attempt == _ATTEMPTS or not any(s.top_p < 1 or s.min_p for s in settings):
@@ -212,15 +212,31 @@ def _draw(scores: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
     return block * _BLOCK + within.argmax(dim=-1)
 
 
+def _weights(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Return the probabilities of tempered `scores`, each row times a number of its own."""
+    if all(s.temperature == 1 and s.repetition_penalty == 1 for s in samplings):
+        return scores.exp()  # of log-probabilities: the number is 1
+    return (scores - scores.amax(dim=-1, keepdim=True)).exp_()
+
+
 def _is_kept(
     scores: Tensor, weights: Tensor, tokens: Tensor, samplings: Sequence[Sampling]
 ) -> Tensor:
     """Tell of one token of each row whether its top-p and min-p keep it."""
-    score = scores.gather(-1, tokens.unsqueeze(-1))
-    mass_before = weights.masked_fill(scores <= score, 0).sum(dim=-1)
-    top_p = _column([s.top_p for s in samplings], scores).squeeze(-1)
-    kept = (mass_before < top_p * weights.sum(dim=-1)) | (top_p == 1) | (mass_before == 0)
-    return kept & ~(score < _least_by_min_p(scores, samplings)).squeeze(-1)
+    index = tokens.unsqueeze(-1)
+    score = scores.gather(-1, index)
+    top_p = _column([s.top_p for s in samplings], scores)
+    total = weights.sum(dim=-1, keepdim=True)
+    # Before a token comes no more than all but itself: most are told by that.
+    kept = (weights.gather(-1, index) > (1 - top_p) * total) | (top_p == 1)
+    rows = (~kept).squeeze(-1).nonzero().squeeze(-1)
+    if len(rows):
+        likelier = scores[rows] > score[rows]
+        mass_before = (weights[rows] * likelier).sum(dim=-1, keepdim=True)
+        kept[rows] = (mass_before < top_p[rows] * total[rows]) | (mass_before == 0)
+    if any(s.min_p for s in samplings):
+        kept &= score >= _least_by_min_p(scores, samplings)
+    return kept.squeeze(-1)
 
 
 def _of_rows(scores: Tensor, rows: list[int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 FEW = 64
-"""Rows of logits that are refined together, at most."""
+"""Rows of logits that share the tokens which are computed anew, at most."""
 _EACH = 32  # tokens that are computed anew for a row, on average
 
 
@@ -23,13 +23,14 @@ def refined(logits: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None)
         bias: `(V,)`, or None.
 
     Returns:
-        `(N, V)`; as it is given, where there are many rows, or where it is no bfloat16 on a CPU.
+        `(N, V)`; as it is given, where it is no bfloat16 on a CPU.
     """
-    if len(logits) > FEW or logits.dtype != torch.bfloat16 or logits.device.type != "cpu":
+    if logits.dtype != torch.bfloat16 or logits.device.type != "cpu":
         return logits
     exact = logits.float()
-    nearest = (exact - exact.amax(-1, keepdim=True)).amax(0)
-    tokens = nearest.topk(min(_EACH * len(exact), len(nearest))).indices
-    offsets = None if bias is None else bias[tokens].float()
-    exact[:, tokens] = F.linear(states.float(), weight[tokens].float(), offsets)
+    for rows, own in zip(exact.split(FEW), states.split(FEW), strict=True):
+        nearest = (rows - rows.amax(-1, keepdim=True)).amax(0)
+        tokens = nearest.topk(min(_EACH * len(rows), len(nearest))).indices
+        offsets = None if bias is None else bias[tokens].float()
+        rows[:, tokens] = F.linear(own.float(), weight[tokens].float(), offsets)
     return exact

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from langchain_cope.engine.forward.attention import additive, grouped_attention, row_mask
 from langchain_cope.engine.forward.fused_weights import GROUPS
 from langchain_cope.engine.forward.inputs import Inputs
-from langchain_cope.engine.forward.likely_logits import refined
+from langchain_cope.engine.forward.likely_logits import FEW, refined
 from langchain_cope.engine.forward.lora_rows import LoraRows, Site
 from langchain_cope.engine.forward.matmul_order import MatmulOrder
 from langchain_cope.engine.forward.packed_weights import BlockSource
@@ -159,7 +159,10 @@ class LlamaForward:
             states = states + self._product(layer.down, gated.to(embedded.dtype), inputs.lora)
         last = self._norm(states[inputs.logit_rows, inputs.logit_columns])
         head = self._output_head
-        return refined(head(last, self._order), last, head.weight, head.bias)
+        logits = head(last, self._order)
+        if len(last) > max(FEW, len(inputs.ids)):
+            return logits  # of whole texts, from which nothing is chosen
+        return refined(logits, last, head.weight, head.bias)
 
     def _attend(
         self,

@@ -3,8 +3,8 @@
 `LoraRows` holds the adapters of a batch's rows, stacked, and adds `x · A_rᵀ · B_rᵀ` for every row
 with an adapter, with row r's own A and B (scaling and scale folded into B). Layers that read the
 same input make up a `Site` and share both products: the Bs of a row stand side by side, zeros
-between them. Rows with an adapter come first, so that rows of the base cost nothing extra. Rows
-that all carry the same adapter are one plain product.
+between them. Rows with an adapter come first, so that rows of the base cost nothing extra. Where
+few adapters serve many rows, each one's matrices are read once for all rows, not once a row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,9 @@ from langchain_cope.engine.adapter import Adapter
 # Of a row: from here on a CPU multiplies the low-rank matrices faster in bfloat16, the dtype of the
 # states, than in float32 (`low_rank_dtype`).
 MANY_TOKENS = 32
+
+# Adapters that are multiplied one by one, each with all of its rows.
+FEW_ADAPTERS = 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class LoraRows:
         """
         self._sites = sites
         self._like = like
-        self._rows: list[Adapter] = []  # that the stacks hold; one, where all are the same
+        self._rows: list[Adapter] = []  # that the stacks hold: of each row, or those that differ
+        self._shares: list[Tensor] = []  # where few differ: the rows of each
         self._num_rows = 0
         self._capacity = 0
         self._stacks: dict[Site, _Stack] = {}
@@ -54,8 +58,17 @@ class LoraRows:
     def set(self, adapters: Sequence[Adapter]) -> None:
         """Take these adapters as the first rows; only what changed is copied."""
         self._num_rows = len(adapters)
-        if all(adapter.owner == adapters[0].owner for adapter in adapters):
-            adapters = adapters[:1]
+        distinct = self._distinct(adapters)
+        self._shares = []
+        if len(distinct) <= min(FEW_ADAPTERS, len(adapters) // 2) or len(adapters) == 1:
+            self._shares = [
+                torch.tensor(
+                    [row for row, each in enumerate(adapters) if each.owner == adapter.owner],
+                    device=self._like.device,
+                )
+                for adapter in distinct
+            ]
+            adapters = distinct
         if not self._has_room(adapters):
             self._build(adapters)
         else:
@@ -68,19 +81,26 @@ class LoraRows:
     def clear(self) -> None:
         """Forget every adapter, and the room for them."""
         self._rows, self._stacks, self._capacity = [], {}, 0
+        self._shares = []
 
     def add(self, site: Site, states: Tensor, output: Tensor) -> None:
         """Add what the adapters change at `site` to its `output` `(R, Q, out)`, in place."""
         if self._rows and (stack := self._stacks.get(site)):
             states, output = states[: self._num_rows], output[: self._num_rows]
-            if len(self._rows) == 1:
-                states = states.reshape(1, -1, states.shape[-1])
-                output = output.view(1, -1, output.shape[-1])
-            stack.add(states, output)
+            if self._shares:
+                stack.add_shares(states, output, self._shares)
+            else:
+                stack.add(states, output)
 
     def changes(self, site: Site) -> bool:
         """Tell whether some row's adapter changes this site."""
         return bool(self._rows) and site in self._stacks
+
+    def _distinct(self, adapters: Sequence[Adapter]) -> list[Adapter]:
+        """Return one of each of `adapters`; those that the stacks hold keep their places."""
+        by_owner = {adapter.owner: adapter for adapter in adapters}
+        held = [by_owner.pop(each.owner) for each in self._rows if each.owner in by_owner]
+        return [*held, *by_owner.values()]
 
     def _has_room(self, adapters: Sequence[Adapter]) -> bool:
         if len(adapters) > self._capacity:
@@ -149,10 +169,31 @@ class _Stack:
     def add(self, states: Tensor, output: Tensor) -> None:
         """Add the products of all rows of `states` `(R, Q, in)` to `output` `(R, Q, out)`."""
         num_rows, num_tokens, _ = states.shape
-        dtype = states.dtype if num_tokens >= MANY_TOKENS else self.down.dtype
-        down, up = self.down[:num_rows].to(dtype), self.up[:num_rows].to(dtype)
-        low = torch.bmm(states.to(dtype), down)
-        if output.dtype == dtype:
+        down, up = self._matrices(slice(num_rows), num_tokens, states.dtype)
+        low = torch.bmm(states.to(down.dtype), down)
+        if output.dtype == up.dtype:
             output.baddbmm_(low, up)
         else:
             output += torch.bmm(low, up)
+
+    def add_shares(self, states: Tensor, output: Tensor, shares: Sequence[Tensor]) -> None:
+        """Do as `add`, where the adapter in row i of the stack is that of the rows `shares[i]`."""
+        for index, rows in enumerate(shares):
+            own = states if len(rows) == len(states) else states[rows]
+            flat = own.reshape(-1, own.shape[-1])
+            down, up = self._matrices(slice(index, index + 1), len(flat), states.dtype)
+            low = torch.mm(flat.to(down.dtype), down[0])
+            if own is not states:
+                added = torch.mm(low, up[0]).to(output.dtype).view(*own.shape[:2], -1)
+                output.index_add_(0, rows, added)
+            elif output.dtype == up.dtype:
+                output.view(-1, output.shape[-1]).addmm_(low, up[0])
+            else:
+                output += torch.mm(low, up[0]).view_as(output)
+
+    def _matrices(
+        self, adapters: slice, num_tokens: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return both halves of some adapters, in the dtype that suits the tokens of each."""
+        dtype = dtype if num_tokens >= MANY_TOKENS else self.down.dtype
+        return self.down[adapters].to(dtype), self.up[adapters].to(dtype)

@@ -40,13 +40,27 @@ class MatmulOrder:
 
     def __call__(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `Linear`."""
-        if self.weight_first and weight.numel() >= LARGE:
-            num_rows = states.numel() // states.shape[-1]
-            if num_rows > 1:
-                measured_rows = min(1 << (num_rows - 1).bit_length(), ROWS[-1] * 2)
-                if measured_rows in self.weight_first:
-                    return weight_first(states, weight, bias)
+        if self._wants_weight_first(states, weight):
+            return weight_first(states, weight, bias)
         return F.linear(states, weight, bias)
+
+    def plus(self, states: Tensor, weight: Tensor, bias: Tensor | None, change: Tensor) -> Tensor:
+        """Return the product plus `change` `(…, out)`, which is added before the sum is rounded."""
+        rows, changes = states.reshape(-1, states.shape[-1]), change.view(-1, change.shape[-1])
+        if self._wants_weight_first(states, weight):
+            product = torch.addmm(changes.t(), weight, rows.t()).t().contiguous()
+        else:
+            product = torch.addmm(changes, rows, weight.t())
+        if bias is not None:  # after it: a small change would be lost in the sum of the two
+            product += bias
+        return product.view(change.shape)
+
+    def _wants_weight_first(self, states: Tensor, weight: Tensor) -> bool:
+        if not self.weight_first or weight.numel() < LARGE:
+            return False
+        num_rows = states.numel() // states.shape[-1]
+        measured_rows = min(1 << (num_rows - 1).bit_length(), ROWS[-1] * 2)
+        return num_rows > 1 and measured_rows in self.weight_first
 
 
 def weight_first(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

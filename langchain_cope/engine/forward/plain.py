@@ -1,7 +1,9 @@
 """The reference forward: the model's own, whatever its architecture.
 
 `PlainForward` hands the model a cache in the form that it knows (`RowCache`), its attention is made
-to read each row at its own positions (`attention.py`), and adapters' products are added by hooks.
+to read each row at its own positions (`attention.py`). Adapters' changes are added within the
+products of dense linear layers on a CPU, before these are rounded, and by hooks to what all others
+give.
 """
 
 import inspect
@@ -37,9 +39,10 @@ class PlainForward:
         self._inputs: Inputs | None = None
         self._cache_name = cache_argument(model) or "past_key_values"
         attend_by_rows(model)
-        for module in self._modules.values():
-            if _is_plain_linear(module):
-                module.forward = partial(_ordered, order, module)
+        self._plain = {path for path, module in self._modules.items() if _is_plain_linear(module)}
+        for path in self._plain:
+            module = self._modules[path]
+            module.forward = partial(self._multiply, order, module, self.sites[path])
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """See `Forward`."""
@@ -64,7 +67,7 @@ class PlainForward:
         return logits[inputs.logit_rows, columns]
 
     def _hook(self, lora: LoraRows) -> None:
-        for path in lora.paths - self._hooked:
+        for path in lora.paths - self._hooked - self._plain:
             self._hooked.add(path)
             add_product = partial(self._add_low_rank_product, self.sites[path])
             self._modules[path].register_forward_hook(add_product)
@@ -72,12 +75,27 @@ class PlainForward:
     def _add_low_rank_product(
         self, site: Site, _: nn.Module, states: tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
-        if self._inputs is not None and self._inputs.lora.changes(site):
-            shape = self._inputs.ids.shape
-            self._inputs.lora.add(
-                site, _by_row(states[0], shape, site), _by_row(output, shape, site)
-            )
+        if self._changes(site):
+            self._add_change(site, states[0], output)
         return output
+
+    def _multiply(
+        self, order: MatmulOrder, module: nn.Linear, site: Site, states: Tensor
+    ) -> Tensor:
+        if not self._changes(site):
+            return order(states, module.weight, module.bias)
+        # A sum that is rounded already would take up large changes alone.
+        change = states.new_zeros(*states.shape[:-1], *site.sizes)
+        self._add_change(site, states, change)
+        return order.plus(states, module.weight, module.bias, change)
+
+    def _changes(self, site: Site) -> bool:
+        return self._inputs is not None and self._inputs.lora.changes(site)
+
+    def _add_change(self, site: Site, states: Tensor, output: Tensor) -> None:
+        assert self._inputs is not None
+        shape = self._inputs.ids.shape
+        self._inputs.lora.add(site, _by_row(states, shape, site), _by_row(output, shape, site))
 
 
 class RowCache(Cache):
@@ -134,7 +152,3 @@ def _is_plain_linear(module: nn.Module) -> bool:
         and module.weight.is_contiguous()
         and module.weight.device.type == "cpu"
     )
-
-
-def _ordered(order: MatmulOrder, module: nn.Linear, states: Tensor) -> Tensor:
-    return order(states, module.weight, module.bias)

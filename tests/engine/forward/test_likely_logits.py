@@ -37,9 +37,19 @@ def test_two_tokens_that_bfloat16_cannot_tell_apart_are_told_apart() -> None:
     assert refined(rough, states, weight, None).argmax() == 2
 
 
-def test_many_rows_and_other_dtypes_are_left_as_they_are() -> None:
-    states, weight, bias = head(rows=likely_logits.FEW + 1)
+def test_many_rows_are_refined_a_few_at_a_time() -> None:
+    states, weight, bias = head(rows=likely_logits.FEW + 3)
     rough = torch.nn.functional.linear(states, weight, bias)
-    assert refined(rough, states, weight, bias) is rough
-    few = rough[:2].float()
-    assert refined(few, states[:2].float(), weight.float(), bias.float()) is few
+    logits = refined(rough, states, weight, bias)
+    exact = states.double() @ weight.double().t() + bias.double()
+    best = exact.argmax(-1, keepdim=True)
+    assert (logits.gather(1, best) - exact.gather(1, best)).abs().max() < 1e-4
+    last = slice(likely_logits.FEW, None)
+    alone = refined(rough[last], states[last], weight, bias)
+    assert torch.equal(logits[last], alone)
+
+
+def test_logits_of_other_dtypes_are_left_as_they_are() -> None:
+    states, weight, bias = head()
+    logits = torch.nn.functional.linear(states.float(), weight.float(), bias.float())
+    assert refined(logits, states.float(), weight.float(), bias.float()) is logits

@@ -17,8 +17,11 @@ from tiny import change_config, make_adapter
 from transformers import AutoModelForCausalLM
 
 from langchain_cope.engine import Contrast, Engine, Request, Sampling, load_base
+from langchain_cope.engine.forward.inputs import Inputs
 from langchain_cope.engine.forward.llama import LlamaForward
 from langchain_cope.engine.forward.lora_rows import LoraRows
+from langchain_cope.engine.forward.matmul_order import MatmulOrder
+from langchain_cope.engine.forward.plain import PlainForward
 from langchain_cope.errors import ModelError
 
 Tiny = Callable[..., Path]
@@ -130,6 +133,43 @@ def test_one_users_adapter_leaves_the_others_answers_alone(
     assert engine.generate([request(None)])[0].token_ids == alone[2], (
         "nothing of a user stays behind"
     )
+
+
+def test_few_adapters_of_many_rows_lie_in_memory_once_each(
+    tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
+    ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
+    users = [ann, bob, bob, None, ann, bob, ann]
+    requests = [
+        Request(prompt_of(5 + index), user, Contrast(0.5), Sampling(max_tokens=9), logprobs=True)
+        for index, user in enumerate(users)
+    ]
+    lora = LoraRows(engine._batch.forward.sites, torch.empty(0))
+    lora.set([user for user in users if user is not None])
+    assert {len(stack.down) for stack in lora._stacks.values()} == {2}
+    together = engine.generate(requests)
+    for request, answer in zip(requests, together, strict=True):
+        (alone,) = engine.generate([request])
+        assert answer.token_ids == alone.token_ids
+        for one, other in zip(answer.logprobs, alone.logprobs, strict=True):
+            assert one.log_p_user == pytest.approx(other.log_p_user, abs=1e-4)
+
+
+def test_broken_matrices_beside_a_users_own_leave_that_user_alone(
+    tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
+    ann, bob = (engine.load_adapter(adapter(tiny("llama"), seed=seed)) for seed in (1, 2))
+    lora = LoraRows(engine._batch.forward.sites, torch.empty(0))
+    lora.set([ann, bob, ann, bob])
+    site, stack = next(iter(lora._stacks.items()))
+    states = torch.randn(4, 3, stack.down.shape[1])
+    good = torch.zeros(4, 3, sum(site.sizes))
+    lora.add(site, states, good)
+    stack.down[1], stack.up[1] = torch.inf, torch.nan
+    spoilt = torch.zeros_like(good)
+    lora.add(site, states, spoilt)
+    assert torch.equal(spoilt[::2], good[::2])
+    assert spoilt[1::2].isnan().any()
 
 
 @pytest.fixture
@@ -337,4 +377,47 @@ def test_small_changes_are_not_lost_in_sums_in_bfloat16(
     assert expected.abs().mean() < alone.abs().mean() / 2**8
     changed = forward._product(product, states, lora).double() - alone
     assert (changed - expected).norm() < 0.02 * expected.norm()
+    engine.close()
+
+
+@pytest.mark.parametrize("weight_first", [False, True])
+@pytest.mark.parametrize(("num_rows", "num_tokens"), [(40, 8), (8, 40)])
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        ("gemma", "model.layers.0.mlp.gate_proj"),
+        ("gpt_neox", "gpt_neox.layers.0.mlp.dense_h_to_4h"),
+    ],
+)
+def test_other_architectures_keep_small_changes_in_bfloat16_too(
+    tiny: Tiny,
+    adapter: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    layer: str,
+    num_rows: int,
+    num_tokens: int,
+    weight_first: bool,
+) -> None:
+    monkeypatch.setattr(MatmulOrder, "_wants_weight_first", lambda *_: weight_first)
+    folder = tiny(family)
+    engine = Engine(load_base(folder, device="cpu", dtype="bfloat16"))
+    weak = engine.load_adapter(adapter(folder, targets="all-linear")).scaled(0.01)
+    forward = engine._batch.forward
+    assert isinstance(forward, PlainForward)
+    down, up = (matrix.double() for matrix in weak.pairs[layer])
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(num_rows, num_tokens, len(down), generator=generator).bfloat16()
+    multiply = forward._modules[layer].forward
+    alone = multiply(states).double()
+    expected = weak.scale * (states.double() @ down @ up)
+    assert expected.abs().mean() < alone.abs().mean() / 2**8
+    lora = LoraRows(forward.sites, torch.empty(0))
+    lora.set([weak] * num_rows)
+    ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
+    forward._inputs = Inputs(ids, ids, engine._batch.new_rows().kv, num_tokens, lora, [], [])
+    changed = multiply(states).double() - alone
+    # One by one they are below the last digit, but on average nothing of them is lost.
+    share = (changed * expected).sum() / expected.square().sum()
+    assert share == pytest.approx(1, abs=0.05)
     engine.close()
