@@ -104,9 +104,15 @@ def _answer_http(request: Request, error: Exception) -> Response:
         404: "there is no such route; this server speaks chat completions (/v1/chat/completions), "
         "not /v1/responses",
         405: "this route has another method",
+        408: "the request did not come in time",
         413: f"a request may have {request.app.state.server.settings.max_body:,} bytes",
     }
-    codes = {404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
+    codes = {
+        404: "route_not_found",
+        405: "method_not_allowed",
+        408: "request_too_slow",
+        413: "request_too_large",
+    }
     status = error.status_code
     told = ApiError(status, codes.get(status, "http_error"), messages.get(status, error.detail))
     return _answer(request, told)

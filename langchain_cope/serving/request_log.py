@@ -54,19 +54,9 @@ class RequestLog:
             async with asyncio.timeout(self._deadline):
                 await send(message)
 
-        num_bytes = int(headers.get("Content-Length", 0))  # the server has checked that it is one
-
-        async def receive_bounded() -> Message:
-            nonlocal num_bytes
-            message = {} if num_bytes > self._max_body else await receive()
-            if "Content-Length" not in headers:
-                num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body:
-                raise HTTPException(413)
-            return message
-
+        body = _Body(receive, headers, self._max_body, self._deadline)
         try:
-            await self._app(scope, receive_bounded, send_in_time)
+            await self._app(scope, body.receive, send_in_time)
         finally:
             line["route"] = getattr(scope.get("route"), "path", None)
             line["seconds"] = round(time.monotonic() - started, 4)
@@ -80,6 +70,37 @@ class RequestLog:
         metrics.responses.labels(line["route"] or "none", status).inc()
         if status in (429, 503):
             metrics.rejected.labels(line.get("error", "none")).inc()
+
+
+class _Body:
+    """What a client sends: up to a bound, and within a deadline for all of it."""
+
+    def __init__(self, receive: Receive, headers: Headers, max_bytes: int, deadline: float) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._ends_at = asyncio.get_running_loop().time() + deadline
+        declared = headers.get("Content-Length")
+        self._is_declared = declared is not None
+        self._num_bytes = int(declared or 0)  # the server has checked that it is a number
+        self._is_whole = False
+
+    async def receive(self) -> Message:
+        """Return the next message; raises HTTPException (413, 408) beyond bound or deadline."""
+        if self._num_bytes > self._max_bytes:
+            raise HTTPException(413)
+        if self._is_whole:  # what comes is that the client goes, at any time
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._ends_at):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408) from None
+        self._is_whole = not message.get("more_body", False)
+        if not self._is_declared:
+            self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self._max_bytes:
+            raise HTTPException(413)
+        return message
 
 
 class JsonLines(logging.Formatter):

@@ -56,7 +56,7 @@ class ServeSettings:
     max_concurrent: int | None = None
     """Requests that a key has at a time, at most, where the key names no bound of its own."""
     write_deadline: float = 60.0
-    """Seconds that a reader may take for one piece before it is cut off."""
+    """Seconds that a reader may take for one piece, and a client to send its request."""
     drain_delay: float = 0.0
     """Seconds between not being ready any more and taking no more connections."""
     drain: float = 30.0

@@ -33,6 +33,21 @@ def engine_of(server: Running) -> Any:
     return engine
 
 
+def send(server: Running, role: str, body: bytes, length: int | None = None) -> socket.socket:
+    """Send a request, and read nothing; `length` is the one that is declared."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.settimeout(10)
+    connection.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {server.keys[role]}\r\n"
+        f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + body)
+    return connection
+
+
 def num_begun(server: Running) -> int:
     now = engine_of(server).statistics()
     return int(now.running + now.answers)
@@ -51,13 +66,7 @@ def test_clients_that_go_free_their_rows_within_a_second(stream: bool, server: R
     connections = []
     body = json.dumps({**LONG, "stream": stream}).encode()
     for role in ("alice", "bob", "alice", "bob"):
-        connection = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
-        head = (
-            f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            f"Authorization: Bearer {server.keys[role]}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        connection.sendall(head.encode() + body)
-        connections.append(connection)
+        connections.append(send(server, role, body))
     wait_until(lambda: engine_of(server).statistics().rows > 0)
     for connection in connections:
         connection.close()
@@ -67,18 +76,14 @@ def test_clients_that_go_free_their_rows_within_a_second(stream: bool, server: R
 def test_a_stuck_reader_holds_up_nobody(base: Path, published: Path, tmp_path: Path) -> None:
     with running(base, published, tmp_path, write_deadline=0.5) as server:
         body = json.dumps({**LONG, "stream": True, "n": 8, "logprobs": True}).encode()
-        stuck = socket.socket()
-        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        stuck.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
-        head = (
-            f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            f"Authorization: Bearer {server.keys['alice']}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        stuck.sendall(head.encode() + body)
+        stuck = send(server, "alice", body)
         wait_until(lambda: engine_of(server).statistics().rows > 0)
         assert server.ask("bob", max_tokens=4).status_code == 200
         wait_until(lambda: is_idle(server), seconds=15)
         stuck.close()
+        slow = send(server, "bob", body[:-1], len(body))  # whose last byte never comes
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
+        slow.close()
 
 
 def test_overload_gives_answers_and_429_alone(base: Path, published: Path, tmp_path: Path) -> None:
