@@ -132,12 +132,13 @@ function paint(answer) {
   const mean = scored.reduce((sum, word) => sum + word.reward, 0) / scored.length;
   const spread = Math.max(0.25, ...scored.map((word) => Math.abs(word.reward - mean)));
   target.replaceChildren(
-    ...words.map((word) => {
+    ...words.flatMap((word) => {
       const share = word.tokens.length ? (word.reward - mean) / spread : 0;
       const level = Math.min(3, Math.floor(Math.abs(share) * 4));
-      const shown = element("span", word.text, level ? `word ${share > 0 ? "user" : "base"}-${level}` : "word");
+      const kind = level ? `word ${share > 0 ? "user" : "base"}-${level}` : "word";
+      const shown = element("span", word.text.trimEnd(), kind);
       if (word.tokens.length) shown.title = `reward ${word.reward.toFixed(2)} nats`;
-      return shown;
+      return [shown, word.text.slice(shown.textContent.length)];
     }),
   );
 }
