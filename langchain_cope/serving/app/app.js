@@ -201,10 +201,13 @@ async function answer(index, side) {
     messages: messagesUntil(index, side),
     stream: true,
     seed: turn.seed,
+    cope: {},
   };
-  if (side === "own") {
+  if (side === "base") {
+    request.cope.adapter_scale = 0;
+  } else {
     Object.assign(request, { user: state.user, logprobs: true });
-    if (state.alphaIsChosen) request.cope = { alpha: alpha() };
+    if (state.alphaIsChosen) request.cope.alpha = alpha();
   }
   try {
     const response = await send("POST", "/v1/chat/completions", request, abort.signal);
