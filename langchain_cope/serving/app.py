@@ -18,7 +18,16 @@ from langchain_cope.serving.access import SCOPE, GuardedRoute
 from langchain_cope.serving.errors import ApiError, api_error
 from langchain_cope.serving.request_log import RequestLog
 from langchain_cope.serving.route import Route
-from langchain_cope.serving.routes import health, models
+from langchain_cope.serving.routes import (
+    adapters,
+    erase,
+    health,
+    history,
+    models,
+    page,
+    personalize,
+    users,
+)
 from langchain_cope.serving.state import ServerState
 
 
@@ -29,6 +38,12 @@ def _document(request: Request) -> Response:
 ROUTES: tuple[Route, ...] = (
     *health.ROUTES,
     *models.ROUTES,
+    *users.ROUTES,
+    *adapters.ROUTES,
+    *history.ROUTES,
+    *personalize.ROUTES,
+    *erase.ROUTES,
+    *page.ROUTES,
     Route("GET", "/openapi.json", "key", _document, {"include_in_schema": False}),
 )
 
@@ -68,6 +83,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the base while the server starts; let go of it at the end."""
     state: ServerState = app.state.server
     await state.chat.aload()
+    state.runner.start()
     yield
     await asyncio.to_thread(state.close)
 
