@@ -18,11 +18,22 @@ from langchain_cope.engine.forward.lora_rows import LoraRows
 class Row:
     """One sequence of tokens under one model: a user's, or the base."""
 
-    def __init__(self, tokens: list[int], adapter: Adapter | None, offline: bool = False) -> None:
+    def __init__(
+        self,
+        tokens: list[int],
+        adapter: Adapter | None,
+        offline: bool = False,
+        asker: Hashable = None,
+        num_public: int = 0,
+    ) -> None:
         """Take the request's own list of `tokens` for this row, which grows with its answer."""
         self.tokens = tokens
         self.adapter = adapter
         self.offline = offline
+        self.asker = asker
+        """For whom it is computed: what is no secret of theirs is shared with them alone."""
+        self.num_public = num_public
+        """Leading tokens that are no secret."""
         self.length = 0
         """Positions in the cache."""
         self.logits: Tensor | None = None
@@ -37,6 +48,11 @@ class Row:
     def owner(self) -> Hashable:
         """Whose keys and values these are: only rows of the same owner may share them."""
         return None if self.adapter is None else self.adapter.owner
+
+    def most_from(self, other: "Row") -> int:
+        """Return how many leading tokens it may take from a row of the same owner."""
+        all_but_one = len(self.tokens) - 1  # whose logits are needed
+        return all_but_one if self.asker == other.asker else min(all_but_one, self.num_public)
 
 
 class Rows:

@@ -10,10 +10,13 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
-from langchain_cope.serving.errors import ApiError
+from langchain_cope.serving.errors import ApiError, api_error
 from langchain_cope.serving.principals import ANYBODY, SCOPES, Principal, Scope
+from langchain_cope.serving.request_log import log
 from langchain_cope.serving.settings import LOOPBACK
 from langchain_cope.serving.state import ServerState, state_of
 
@@ -34,8 +37,16 @@ class GuardedRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            guard(request, needs)
-            return await handle(request)
+            try:
+                guard(request, needs)
+                return await handle(request)
+            except (ApiError, HTTPException, RequestValidationError):
+                raise
+            except Exception as error:
+                told = api_error(error)
+                if told.status == 500:
+                    log.error("a request failed", exc_info=error, extra={"line": _line(request)})
+                raise told from error
 
         return guarded
 
@@ -55,9 +66,16 @@ def guard(request: Request, needs: Needs) -> None:
         return
     else:
         principal = _key_holder(request, state)
+        request.state.log["key"] = principal.id
     if needs not in ("open", "key"):
         principal.require(needs)
     request.state.principal = principal
+    if needs not in ("open", "metrics"):
+        state.limits.take_request(principal)
+
+
+def _line(request: Request) -> dict[str, Any]:
+    return {"id": request.state.log["id"]}
 
 
 def _key_holder(request: Request, state: ServerState) -> Principal:

@@ -15,14 +15,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from langchain_cope.serving.access import SCOPE, GuardedRoute
-from langchain_cope.serving.errors import ApiError, api_error
+from langchain_cope.serving.errors import ApiError
 from langchain_cope.serving.request_log import RequestLog
 from langchain_cope.serving.route import Route
 from langchain_cope.serving.routes import (
     adapters,
+    chat,
     erase,
     health,
     history,
+    metrics,
     models,
     page,
     personalize,
@@ -37,7 +39,9 @@ def _document(request: Request) -> Response:
 
 ROUTES: tuple[Route, ...] = (
     *health.ROUTES,
+    *metrics.ROUTES,
     *models.ROUTES,
+    *chat.ROUTES,
     *users.ROUTES,
     *adapters.ROUTES,
     *history.ROUTES,
@@ -56,7 +60,6 @@ def create_app(state: ServerState) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         telemetry={"logs": False},  # which would hold the texts of exceptions
-        max_body_size=state.settings.max_body,
         lifespan=_lifespan,
     )
     app.state.server = state
@@ -73,7 +76,6 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(Exception, _answer)
     app.add_middleware(RequestLog, settings=state.settings)
     return app
 
@@ -82,18 +84,18 @@ def create_app(state: ServerState) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the base while the server starts; let go of it at the end."""
     state: ServerState = app.state.server
-    await state.chat.aload()
+    await asyncio.to_thread(state.load)
     state.runner.start()
     yield
     await asyncio.to_thread(state.close)
 
 
 def _answer(request: Request, error: Exception) -> Response:
-    told = api_error(error)
-    request.state.log["error"] = told.code
-    if told.detail:
-        request.state.log["detail"] = told.detail
-    return told.response()
+    assert isinstance(error, ApiError)
+    request.state.log["error"] = error.code
+    if error.detail:
+        request.state.log["detail"] = error.detail
+    return error.response()
 
 
 def _answer_invalid(request: Request, error: Exception) -> Response:

@@ -62,10 +62,10 @@ class ApiError(Exception):
             retry_after: seconds after which the same request may do better.
             detail: what the log says beside; never a text of a user's.
         """
-        super().__init__(message)
+        super().__init__(_sendable(message))
         self.status = status
         self.code = code
-        self.param = param
+        self.param = None if param is None else _sendable(param)
         self.retry_after = retry_after
         self.detail = detail
 
@@ -94,6 +94,11 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, dict(self.headers))
 
 
+def _sendable(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which a request may have brought."""
+    return text.encode(errors="replace").decode()
+
+
 def api_error(error: Exception) -> ApiError:
     """Return what a client is told of an error of chat, engine, training or store."""
     told = error if isinstance(error, ApiError) else _told(error)
@@ -106,6 +111,8 @@ def _told(error: Exception) -> ApiError:
         return ApiError(400, "context_length_exceeded", str(error), param="messages")
     if isinstance(error, ModelNotFound):
         return ApiError(404, "model_not_found", str(error), param="model")
+    if isinstance(error, RecursionError):
+        return ApiError(400, "invalid_value", "the request is nested too deeply")
     if isinstance(error, InputError | InvalidAdapterError):
         return ApiError(400, "invalid_value", str(error))
     if isinstance(error, AdapterNotFoundError | UserErasedError):

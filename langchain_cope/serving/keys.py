@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from langchain_cope.atomic_files import write_json
 from langchain_cope.errors import InputError
-from langchain_cope.serving.principals import SCOPES, Limits, Principal, Scope, Users
+from langchain_cope.serving.principals import NO_LIMITS, SCOPES, Limits, Principal, Scope, Users
 
 FORMAT = 1
 CHECK_SECONDS = 0.5  # between two looks at the key file: a revoked key is refused within a second
@@ -48,7 +48,7 @@ class Key:
     expires: str | None = None
     revoked: str | None = None
     trusted_header: bool = False
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
 
     def is_valid(self, now: datetime) -> bool:
         """Tell whether it is neither revoked nor expired."""
@@ -71,7 +71,7 @@ def new_key(
     *,
     expires: datetime | None = None,
     trusted_header: bool = False,
-    limits: Limits = Limits(),
+    limits: Limits = NO_LIMITS,
 ) -> tuple[str, Key]:
     """Return (the key itself, which is kept nowhere, its record)."""
     key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)

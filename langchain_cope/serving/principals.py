@@ -58,6 +58,9 @@ class Limits:
     """Requests at a time; n answers to one prompt count n times."""
 
 
+NO_LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Principal:
     """Who asks: what a valid key stands for."""
@@ -68,7 +71,7 @@ class Principal:
     users: Users = NOBODY
     trusted_header: bool = False
     """Whether the server's user header counts: for proxies that know who is signed in."""
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
 
     def require(self, scope: Scope) -> None:
         """Raise ApiError (403) where the key has not this scope."""

@@ -1,17 +1,20 @@
-"""Around every request: its id, one line of the log without texts, and a deadline for readers."""
+"""Around every request: its id, its bounds, and one line of the log, without texts."""
 
 import asyncio
 import json
 import logging
 import re
 import time
+import traceback
 import uuid
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from langchain_cope.serving.metrics import Metrics
 from langchain_cope.serving.settings import ServeSettings
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -28,13 +31,15 @@ class RequestLog:
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         self._app = app
         self._deadline = settings.write_deadline
+        self._max_body = settings.max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("X-Request-Id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("X-Request-Id", "")
         request_id = given if _ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         line: dict[str, Any] = {"id": request_id, "method": scope["method"]}
         scope.setdefault("state", {})["log"] = line
@@ -43,25 +48,45 @@ class RequestLog:
         async def send_in_time(message: Message) -> None:
             if message["type"] == "http.response.start":
                 line["status"] = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
+                sent = MutableHeaders(scope=message)
+                sent["X-Request-Id"] = request_id
+                sent["X-Content-Type-Options"] = "nosniff"
             async with asyncio.timeout(self._deadline):
                 await send(message)
 
+        num_bytes = int(headers.get("Content-Length", 0))  # the server has checked that it is one
+
+        async def receive_bounded() -> Message:
+            nonlocal num_bytes
+            message = {} if num_bytes > self._max_body else await receive()
+            if "Content-Length" not in headers:
+                num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body:
+                raise HTTPException(413)
+            return message
+
         try:
-            await self._app(scope, receive, send_in_time)
+            await self._app(scope, receive_bounded, send_in_time)
         finally:
             line["route"] = getattr(scope.get("route"), "path", None)
             line["seconds"] = round(time.monotonic() - started, 4)
+            self._count(scope, line)
             log.info("request", extra={"line": line})
+
+    def _count(self, scope: Scope, line: dict[str, Any]) -> None:
+        """Count a response; what strangers send never becomes a label."""
+        metrics: Metrics = scope["app"].state.server.metrics
+        status = line.get("status", 499)
+        metrics.responses.labels(line["route"] or "none", status).inc()
+        if status in (429, 503):
+            metrics.rejected.labels(line.get("error", "none")).inc()
 
 
 class JsonLines(logging.Formatter):
     """Writes records as a JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record; of an exception it holds the class alone."""
+        """Return the line of a record: of an exception its class and place, which hold no text."""
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         entry: dict[str, Any] = {
             "time": moment,
@@ -71,4 +96,6 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info and record.exc_info[0] is not None:
             entry["exception"] = record.exc_info[0].__name__
+            frames = traceback.extract_tb(record.exc_info[2])
+            entry["at"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
         return json.dumps(entry, ensure_ascii=False)

@@ -2,20 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, cast
+from itertools import takewhile
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request
+from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel, ConfigDict
 
 from adapter_store import AdapterStore
 from langchain_cope.chat_models import ChatCoPe
+from langchain_cope.engine import EngineOptions
 from langchain_cope.history.chroma import ChromaHistory
 from langchain_cope.personalize import PersonalizeUser
 from langchain_cope.serving.jobs import WORK, JobRunner
+from langchain_cope.serving.admission import Admission
 from langchain_cope.serving.keys import KeyFile
+from langchain_cope.serving.limits import KeyLimits
+from langchain_cope.serving.metrics import Metrics
 from langchain_cope.serving.principals import Principal, resolve_user
 from langchain_cope.serving.settings import ServeSettings
 from langchain_cope.stores import open_store
+
+if TYPE_CHECKING:
+    from langchain_cope.engine import Engine
 
 
 @dataclass(eq=False)
@@ -32,6 +41,13 @@ class ServerState:
     """Personalizations."""
     keys: KeyFile | None
     """None: no keys; whoever reaches the loopback address may do everything."""
+    admission: Admission
+    limits: KeyLimits
+    metrics: Metrics = field(default_factory=Metrics)
+    engine: "Engine | None" = None
+    """The engine that answers, once the base is loaded."""
+    public_prefix: tuple[int, ...] = ()
+    """Tokens with which prompts may begin and that are no secret."""
     draining: bool = False
     """True once the server is to stop: nothing new is begun."""
     at_drain: list[Callable[[], None]] = field(default_factory=list)
@@ -63,7 +79,8 @@ class ServerState:
         if settings.train == "thread":
             personalize = PersonalizeUser(**base, history=history, job_dir=jobs / WORK)
         runner = JobRunner(jobs, personalize)
-        return cls(
+        rows = (settings.engine_options or EngineOptions()).max_rows
+        state = cls(
             settings=settings,
             chat=ChatCoPe(
                 **base,
@@ -75,7 +92,22 @@ class ServerState:
             keys=None if settings.keys is None else KeyFile(settings.keys),
             at_drain=[runner.begin_stop],
             at_close=[runner.close],
+            admission=Admission(rows, settings.max_waiting),
+            limits=KeyLimits(settings.max_concurrent),
         )
+        state.metrics.watch(state)
+        return state
+
+    def load(self) -> None:
+        """Load the base. Raises as `ChatCoPe.load` does."""
+        self.chat.load()
+        system = self.settings.public_prompt
+        first: list[BaseMessage] = [] if system is None else [SystemMessage(system)]
+        calls = [self.chat.prepare([*first, HumanMessage(text)]) for text in ("a", "b")]
+        self.engine = calls[0].engine
+        one, other = (call.request.prompt for call in calls)
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+        self.public_prefix = tuple(token for token, _ in shared)
 
     def begin_drain(self) -> None:
         """Begin nothing new from now on."""
@@ -120,7 +152,8 @@ def user_of(request: Request, offers: dict[str, object], *, required: bool = Fal
         named = request.headers.getlist(settings.user_header)
         if len(named) > 1:
             named = [""]  # which of them a proxy wrote cannot be told
-        offers = {**offers, **{settings.user_header: name for name in named}}
+        if named:
+            offers = {**offers, settings.user_header: named[0]}
     return resolve_user(principal, offers, required=required)
 
 

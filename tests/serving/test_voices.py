@@ -89,9 +89,9 @@ def test_pasted_texts_are_counted_and_kept_once(client: httpx.Client) -> None:
 def test_thumbs_and_corrections_are_rows(client: httpx.Client, state: ServerState) -> None:
     prompt = [{"role": "user", "content": "Say hello"}]
     rows = [
-        {"prompt": prompt, "completion": "Hey!", "label": True},
-        {"prompt": prompt, "completion": "Good day, madam.", "label": False},
-        {"prompt": "Say bye", "completion": "See ya", "rejected": "Farewell."},
+        {"prompt": prompt, "answer": "Hey!", "score": 1},
+        {"prompt": prompt, "answer": "Good day, madam.", "score": 0},
+        {"prompt": "Say bye", "answer": "Farewell.", "correction": "See ya"},
     ]
     client.post("/v1/history", json={"user": "tom", "rows": rows}).raise_for_status()
     items = state.history.history("tom").items

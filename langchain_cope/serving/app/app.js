@@ -278,7 +278,7 @@ async function addRows(rows) {
 }
 
 async function rate(turn, isLiked) {
-  await addRows([{ prompt: promptOf(turn), completion: textOf(turn.own), label: isLiked }]);
+  await addRows([{ prompt: promptOf(turn), answer: textOf(turn.own), score: isLiked ? 1 : 0 }]);
   turn.own.element.querySelector(".facts").textContent = isLiked
     ? "Kept: more like this."
     : "Kept: less like this.";
@@ -296,7 +296,7 @@ async function saveEdit() {
   const text = byId("edit").value.trim();
   const before = textOf(edited.own);
   if (!text || text === before.trim()) return;
-  await addRows([{ prompt: promptOf(edited), completion: text, rejected: before }]);
+  await addRows([{ prompt: promptOf(edited), answer: before, correction: text }]);
   edited.own.pieces = [{ text, tokens: [] }];
   paint(edited.own);
   edited.own.element.querySelector(".facts").textContent = "Corrected by you. Personalize again to learn from it.";

@@ -19,7 +19,7 @@ class HistoryBody(UserBody):
     """What is added to a user's history: rows, or a text that was pasted."""
 
     rows: list[dict[str, Any]] | None = None
-    """As `cope-lc personalize` reads them; with `label` a thumb, with `rejected` a correction."""
+    """As `cope-lc personalize` reads them; with `answer` and `score` or `correction` feedback."""
     text: str | None = None
     """Texts with blank lines between them, or JSON, one object a line."""
 
