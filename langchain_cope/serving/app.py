@@ -19,7 +19,18 @@ from langchain_cope.serving.access import SCOPE, GuardedRoute
 from langchain_cope.serving.errors import BODY_SCHEMA, ApiError
 from langchain_cope.serving.request_log import RequestLog
 from langchain_cope.serving.route import Route
-from langchain_cope.serving.routes import chat, health, metrics, models
+from langchain_cope.serving.routes import (
+    adapters,
+    chat,
+    erase,
+    health,
+    history,
+    metrics,
+    models,
+    page,
+    personalize,
+    users,
+)
 from langchain_cope.serving.state import ServerState
 
 
@@ -32,6 +43,12 @@ ROUTES: tuple[Route, ...] = (
     *metrics.ROUTES,
     *models.ROUTES,
     *chat.ROUTES,
+    *users.ROUTES,
+    *adapters.ROUTES,
+    *history.ROUTES,
+    *personalize.ROUTES,
+    *erase.ROUTES,
+    *page.ROUTES,
     Route("GET", "/openapi.json", "key", _document, {"include_in_schema": False}),
 )
 
@@ -77,6 +94,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: ServerState = app.state.server
     with ThreadPoolExecutor(1) as loader:  # which ends: its idle threads would slow the engine's
         await asyncio.get_running_loop().run_in_executor(loader, state.load)
+    state.runner.start()
     yield
     await asyncio.to_thread(state.close)
 

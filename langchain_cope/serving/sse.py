@@ -13,9 +13,10 @@ DONE = "data: [DONE]\n\n"
 _PING = ": ping\n\n"
 
 
-def event(value: Any, name: str | None = None) -> str:
-    """Return `value` as JSON in one event, of that name if any."""
-    first = "" if name is None else f"event: {name}\n"
+def event(value: Any, name: str | None = None, id: int | None = None) -> str:
+    """Return `value` as JSON in one event, of that name and id if any."""
+    first = "" if id is None else f"id: {id}\n"
+    first += "" if name is None else f"event: {name}\n"
     return f"{first}data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 

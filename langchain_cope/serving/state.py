@@ -3,17 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
+from pydantic import BaseModel, ConfigDict
 
 from adapter_store import AdapterStore
 from langchain_cope.chat_models import ChatCoPe
 from langchain_cope.engine import EngineOptions
 from langchain_cope.history.chroma import ChromaHistory
+from langchain_cope.personalize import PersonalizeUser
 from langchain_cope.serving.admission import Admission
+from langchain_cope.serving.jobs import WORK, JobRunner
 from langchain_cope.serving.keys import KeyFile
 from langchain_cope.serving.limits import KeyLimits
 from langchain_cope.serving.metrics import Metrics
@@ -36,6 +38,8 @@ class ServerState:
     store: AdapterStore
     history: ChromaHistory
     """What users wrote, all of them in one collection."""
+    runner: JobRunner
+    """Personalizations."""
     keys: KeyFile | None
     """None: no keys; whoever reaches the loopback address may do everything."""
     admission: Admission
@@ -62,22 +66,34 @@ class ServerState:
             AdapterStoreError: the store cannot be opened.
         """
         store = open_store(settings.store)
+        history = ChromaHistory(settings.data / "history")
+        base: dict[str, Any] = {
+            "model": settings.model,
+            "task_adapter": settings.task_adapter,
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "engine_options": settings.engine_options,
+            "store": store,
+            "trace_user_id": "hashed",
+        }
+        jobs = settings.data / "jobs"
+        personalize = None
+        if settings.train == "thread":
+            personalize = PersonalizeUser(**base, history=history, job_dir=jobs / WORK)
+        runner = JobRunner(jobs, personalize)
         rows = (settings.engine_options or EngineOptions()).max_rows
         state = cls(
             settings=settings,
             chat=ChatCoPe(
-                model=settings.model,
-                task_adapter=settings.task_adapter,
-                device=settings.device,
-                dtype=settings.dtype,
-                store=store,
-                engine_options=settings.engine_options,
+                **base,
                 max_tokens=settings.answer_tokens,
-                trace_user_id="hashed",
             ),
             store=store,
-            history=ChromaHistory(settings.data / "history"),
+            history=history,
+            runner=runner,
             keys=None if settings.keys is None else KeyFile(settings.keys),
+            at_drain=[runner.begin_stop],
+            at_close=[runner.close],
             admission=Admission(rows, settings.max_waiting),
             limits=KeyLimits(settings.max_concurrent),
             store_watch=StoreWatch(store),
@@ -108,10 +124,14 @@ class ServerState:
             close()
         self.chat.close()
 
-    @property
-    def jobs(self) -> Path:
-        """The folder of personalizations: their records, and what they resume from."""
-        return self.settings.data / "jobs"
+
+class UserBody(BaseModel):
+    """A body that names a user."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user: Any = None
+    """Checked by `resolve_user`, so that a wrong one is refused as everywhere."""
 
 
 def state_of(request: Request) -> ServerState:
@@ -138,6 +158,24 @@ def user_of(request: Request, offers: dict[str, object], *, required: bool = Fal
         if named:
             offers = {**offers, settings.user_header: named[0]}
     return resolve_user(principal, offers, required=required)
+
+
+def user_in_query(request: Request) -> str:
+    """Return the user whom the query names. Raises ApiError as `user_of` does."""
+    names = request.query_params.getlist("user")
+    offers: dict[str, object] = {} if not names else {"user": names[0] if len(names) == 1 else ""}
+    return _required(user_of(request, offers, required=True))
+
+
+def user_in_body(request: Request, body: UserBody) -> str:
+    """Return the user whom the body names. Raises ApiError as `user_of` does."""
+    offers = {"user": body.user} if "user" in body.model_fields_set else {}
+    return _required(user_of(request, offers, required=True))
+
+
+def _required(user: str | None) -> str:
+    assert user is not None  # `resolve_user` has refused that
+    return user
 
 
 State = Annotated[ServerState, Depends(state_of)]

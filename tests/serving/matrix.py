@@ -20,6 +20,24 @@ MATRIX: dict[tuple[str, str], tuple[int, ...]] = {
     ("GET", "/v1/models"): (*LOCKED, 200, 200, 200, 200),
     ("GET", "/v1/models/{name:path}"): (*LOCKED, 200, 200, 200, 200),
     ("POST", "/v1/chat/completions"): (*LOCKED, 200, 200, 403, 403),
+    ("GET", "/v1/users"): (*LOCKED, 200, 200, 200, 200),
+    ("GET", "/v1/adapters"): (*LOCKED, 200, 200, 403, 200),
+    ("POST", "/v1/adapters/activate"): (*LOCKED, 404, 404, 403, 404),
+    ("POST", "/v1/adapters/rollback"): (*LOCKED, 404, 404, 403, 404),
+    ("POST", "/v1/history"): (*LOCKED, 200, 200, 403, 403),
+    ("GET", "/v1/history"): (*LOCKED, 200, 200, 403, 403),
+    ("DELETE", "/v1/history"): (*LOCKED, 200, 200, 403, 403),
+    ("POST", "/v1/personalize"): (*LOCKED, 200, 200, 403, 200),
+    ("GET", "/v1/personalize"): (*LOCKED, 200, 200, 403, 200),
+    # Of a job that is not there; that of somebody else's user is not there either.
+    ("GET", "/v1/personalize/{job}"): (*LOCKED, 404, 404, 404, 404),
+    ("POST", "/v1/personalize/{job}/cancel"): (*LOCKED, 404, 404, 404, 404),
+    ("GET", "/v1/personalize/{job}/events"): (*LOCKED, 404, 404, 404, 404),
+    ("POST", "/v1/erase"): (*LOCKED, 400, 403, 403, 400),
+    # The page is off in this server.
+    ("GET", "/app"): (307,) * 8,
+    ("GET", "/app/"): (404,) * 8,
+    ("GET", "/app/{name}"): (404,) * 8,
 }
 """Rows of routes that name a user get alice, in the column `app about bob` bob."""
 
@@ -28,6 +46,21 @@ SENT: dict[tuple[str, str], dict[str, Any]] = {
         "json": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
         "user": "json",
     },
+    ("GET", "/v1/adapters"): {"params": {}, "user": "params"},
+    ("POST", "/v1/adapters/activate"): {"json": {"version": "none"}, "user": "json"},
+    ("POST", "/v1/adapters/rollback"): {"json": {}, "user": "json"},
+    ("POST", "/v1/history"): {"json": {"rows": []}, "user": "json"},
+    ("GET", "/v1/history"): {"params": {}, "user": "params"},
+    ("DELETE", "/v1/history"): {"params": {}, "user": "params"},
+    ("POST", "/v1/personalize"): {"json": {}, "user": "json"},
+    ("GET", "/v1/personalize"): {"params": {}, "user": "params"},
+    ("POST", "/v1/erase"): {"json": {"confirm": "not so"}, "user": "json"},
 }
 """What is sent beside the key; `user` says where the user's name goes: `json` or `params`."""
-PATHS = {"/v1/models/{name:path}": "/v1/models/tiny"}
+PATHS = {
+    "/v1/models/{name:path}": "/v1/models/tiny",
+    "/v1/personalize/{job}": "/v1/personalize/job_none",
+    "/v1/personalize/{job}/cancel": "/v1/personalize/job_none/cancel",
+    "/v1/personalize/{job}/events": "/v1/personalize/job_none/events",
+    "/app/{name}": "/app/app.js",
+}
