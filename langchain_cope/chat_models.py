@@ -466,6 +466,21 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
 
     # ── one loop ──
 
+    def prepare(
+        self,
+        messages: list[BaseMessage],
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Call:
+        """Return a call, ready to run on its engine: for servers of another protocol.
+
+        They read the engine's pieces themselves: no callbacks, no traces and no cache of LangChain
+        have a part in it. It takes what `invoke` takes, and raises as that does.
+        """
+        return self._prepare(messages, stop, self._pin(kwargs, config))
+
     def _generate(
         self,
         messages: list[BaseMessage],

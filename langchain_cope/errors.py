@@ -7,6 +7,7 @@
     │   └── ContextOverflow   a prompt longer than the model's context
     ├── ModelError            the base or the adapter cannot be used as asked
     ├── EngineClosed          the chat or the engine was closed, or the process forked from theirs
+    ├── EngineBusy            as many requests wait as may: try again later
     └── Cancelled             stopped on request; nothing was published
 
 Each message says what was given, what was expected and what to do. Errors of the store are in
@@ -56,6 +57,10 @@ class ModelError(CopeError):
 
 class EngineClosed(CopeError):  # noqa: N818
     """A chat or an engine that was closed before the request ended, or left behind by a fork."""
+
+
+class EngineBusy(CopeError):  # noqa: N818
+    """As many requests wait as `EngineOptions.max_waiting` lets."""
 
 
 class Cancelled(CopeError):  # noqa: N818

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from personal import QUICK, ROWS
+from serving.conftest import running
 
 from langchain_cope import Recipe
 from langchain_cope.training.recipe import Negatives
@@ -119,3 +120,10 @@ def test_a_graph_learns_and_answers_each_of_two_users(run: Run) -> None:
     assert "kim: dpo" in out
     assert "\nbase: " in out
     assert "sft" not in run("two_users_in_a_graph.py")
+
+
+def test_users_are_answered_over_http(run: Run, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    base = tiny(context=2048, likely='"]}')
+    with running(base, tmp_path / "store", tmp_path, keys=False) as server:
+        lines = run("openai_client.py", f"{server.url}/v1", "alice", "bob").splitlines()
+    assert [line.split(":")[0] for line in lines if ": " in line][:2] == ["alice", "bob"]

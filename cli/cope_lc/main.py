@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cope_lc import failures
+from cope_lc import failures, keys
 from cope_lc.adapters import care, transfer, versions
 from cope_lc.chat import chat
 from cope_lc.doctor import doctor
@@ -18,6 +18,7 @@ from cope_lc.evaluate import evaluate
 from cope_lc.forget import forget
 from cope_lc.generate import generate
 from cope_lc.personalize import personalize
+from cope_lc.serve import serve
 from cope_lc.task_adapter import task_adapter
 
 HELP = """Answer every user in that user's own manner, on one local base model.
@@ -26,11 +27,13 @@ HELP = """Answer every user in that user's own manner, on one local base model.
 cope-lc personalize user.jsonl            learn from what a user wrote
 cope-lc chat --user ID                    talk to the result
 cope-lc generate "a prompt" --user ID     one answer
+cope-lc serve                             all users over the OpenAI protocol
 cope-lc COMMAND --help                    options and an example
 
 Exit codes: 0 done, 1 it failed, 2 the input or the call was wrong.
 """
 ADAPTERS_HELP = "List, show, activate, export, import, delete, erase and check adapters in a store."
+KEYS_HELP = "Make, list and revoke the keys of a server."
 
 # Name, function, and the arguments of an example.
 Command = tuple[str, Callable[..., None], str]
@@ -40,6 +43,7 @@ COMMANDS: tuple[Command, ...] = (
     ("generate", generate, '"Write a headline for: …" --user alice'),
     ("evaluate", evaluate, "users.jsonl --limit 6"),
     ("task-adapter", task_adapter, "users.jsonl --out ./task"),
+    ("serve", serve, "--keys keys.json"),
     ("forget", forget, "alice --history ./chroma --job-dir ./jobs"),
     ("doctor", doctor, ""),
 )
@@ -58,6 +62,11 @@ ADAPTERS: tuple[Command, ...] = (
     ("gc", care.gc, "--dry-run"),
     ("new-key", care.new_key, "~/.cope-keys; export COPE_STORE_KEY_FILE=~/.cope-keys"),
     ("rotate-keys", care.rotate_keys, ""),
+)
+KEYS: tuple[Command, ...] = (
+    ("new", keys.new, "--keys keys.json --user alice"),
+    ("list", keys.list_keys, "--keys keys.json"),
+    ("revoke", keys.revoke, "0123456789ab --keys keys.json"),
 )
 
 
@@ -109,9 +118,17 @@ adapters = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+server_keys = typer.Typer(
+    help=KEYS_HELP,
+    epilog="Example: cope-lc keys new --keys keys.json --user alice",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 _add(app, "cope-lc", COMMANDS)
 _add(adapters, "cope-lc adapters", ADAPTERS)
+_add(server_keys, "cope-lc keys", KEYS)
 app.add_typer(adapters, name="adapters")
+app.add_typer(server_keys, name="keys")
 
 
 @app.callback(help=HELP)

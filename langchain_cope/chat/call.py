@@ -96,13 +96,14 @@ class Call:
         )
         message = AIMessageChunk(
             content="",
-            response_metadata=self._metadata(answer),
+            response_metadata=self.metadata(answer),
             usage_metadata=usage,
             chunk_position="last",
         )
         return ChatGenerationChunk(message=message)
 
-    def _metadata(self, answer: "Completion") -> dict[str, Any]:
+    def metadata(self, answer: "Completion") -> dict[str, Any]:
+        """Return the metadata of the message."""
         made_calls = answer.finish_reason == "stop" and answer.num_calls > 0
         metadata: dict[str, Any] = {
             "model_name": self.engine.base.name,

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from langchain_cope.engine import forks
@@ -20,6 +20,7 @@ from langchain_cope.engine.base.reply_format import ANSWER
 from langchain_cope.engine.decoding.adaptive import AdaptiveContrast
 from langchain_cope.engine.decoding.speculation import PromptLookup
 from langchain_cope.engine.decoding.text import Detokenizer
+from langchain_cope.engine.decoding.token_bytes import token_bytes
 from langchain_cope.engine.grammar.constraint import Constraint, compile_grammar
 from langchain_cope.engine.reply import Part, ReplyReader, TextPart
 from langchain_cope.engine.request import Request
@@ -56,6 +57,8 @@ class TokenLogprobs:
     log_p_base: float
     reward: float
     """log p_user − α · log p_base, the paper's implicit reward."""
+    data: bytes = b""
+    """Its bytes, which may be a part of a character."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ class Completion:
     """Of `token_ids`, and of `Request.closing` where the end of the turn was chosen."""
     num_calls: int = 0
     """How many tool calls are whole."""
+    queue_seconds: float = field(default=0.0, compare=False)
+    """From the request to its admission: for room and for its adapter."""
+    first_token_seconds: float = field(default=0.0, compare=False)
+    """From the request to the first token."""
 
 
 Event = Piece | Completion | BaseException
@@ -144,6 +151,9 @@ class ActiveRequest:
             self.adaptive = AdaptiveContrast(
                 request.contrast.min_divergence, str(prompt), base.token_text
             )
+        self.queue_seconds = self.first_token_seconds = 0.0
+        """From its submission to its admission, and to its first token; 0 before that."""
+        self._submitted = time.monotonic()
         self._num_changed = self._num_contrasted = 0
         self._base = base
         self._sink = sink
@@ -189,6 +199,10 @@ class ActiveRequest:
         if self.request.personal:
             self.adapter = adapter.scaled(self.request.adapter_scale)
 
+    def note_admission(self) -> None:
+        """Note how long it has waited, where it is admitted for the first time."""
+        self.queue_seconds = self.queue_seconds or time.monotonic() - self._submitted
+
     def push(self, chosen: NextToken) -> None:
         """Append a token and send what it adds; `finished` tells whether it was the last one."""
         if chosen.no_number:
@@ -202,6 +216,8 @@ class ActiveRequest:
             self._new_logprobs(chosen)
             self._close_turn()
             return
+        if not self.answer_ids:
+            self.first_token_seconds = time.monotonic() - self._submitted
         self.answer_ids.append(token)
         self._num_changed += chosen.changed
         self._num_contrasted += chosen.contrasted
@@ -279,7 +295,8 @@ class ActiveRequest:
         user, base = chosen.logprobs
         text = str(self._base.tokenizer.decode([chosen.token]))
         reward = user - self.request.contrast.alpha * base
-        self._logprobs.append(TokenLogprobs(chosen.token, text, user, base, reward))
+        data = token_bytes(self._base.tokenizer, chosen.token)
+        self._logprobs.append(TokenLogprobs(chosen.token, text, user, base, reward, data))
         return (self._logprobs[-1],)
 
     def _complete(self, reason: Literal["stop", "length"]) -> None:
@@ -293,6 +310,8 @@ class ActiveRequest:
                 mean_divergence=self.adaptive.mean_divergence if self.adaptive else None,
                 logprobs=tuple(self._logprobs),
                 num_calls=self._reply.num_calls,
+                queue_seconds=self.queue_seconds,
+                first_token_seconds=self.first_token_seconds,
             )
         )
         self.finished = True

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from langchain_cope.engine.adapter import low_rank_dtype
+from langchain_cope.engine.adapter import Adapter, low_rank_dtype
 from langchain_cope.engine.answer import ActiveRequest, NextToken
 from langchain_cope.engine.base.kept_order import matmul_order
 from langchain_cope.engine.decoding.speculation import MAX_DRAFT, PromptLookup, Speculation
@@ -57,7 +57,7 @@ class Batch:
         self.prefilling: list[ActiveRequest] = []
         """Requests whose prompts are being read."""
         self.num_steps = self.num_prefills = self.num_tokens = 0
-        self.num_drafted = self.num_accepted = self.num_reused = 0
+        self.num_drafted = self.num_accepted = self.num_reused = self.num_prompt_tokens = 0
 
     @property
     def requests(self) -> list[ActiveRequest]:
@@ -68,6 +68,12 @@ class Batch:
     def num_rows(self) -> int:
         """Rows in flight."""
         return len(self._decode_rows) + len(self._prefill_rows)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that keys and values take now, with the beginnings that are kept."""
+        caches = self._decode_rows.kv, self._prefill_rows.kv
+        return sum(kv.num_bytes for kv in caches) + self.prefixes.num_bytes
 
     @property
     def bytes_per_position(self) -> int:
@@ -102,8 +108,10 @@ class Batch:
             blocks = [] if row.offline else self.prefixes.find(row)
             at_hand = max(BLOCK * len(blocks), self._longest_copy(row)[0])
             others = self._prefill_rows.like(row)
-            most = len(row.tokens) - 1
-            to_come = max((num_shared(row.tokens, each.tokens, most) for each in others), default=0)
+            to_come = max(
+                (num_shared(row.tokens, each.tokens, row.most_from(each)) for each in others),
+                default=0,
+            )
             if to_come - at_hand < BLOCK:
                 return False
         return True
@@ -131,6 +139,7 @@ class Batch:
             else:
                 rows.kv.fill(rows.add(row), blocks)
             self.num_reused += row.length
+            self.num_prompt_tokens += len(row.tokens)
         if is_read:
             self._look_up(active)
 
@@ -293,7 +302,7 @@ class Batch:
         if self._shares:
             for rows in (self._decode_rows, self._prefill_rows):
                 for other in rows.like(row):
-                    most = min(other.length, len(row.tokens) - 1)
+                    most = min(other.length, row.most_from(other))
                     if most > best[0]:
                         length = num_shared(row.tokens, other.tokens, most)
                         best = max(best, (length, other, rows), key=lambda copy: copy[0])
@@ -366,11 +375,18 @@ class Batch:
 
 def _new_rows(active: ActiveRequest) -> tuple[Row, ...]:
     """Return the rows of a request: the personal one, then the base's where it has two."""
-    offline = active.request.offline
-    personal = Row(active.tokens, active.adapter, offline)
-    if not active.request.two_rows:
+    request = active.request
+    public = list(request.public_prefix)
+
+    def row(tokens: list[int], adapter: Adapter | None, early_exit: int | None = None) -> Row:
+        num_public = num_shared(tokens, public, len(public))
+        owner = request.cache_owner
+        return Row(tokens, adapter, request.offline, early_exit, owner, num_public)
+
+    personal = row(active.tokens, active.adapter)
+    if not request.two_rows:
         return (personal,)
-    return personal, Row(active.base_tokens, None, offline, active.request.early_exit)
+    return personal, row(active.base_tokens, None, request.early_exit)
 
 
 def _kv_bytes(memory: int | float, device: torch.device) -> int:

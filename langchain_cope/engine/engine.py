@@ -71,6 +71,18 @@ class Statistics:
     """Those of them that came true."""
     prefix_tokens_reused: int
     """Tokens of prompts, a row each, that were copied: from the prefix cache or another row."""
+    prompt_tokens: int
+    """Tokens of prompts that were admitted, a row each; those reused are among them."""
+    answers: int
+    """Answers that got a token at least and are over."""
+    queue_seconds: float
+    """Seconds that these waited for room and adapters, together."""
+    first_token_seconds: float
+    """Seconds until these had their first token, together."""
+    kv_bytes: int
+    """Bytes of keys and values now, the beginnings that are kept among them."""
+    max_kv_bytes: int
+    """Bytes of keys and values that requests may take."""
     adapters_loaded: int
     """Adapters that were loaded into a slot."""
     adapters_evicted: int
@@ -79,6 +91,8 @@ class Statistics:
     """Slots that a request holds now."""
     rows: int
     """Rows in the batch now."""
+    running: int
+    """Requests in the batch now."""
     waiting: int
     """Requests that wait for room or for their adapter now."""
 
@@ -200,10 +214,17 @@ class Engine:
             drafted=batch.num_drafted,
             accepted=batch.num_accepted,
             prefix_tokens_reused=batch.num_reused,
+            prompt_tokens=batch.num_prompt_tokens,
+            answers=self._scheduler.num_answers,
+            queue_seconds=self._scheduler.queue_seconds,
+            first_token_seconds=self._scheduler.first_token_seconds,
+            kv_bytes=batch.held_bytes,
+            max_kv_bytes=batch.kv_bytes,
             adapters_loaded=self._slots.num_loaded,
             adapters_evicted=self._slots.num_evicted,
             adapters_in_use=self._slots.num_in_use,
             rows=batch.num_rows,
+            running=len(batch.requests),
             waiting=self._scheduler.num_waiting,
         )
 
@@ -213,6 +234,7 @@ class Engine:
         Raises:
             ContextOverflow: for a prompt that leaves no room for an answer.
             InputError: for a request that cannot be answered, or never fits the memory.
+            EngineBusy: where as many wait as may.
             EngineClosed: after `close`.
 
         The stream itself raises ModelError (with its cause), TimeoutError, EngineClosed, and what

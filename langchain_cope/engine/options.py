@@ -129,6 +129,11 @@ class EngineOptions:
     """
     prefill_pause: float = field(default=0.1, metadata={"validation_alias": "stall"})
     """Seconds, about, that prompts may delay running answers at a time. Formerly named `stall`."""
+    max_waiting: int | None = None
+    """Requests that may stand in the line, offline ones aside; another one raises `EngineBusy`.
+
+    Each stands there until the next step at least. None: any number.
+    """
     packed_weights: bool = True
     """Compute steps of few rows with the blocks of a GGUF file, where that is faster.
 
@@ -139,8 +144,10 @@ class EngineOptions:
         memory = self.kv_memory
         is_share = isinstance(memory, float) and 0 < memory <= 1
         tokens_fit = self.max_tokens is None or is_whole(self.max_tokens, least=1)
+        waiting_fits = self.max_waiting is None or is_whole(self.max_waiting, least=1)
         checks = (
             ("max_tokens", "an integer > 0 or None", tokens_fit),
+            ("max_waiting", "an integer ≥ 1 or None", waiting_fits),
             (
                 "kv_memory",
                 "bytes as an integer > 0, or a share as a float in 0 to 1",

@@ -1,8 +1,8 @@
 """Beginnings of prompts and chats that were processed before, to be copied instead of computed.
 
 Their keys and values lie in a tree of blocks of tokens under each owner, which is the base or one
-adapter's matrices, so that personal states never serve another user. The base's are shared by all
-users; where none may learn from timing what others asked, the cache is to be switched off.
+adapter's matrices, so that personal states never serve another user. Blocks carry the name of who
+asked, unless all of their tokens are public: nobody learns from timing what others asked.
 """
 
 from collections import OrderedDict
@@ -16,12 +16,16 @@ from langchain_cope.engine.rows import Row, Rows
 BLOCK = 32  # tokens
 
 
+_Key = tuple[Hashable, tuple[int, ...]]
+"""Who asked, None for a public block, and the block's tokens."""
+
+
 @dataclass(eq=False)
 class _Node:
     parent: "_Node | None"
-    tokens: tuple[int, ...] = ()
+    key: _Key = (None, ())
     states: Block = field(default_factory=list)
-    children: dict[tuple[int, ...], "_Node"] = field(default_factory=dict)
+    children: dict[_Key, "_Node"] = field(default_factory=dict)
     owner: Hashable = None
 
 
@@ -45,7 +49,7 @@ class PrefixCache:
 
         At least one token is left to compute.
         """
-        nodes = self._path(row.owner, row.tokens[:-1])
+        nodes = self._path(row, len(row.tokens) - 1)
         self._touch(nodes)
         return [node.states for node in nodes]
 
@@ -69,15 +73,14 @@ class PrefixCache:
         self._nodes.clear()
 
     def _store(self, row: Row, rows: Rows) -> None:
-        tokens = row.tokens[: row.length]
         owner = row.owner
-        nodes = self._path(owner, tokens)
+        nodes = self._path(row, row.length)
         index = None
-        for start in range(len(nodes) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
+        for start in range(len(nodes) * BLOCK, row.length - BLOCK + 1, BLOCK):
             if index is None:
                 index = rows.all().index(row)
             parent = nodes[-1] if nodes else self._roots.setdefault(owner, _Node(None, owner=owner))
-            key = tuple(tokens[start : start + BLOCK])
+            key = _key(row, start)
             node = _Node(parent, key, rows.kv.read(index, start, start + BLOCK))
             parent.children[key] = node
             nodes.append(node)
@@ -85,13 +88,13 @@ class PrefixCache:
         while len(self._nodes) > self._capacity:
             self._forget(next(iter(self._nodes)))
 
-    def _path(self, owner: Hashable, tokens: Sequence[int]) -> list[_Node]:
-        """Return the nodes of the blocks that `tokens` begin with, as far as they are known."""
+    def _path(self, row: Row, length: int) -> list[_Node]:
+        """Return the nodes of the blocks of the row's first `length` tokens that are known."""
         path: list[_Node] = []
-        node = self._roots.get(owner)
-        for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
+        node = self._roots.get(row.owner)
+        for start in range(0, length - BLOCK + 1, BLOCK):
             if node is not None:
-                node = node.children.get(tuple(tokens[start : start + BLOCK]))
+                node = node.children.get(_key(row, start))
             if node is None:
                 break
             path.append(node)
@@ -105,9 +108,15 @@ class PrefixCache:
     def _forget(self, node: _Node) -> None:
         del self._nodes[node]
         assert node.parent is not None
-        del node.parent.children[node.tokens]
+        del node.parent.children[node.key]
         if node.parent.parent is None and not node.parent.children:
             del self._roots[node.parent.owner]
+
+
+def _key(row: Row, start: int) -> _Key:
+    """Return the key of the row's block at `start`."""
+    end = start + BLOCK
+    return None if end <= row.num_public else row.asker, tuple(row.tokens[start:end])
 
 
 def num_shared(tokens: Sequence[int], others: Sequence[int], most: int) -> int:

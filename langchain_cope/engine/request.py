@@ -1,6 +1,6 @@
 """What is asked of the engine. Its state on the way to the answer is `answer.ActiveRequest`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,6 +75,14 @@ class Request:
 
     None: all of them, which is the base. For comparisons; see `Forward.num_layers`.
     """
+    cache_owner: Hashable = None
+    """Only requests of the same owner share what was computed of their prompts.
+
+    So that nobody learns from timing what others asked. It holds for the base's row, too; rows with
+    an adapter share with those of the same adapter and owner alone.
+    """
+    public_prefix: Sequence[int] = ()
+    """Leading tokens that are no secret: whoever begins with them shares that much with anybody."""
     holder: object = field(default=None, compare=False, repr=False)
     """For whom it is answered; `Engine.release` of that object ends it."""
 

@@ -24,6 +24,8 @@ class Row:
         adapter: Adapter | None,
         offline: bool = False,
         early_exit: int | None = None,
+        asker: Hashable = None,
+        num_public: int = 0,
     ) -> None:
         """Take the request's own list of `tokens` for this row, which grows with its answer."""
         self.tokens = tokens
@@ -31,6 +33,10 @@ class Row:
         self.offline = offline
         self.early_exit = early_exit
         """Layers after which it is read out; None: all. Its keys and values are of all layers."""
+        self.asker = asker
+        """For whom it is computed: what is no secret of theirs is shared with them alone."""
+        self.num_public = num_public
+        """Leading tokens that are no secret."""
         self.length = 0
         """Positions in the cache."""
         self.logits: Tensor | None = None
@@ -45,6 +51,11 @@ class Row:
     def owner(self) -> Hashable:
         """Whose keys and values these are: only rows of the same owner may share them."""
         return None if self.adapter is None else self.adapter.owner
+
+    def most_from(self, other: "Row") -> int:
+        """Return how many leading tokens it may take from a row of the same owner."""
+        all_but_one = len(self.tokens) - 1  # whose logits are needed
+        return all_but_one if self.asker == other.asker else min(all_but_one, self.num_public)
 
 
 class Rows:

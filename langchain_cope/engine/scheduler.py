@@ -20,7 +20,7 @@ from langchain_cope.engine.batch import MIN_COLUMNS, Batch
 from langchain_cope.engine.device import give_back, is_out_of_memory
 from langchain_cope.engine.options import EngineOptions
 from langchain_cope.engine.request import AdapterSource
-from langchain_cope.errors import InputError, ModelError
+from langchain_cope.errors import EngineBusy, InputError, ModelError
 from langchain_cope.text import count
 
 MAX_PROMPT_TOKENS = 4096  # of prompts, padding included, in one forward
@@ -58,6 +58,8 @@ class Scheduler:
         self._waiting: deque[ActiveRequest] = deque()
         self._prefill_rate = FIRST_RATE
         self._reset_bounds()
+        self.num_answers = 0
+        self.queue_seconds = self.first_token_seconds = 0.0
 
     @property
     def num_waiting(self) -> int:
@@ -84,11 +86,26 @@ class Scheduler:
             )
 
     def submit(self, active: ActiveRequest) -> None:
-        """Put a request at the end of the line; where it needs a slot, it asks for one."""
+        """Put a request at the end of the line; where it needs a slot, it asks for one.
+
+        Raises EngineBusy where as many wait as may.
+        """
         with self._lock:  # so that leases are given in the order of the line
+            self._check_line(active)
             if active.request.personal and isinstance(active.request.adapter, AdapterSource):
                 active.lease = self._slots.lease(active.request.adapter)
             self._waiting.append(active)
+
+    def _check_line(self, active: ActiveRequest) -> None:
+        most = self._options.max_waiting
+        if most is None or active.request.offline:
+            return
+        num_waiting = sum(not each.request.offline for each in self._waiting)
+        if num_waiting >= most:
+            raise EngineBusy(
+                f"{count(num_waiting, 'request')} of {most} that may wait do so already: "
+                "try again later, or raise EngineOptions.max_waiting"
+            )
 
     def has_work(self) -> bool:
         """Tell whether a step would do anything."""
@@ -204,6 +221,7 @@ class Scheduler:
     def _admit_one(self, active: ActiveRequest) -> None:
         with self._lock:
             self._waiting.remove(active)
+        active.note_admission()
         try:
             self._batch.admit(active)
         except Exception as error:  # no memory for its rows, say
@@ -300,6 +318,10 @@ class Scheduler:
             if active.finished and active.adapter is not None:
                 newest = active.request.prompt[-RECENT_PROMPT:]
                 active.adapter.recent.extend([*newest, *active.answer_ids])
+            if active.answer_ids:
+                self.num_answers += 1
+                self.queue_seconds += active.queue_seconds
+                self.first_token_seconds += active.first_token_seconds
         self._batch.drop(requests)
         for active in requests:
             self._release(active)

@@ -7,7 +7,8 @@ from statistics import median
 
 import pytest
 
-COMMANDS = [["personalize"], ["chat"], ["generate"], ["evaluate"], ["doctor"]]
+COMMANDS = [["personalize"], ["chat"], ["generate"], ["evaluate"], ["serve"], ["doctor"]]
+KEYS = ["new", "list", "revoke"]
 ADAPTERS = ["list", "show", "activate", "rollback", "delete", "erase", "export", "export-all"]
 ADAPTERS += ["import", "import-all", "verify", "gc", "new-key", "rotate-keys"]
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "langchain_core", "langchain_cope"}
@@ -33,7 +34,8 @@ app(["--help"])
 
 
 def test_every_command_has_an_example_and_explains_every_option(cope_lc: Callable) -> None:
-    for words in COMMANDS + [["adapters", name] for name in ADAPTERS]:
+    groups = [["adapters", name] for name in ADAPTERS] + [["keys", name] for name in KEYS]
+    for words in COMMANDS + groups:
         shown = cope_lc(*words, "--help")
         assert shown.code == 0
         assert f"Example: cope-lc {' '.join(words)}" in shown.stdout
@@ -44,10 +46,10 @@ def test_every_command_has_an_example_and_explains_every_option(cope_lc: Callabl
 
 def test_help_names_every_command(cope_lc: Callable) -> None:
     shown = cope_lc("--help").stdout
-    assert all(f"  {name} " in shown for [name] in [*COMMANDS, ["adapters"]])
-    assert "serve" not in shown
-    shown = cope_lc("adapters", "--help").stdout
-    assert all(f"  {name} " in shown for name in ADAPTERS)
+    assert all(f"  {name} " in shown for [name] in [*COMMANDS, ["adapters"], ["keys"]])
+    for group, names in {"adapters": ADAPTERS, "keys": KEYS}.items():
+        shown = cope_lc(group, "--help").stdout
+        assert all(f"  {name} " in shown for name in names)
 
 
 def test_a_call_without_a_command_is_wrong_and_shows_the_help(cope_lc: Callable) -> None:

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from langchain_cope.engine import (
 )
 from langchain_cope.engine.forward import kv_cache as kv_module
 from langchain_cope.engine.forward.inputs import Inputs
-from langchain_cope.errors import InputError, ModelError
+from langchain_cope.errors import EngineBusy, InputError, ModelError
 
 Tiny = Callable[..., Path]
 EngineWith = Callable[..., Engine]
@@ -366,3 +367,37 @@ def test_a_prompt_read_in_pieces_keeps_its_room_when_others_leave(
     second = engine.stream(late)
     assert first.completion().finish_reason == "length"
     assert second.completion() == alone
+
+
+def test_no_more_requests_wait_than_may(engine_with: EngineWith) -> None:
+    engine = engine_with(max_rows=2, max_waiting=2, speculation=False)
+    long = Request(list(range(3, 40)), sampling=Sampling(max_tokens=200, temperature=1.0))
+    running = [engine.stream(long), engine.stream(long)]
+    for stream in running:
+        next(stream)  # both are in the batch
+    waiting = [engine.stream(long), engine.stream(long)]
+    with pytest.raises(EngineBusy, match="max_waiting"):
+        engine.stream(long)
+    offline = engine.stream(replace(long, offline=True))
+    for stream in [*running, *waiting, offline]:
+        stream.close()
+
+
+def test_an_answer_tells_how_long_it_waited_and_the_engine_adds_up(
+    engine_with: EngineWith,
+) -> None:
+    engine = engine_with(max_rows=2, speculation=False)
+    request = Request(list(range(3, 40)), sampling=Sampling(max_tokens=20, temperature=1.0))
+    answers = engine.generate([request] * 4)
+    waited = [answer.queue_seconds for answer in answers]
+    assert max(waited) > min(waited) >= 0
+    for answer in answers:
+        assert answer.queue_seconds < answer.first_token_seconds
+    engine.drop_caches()  # after the step in which the last one left
+    now = engine.statistics()
+    assert now.answers == 4
+    assert now.queue_seconds == pytest.approx(sum(waited))
+    assert now.first_token_seconds == pytest.approx(
+        sum(answer.first_token_seconds for answer in answers)
+    )
+    assert 0 <= now.kv_bytes <= now.max_kv_bytes

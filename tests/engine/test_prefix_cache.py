@@ -242,3 +242,40 @@ def test_who_waits_for_a_prompt_keeps_its_deadline_and_place(
     assert list(served.values()) == [200, 200, 200, 5], (
         "the room of those who wait is not given away"
     )
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_askers_share_nothing_of_a_prompt_but_its_public_beginning(
+    at_once: bool, tiny: Tiny, adapter: Tiny, closing: list[Engine]
+) -> None:
+    closing += engines(tiny("llama"))
+    engine, plain = closing
+    ann = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    public = tokens(BLOCK + 20, 4)
+    prompt = public + tokens(BLOCK, 5)
+
+    def request(asker: str, num_public: int) -> Request:
+        return Request(
+            prompt,
+            ann,
+            Contrast(0.5),
+            sampling=SAMPLING,
+            cache_owner=asker,
+            public_prefix=public[:num_public],
+        )
+
+    def num_reused(*requests: Request) -> int:
+        before = engine.statistics().prefix_tokens_reused
+        if at_once:
+            answers = engine.generate(requests)
+        else:
+            answers = [engine.generate([each])[0] for each in requests]
+        assert answers == plain.generate(requests)
+        engine.drop_caches()
+        return engine.statistics().prefix_tokens_reused - before
+
+    assert num_reused(request("alice", 0), request("bob", 0)) == 0
+    assert num_reused(request("alice", 0), request("alice", 0)) > 2 * BLOCK
+    whole_blocks = BLOCK + 20 if at_once else BLOCK
+    assert num_reused(request("alice", 52), request("bob", 52)) == 2 * whole_blocks
+    assert engine.statistics().prompt_tokens == 6 * 2 * len(prompt)

@@ -106,6 +106,11 @@ class KeyValues:
         """Return the positions that are allocated where `positions` are needed."""
         return -(-positions // _POSITIONS) * _POSITIONS
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes now."""
+        return self.num_rows * self.num_positions * self.bytes_per_position
+
     def bytes_for(self, rows: int, positions: int) -> int:
         """Return the bytes that would be allocated in all after `reserve`."""
         rows, positions = self._enlarged(rows, positions)
@@ -198,7 +203,7 @@ class KeyValues:
 
     def clear(self) -> None:
         """Free the buffers when no row is left; 64 MB or less are kept."""
-        num_bytes = self.num_rows * self.num_positions * self.bytes_per_position
+        num_bytes = self.num_bytes
         if num_bytes > _KEEP_WHEN_IDLE:
             self.free()
 

@@ -1,0 +1,307 @@
+"""The server under load: clients that stream answers over HTTP, each the next at once.
+
+    64 clients of 16 users for two minutes on `smollm2`: tokens/s of the server, the time to the
+    first token and between two pieces at the clients, errors, and how memory grows; beside it the
+    same requests in the engine alone (`serve_engine`), which gives `server_vs_engine`
+
+    --peer      16 clients instead: our server, every user in a voice of their own, against
+                `transformers serve` with continuous batching on the same base, without adapters
+
+Clients run on the machine that serves, and what they cost is the server's loss. Tokens are the
+engine's own count, of the peer the clients'. The last line is one JSON object.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from serve_engine import MODEL, TEXTS, user_id
+from worker import Worker, machine, print_report
+
+HEADS = "POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+READY = 180.0  # seconds until a server that does not answer is given up
+
+
+@dataclass
+class Seen:
+    """What the clients saw while it was measured."""
+
+    first: list[float] = field(default_factory=list)
+    """Seconds to first pieces."""
+    between: list[float] = field(default_factory=list)
+    """Seconds between two pieces of an answer."""
+    answers: int = 0
+    errors: int = 0
+    measuring: bool = False
+
+    def report(self, seconds: float) -> dict[str, Any]:
+        """Return percentiles in seconds, and the counts."""
+        return {
+            "answers": self.answers,
+            "errors": self.errors,
+            "pieces_per_second": round(len(self.between) / seconds, 1),
+            "first_token_p50_p99": _percentiles(self.first),
+            "between_pieces_p50_p99": _percentiles(self.between),
+        }
+
+
+def main() -> None:
+    options = _options()
+    state = machine("serve", options) | {"model": MODEL}
+    print(json.dumps(state), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder, base = Path(name), Path(name) / "base"
+        Worker(
+            "serve_engine:prepare", folder, options.users, base if options.peer else None
+        ).close()
+        if options.peer:
+            results = _against_peer(folder, base, options)
+        else:
+            results = _against_engine(folder, options)
+    print_report(state, **results)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=64, metavar="N")
+    parser.add_argument("--users", type=int, default=16, metavar="N")
+    parser.add_argument("--seconds", type=float, default=120, metavar="S")
+    parser.add_argument("--engine-seconds", type=float, default=40, metavar="S")
+    parser.add_argument("--warm-up", type=float, default=15, metavar="S")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of an answer, at most")
+    parser.add_argument("--rows", type=int, default=128, metavar="N", help="in the batch, at most")
+    parser.add_argument("--peer", action="store_true", help="compare with `transformers serve`")
+    parser.set_defaults(device="cpu")
+    return parser.parse_args()
+
+
+def _against_engine(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    with Worker("serve_engine:Alone", folder, options.users, options.rows) as alone:
+        engine = alone.run(
+            "rate",
+            clients=options.clients,
+            seconds=options.engine_seconds,
+            warm_up=options.warm_up,
+            num_tokens=options.tokens,
+        )
+    print(f"the engine alone: {engine:.1f} tokens/s", flush=True)
+    server = _measure_ours(folder, options)
+    print(f"the server: {server['tokens_per_second']} tokens/s", flush=True)
+    return {
+        "engine_tokens_per_second": round(engine, 1),
+        "server": server,
+        "server_vs_engine": round(server["tokens_per_second"] / engine, 3),
+    }
+
+
+def _against_peer(folder: Path, base: Path, options: argparse.Namespace) -> dict[str, Any]:
+    ours = _measure_ours(folder, options)
+    print(f"ours: {ours['tokens_per_second']} tokens/s", flush=True)
+    words = [
+        sys.executable, "-m", "transformers.cli.transformers", "serve", str(base),
+        "--device", "cpu", "--dtype", "bfloat16", "--continuous-batching",
+        "--host", "127.0.0.1", "--port", "8917",
+    ]  # fmt: skip
+    with _process(words, folder / "peer.log") as process:
+        _wait_for("http://127.0.0.1:8917/health")
+        seen, seconds, _ = asyncio.run(_load(8917, str(base), None, folder, options, process))
+    report = seen.report(seconds)
+    print(f"transformers serve: {report}", flush=True)
+    ratio = ours["pieces_per_second"] / report["pieces_per_second"]
+    return {"ours": ours, "peer": report, "users16_vs_peer_server": round(ratio, 2)}
+
+
+def _measure_ours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the server did, started as people start it."""
+    words = [
+        sys.executable, "-m", "cope_lc", "serve", "--model", MODEL, "--port", "0",
+        "--store", str(folder / "adapters"), "--data", str(folder / "data"),
+        "--max-rows", str(options.rows),
+    ]  # fmt: skip
+    log = folder / "server.log"
+    with _process(words, log) as process:
+        port = _port_of(log, process)
+        seen, seconds, measured = asyncio.run(_load(port, MODEL, user_id, folder, options, process))
+    return {**seen.report(seconds), **measured}
+
+
+async def _load(
+    port: int,
+    model: str,
+    name: Any,
+    folder: Path,
+    options: argparse.Namespace,
+    process: "subprocess.Popen[bytes]",
+) -> tuple[Seen, float, dict[str, Any]]:
+    """Let the clients ask; return what they saw, for how many seconds, and what else was measured.
+
+    `name` gives the id of a user by number; None: nobody is named.
+    """
+    texts = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
+    seen = Seen()
+    clients = [
+        asyncio.create_task(_client(port, model, name, texts, number, options, seen))
+        for number in range(options.clients)
+    ]
+    await asyncio.sleep(options.warm_up)
+    memory = [_memory(process)]
+    before = await asyncio.to_thread(_tokens, port) if name else 0
+    cpu, started = psutil.Process(process.pid).cpu_times(), time.perf_counter()
+    seen.measuring = True
+    for _ in range(4):
+        await asyncio.sleep(options.seconds / 4)
+        memory.append(_memory(process))
+    seen.measuring, seconds = False, time.perf_counter() - started
+    tokens = (await asyncio.to_thread(_tokens, port) if name else 0) - before
+    used = psutil.Process(process.pid).cpu_times()
+    own = psutil.Process().cpu_times()
+    for client in clients:
+        client.cancel()
+    await asyncio.wait(clients)
+    return (
+        seen,
+        seconds,
+        {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "memory_mb": [round(each / 2**20) for each in memory],
+            "server_cores": round((used.user + used.system - cpu.user - cpu.system) / seconds, 2),
+            "clients_cpu_seconds": round(own.user + own.system, 1),
+        },
+    )
+
+
+async def _client(
+    port: int,
+    model: str,
+    name: Any,
+    texts: list[str],
+    number: int,
+    options: argparse.Namespace,
+    seen: Seen,
+) -> None:
+    """Ask one question after another on one connection."""
+    turn = number
+    while True:
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": texts[(number + 7 * turn) % len(texts)]}],
+            "max_tokens": options.tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        if name is not None:
+            body["user"] = name(number % options.users)
+        turn += 1
+        try:
+            await _answer(port, json.dumps(body).encode(), seen)
+        except (OSError, ValueError, asyncio.IncompleteReadError):
+            seen.errors += seen.measuring
+            await asyncio.sleep(0.5)
+
+
+async def _answer(port: int, body: bytes, seen: Seen) -> None:
+    """Read one answer; raise ValueError for one that is none."""
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        head = HEADS.format(path="/v1/chat/completions", port=port)
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        if b" 200 " not in await reader.readline():
+            raise ValueError("no 200")
+        last = None
+        while True:
+            line = await reader.readline()
+            now = time.perf_counter()
+            if line.startswith(b"data: [DONE]"):
+                break
+            if line.startswith(b'data: {"error"') or not line:
+                raise ValueError("it broke off")
+            if not line.startswith(b"data: ") or b'"content":' not in line:
+                continue
+            if b'"content":""' in line or b'"content": ""' in line:
+                continue
+            if seen.measuring:
+                (seen.first if last is None else seen.between).append(
+                    now - (started if last is None else last)
+                )
+            last = now
+        seen.answers += seen.measuring
+    finally:
+        writer.close()
+
+
+@contextlib.contextmanager
+def _process(words: list[str], log: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    here = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(here), str(here / "cli"), os.environ.get("PYTHONPATH", "")])
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            words, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": paths}
+        )
+    try:
+        yield process
+    except Exception:
+        print(log.read_text(encoding="utf-8", errors="replace")[-3000:], file=sys.stderr)
+        raise
+    finally:
+        process.terminate()
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _port_of(log: Path, process: "subprocess.Popen[bytes]") -> int:
+    deadline = time.monotonic() + READY
+    while time.monotonic() < deadline and process.poll() is None:
+        for line in log.read_text(encoding="utf-8").splitlines():
+            if "ready at " in line:
+                return int(json.loads(line)["message"].split("/v1")[0].rsplit(":", 1)[1])
+        time.sleep(0.2)
+    raise RuntimeError("the server did not start")
+
+
+def _wait_for(url: str) -> None:
+    deadline = time.monotonic() + READY
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        time.sleep(0.5)
+    raise RuntimeError(f"{url} does not answer")
+
+
+def _tokens(port: int) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return next(
+        float(line.split()[1]) for line in lines if line.startswith("cope_generation_tokens_total")
+    )
+
+
+def _memory(process: "subprocess.Popen[bytes]") -> int:
+    return int(psutil.Process(process.pid).memory_info().rss)
+
+
+def _percentiles(values: list[float]) -> list[float]:
+    if len(values) < 2:
+        return []
+    ordered = statistics.quantiles(values, n=100)
+    return [round(ordered[49], 4), round(ordered[98], 4)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What the OpenAPI document says is true of whatever is sent: no 5xx, and no answer beside it."""
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+from serving.conftest import Running
+
+from langchain_cope.serving.app import ROUTES
+
+CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
+DOCUMENTED = [
+    (route.method, route.path) for route in ROUTES if route.options.get("include_in_schema", True)
+]
+
+
+@pytest.mark.parametrize("row", DOCUMENTED, ids=" ".join)
+@pytest.mark.filterwarnings("ignore")
+def test_a_route_keeps_to_its_document_whatever_is_sent(
+    row: tuple[str, str], server: Running
+) -> None:
+    with server.client("alice") as client:
+        schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+    method, path = row
+    operation = schema[path.replace(":path", "")][method]
+
+    @given(case=operation.as_strategy())
+    @settings(
+        max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    )
+    def keeps_to_it(case: Any) -> None:
+        for key in (server.keys["alice"], "nobody's"):
+            headers = {"Authorization": f"Bearer {key}"}
+            case.call_and_validate(base_url=server.url, headers=headers, checks=CHECKS)
+
+    keeps_to_it()
