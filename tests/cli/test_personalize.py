@@ -10,7 +10,7 @@ import pytest
 from adapter_store import AdapterStore
 
 PROGRESS = re.compile(
-    r"(history|base model|SFT|negatives|DPO|evaluation|gate): (started|done in .*|\d+ of \d+.*)"
+    r"(history|base model|SFT|negatives|DPO|evaluation|strength|gate): (started|done in .*|\d+ of \d+.*)"
 )
 AsNobody = Callable[..., contextlib.AbstractContextManager[Path]]
 
@@ -48,7 +48,16 @@ def test_a_history_is_learnt_published_and_shown(
     [base] = re.findall(r"next: cope-lc chat --user alice --model (\S+)\n$", text)
     assert cope_lc("chat", "--user", "alice", "--model", base, stdin="").code == 0
     stages = started_stages(outcome.stderr)
-    assert stages == ["history", "base model", "SFT", "negatives", "DPO", "evaluation", "gate"]
+    assert stages == [
+        "history",
+        "base model",
+        "SFT",
+        "negatives",
+        "DPO",
+        "evaluation",
+        "strength",
+        "gate",
+    ]
     assert all(stage in text.partition("time: ")[2] for stage in stages)
 
 
@@ -116,7 +125,7 @@ def test_the_same_command_goes_on_from_its_job_folder(
     outcome = personalize(history(), *words)
     assert outcome.code == 0, outcome.stderr
     stages = started_stages(outcome.stderr)
-    assert stages == ["history", "base model", "DPO", "evaluation", "gate"]
+    assert stages == ["history", "base model", "DPO", "evaluation", "strength", "gate"]
     assert "note: done before and not run again: sft, negatives" in outcome.stdout
     assert list((tmp_path / "jobs").iterdir()) == []
 
