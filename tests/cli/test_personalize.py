@@ -10,7 +10,8 @@ import pytest
 from adapter_store import AdapterStore
 
 PROGRESS = re.compile(
-    r"(history|base model|SFT|negatives|DPO|evaluation|strength|gate): (started|done in .*|\d+ of \d+.*)"
+    r"(history|base model|SFT|negatives|DPO|evaluation|strength|gate): "
+    r"(started|done in .*|\d+ of \d+.*)"
 )
 AsNobody = Callable[..., contextlib.AbstractContextManager[Path]]
 
