@@ -160,12 +160,15 @@ class JobRunner:
             job.stop.set()
             if job.status == "queued":
                 self._end(job, job.ending)
+            else:
+                self._keep(job)
 
-    def forget(self, user: str, seconds: float = 60.0) -> None:
+    def forget(self, user: str, seconds: float = 60.0) -> bool:
         """Stop the user's job and drop all records of the user.
 
         A training under way cannot publish any more once the store has erased the user; this waits
-        up to `seconds` for its end, so that nothing of it is written afterwards.
+        up to `seconds` for its end, so that nothing of it is written afterwards. Returns whether it
+        has ended; else its record stays.
         """
         error = ApiError(410, "user_erased", "the user was erased").body["error"]
         for job in self.of_user(user):
@@ -174,18 +177,20 @@ class JobRunner:
         end = time.monotonic() + seconds
         while any(job.is_live for job in self.of_user(user)) and time.monotonic() < end:
             time.sleep(0.05)
+        if any(job.is_live for job in self.of_user(user)):
+            return False
         with self._lock:
             for job in [job for job in self._jobs.values() if job.user == user]:
                 self._file(job).unlink(missing_ok=True)
                 del self._jobs[job.id]
+        return True
 
     def counts(self) -> dict[str, int]:
         """Return the number of known jobs, by status."""
         return dict(Counter(job.status for job in self._all()))
 
     def _all(self) -> list[Job]:
-        with self._lock:
-            return list(self._jobs.values())
+        return list(self._jobs.values())  # without the lock: a signal's handler may not wait
 
     def _run_all(self) -> None:
         while (job := self._waiting.get()) is not None and not self._closing.is_set():
@@ -193,7 +198,7 @@ class JobRunner:
                 if job.status != "queued" or job.id not in self._jobs:
                     continue
                 job.status = "running"
-                self._save(job)
+                self._keep(job)
             self._run(job)
 
     def _run(self, job: Job) -> None:
@@ -227,7 +232,7 @@ class JobRunner:
         job.finished = time.time()
         job.status = status
         if job.id in self._jobs:
-            self._save(job)
+            self._keep(job)
 
     def _drop_old(self, user: str) -> None:
         done = [job for job in self._jobs.values() if job.user == user and not job.is_live]
@@ -238,8 +243,15 @@ class JobRunner:
     def _file(self, job: Job) -> Path:
         return self.folder / f"{job.id}.json"
 
+    def _keep(self, job: Job) -> None:
+        """Save a job; a disk that is full ends no other user's training."""
+        try:
+            self._save(job)
+        except OSError as error:
+            _log.error("a job's record was not written: %s", type(error).__name__)
+
     def _save(self, job: Job) -> None:
-        write_json(self._file(job), job.shown())
+        write_json(self._file(job), {**job.shown(), "ending": job.ending})
 
     def _read(self, file: Path) -> None:
         """Take a record from disk; one that cannot be read is passed over, and said."""
@@ -252,7 +264,8 @@ class JobRunner:
             _log.warning("%s is no record of a job: %s", file, type(error).__name__)
             return
         if job.is_live:
-            job.status = "queued"
+            job.status = job.ending or "queued"
+            job.finished = time.time() if job.ending else None
         self._jobs[job.id] = job
 
 

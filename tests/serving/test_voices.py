@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from personal import QUICK, ROWS
+from serving.conftest import Running
 
 from adapter_store import AdapterStore
 from langchain_cope.serving.jobs import JobRunner
@@ -246,3 +247,40 @@ def test_the_page_comes_from_this_package_alone(client: httpx.Client) -> None:
     assert "http" not in page.text.replace("http-equiv", "")
     assert client.get("/app/secrets.txt").status_code == 404
     assert client.get("/app/..%2f..%2fsettings.py").status_code == 404
+
+
+def test_a_proxys_user_sees_no_other_users_job(server: Running) -> None:
+    job = server.state.runner.add("bob")
+    with server.client("proxy", headers={"X-User": "alice"}) as alice:
+        assert alice.get(f"/v1/personalize/{job.id}").status_code == 404
+        assert alice.post(f"/v1/personalize/{job.id}/cancel").status_code == 404
+    with server.client("proxy", headers={"X-User": "bob"}) as bob:
+        assert bob.get(f"/v1/personalize/{job.id}").status_code == 200
+    server.state.runner.cancel(job)
+
+
+def test_a_cancel_outlives_the_process(tmp_path: Path, state: ServerState) -> None:
+    runner = JobRunner(tmp_path, state.runner._personalize)  # not started: nothing runs
+    job = runner.add("carol")
+    job.status = "running"
+    runner.cancel(job)
+    again = JobRunner(tmp_path, None)
+    assert [one.status for one in again.of_user("carol")] == ["cancelled"]
+
+
+def test_a_full_disk_ends_no_other_training(
+    tmp_path: Path, state: ServerState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = JobRunner(tmp_path / "jobs", state.runner._personalize)
+    jobs = [runner.add("nobody1"), runner.add("nobody2")]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("langchain_cope.serving.jobs.write_json", full)
+    runner.start()
+    deadline = time.monotonic() + 30
+    while any(job.is_live for job in jobs) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [job.status for job in jobs] == ["failed", "failed"]  # they have no texts
+    runner.close()

@@ -333,19 +333,23 @@ async function showUsers() {
 }
 
 async function showTexts() {
+  const user = state.user;
   const { items } = await call("GET", ofUser("/v1/history"));
+  if (state.user !== user) return;
   byId("texts-count").textContent = items === 1 ? "1 text of yours is kept." : `${items} texts of yours are kept.`;
 }
 
-async function addTexts(text) {
-  const { added } = await call("POST", "/v1/history", { user: state.user, text });
+async function addTexts(text, user) {
+  const { added } = await call("POST", "/v1/history", { user, text });
   byId("texts").value = "";
   await showTexts();
   say(added === 1 ? "1 text was added." : `${added} texts were added.`);
 }
 
 async function showVersions() {
+  const user = state.user;
   const { data, recommended } = await call("GET", ofUser("/v1/adapters"));
+  if (state.user !== user) return;
   byId("rollback").disabled = data.length < 2;
   if (recommended?.alpha !== undefined && !state.alphaIsChosen) {
     byId("alpha").value = recommended.alpha;
@@ -375,10 +379,12 @@ async function change(action, body) {
 }
 
 async function erase() {
-  await call("POST", "/v1/erase", { user: state.user, confirm: byId("erase-confirm").value });
   const name = state.user;
-  await useName("");
-  byId("versions").replaceChildren(element("li", "None yet."));
+  await call("POST", "/v1/erase", { user: name, confirm: byId("erase-confirm").value });
+  if (state.user === name) {
+    await useName("");
+    byId("versions").replaceChildren(element("li", "None yet."));
+  }
   await showUsers();
   say(`Everything of ${name} is erased.`);
 }
@@ -387,13 +393,16 @@ async function erase() {
 
 async function train() {
   needsName();
-  const job = await call("POST", "/v1/personalize", { user: state.user });
-  await follow(job.id);
+  const user = state.user;
+  const job = await call("POST", "/v1/personalize", { user });
+  if (state.user === user) await follow(job.id);
 }
 
 /** Go on following the job that runs for this user, if one does. */
 async function findJob() {
+  const user = state.user;
   const { data } = await call("GET", ofUser("/v1/personalize"));
+  if (state.user !== user) return;
   const live = data.find((job) => job.status === "queued" || job.status === "running");
   if (live) attempt(() => follow(live.id));
 }
@@ -508,13 +517,14 @@ byId("show-colours").addEventListener("change", repaint);
 
 onSubmit("texts-form", async () => {
   needsName();
-  if (byId("texts").value.trim()) await addTexts(byId("texts").value);
+  if (byId("texts").value.trim()) await addTexts(byId("texts").value, state.user);
 });
 byId("texts-file").addEventListener("change", (event) =>
   attempt(async () => {
     needsName();
+    const { user } = state;
     const [file] = event.target.files;
-    if (file) await addTexts(await file.text());
+    if (file) await addTexts(await file.text(), user);
     event.target.value = "";
   }),
 );

@@ -27,11 +27,15 @@ async def erase(body: EraseBody, request: Request, state: State) -> JSONResponse
 
     def work() -> JSONResponse:
         state.store.erase_user(user)  # first: a training under way cannot publish any more
-        state.runner.forget(user)
+        has_ended = state.runner.forget(user)
         receipt = forget(user, store=state.store, history=state.history, jobs=state.runner.work)
-        facts = receipt.model_dump(mode="json", exclude={"user_id"})
-        body = {"user": user, "erased": receipt.is_complete, **facts}
-        return JSONResponse(body, 200 if receipt.is_complete else 500)
+        is_done = has_ended and receipt.is_complete
+        # Without the entries' texts: they name folders of this machine.
+        failed = [entry.partition(":")[0] for entry in receipt.failed]
+        failed += [] if has_ended else ["training"]
+        removed = [entry.partition(":")[0] for entry in receipt.removed]
+        body = {"user": user, "erased": is_done, "removed": removed, "failed": failed}
+        return JSONResponse(body, 200 if is_done else 500)
 
     return await asyncio.to_thread(work)
 
