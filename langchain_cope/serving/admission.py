@@ -96,7 +96,9 @@ class Admission:
         except asyncio.CancelledError:
             if not ticket.called.cancelled():
                 self._give_back(key, rows)  # called and gone in the same moment
-            self._admit()  # which drops it where it still waits
+            elif ticket in self._waiting.get(key, ()):
+                self._remove(ticket)
+            self._admit()
             raise
 
     def _admit(self) -> None:

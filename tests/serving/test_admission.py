@@ -65,6 +65,19 @@ async def test_a_full_line_refuses_but_keeps_each_keys_share() -> None:
     assert admission.num_waiting == 0
 
 
+async def test_who_leaves_the_end_of_the_line_makes_room_in_it() -> None:
+    admission = Admission(rows=2, max_waiting=2)
+    async with admission.place("one", 2):
+        waiting = [asyncio.create_task(admission.place("one", 2).__aenter__()) for _ in range(2)]
+        await settle()
+        waiting[1].cancel()
+        await settle()
+        assert admission.num_waiting == 1
+        admission.check("one")
+        waiting[0].cancel()
+        await settle()
+
+
 async def test_retry_after_follows_the_measured_rate() -> None:
     clock = Clock()
     admission = Admission(rows=2, max_waiting=1, clock=clock)
