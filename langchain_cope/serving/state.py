@@ -120,6 +120,7 @@ class ServerState:
 
     def close(self) -> None:
         """Let go of everything."""
+        self.store_watch.close()
         for close in self.at_close:
             close()
         self.chat.close()
