@@ -160,8 +160,6 @@ class Run(Monitor):
                 training,
                 adapter,
                 [evaluated[row] for row in choosing],
-                evaluation.on(choosing),
-                trained,
                 self,
             )
             with self.stage(Stage.PUBLISH):
