@@ -202,9 +202,9 @@ class Publisher:
 
     def _prompts(self) -> dict[str, Any] | None:
         """Return what the trained prompts have in common, as numbers; None where it is little."""
-        from langchain_cope.engine import PromptProfile, question_of
+        from langchain_cope.engine import PromptProfile, questions_of
 
-        asked = [question_of(item.messages) for item in self.trained]
+        asked = [questions_of(item.messages)[-1] for item in self.trained]
         profile = PromptProfile.of(self.engine.base.everyday, asked)
         return None if profile is None else profile.to_stored()
 

@@ -55,8 +55,8 @@ def test_from_history_to_a_published_version_that_chats(
     everyday = load_base(base).everyday
     profile = PromptProfile.from_stored(version.metadata["prompts"], everyday)
     assert profile is not None
-    assert profile.relevance(everyday, ROWS[-1]["prompt"]) == 1
-    assert profile.relevance(everyday, "Add 12 and 7.") == 0
+    assert profile.relevance(everyday, [ROWS[-1]["prompt"]]) == 1
+    assert profile.relevance(everyday, ["Add 12 and 7."]) == 0
     assert version.metadata["dtype"] == str(load_base(base).dtype).removeprefix("torch.")
     assert all(
         torch.equal(tensor, before[name])
