@@ -56,7 +56,8 @@ from langchain_cope.engine import (
 )
 from langchain_cope.evaluation.over_users import mean_over_users, ratio
 from langchain_cope.evaluation.rouge import mean_rouge
-from langchain_cope.evaluation.users import Comparison, UserJob
+from langchain_cope.evaluation.user_job import UserJob
+from langchain_cope.evaluation.users import Comparison
 from langchain_cope.evaluation.voice import Silent, View, voice_scale
 from langchain_cope.evaluation.ways import ways_named
 from langchain_cope.history import read_users
@@ -391,8 +392,8 @@ def work(
     """Return what is kept of one user, all of it there."""
     file = job.folder / KEPT
     kept: dict[str, Any] = read_json(file) if file.exists() else {}
-    if kept.get("digest") != job.digest:
-        kept = {"digest": job.digest}
+    if kept.get("digest") != job.asked:
+        kept = {"digest": job.asked}
     answered(engine, job, pool, stages, of_base, kept, lambda: write_json(file, kept))
     if texts and not kept.get("nll"):
         kept["nll"] = general_nll(engine, texts, job, stages)

@@ -19,7 +19,8 @@ from cope_lc.text import plural, shorten
 
 if TYPE_CHECKING:
     from langchain_cope.evaluation.measures import Report, UserFigures
-    from langchain_cope.evaluation.users import Comparison, UserJob
+    from langchain_cope.evaluation.user_job import UserJob
+    from langchain_cope.evaluation.users import Comparison
     from langchain_cope.evaluation.ways import Way
     from langchain_cope.history import UserHistory
 

@@ -12,7 +12,7 @@ from cope_lc.report_charts import gains, grid_charts, table, user_chart
 if TYPE_CHECKING:
     from langchain_cope.evaluation.measures import Report, Sample, UserFigures
     from langchain_cope.evaluation.over_users import Difference, Estimate
-    from langchain_cope.evaluation.users import Answer
+    from langchain_cope.evaluation.user_job import Answer
 
 SHOWN_SAMPLES = 3  # a user
 _CHARTED = ("style", "voice", "rougeL")
