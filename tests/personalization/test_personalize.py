@@ -188,6 +188,18 @@ def test_the_history_comes_from_chroma(personalize: PersonalizeUser, tmp_path: P
         personalize.model_copy(update={"history": history}).invoke({"user_id": "bob"})
 
 
+def test_what_is_published_in_any_case_needs_no_evidence(
+    personalize: PersonalizeUser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("langchain_cope.personalization.gate.gather")
+    chain = personalize.model_copy(update={"gate": "always"})
+    result = chain.invoke({"user_id": "alice", "history": ROWS})
+    assert result.published
+    assert result.verdict is not None
+    assert result.verdict.num_texts == 2
+    assert result.reason.startswith("published as asked (gate 'always'): ")
+
+
 def test_every_stage_is_a_child_run_and_progress_is_told(personalize: PersonalizeUser) -> None:
     recorder = Recorder()
     result = personalize.invoke({"user_id": "alice", "history": ROWS}, {"callbacks": [recorder]})
