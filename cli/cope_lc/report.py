@@ -159,10 +159,12 @@ def _matrix(report: "Report") -> list[str]:
 
 def _notes(report: "Report") -> list[str]:
     """Return the notes of the whole, and why a voice has no figures."""
+    from langchain_cope.evaluation.voice import Silent
+
     silent = [
         f"no {name} score: {scale.reason}"
         for name, scale in report.voice.items()
-        if hasattr(scale, "reason")
+        if isinstance(scale, Silent)
     ]
     return [*silent, *report.notes]
 
