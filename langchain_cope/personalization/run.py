@@ -160,6 +160,7 @@ class Run(Monitor):
                 training,
                 adapter,
                 [evaluated[row] for row in choosing],
+                evaluation.on(choosing),
                 self,
             )
             with self.stage(Stage.PUBLISH):
@@ -173,6 +174,7 @@ class Run(Monitor):
                     recommended=recommended,
                     trained=trained,
                     held_out=[evaluated[row] for row in judging],
+                    num_items=len(trained) + len(held_out),
                     instruction=history.instruction,
                     gate=self.settings.gate,
                     min_gain=self.settings.min_gain,
