@@ -284,3 +284,30 @@ def test_a_full_disk_ends_no_other_training(
         time.sleep(0.01)
     assert [job.status for job in jobs] == ["failed", "failed"]  # they have no texts
     runner.close()
+
+
+def test_a_voice_score_lies_between_the_base_and_the_user() -> None:
+    from langchain_cope.history import as_history
+    from langchain_cope.personalize import PersonalizeResult, Sample
+    from langchain_cope.serving.voice_score import voice_score
+
+    things = ("harbour", "bridge", "garden", "river", "market", "tower", "street", "orchard") * 6
+    own = [f"well, the {thing}, you know, was rather lovely {n} - was it not?!"
+           for n, thing in enumerate(things)]  # fmt: skip
+    plain = [f"The {thing} is a place of importance. Number {n}." for n, thing in enumerate(things)]
+    items = [{"prompt": f"Say {n}", "completion": text} for n, text in enumerate(own)]
+
+    def score(answers: list[str]) -> Any:
+        samples = [
+            Sample(prompt=[], reference=one, base=base, sft=base, dpo=base, cope=answer)
+            for one, base, answer in zip(own[-8:], plain[-8:], answers, strict=True)
+        ]
+        result = PersonalizeResult(
+            user_id="a", published=True, version="v", reason="", metrics={}, timings={},
+            num_trained=40, num_held_out=8, samples=samples,
+        )  # fmt: skip
+        return voice_score(as_history(items), result)["voice"]
+
+    assert score(plain[-8:]) == 0
+    assert score(own[-8:]) == 1
+    assert score(own[-16:-8]) > 0.5
