@@ -490,9 +490,7 @@ class AdapterStoreConformance:
         with raises(AdapterNotFoundError, match="personalize the user again"):
             store.accept("alice", waits.version)
         with raises(UserErasedError):
-            store.publish(
-                "alice", make_adapter(1), base=BASE, candidate=True, data_seq=data_seq
-            )
+            store.publish("alice", make_adapter(1), base=BASE, candidate=True, data_seq=data_seq)
 
     def test_a_user_moves_to_another_store(self, backend: Backend, tmp_path: "Path") -> None:
         store = self.store(backend)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from adapter_store import layout
 from adapter_store.backends.protocol import Backend
@@ -145,7 +146,7 @@ def _drop_candidates(
         return head
     for version in forgotten:
         with suppress(ErasedSinceError):
-            before, head = store.log.commit(head.user_key, lambda at: withdrawn(at, version))
+            before, head = store.log.commit(head.user_key, partial(withdrawn, version=version))
             remove_dropped(store, before, head)
     return head
 

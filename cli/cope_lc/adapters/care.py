@@ -90,8 +90,8 @@ def gc(
     """Remove what is no longer needed; safe while others write.
 
     This is: what killed publishers and interrupted erasures left, candidates that a fleet left a
-    week ago, log entries older than a month beyond a user's newest hundred, and copies of deleted versions in the cache. Listed versions
-    stay. Exit code 1 if some users cannot be read.
+    week ago, log entries older than a month beyond a user's newest hundred, and copies of deleted
+    versions in the cache. Listed versions stay. Exit code 1 if some users cannot be read.
     """
     store = existing_store_at(store_url)
     with counted("users looked at") as count:
