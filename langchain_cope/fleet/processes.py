@@ -137,7 +137,7 @@ class _Process:
         return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
 
     def _send(self, message: Task | None) -> None:
-        with suppress(_GONE):  # `wait` finds out
+        with suppress(*_GONE):  # `wait` finds out
             self.pipe.send(message)
 
 
