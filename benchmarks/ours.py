@@ -185,8 +185,10 @@ class Ours:
         for thing in alive:
             if type(thing).__module__ in _ADAPTER_MODULES:
                 tensors += _held_tensors(thing)
-        storages = [tensor.untyped_storage() for tensor in tensors]
+        reordered = [tensor for tensor in tensors if tensor.is_mkldnn]  # they have no storage
+        storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn]
         held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        held += sum(tensor.nbytes for tensor in {id(each): each for each in reordered}.values())
         adapter = load_file(self._setting.adapters[0] / WEIGHTS)
         least = self._base.num_parameters + sum(tensor.numel() for tensor in adapter.values())
         return held, least * self._base.dtype.itemsize

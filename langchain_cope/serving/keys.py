@@ -5,6 +5,7 @@ mistyped key before anything is looked up. So many random bits need no slow hash
 readable by its owner alone, and looked at again when it changes.
 """
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -101,6 +102,8 @@ class KeyFile:
         self._stamp: tuple[int, ...] = ()
         self._keys: Mapping[str, Key] = {}
         self._days: dict[str, str] = {}
+        self._unwritten: dict[str, str] = {}
+        self._is_writing = False
         self._reload()
 
     def principal_of(self, text: str) -> Principal | None:
@@ -137,17 +140,30 @@ class KeyFile:
         self._stamp = stamp
 
     def _note_use(self, key_id: str) -> None:
-        """Note, to the day, that a key was used: in a file beside, where that can be written."""
+        """Note, to the day, that a key was used; a thread writes it to a file beside.
+
+        The lock may be another process's, and a disk slow: who asks does not wait for them.
+        """
         today = date.today().isoformat()
         if self._days.get(key_id) == today:
             return
-        self._days[key_id] = today
-        path = _uses_path(self._path)
-        try:
-            with FileLock(_lock_path(self._path)):
-                write_json(path, {**last_uses(self._path), key_id: today})
-        except OSError:
-            return
+        with self._lock:
+            self._days[key_id] = self._unwritten[key_id] = today
+            if self._is_writing:
+                return
+            self._is_writing = True
+        threading.Thread(target=self._write_uses, name="cope-keys", daemon=True).start()
+
+    def _write_uses(self) -> None:
+        """Write what was noted until nothing is left; where it cannot be written it is dropped."""
+        while True:
+            with self._lock:
+                days, self._unwritten = self._unwritten, {}
+                if not days:
+                    self._is_writing = False
+                    return
+            with contextlib.suppress(OSError), FileLock(_lock_path(self._path)):
+                write_json(_uses_path(self._path), {**last_uses(self._path), **days})
 
 
 def read_keys(path: Path) -> list[Key]:

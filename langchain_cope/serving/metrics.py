@@ -110,7 +110,8 @@ class _ServerCounts(Collector):
         now = engine.statistics()
         for name, documentation, field in _COUNTERS:
             yield CounterMetricFamily(name, documentation, value=getattr(now, field))
-        waiting = now.waiting + self._state.admission.num_waiting
+        state = self._state
+        waiting = now.waiting + state.admission.num_waiting + state.preparing.num_waiting
         gauges = (
             ("cope_num_requests_running", "Requests in the batch.", now.running),
             ("cope_num_requests_waiting", "Requests that wait for room.", waiting),

@@ -79,14 +79,15 @@ class _Body:
         self._receive = receive
         self._max_bytes = max_bytes
         self._ends_at = asyncio.get_running_loop().time() + deadline
-        declared = headers.get("Content-Length")
-        self._is_declared = declared is not None
-        self._num_bytes = int(declared or 0)  # the server has checked that it is a number
+        declared = headers.get("Content-Length", "")
+        is_number = declared.isdecimal() and len(declared) < 16
+        self._is_declared_long = int(declared) > max_bytes if is_number else bool(declared)
+        self._num_bytes = 0
         self._is_whole = False
 
     async def receive(self) -> Message:
         """Return the next message; raises HTTPException (413, 408) beyond bound or deadline."""
-        if self._num_bytes > self._max_bytes:
+        if self._is_declared_long:  # refused before a byte of it is read
             raise HTTPException(413)
         if self._is_whole:  # what comes is that the client goes, at any time
             return await self._receive()
@@ -96,8 +97,7 @@ class _Body:
         except TimeoutError:
             raise HTTPException(408) from None
         self._is_whole = not message.get("more_body", False)
-        if not self._is_declared:
-            self._num_bytes += len(message.get("body", b""))
+        self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._max_bytes:
             raise HTTPException(413)
         return message

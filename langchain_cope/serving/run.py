@@ -5,6 +5,7 @@ takes no more connections; answers under way have `drain` seconds. A second sign
 """
 
 import logging
+import os
 import socket
 import sys
 import time
@@ -26,6 +27,7 @@ def serve(settings: ServeSettings, log_level: str = "info") -> None:
         AdapterStoreError: the store cannot be opened.
     """
     _log_to_stderr(log_level)
+    os.umask(0o077)  # what users wrote is read by nobody else of this machine
     server_of(ServerState.of(settings)).run()
 
 

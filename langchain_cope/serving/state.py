@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request
@@ -22,10 +23,14 @@ from langchain_cope.serving.metrics import Metrics
 from langchain_cope.serving.principals import Principal, resolve_user
 from langchain_cope.serving.settings import ServeSettings
 from langchain_cope.serving.store_watch import StoreWatch
+from langchain_cope.serving.workers import Workers
 from langchain_cope.stores import open_store
 
 if TYPE_CHECKING:
     from langchain_cope.engine import Engine
+
+PREPARING = 2  # requests that are made ready at a time; it is work for a processor
+STORING = 4  # questions to store and histories at a time; they wait for a disk or a network
 
 
 @dataclass(eq=False)
@@ -45,6 +50,10 @@ class ServerState:
     admission: Admission
     limits: KeyLimits
     store_watch: StoreWatch
+    preparing: Workers
+    """Who makes requests ready for the engine: templates, grammars, the version that answers."""
+    storing: Workers
+    """Who asks store and histories for the other routes."""
     metrics: Metrics = field(default_factory=Metrics)
     engine: "Engine | None" = None
     """The engine that answers, once the base is loaded."""
@@ -65,6 +74,7 @@ class ServerState:
             InputError: the key file is missing, readable by others, or none.
             AdapterStoreError: the store cannot be opened.
         """
+        _make_private(settings.data)
         store = open_store(settings.store)
         history = ChromaHistory(settings.data / "history")
         base: dict[str, Any] = {
@@ -97,6 +107,8 @@ class ServerState:
             admission=Admission(rows, settings.max_waiting),
             limits=KeyLimits(settings.max_concurrent),
             store_watch=StoreWatch(store),
+            preparing=Workers("cope-prepare", PREPARING, settings.max_waiting),
+            storing=Workers("cope-store", STORING, settings.max_waiting),
         )
         state.metrics.watch(state)
         return state
@@ -120,9 +132,19 @@ class ServerState:
 
     def close(self) -> None:
         """Let go of everything."""
+        self.store_watch.close()
+        self.preparing.close()
+        self.storing.close()
         for close in self.at_close:
             close()
         self.chat.close()
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder, or close one, so that nobody else of this machine reads what is in it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
 
 
 class UserBody(BaseModel):

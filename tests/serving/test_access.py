@@ -9,14 +9,16 @@ from typing import Any
 
 import httpx
 import pytest
+from filelock import FileLock
 from serving.conftest import ROLES, Running, running, wait_until
 from serving.matrix import COLUMNS, MATRIX, PATHS, SENT
 
 from langchain_cope.errors import InputError
 from langchain_cope.serving import ServerState, ServeSettings, create_app
-from langchain_cope.serving.keys import add_key, new_key, revoke_key
+from langchain_cope.serving.keys import KeyFile, add_key, last_uses, new_key, revoke_key
 from langchain_cope.serving.principals import USER_SCOPES, Users
 from langchain_cope.serving.route import Route
+from langchain_cope.serving.routes import users
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = SENT[("POST", CHAT)]["json"]
@@ -212,6 +214,43 @@ def test_without_keys_only_this_machines_own_programs_are_answered(
             CHAT, content='{"model": "tiny"}', headers={"Content-Type": "text/plain"}
         )
         assert plain.status_code == 400
+
+
+def test_a_key_is_found_while_another_process_holds_the_file(server: Running) -> None:
+    path = server.state.settings.keys
+    assert path is not None
+    text, record = new_key("locked", USER_SCOPES, Users(("alice",)))
+    add_key(path, record)
+    keys = KeyFile(path)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        started = time.monotonic()
+        assert keys.principal_of(text) is not None
+        assert time.monotonic() - started < 1
+        assert record.id not in last_uses(path)
+    wait_until(lambda: record.id in last_uses(path))
+
+
+def test_users_beyond_the_first_page_are_found(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(users, "_MOST", 1)
+    listed = {}
+    for role in ("alice", "bob", "app", "admin"):
+        with server.client(role) as client:
+            listed[role] = [each["id"] for each in client.get("/v1/users").json()["data"]]
+    assert listed["alice"] == listed["app"] == ["alice"]
+    assert listed["bob"] == ["bob"]
+    assert len(listed["admin"]) == 1
+    with server.client("proxy", headers={"X-User": "bob"}) as client:
+        assert client.get("/v1/users").json()["data"] == [{"id": "bob", "has_adapter": True}]
+
+
+def test_a_folder_of_data_is_its_owners_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir(mode=0o755)
+    ServerState.of(
+        ServeSettings(model="starter", store=str(tmp_path / "s"), data=tmp_path / "data")
+    )
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_reachable_address_without_keys_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from serving.conftest import Running, running, wait_until
 
 from langchain_cope.engine import EngineOptions
+from langchain_cope.serving import create_app
 from langchain_cope.serving.request_log import JsonLines, log
 
 CHAT = "/v1/chat/completions"
@@ -209,6 +210,31 @@ def test_hostile_bodies_are_refused_quickly(content: bytes, status: int, server:
     assert whole == (status, status)
     assert time.monotonic() - started < 2
     assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("declared", [b"10", b"9" * 5000, b"ten"])
+async def test_a_body_is_bounded_whatever_its_head_says(declared: bytes, server: Running) -> None:
+    """As servers may let it through that do not hold a body to its Content-Length."""
+    sent: list[Any] = []
+    messages = iter([{"type": "http.request", "body": b"x" * 700_000, "more_body": True}] * 9)
+    num_read = 0
+
+    async def receive() -> Any:
+        nonlocal num_read
+        num_read += 1
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    key = f"Bearer {server.keys['alice']}".encode()
+    headers = [(b"content-length", declared), (b"authorization", key)]
+    headers.append((b"content-type", b"application/json"))
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
+    scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("a", 1)}
+    await create_app(server.state)(scope, receive, send)
+    assert sent[0]["status"] == 413
+    assert num_read <= 2
 
 
 def test_a_request_keeps_its_own_id_or_gets_one(server: Running) -> None:

@@ -26,8 +26,10 @@ from langchain_cope.engine.forward.products import (
     Product,
     measure_packed_rows,
     pack,
+    reorder,
     set_packed_rows,
 )
+from langchain_cope.engine.forward.reordered_weights import can_reorder
 
 _MODEL = {"model", "lm_head"}
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -35,6 +37,9 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+# Forwards of more rows than packed ones until weights are reordered: one prompt is not worth it.
+_FORWARDS_BEFORE_REORDERING = 8
 
 Rotation = tuple[Tensor, Tensor]
 """Cosine and signed sine of each position, `(R, Q, 1, head size)`."""
@@ -86,7 +91,9 @@ class LlamaForward:
         self._norm = _Norm(decoder.norm)
         self._layers = layers
         self._output_head = head
-        self._order = order
+        # What is reordered later must give the same bits, which the usual order does.
+        self._order = MatmulOrder(frozenset()) if can_reorder(head.weight) else order
+        self._forwards_before_reordering = _FORWARDS_BEFORE_REORDERING
         attention = decoder.layers[0].self_attn
         self._size: int = attention.head_dim
         self._groups = attention.k_proj.out_features // self._size
@@ -143,6 +150,7 @@ class LlamaForward:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """See `Forward`."""
+        self._count(inputs.ids.numel())
         embedded = self._embed(inputs.ids)
         cos, sin = (part.unsqueeze(2) for part in self._rotary(embedded, inputs.positions))
         half = self._size // 2
@@ -154,11 +162,12 @@ class LlamaForward:
         for index, layer in enumerate(self._layers):
             normed = layer.first_norm(states)
             mixed = self._attend(index, layer, normed, rotation, mask, rows, inputs)
-            states = states + self._product(layer.output, mixed, inputs.lora)
+            states = self._add_product(states, layer.output, mixed, inputs.lora)
             gated = self._product(layer.gate_up, layer.second_norm(states), inputs.lora)
             width = gated.shape[-1] // 2
             gated = layer.activation(gated[..., :width]) * gated[..., width:]
-            states = states + self._product(layer.down, gated.to(embedded.dtype), inputs.lora)
+            gated = gated.to(embedded.dtype)
+            states = self._add_product(states, layer.down, gated, inputs.lora)
             if index + 1 in inputs.exits:
                 early[index + 1] = states
         read = states[inputs.logit_rows, inputs.logit_columns]
@@ -172,6 +181,13 @@ class LlamaForward:
         if len(last) > max(FEW, len(inputs.ids)):
             return logits  # of whole texts, from which nothing is chosen
         return refined(logits, last, head.weight, head.bias)
+
+    def _count(self, num_rows: int) -> None:
+        """Reorder the weights once that pays."""
+        if self._forwards_before_reordering and num_rows > max(self.packed_rows):
+            self._forwards_before_reordering -= 1
+            if not self._forwards_before_reordering:
+                reorder([product for products in self._alike for product in products])
 
     def _attend(
         self,
@@ -215,6 +231,14 @@ class LlamaForward:
             output = output.float()
             lora.add(product.site, states, output)
         return output
+
+    def _add_product(
+        self, sums: Tensor, product: Product, states: Tensor, lora: LoraRows
+    ) -> Tensor:
+        """Return `sums`, in float32, plus the product of `states`."""
+        sums = sums + product(states, self._order)
+        lora.add(product.site, states, sums)
+        return sums
 
     def _mask(self, inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
         if inputs.positions.shape[1] == 1 and inputs.same_length:

@@ -153,6 +153,8 @@ class _Stack:
         ]
         self.down = like.new_zeros(rows, width, len(paths) * rank)
         self.up = like.new_zeros(rows, len(paths) * rank, sum(site.sizes))
+        # Both halves of each row by themselves: a step is over before many views are made.
+        self.pairs = list(zip(self.down.unbind(), self.up.unbind(), strict=True))
 
     def put(self, row: int, adapter: Adapter) -> None:
         """Write the matrices of `adapter` into `row`, zeros where it has none."""
@@ -169,7 +171,8 @@ class _Stack:
     def add(self, states: Tensor, output: Tensor) -> None:
         """Add the products of all rows of `states` `(R, Q, in)` to `output` `(R, Q, out)`."""
         num_rows, num_tokens, _ = states.shape
-        down, up = self._matrices(slice(num_rows), num_tokens, states.dtype)
+        dtype = states.dtype if num_tokens >= MANY_TOKENS else self.down.dtype
+        down, up = self.down[:num_rows].to(dtype), self.up[:num_rows].to(dtype)
         low = torch.bmm(states.to(down.dtype), down)
         if output.dtype == up.dtype:
             output.baddbmm_(low, up)
@@ -178,22 +181,16 @@ class _Stack:
 
     def add_shares(self, states: Tensor, output: Tensor, shares: Sequence[Tensor]) -> None:
         """Do as `add`, where the adapter in row i of the stack is that of the rows `shares[i]`."""
-        for index, rows in enumerate(shares):
+        for (down, up), rows in zip(self.pairs, shares, strict=False):
             own = states if len(rows) == len(states) else states[rows]
-            flat = own.reshape(-1, own.shape[-1])
-            down, up = self._matrices(slice(index, index + 1), len(flat), states.dtype)
-            low = torch.mm(flat.to(down.dtype), down[0])
+            flat = own.view(-1, own.shape[-1])
+            if len(flat) >= MANY_TOKENS:
+                down, up = down.to(states.dtype), up.to(states.dtype)
+            low = torch.mm(flat.to(down.dtype), down)
             if own is not states:
-                added = torch.mm(low, up[0]).to(output.dtype).view(*own.shape[:2], -1)
+                added = torch.mm(low, up).to(output.dtype).view(*own.shape[:2], -1)
                 output.index_add_(0, rows, added)
             elif output.dtype == up.dtype:
-                output.view(-1, output.shape[-1]).addmm_(low, up[0])
+                output.view(-1, output.shape[-1]).addmm_(low, up)
             else:
-                output += torch.mm(low, up[0]).view_as(output)
-
-    def _matrices(
-        self, adapters: slice, num_tokens: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Return both halves of some adapters, in the dtype that suits the tokens of each."""
-        dtype = dtype if num_tokens >= MANY_TOKENS else self.down.dtype
-        return self.down[adapters].to(dtype), self.up[adapters].to(dtype)
+                output += torch.mm(low, up).view_as(output)

@@ -1,4 +1,4 @@
-"""Products of a forward with its weights: many rows with the weights, few with packed blocks."""
+"""Products of a forward with its weights: few rows with packed blocks, more with the weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from langchain_cope.engine.forward.packed_weights import (
     PackedWeight,
     can_pack,
 )
+from langchain_cope.engine.forward.reordered_weights import MOST_ROWS, ReorderedWeight, reordered
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Product:
     """The same product for few rows."""
     packed_rows: int = 0
     """The most rows that `packed` computes."""
+    reordered: ReorderedWeight | None = None
+    """The same product, to the bit, for up to `MOST_ROWS` rows."""
 
     @classmethod
     def of(cls, path: str, module: nn.Module, names: tuple[str, ...]) -> "Product | None":
@@ -43,8 +46,11 @@ class Product:
 
     def __call__(self, states: Tensor, order: MatmulOrder) -> Tensor:
         """Return the product: from `(…, in)` to `(…, out)`."""
-        if self.packed is not None and states.numel() <= self.packed_rows * states.shape[-1]:
+        num_rows = states.numel() // states.shape[-1]
+        if self.packed is not None and num_rows <= self.packed_rows:
             return self.packed(states, self.bias)
+        if self.reordered is not None and num_rows <= MOST_ROWS:
+            return self.reordered(states, self.bias)
         return order(states, self.weight, self.bias)
 
 
@@ -54,6 +60,13 @@ def pack(products: Sequence[Product], source: BlockSource) -> None:
     packed = source.packed([product.parameters for product in able])
     for product, few_rows in zip(able, packed, strict=True):
         product.packed = few_rows
+
+
+def reorder(products: Sequence[Product]) -> None:
+    """Compute up to `MOST_ROWS` rows with reordered weights, where that pays."""
+    if own_orders := reordered([product.weight for product in products]):
+        for product, own in zip(products, own_orders, strict=True):
+            product.reordered = own
 
 
 def measure_packed_rows(

@@ -1,13 +1,13 @@
 """`/v1/adapters`: the versions of a user's voice, and which of them answers."""
 
-import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 
 from adapter_store import AdapterVersion
 from langchain_cope.serving.route import Route
-from langchain_cope.serving.state import State, UserBody, user_in_body, user_in_query
+from langchain_cope.serving.state import Caller, State, UserBody, user_in_body, user_in_query
 
 
 class ActivateBody(UserBody):
@@ -16,11 +16,11 @@ class ActivateBody(UserBody):
     version: str
 
 
-async def versions(request: Request, state: State) -> dict[str, Any]:
+async def versions(request: Request, caller: Caller, state: State) -> dict[str, Any]:
     """Return the user's versions, newest first, and what the active one recommends."""
     user = user_in_query(request)
-    active, found = await asyncio.to_thread(
-        lambda: (state.store.active(user), state.store.versions(user))
+    active, found = await state.storing.run(
+        caller.id, lambda: (state.store.active(user), state.store.versions(user))
     )
     shown = [_shown(version, active) for version in reversed(found)]
     recommended = next(
@@ -29,17 +29,21 @@ async def versions(request: Request, state: State) -> dict[str, Any]:
     return {"object": "list", "data": shown, "recommended": recommended}
 
 
-async def activate(body: ActivateBody, request: Request, state: State) -> dict[str, Any]:
+async def activate(
+    body: ActivateBody, request: Request, caller: Caller, state: State
+) -> dict[str, Any]:
     """Let another version answer from the next request on."""
     user = user_in_body(request, body)
-    version = await asyncio.to_thread(state.store.activate, user, body.version)
+    version = await state.storing.run(caller.id, partial(state.store.activate, user, body.version))
     return _shown(version, version.version)
 
 
-async def rollback(body: UserBody, request: Request, state: State) -> dict[str, Any]:
+async def rollback(
+    body: UserBody, request: Request, caller: Caller, state: State
+) -> dict[str, Any]:
     """Let the version answer that did before the present one."""
     user = user_in_body(request, body)
-    version = await asyncio.to_thread(state.store.rollback, user)
+    version = await state.storing.run(caller.id, partial(state.store.rollback, user))
     return _shown(version, version.version)
 
 

@@ -4,13 +4,13 @@ Read `completions` first. Nothing is sent before the first piece is there, so th
 wrong until then has a status of its own.
 """
 
-import asyncio
 import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
@@ -43,7 +43,8 @@ async def completions(
     user = user_of(request, _offers(body, state))
     state.admission.check(caller.id)
     started = time.monotonic()
-    call = await asyncio.to_thread(_prepare, body, caller, state, user)
+    ready = state.preparing.run(caller.id, partial(_prepare, body, caller, state, user))
+    call = await unless_gone(request, ready)
     state.engine = call.engine  # another one, should the former have stopped
     answering = Answering(body, call, caller, state, started, request.state.log)
     if not body.stream:

@@ -1,8 +1,8 @@
 """`/v1/history`: what a user wrote, added a text at a time; thumbs and corrections are rows too."""
 
-import asyncio
 import json
 import re
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -10,7 +10,7 @@ from fastapi import Request
 from langchain_cope.history.foreign import seems_json
 from langchain_cope.serving.errors import ApiError
 from langchain_cope.serving.route import Route
-from langchain_cope.serving.state import State, UserBody, user_in_body, user_in_query
+from langchain_cope.serving.state import Caller, State, UserBody, user_in_body, user_in_query
 
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n")
 
@@ -24,7 +24,7 @@ class HistoryBody(UserBody):
     """Texts with blank lines between them, or JSON, one object a line."""
 
 
-async def add(body: HistoryBody, request: Request, state: State) -> dict[str, Any]:
+async def add(body: HistoryBody, request: Request, caller: Caller, state: State) -> dict[str, Any]:
     """Add to the history, and say how many texts are new and how many there are."""
     user = user_in_body(request, body)
     if (body.rows is None) == (body.text is None):
@@ -37,19 +37,25 @@ async def add(body: HistoryBody, request: Request, state: State) -> dict[str, An
         after = state.history.count(user)
         return {"user": user, "added": max(0, after - before), "items": after}
 
-    return await asyncio.to_thread(write)
+    return await state.storing.run(caller.id, write)
 
 
-async def count(request: Request, state: State) -> dict[str, Any]:
+async def count(request: Request, caller: Caller, state: State) -> dict[str, Any]:
     """Return how many texts are kept; the texts themselves are never sent."""
     user = user_in_query(request)
-    return {"user": user, "items": await asyncio.to_thread(state.history.count, user)}
+    return {
+        "user": user,
+        "items": await state.storing.run(caller.id, partial(state.history.count, user)),
+    }
 
 
-async def delete(request: Request, state: State) -> dict[str, Any]:
+async def delete(request: Request, caller: Caller, state: State) -> dict[str, Any]:
     """Delete the history; adapters that were learnt from it stay (`/v1/erase` takes all)."""
     user = user_in_query(request)
-    return {"user": user, "deleted": await asyncio.to_thread(state.history.delete_user, user)}
+    return {
+        "user": user,
+        "deleted": await state.storing.run(caller.id, partial(state.history.delete_user, user)),
+    }
 
 
 def rows_of_text(text: str) -> list[dict[str, Any]]:
