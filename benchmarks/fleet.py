@@ -8,15 +8,15 @@ calls the command once a user, one after another, as a shell would, with all cor
 command with `--workers` processes. Both are timed from outside, start of Python included. What is
 printed:
 
-1. `fleet_vs_loop`: seconds a user of the loop over those of the fleet, over the users that both did;
+1. `fleet_vs_loop`: seconds a user of the loop over those of the fleet;
 2. `nll_ratio`: the mean held-out NLL of the adapters, fleet over loop, a user each;
 3. the part of each stage, of the loop's wall time and of the workers' time, and what is no stage
    (start, imports, the load of the base);
 4. what other machines would do, computed from these parts: `cores_16` (eight times as many workers,
    if memory bandwidth allows it) and `start_free` (a fleet so long that starting costs nothing).
 
-`--results` keeps figures between calls, so that a long comparison can be run in pieces: `--part loop`
-does users `--from` to `--to`, `--part fleet` everybody. The last line is one JSON object.
+`--results` keeps figures between calls, so that a long comparison can be run in pieces: `--part
+loop` does users `--from` to `--to`, `--part fleet` everybody. The last line is one JSON object.
 """
 
 import argparse

@@ -37,9 +37,7 @@ def test_a_fleet_ends_with_a_report_of_everybody(
 ) -> None:
     words = ("personalize-fleet", histories, "--model", "starter", "--work", tmp_path / "work")
     page = tmp_path / "report.html"
-    code, printed, said = finished(
-        process(*words, "--workers", 2, "--json", "--report", page)
-    )
+    code, printed, said = finished(process(*words, "--workers", 2, "--json", "--report", page))
     assert code == 0, said
     facts = json.loads(printed)
     states = {user["user_id"]: user["state"] for user in facts["users"]}
@@ -78,7 +76,7 @@ def test_sigterm_ends_a_fleet_in_order_and_it_goes_on(
     assert "nothing was published; the same command goes on" in said
     store = AdapterStore(store_folder)
     assert store.versions("alice") == []
-    code, printed, said = finished(process(*words, "--json"))
+    code, _, said = finished(process(*words, "--json"))
     assert code == 0, said
     assert len(store.versions("alice")) == 1
 
