@@ -16,22 +16,21 @@ import asyncio
 import dataclasses
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Message
 
 from adapter_store.errors import AdapterStoreError
 from langchain_cope.engine import EngineOptions
 from langchain_cope.errors import InputError
-from langchain_cope.serving.errors import ApiError, api_error
+from langchain_cope.serving.errors import ApiError
 from langchain_cope.serving.settings import ServeSettings
 from langchain_cope.serving.sse import DONE, event
-
-Message = dict[str, Any]
 
 APP = "langchain-cope"
 HISTORIES = "histories"
@@ -210,9 +209,7 @@ class Door:
         is_stream = headers.get("content-type", "").startswith("text/event-stream")
         return StreamingResponse(_content(messages, is_stream=is_stream), start["status"], headers)
 
-    async def _first(
-        self, scope: Message, body: bytes, session: str
-    ) -> tuple[AsyncGenerator[Message], Message]:
+    async def _first(self, scope: Message, body: bytes, session: str) -> tuple[Any, Message]:
         """Return an answer's messages and the first of them, from the second replica if need be."""
         from ray.exceptions import RayError
         from ray.serve.exceptions import BackPressureError
@@ -236,12 +233,16 @@ class Door:
         raise AssertionError
 
     async def _body(self, request: Request) -> bytes:
-        """Return the request's body; what is too long is cut, and refused by the replica."""
+        """Return the request's body; of one that is too long so much that a replica refuses it."""
         body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > self._settings.max_body:
-                break
+        try:
+            async with asyncio.timeout(self._settings.write_deadline):
+                async for piece in request.stream():
+                    if len(body) <= self._settings.max_body:
+                        body += piece
+        except TimeoutError:
+            message = "the request did not come in time"
+            raise ApiError(408, "request_too_slow", message) from None
         return bytes(body)
 
     def _session(self, request: Request, body: bytes) -> str:
@@ -280,22 +281,23 @@ async def _door(request: Request) -> Response:
     return await door.pass_on(request)
 
 
-async def _content(messages: AsyncGenerator[Message], *, is_stream: bool) -> AsyncIterator[bytes]:
+async def _content(messages: Any, *, is_stream: bool) -> AsyncIterator[bytes]:
     """Yield the body of an answer; where a stream's replica dies, an error event ends it."""
     from ray.exceptions import RayError
 
     try:
-        async with aclosing(messages):
-            async for message in messages:
-                if message["type"] == "http.response.body":
-                    yield message.get("body", b"")
+        async for message in messages:
+            if message["type"] == "http.response.body":
+                yield message.get("body", b"")
     except RayError:
         if not is_stream:
             raise
         lost = ApiError(
             503, "replica_lost", "the replica that answered was lost: ask again", retry_after=1
         )
-        yield (event(api_error(lost).body) + DONE).encode()
+        yield (event(lost.body) + DONE).encode()
+    finally:
+        messages.cancel()  # where the client has gone
 
 
 def _check(settings: ServeSettings) -> None:

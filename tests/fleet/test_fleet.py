@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fleet.conftest import write_users
 
 from adapter_store import AdapterStore
 from adapter_store.errors import BackendError
@@ -18,8 +19,6 @@ from langchain_cope.fleet.fleet import FleetProgress
 from langchain_cope.fleet.runner import WorkersFailed
 from langchain_cope.fleet.tasks import State
 from langchain_cope.fleet.worker import Worker
-
-from .conftest import write_users
 
 
 def states(report) -> dict[str, State]:

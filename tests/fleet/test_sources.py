@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from fleet.conftest import rows_of, write_users
 
 from langchain_cope import ChromaHistory
 from langchain_cope.errors import InputError
 from langchain_cope.fleet.sources import Only, open_source
-
-from .conftest import rows_of, write_users
 
 
 def test_a_folder_names_users_by_line_or_by_file(histories: Path) -> None:
