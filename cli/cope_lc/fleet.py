@@ -94,6 +94,7 @@ def personalize_fleet(
     """
     from langchain_cope.fleet.sources import open_source
 
+    _check_report(report)
     with prints_to_stderr():
         source = open_source(histories, target=target.value if target else None)
         options = _plan_options(model, task_adapter, store, seed, device, dtype)
@@ -126,12 +127,19 @@ def migrate(
     from langchain_cope.fleet.sources import of_store, open_source
     from langchain_cope.stores import open_store
 
+    _check_report(report)
     with prints_to_stderr():
         everybody = open_source(histories, target=target.value if target else None)
         source = of_store(open_store(store), everybody)
         options = _plan_options(base, task_adapter, store, seed, device, dtype)
         result = _run(source, options, _runner(workers, ray), work)
     _end(result, report, as_json)
+
+
+def _check_report(file: Path | None) -> None:
+    """Refuse a page that could not be written, before hours of work."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {file.parent}", param_hint="--report")
 
 
 def _plan_options(

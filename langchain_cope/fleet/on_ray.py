@@ -66,6 +66,8 @@ class RayRunner:
     def wait(self, seconds: float) -> list[Settled]:
         """Return what has been settled; actors that died are replaced."""
         by_ref = {ref: actor for actor in self._actors for ref in actor.awaited()}
+        if not by_ref:
+            return []
         done, _ = self._ray.wait(list(by_ref), num_returns=1, timeout=seconds)
         settled: list[Settled] = []
         for ref in done:

@@ -16,6 +16,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +56,8 @@ def serve_on_ray(settings: ServeSettings, address: str, replicas: int) -> None:
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, RuntimeError) as error:
         raise InputError(f"no Ray cluster at {address!r}: {error}") from error
+    # Ray ends in order on Ctrl-C alone; a container is ended with SIGTERM.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     serve.start(http_options={"host": settings.host, "port": settings.port})
     serve.run(deployment(settings, replicas), name=APP, blocking=True)
 

@@ -85,3 +85,7 @@ def test_a_source_that_is_missing_is_a_wrong_call(cope_lc: Callable, tmp_path: P
     outcome = cope_lc("personalize-fleet", tmp_path / "missing")
     assert outcome.code == 2
     assert "no such file or folder" in outcome.error
+    page = tmp_path / "missing" / "page.html"
+    outcome = cope_lc("personalize-fleet", tmp_path, "--report", page)
+    assert outcome.code == 2
+    assert "there is no folder" in outcome.error
