@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ T = TypeVar("T")
 
 LEDGER = "ledger.jsonl"
 POLL_SECONDS = 0.5
+DECIDING = 16  # verdicts carried out at a time: they wait for the storage
+NOTED_TOGETHER = 64  # of them that a crash may lose sight of; they are found done
 PATIENCE_SECONDS = 600.0  # with a store or a disk that fails
 PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # the last one again and again
 
@@ -202,17 +205,27 @@ class _Fleet:
         """Publish those whose gains are no chance among so many, and withdraw the others."""
         tested = [user for user in self._users if self._settled(user).is_tested]
         found = discoveries([self._settled(user).p_value for user in tested])
-        for user, is_found in zip(tested, found, strict=True):
-            outcome = self._settled(user)
-            if self._stop.is_set():
-                raise Cancelled(
-                    "stopped while versions were published: the same command publishes the rest"
-                )
-            if outcome.state is State.CANDIDATE:
-                decided = self._persist(partial(self._decided, user, outcome, is_found))
-                self._ledger.settle(self._keys[user], decided)
+        waiting = [
+            (user, is_found)
+            for user, is_found in zip(tested, found, strict=True)
+            if self._settled(user).state is State.CANDIDATE
+        ]
+        with ThreadPoolExecutor(DECIDING) as threads:
+            for start in range(0, len(waiting), NOTED_TOGETHER):
+                if self._stop.is_set():
+                    raise Cancelled(
+                        "stopped while versions were published: the same command publishes the rest"
+                    )
+                some = waiting[start : start + NOTED_TOGETHER]
+                for (user, _), decided in zip(some, threads.map(self._decided, some), strict=True):
+                    self._ledger.settle(self._keys[user], decided)
 
-    def _decided(self, user: str, outcome: Outcome, is_found: bool) -> Outcome:
+    def _decided(self, candidate: tuple[str, bool]) -> Outcome:
+        """Accept or withdraw a user's candidate, and return the outcome; twice does no harm."""
+        return self._persist(partial(self._carried_out, *candidate))
+
+    def _carried_out(self, user: str, is_found: bool) -> Outcome:
+        outcome = self._settled(user)
         version = outcome.version or ""
         if not is_found:
             self._store.withdraw(user, version, reason="no proof among so many users")
