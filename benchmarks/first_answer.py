@@ -91,6 +91,7 @@ def first_token(program: str, root: Path, model: str) -> dict[str, float]:
     started = time.time()
     run = subprocess.run(
         [sys.executable, "-c", REPORT + values + program],
+        cwd=root,  # it comes first in the search for modules
         env={**os.environ, "PYTHONPATH": paths, "TRANSFORMERS_VERBOSITY": "error"},
         check=True,
         stdout=subprocess.DEVNULL,

@@ -155,7 +155,8 @@ def run(engine: Engine, plan: Plan, users: Sequence[list[Item]], anybody: Path) 
         adapter = engine.load_adapter(folder)
         of_base = item_nll(engine, held_out, recipe)
         trained_at = time.perf_counter()
-        evidence = gather(engine, trained, held_out, recipe, first_sights, of_base)
+        prior = prior_of(engine.base.fingerprint())
+        evidence = gather(engine, trained, held_out, recipe, first_sights, of_base, prior)
         judged_at = time.perf_counter()
         nll = {
             "base": of_base,

@@ -52,11 +52,12 @@ from langchain_cope.engine import (
     Request,
     Sampling,
     load_base,
-    question_of,
+    questions_of,
 )
 from langchain_cope.evaluation.over_users import mean_over_users, ratio
 from langchain_cope.evaluation.rouge import mean_rouge
-from langchain_cope.evaluation.users import Comparison, UserJob
+from langchain_cope.evaluation.user_job import UserJob
+from langchain_cope.evaluation.users import Comparison
 from langchain_cope.evaluation.voice import Silent, View, voice_scale
 from langchain_cope.evaluation.ways import ways_named
 from langchain_cope.history import read_users
@@ -117,7 +118,7 @@ def right(check: Mapping[str, Any], text: str) -> bool:
 @functools.cache
 def profile_of(engine: Engine, job: UserJob) -> PromptProfile | None:
     """Return the profile of the user's prompts, as personalizing keeps it with a version."""
-    asked = [question_of(item.messages) for item in job.history.items]
+    asked = [questions_of(item.messages)[-1] for item in job.history.items]
     return PromptProfile.of(engine.base.everyday, asked)
 
 
@@ -129,7 +130,7 @@ def request(
         return Request(prompt, sampling=sampling, offline=True)
     scale = 1.0
     if way == "built" and (profile := profile_of(engine, job)) is not None:
-        scale = profile.relevance(engine.base.everyday, question_of(turns))
+        scale = profile.relevance(engine.base.everyday, questions_of(turns))
     return Request(
         prompt,
         adapter=adapters.get(way, list(adapters.values())[-1]),
@@ -222,7 +223,7 @@ def general_nll(
         found[name] = nll(engine.load_adapter(job.folder / name))
     profile = profile_of(engine, job)
     if profile is not None:
-        relevant = [profile.relevance(engine.base.everyday, text) for text in texts]
+        relevant = [profile.relevance(engine.base.everyday, [text]) for text in texts]
         found["relevance"] = statistics.fmean(relevant)
     return found
 
@@ -267,9 +268,9 @@ def figures(
         profile = profile_of(engine, job)
         everyday, queries = engine.base.everyday, [e.item.messages for e in job.examples]
         relevant = [
-            profile.relevance(everyday, question_of(q)) if profile else 1.0 for q in queries
+            profile.relevance(everyday, questions_of(q)) if profile else 1.0 for q in queries
         ]
-        unlike = [profile.relevance(everyday, e["prompt"]) if profile else 1.0 for e in asked]
+        unlike = [profile.relevance(everyday, [e["prompt"]]) if profile else 1.0 for e in asked]
         rows.append(
             {
                 "user": user,
@@ -391,8 +392,8 @@ def work(
     """Return what is kept of one user, all of it there."""
     file = job.folder / KEPT
     kept: dict[str, Any] = read_json(file) if file.exists() else {}
-    if kept.get("digest") != job.digest:
-        kept = {"digest": job.digest}
+    if kept.get("digest") != job.asked:
+        kept = {"digest": job.asked}
     answered(engine, job, pool, stages, of_base, kept, lambda: write_json(file, kept))
     if texts and not kept.get("nll"):
         kept["nll"] = general_nll(engine, texts, job, stages)

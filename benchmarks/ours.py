@@ -67,6 +67,7 @@ _OPERATIONS = {
     REST: ("slice", "select", "view", "transpose", "t", "expand", "unsqueeze", "flatten"),
 }
 _KINDS = {f"aten::{name}": kind for kind, names in _OPERATIONS.items() for name in names}
+_KINDS["mkldnn::_linear_pointwise"] = "products with the weights"
 _KINDS[SAMPLING] = SAMPLING
 
 

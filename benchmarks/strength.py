@@ -43,7 +43,8 @@ from langchain_cope.engine import Engine, load_base
 from langchain_cope.evaluation.over_users import difference, mean_over_users
 from langchain_cope.evaluation.own_voice import OwnVoice, gain, own_voice
 from langchain_cope.evaluation.rouge import mean_rouge
-from langchain_cope.evaluation.users import Comparison, UserJob
+from langchain_cope.evaluation.user_job import UserJob
+from langchain_cope.evaluation.users import Comparison
 from langchain_cope.evaluation.voice import View, VoiceScale, voice_scale
 from langchain_cope.evaluation.ways import ways_named
 from langchain_cope.history import read_users
@@ -77,7 +78,7 @@ PERSONAL = [key for key, strength in KEYS.items() if strength != BASE]
 
 def answers_of(engine: Engine, job: UserJob) -> tuple[dict[str, list[str]], dict[str, float]]:
     """Return the answers to the job's queries at each setting, and the losses; what is new."""
-    file = job.folder / "strength.json"
+    file = job.folder / f"strength-{job.asked[:16]}.json"
     known = read_json(file) if file.exists() else {}
     adapter = engine.load_adapter(job.folder / Stage.SFT.file)
     monitor = Monitor()

@@ -1,8 +1,11 @@
 """Python's collector of cycles, paused where much is made that stays."""
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_pauses: set[object] = set()  # that are going on
 
 
 @contextmanager
@@ -15,8 +18,19 @@ def collector_paused() -> Iterator[None]:
     if not gc.isenabled():
         yield
         return
+    pause = object()
+    _pauses.add(pause)
     try:
         gc.disable()
         yield
     finally:
         gc.enable()
+        _pauses.discard(pause)
+
+
+def _after_fork() -> None:
+    if _pauses:  # of another thread, which is not there to end it
+        gc.enable()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -124,8 +124,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     """`fixed`: the paper's, the same α for every token.
 
     `adaptive`: α acts only in answers in which adapter and base differ, not where the answer has to
-    be exact, and never in calls and JSON; and the adapter itself steps back where the question is
-    unlike those of the history (`relevance` in `response_metadata`).
+    be exact, and never in calls and JSON; and the adapter itself steps back where all questions of
+    the conversation are unlike those of the history (`relevance` in `response_metadata`).
     """
     adapter_scale: float | None = Field(default=None, json_schema_extra={"minimum": 0})
     """What the adapter's own changes are multiplied with, ≥ 0; 0 is the base alone.

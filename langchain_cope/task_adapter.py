@@ -138,7 +138,10 @@ def _as_request(input: TaskAdapterRequest | dict[str, Any]) -> TaskAdapterReques
     try:
         return TaskAdapterRequest.model_validate(input)
     except ValidationError as error:
-        problems = "; ".join(str(problem["msg"]) for problem in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'the request'}: {problem['msg']}"
+            for problem in error.errors()
+        )
         raise InputError(f"a request takes users and folder ({problems})") from error
 
 

@@ -54,3 +54,28 @@ def test_chat_and_training_classes_come_without_torch() -> None:
 def test_the_store_imports_nothing_of_the_rest() -> None:
     others = {"torch", "transformers", "langchain_core", "langchain_cope", "numpy", "safetensors"}
     assert not others & modules_after("import adapter_store")
+
+
+def test_a_child_forked_while_another_thread_imports_collects_garbage() -> None:
+    program = """
+import gc, os, threading
+from langchain_cope._collector import collector_paused
+inside, end = threading.Event(), threading.Event()
+def importing():
+    with collector_paused():
+        inside.set()
+        end.wait()
+thread = threading.Thread(target=importing)
+thread.start()
+inside.wait()
+assert not gc.isenabled()
+child = os.fork()
+if not child:
+    os._exit(not gc.isenabled())
+status = os.waitpid(child, 0)[1]
+end.set()
+thread.join()
+assert gc.isenabled()
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

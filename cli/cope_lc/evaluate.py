@@ -1,5 +1,6 @@
 """`cope-lc evaluate`: the ways of answering side by side, over users. Nothing is published."""
 
+import os
 import sys
 import tempfile
 import time
@@ -19,7 +20,8 @@ from cope_lc.text import plural, shorten
 
 if TYPE_CHECKING:
     from langchain_cope.evaluation.measures import Report, UserFigures
-    from langchain_cope.evaluation.users import Comparison, UserJob
+    from langchain_cope.evaluation.user_job import UserJob
+    from langchain_cope.evaluation.users import Comparison
     from langchain_cope.evaluation.ways import Way
     from langchain_cope.history import UserHistory
 
@@ -87,8 +89,7 @@ def evaluate(
         _check(users, file)
         chosen = _chosen(ways, task_adapter, len(users))
         _check_views(chosen, len(users), grid=grid, matrix=matrix)
-        if report is not None and not report.absolute().parent.is_dir():
-            raise typer.BadParameter(f"there is no folder {report.parent}", param_hint="--report")
+        _check_report(report)
         settings = {"model": model, "device": device, "dtype": dtype}
         with _folder(job_dir) as folder:
             comparison = _comparison(
@@ -97,12 +98,13 @@ def evaluate(
             found = _found(comparison, job_dir, grid=grid, matrix=matrix)
         notes = _leaks(users, task_adapter)
         found.notes.extend(notes)
-        if report is not None:
-            from cope_lc.report import html_report
-
-            report.write_text(html_report(found, model, task_adapter), encoding="utf-8")
     facts = _facts(found, model, task_adapter)
-    Output(as_json).show(facts, lambda: _show(found, facts, report))
+    Output(as_json).show(facts, lambda: _show(found, facts))
+    if report is not None:  # last: no figure is lost to a full disk
+        from cope_lc.report import html_report
+
+        report.write_text(html_report(found, model, task_adapter), encoding="utf-8")
+        print(f"report: {report}", file=sys.stderr)
 
 
 def _chosen(names: str | None, task_adapter: str | None, num_users: int) -> "tuple[Way, ...]":
@@ -139,6 +141,22 @@ def _check_views(ways: "tuple[Way, ...]", num_users: int, *, grid: bool, matrix:
         raise typer.BadParameter("no way has an adapter: add sft or cope", param_hint=option)
     if matrix and num_users < 2:
         raise typer.BadParameter("it needs two users or more", param_hint=option)
+
+
+def _check_report(report: Path | None) -> None:
+    """Refuse a file for the page that cannot be written, before any training."""
+    if report is None:
+        return
+    folder = report.absolute().parent
+    problem = None
+    if not folder.is_dir():
+        problem = f"there is no folder {folder}"
+    elif report.is_dir():
+        problem = f"{report} is a folder: name a file in it"
+    elif not os.access(report if report.exists() else folder, os.W_OK):
+        problem = f"{report} cannot be written"
+    if problem is not None:
+        raise typer.BadParameter(problem, param_hint="--report")
 
 
 @contextmanager
@@ -300,13 +318,15 @@ def _plain(user: "UserFigures") -> dict[str, Any]:
 
 def _scale(scale: Any) -> dict[str, Any]:
     """Return a voice scale, or why there is none, as plain data."""
-    if hasattr(scale, "reason"):
+    from langchain_cope.evaluation.voice import Silent
+
+    if isinstance(scale, Silent):
         return {"silent": scale.reason}
     names = ("auc", "floor", "ceiling", "left_out")
     return {name: getattr(scale, name) for name in names}
 
 
-def _show(report: "Report", facts: dict[str, Any], file: Path | None) -> None:
+def _show(report: "Report", facts: dict[str, Any]) -> None:
     from cope_lc.metrics_table import (
         differences_table,
         grid_table,
@@ -346,8 +366,6 @@ def _show(report: "Report", facts: dict[str, Any], file: Path | None) -> None:
         say(out, matrix_line(report.matrix))
     for line in _notes(report):
         say(out, f"note: {line}", "dim")
-    if file is not None:
-        say(out, f"report: {file}", whole=True)
     say(out, f"training took {duration(seconds)}; nothing was published", "dim")
 
 

@@ -180,7 +180,7 @@ ContrastOption = Annotated[
     typer.Option(
         "--contrast",
         help="adaptive: contrast only where adapter and base differ, and nothing has to be exact; "
-        "on questions unlike the history the base answers.",
+        "in conversations unlike the history the base answers.",
     ),
 ]
 AdapterScale = Annotated[

@@ -12,7 +12,7 @@ from cope_lc.report_charts import gains, grid_charts, table, user_chart
 if TYPE_CHECKING:
     from langchain_cope.evaluation.measures import Report, Sample, UserFigures
     from langchain_cope.evaluation.over_users import Difference, Estimate
-    from langchain_cope.evaluation.users import Answer
+    from langchain_cope.evaluation.user_job import Answer
 
 SHOWN_SAMPLES = 3  # a user
 _CHARTED = ("style", "voice", "rougeL")
@@ -159,10 +159,12 @@ def _matrix(report: "Report") -> list[str]:
 
 def _notes(report: "Report") -> list[str]:
     """Return the notes of the whole, and why a voice has no figures."""
+    from langchain_cope.evaluation.voice import Silent
+
     silent = [
         f"no {name} score: {scale.reason}"
         for name, scale in report.voice.items()
-        if hasattr(scale, "reason")
+        if isinstance(scale, Silent)
     ]
     return [*silent, *report.notes]
 

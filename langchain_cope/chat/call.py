@@ -72,7 +72,7 @@ class Call:
     num_retrieved: int = 0
     """Items of the user's that the user's row reads."""
     relevance: float | None = None
-    """How much the question is like the history's, 0 to 1; None where nothing goes by it."""
+    """How much the conversation is like the history, 0 to 1; None where nothing goes by it."""
 
     def chunks(self, piece: "Piece | Completion") -> Iterator[ChatGenerationChunk]:
         """Yield what a piece adds to the message.

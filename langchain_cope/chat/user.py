@@ -166,7 +166,7 @@ class PinnedUser:
         )
 
     def relevance(self, turns: Sequence[Mapping[str, Any]]) -> float | None:
-        """Return how much a conversation's last question is like those of the history, 0 to 1.
+        """Return how much a conversation's questions are like those of the history, 0 to 1.
 
         None where the version says nothing of its prompts. Raises ModelError where what it says
         cannot be used.
@@ -174,11 +174,11 @@ class PinnedUser:
         stored = None if self.version is None else self.version.metadata.get("prompts")
         if stored is None:
             return None
-        from langchain_cope.engine import PromptProfile, question_of
+        from langchain_cope.engine import PromptProfile, questions_of
 
         everyday = self.engine.base.everyday
         profile = PromptProfile.from_stored(stored, everyday)
-        return None if profile is None else profile.relevance(everyday, question_of(turns))
+        return None if profile is None else profile.relevance(everyday, questions_of(turns))
 
     def to_dict(self) -> dict[str, str | None]:
         """Return what tracers may write down."""

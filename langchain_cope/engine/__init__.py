@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from langchain_cope.engine.base.gguf.header import gguf_context
     from langchain_cope.engine.base.gguf.source import gguf_path
     from langchain_cope.engine.base.loading import load_base
-    from langchain_cope.engine.base.prompt_profile import PromptProfile, question_of
+    from langchain_cope.engine.base.prompt_profile import PromptProfile, questions_of
     from langchain_cope.engine.base.reply_format import ANSWER, THOUGHT, ReplyFormat
     from langchain_cope.engine.call_text import CallPart
     from langchain_cope.engine.checks import check_option, is_number, is_whole
@@ -99,7 +99,7 @@ __all__ = [
     "is_number",
     "is_whole",
     "load_base",
-    "question_of",
+    "questions_of",
     "smollm2_file",
 ]
 
@@ -150,7 +150,7 @@ _MODULES = {
     "is_number": "checks",
     "is_whole": "checks",
     "load_base": "base.loading",
-    "question_of": "base.prompt_profile",
+    "questions_of": "base.prompt_profile",
     "smollm2_file": "base.bundled",
 }
 if not TYPE_CHECKING:  # type checkers read the imports above instead

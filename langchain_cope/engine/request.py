@@ -59,6 +59,7 @@ class Request:
     offline: bool = False
     """Nobody waits for its tokens, and the same requests alone in the batch get the same answers.
 
+    All others are answered first, and take its room where there is no other.
     What goes by a clock, or by earlier answers, stays away from it: speculation, prompts read in
     small pieces for the sake of others, the prefix cache.
     """

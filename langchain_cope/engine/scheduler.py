@@ -1,14 +1,14 @@
 """Who is answered when: the waiting line, the batch, the adapters' slots and the memory.
 
 Read `Scheduler.step` first: a token for every answer, newcomers admitted, a piece of their prompts.
-Requests are admitted first come first served; one that waits for its adapter holds up no other.
-Where memory runs out, the newest go back to the line with the tokens they have.
+Requests are admitted first come first served, offline ones after all others; one that waits for its
+adapter holds up no other. Where memory runs out, or a reader comes while offline requests take all
+the room, the newest go back to the line with the tokens they have.
 """
 
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -55,7 +55,7 @@ class Scheduler:
         self._options = options
         self._device = device
         self._lock = wake
-        self._waiting: deque[ActiveRequest] = deque()
+        self._waiting: list[ActiveRequest] = []
         self._prefill_rate = FIRST_RATE
         self._reset_bounds()
         self.num_answers = 0
@@ -86,15 +86,21 @@ class Scheduler:
             )
 
     def submit(self, active: ActiveRequest) -> None:
-        """Put a request at the end of the line; where it needs a slot, it asks for one.
+        """Put a request at the end of the line, before offline ones unless it is one of them.
 
-        Raises EngineBusy where as many wait as may.
+        Where it needs a slot, it asks for one. Raises EngineBusy where as many wait as may.
         """
         with self._lock:  # so that leases are given in the order of the line
             self._check_line(active)
             if active.request.personal and isinstance(active.request.adapter, AdapterSource):
                 active.lease = self._slots.lease(active.request.adapter)
             self._waiting.append(active)
+            if not active.request.offline:
+                self._put_offline_last()
+
+    def _put_offline_last(self) -> None:
+        """Nobody reads the offline requests' tokens as they come, so nobody waits for them."""
+        self._waiting.sort(key=lambda each: each.request.offline)  # which keeps their order
 
     def _check_line(self, active: ActiveRequest) -> None:
         most = self._options.max_waiting
@@ -186,7 +192,9 @@ class Scheduler:
         """
         coming: list[ActiveRequest] = []
         for active in self._ready():
-            if not self._has_room([*self._batch.requests, *coming, active]):
+            if not self._has_room([*self._batch.requests, *coming, active]) and not (
+                self._make_way([*coming, active])
+            ):
                 break
             coming.append(active)
         # At once: to enlarge room that is in use is to copy it.
@@ -201,6 +209,24 @@ class Scheduler:
                 active.use(active.lease.adapter)
             if not self._batch.is_being_read(active):
                 self._admit_one(active)
+
+    def _make_way(self, coming: Sequence[ActiveRequest]) -> bool:
+        """Send the newest offline requests back to the line where that makes room for a reader.
+
+        Returns:
+            Whether all that are `coming`, of which the last one has no room, have it now.
+        """
+        if coming[-1].request.offline:
+            return False
+        staying, leaving = self._batch.requests, []
+        for active in reversed(self._batch.requests):
+            if active.request.offline:
+                staying.remove(active)
+                leaving.append(active)
+                if self._has_room([*staying, *coming]):
+                    self._requeue(leaving[::-1])
+                    return True
+        return False
 
     def _ready(self) -> list[ActiveRequest]:
         """Return who could be admitted; drop those who gave up or failed, room or not."""
@@ -234,12 +260,10 @@ class Scheduler:
                 self._fail([active], model_error("the request could not be admitted", error))
 
     def _has_room(self, everyone: Sequence[ActiveRequest]) -> bool:
-        """Tell whether there is room for `everyone`: rows, tokens in flight, memory."""
+        """Tell whether there is room for `everyone`, the newest last: rows, tokens, memory."""
         if len(everyone) == 1:
             return True
-        offline = all(active.request.offline for active in everyone)
-        max_rows = self._max_offline_rows if offline else self._max_rows
-        if sum(active.request.num_rows for active in everyone) > max_rows:
+        if not self._rows_fit(everyone):
             return False
         max_tokens = self._options.max_tokens
         if max_tokens is not None:
@@ -247,6 +271,21 @@ class Scheduler:
             if tokens > max_tokens:
                 return False
         return self._batch.num_bytes(everyone) <= self._batch.kv_bytes
+
+    def _rows_fit(self, everyone: Sequence[ActiveRequest]) -> bool:
+        """Tell whether there are not too many rows.
+
+        Readers may come in while there are as many as offline requests alone may have; these may
+        not while there are readers.
+        """
+        num_rows = sum(active.request.num_rows for active in everyone)
+        readers = [active for active in everyone if not active.request.offline]
+        if not readers:
+            return num_rows <= self._max_offline_rows
+        if everyone[-1].request.offline:
+            return num_rows <= self._max_rows
+        of_readers = sum(active.request.num_rows for active in readers)
+        return of_readers <= self._max_rows and num_rows <= self._max_offline_rows
 
     def _can_be_read(self, active: ActiveRequest) -> bool:
         """Tell whether the next forward has room for one more prompt: for a piece of it."""
@@ -303,7 +342,8 @@ class Scheduler:
         with suppress(Exception):
             self._batch.shrink()
         with self._lock:
-            self._waiting.extendleft(reversed(requests))
+            self._waiting[:0] = requests
+            self._put_offline_last()
 
     def _fail(self, requests: Sequence[ActiveRequest], error: BaseException) -> None:
         for active in requests:

@@ -17,7 +17,8 @@ from langchain_cope.training.encode import Encoded, parts_of_reply
 from langchain_cope.training.progress import Monitor, Stage
 
 if TYPE_CHECKING:
-    from langchain_cope.evaluation.users import Comparison, UserJob
+    from langchain_cope.evaluation.user_job import UserJob
+    from langchain_cope.evaluation.users import Comparison
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7)
 TAUS = (0.05, 0.1, 0.3)
@@ -135,4 +136,4 @@ def _known(job: "UserJob") -> dict[str, list[str]]:
 
 def _key(comparison: "Comparison", job: "UserJob", setting: Contrast) -> str:
     stage = comparison.last_adapter(job).name
-    return f"{job.digest} {stage} {len(_queries(job))} {setting.alpha} {setting.tau}"
+    return f"{job.asked} {stage} {len(_queries(job))} {setting.alpha} {setting.tau}"

@@ -20,7 +20,8 @@ from langchain_cope.evaluation.over_users import (
     require_scikit_learn,
 )
 from langchain_cope.evaluation.repetition import copy_rates, distinct, mean_num_words
-from langchain_cope.evaluation.users import Answer, Comparison, UserJob
+from langchain_cope.evaluation.user_job import Answer, UserJob
+from langchain_cope.evaluation.users import Comparison
 from langchain_cope.evaluation.voice import Silent, View, VoiceScale, voice_scale
 from langchain_cope.evaluation.ways import REFERENCES, Way
 

@@ -2,24 +2,18 @@
 
     train(user) → sft, dpo     score(user) → NLL     answer() → texts of all users in one run
 
-What a user's folder holds is not done again, so that an evaluation goes on where it was stopped.
-Read `Comparison`; what is made of the texts is `measures.py`.
+What a user's folder holds (`user_job.py`) is not done again, so that an evaluation goes on where it
+was stopped. Read `Comparison`; what is made of the texts is `measures.py`.
 """
 
-import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from langchain_cope.atomic_files import read_json, write_json
 from langchain_cope.engine import (
     ADAPTER_ALONE,
-    WEIGHTS,
     Adapter,
     Base,
     Completion,
@@ -33,81 +27,14 @@ from langchain_cope.errors import HistoryError, InputError
 from langchain_cope.evaluation.comparison import check_has_queries
 from langchain_cope.evaluation.evaluate import over_all_tokens
 from langchain_cope.evaluation.shown_items import OwnItems
+from langchain_cope.evaluation.user_job import Answer, UserJob, digest_of, home_of, identity_of
 from langchain_cope.evaluation.ways import Shown, Way
-from langchain_cope.history.items import Item, UserHistory
+from langchain_cope.history.items import UserHistory
 from langchain_cope.strength import Strength, strength_for
 from langchain_cope.training.encode import Encoded, encode, fit, parts_of_reply
 from langchain_cope.training.pipeline import train_user, trained_by
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Negatives, Recipe, RecipeChoice, recipe_for
-
-FORMAT = 1  # of what a user's folder holds
-ANSWERS = "answers.json"
-
-Token = tuple[str, float]
-"""A token's text, and log p_user − log p_base of it, in nats."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one way answered to one item."""
-
-    text: str
-    tokens: list[Token] = field(default_factory=list)
-    """Of ways that compute both models; empty for the others."""
-
-
-@dataclass(eq=False)
-class UserJob:
-    """One user's part of the work, and what is done of it."""
-
-    history: UserHistory
-    recipe: Recipe
-    examples: list[Encoded]
-    """The queries that fit the context."""
-    notes: list[str]
-    digest: str
-    """Of all that the work depends on but the ways, and how strongly the adapters act."""
-    folder: Path
-    own: OwnItems
-    timings: dict[str, float] = field(default_factory=dict)
-    nll: dict[str, float] = field(default_factory=dict)
-    """Nats per token, by the key of a way."""
-    answers: dict[str, list[Answer]] = field(default_factory=dict)
-    """One for each example, by the key of a way."""
-
-    def save(self) -> None:
-        """Write what is done, whole or not at all."""
-        answers = {
-            key: [[answer.text, answer.tokens] for answer in texts]
-            for key, texts in self.answers.items()
-        }
-        facts = {"digest": self.digest, "timings": self.timings, "nll": self.nll}
-        write_json(self.folder / ANSWERS, {**facts, "notes": self.notes, "answers": answers})
-
-    def load(self) -> None:
-        """Read what was done before; empty the folder where it was of another input."""
-        file = self.folder / ANSWERS
-        facts = read_json(file) if file.exists() else {}
-        if facts.get("digest") != self.digest:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(mode=0o700, parents=True)
-            self.save()
-            return
-        self.timings, self.nll, self.notes = facts["timings"], facts["nll"], facts["notes"]
-        for key, texts in facts["answers"].items():
-            self.answers[key] = [
-                Answer(text, [(word, reward) for word, reward in tokens]) for text, tokens in texts
-            ]
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Size of the weights of the last adapter that was trained; 0 without one."""
-        for stage in (Stage.DPO, Stage.SFT):
-            file = self.folder / stage.file / WEIGHTS
-            if file.exists():
-                return file.stat().st_size
-        return 0
 
 
 class Comparison:
@@ -135,7 +62,8 @@ class Comparison:
 
         Raises:
             HistoryError: Items or queries are missing, or none of them fits the context.
-            InputError: A way needs a task adapter, or another user, and there is none.
+            InputError: A way needs a task adapter, or another user, and there is none; two users
+                have one id; or what was done before cannot be read.
         """
         self.ways = tuple(ways)
         self._plain = engine
@@ -151,6 +79,8 @@ class Comparison:
             )
         if any(way.of_another for way in ways) and len(users) < 2:
             raise InputError("another user's adapter needs another user: give two or more")
+        if len({user.user_id for user in users}) < len(users):
+            raise InputError("two users have the same id, or none: give each an id of their own")
         self.jobs = [self._job(user, Path(folder), recipe) for user in users]
         for job in self.jobs:
             job.load()
@@ -169,15 +99,15 @@ class Comparison:
         stages = {way.adapter for way in self.ways} - {None}
         if not stages or all((job.folder / stage.file).exists() for stage in stages if stage):
             return
+        job.prepare_training()
         last = Stage.DPO if Stage.DPO in stages else Stage.SFT
         training = train_user(
             self._trained, job.history.items, job.recipe, job.folder, monitor, last=last
         )
-        job.notes = list(dict.fromkeys([*job.notes, *training.notes]))
         for stage in (Stage.SFT, Stage.NEGATIVES, Stage.DPO):
             if stage.value in monitor.timings:  # taken: the next user's are told apart
                 job.timings[stage.value] = monitor.timings.pop(stage.value)
-        job.save()
+        job.save_training(training.notes)
 
     def score(self, job: UserJob, monitor: Monitor) -> None:
         """Measure the NLL of the ways that have one."""
@@ -214,18 +144,21 @@ class Comparison:
 
         Raises `InputError` where there is none, as none of the ways needs one.
         """
+        return job.folder / self._last_stage(job).file
+
+    def _last_stage(self, job: UserJob) -> Stage:
         for stage in (Stage.DPO, Stage.SFT):
             if (job.folder / stage.file).exists():
-                return job.folder / stage.file
+                return stage
         raise InputError("no way has an adapter to look at: name sft or cope among the ways")
 
     def nll_under(self, job: UserJob, owner: UserJob, monitor: Monitor) -> float:
         """Return the NLL of a user's queries under the last adapter of `owner`, scored once."""
-        folder = self.last_adapter(owner)
-        key = _digest(job.digest, owner.digest, folder.name)
+        stage = self._last_stage(owner)
+        key = digest_of(job.asked, owner.trained_by(stage))
         if key not in job.nll:
             pairs = [(example.prompt_ids, example.completion_ids) for example in job.examples]
-            adapter = self._trained.load_adapter(folder)
+            adapter = self._trained.load_adapter(owner.folder / stage.file)
             log_probs = self._trained.score(pairs, adapter, monitor.should_stop)
             job.nll[key] = over_all_tokens([of_item.tolist() for of_item in log_probs])
         return job.nll[key]
@@ -252,20 +185,14 @@ class Comparison:
                 f"user {user.user_id!r:.80}: none of {len(user.queries)} queries can be judged: "
                 f"{'; '.join(notes)}"
             )
-        name = hashlib.sha256((user.user_id or "").encode("utf-8", "surrogatepass")).hexdigest()
         return UserJob(
             history=user,
             recipe=recipe,
             examples=examples,
-            notes=[*user.notes, *notes],
-            digest=_digest(
-                FORMAT,
-                _identity(base),
-                {**recipe.as_dict(), "alpha": None, "tau": None},  # nothing is trained by them
-                *(_texts(items) for items in (user.items, user.queries)),
-            ),
-            folder=folder / name[:32],
+            base=identity_of(base),
+            home=home_of(folder, user),
             own=OwnItems(base, user.items),
+            notes=[*user.notes, *notes],
         )
 
     def _engine(self, way: Way) -> Engine:
@@ -294,16 +221,15 @@ class Comparison:
 
     def _key(self, job: UserJob, way: Way) -> str:
         """Return what stands for a way in a user's file: equal where the work is the same."""
-        engine = self._engine(way)
-        facts = asdict(way)
-        if not way.early_exit:  # so that what was answered before there was such a way is found
-            del facts["early_exit"]
-        contrast: list[float] = []
-        if way.contrastive:
-            strength = self._strength(job)
-            of_adapter = [strength.adapter_scale] if strength.adapter_scale != 1 else []
-            contrast = [strength.alpha, strength.tau, *of_adapter]
-        return _digest(facts, _identity(engine.base), self._owner(job, way).digest, contrast)
+        strength = asdict(self._strength(job)) if way.contrastive else None
+        return digest_of(
+            asdict(way),
+            identity_of(self._engine(way).base),
+            job.asked,
+            job.shown if way.shown is not Shown.NOTHING else None,
+            self._owner(job, way).trained_by(way.adapter) if way.adapter else None,
+            strength,
+        )
 
     def _strength(self, job: UserJob) -> Strength:
         """Return how strongly adapters act in contrastive ways: by the recipe, else as usual."""
@@ -404,7 +330,7 @@ def _sampling(recipe: Recipe, example: Encoded, number: int, *, is_sample: bool)
     )
     if not is_sample:
         return greedy
-    seed = int(_digest(recipe.seed, example.index, number)[:15], 16)
+    seed = int(digest_of(recipe.seed, example.index, number)[:15], 16)
     settings = recipe.negatives or Negatives()
     return replace(greedy, temperature=settings.temperature, top_p=settings.top_p, seed=seed)
 
@@ -429,15 +355,3 @@ def _answer(base: Base, completion: Completion) -> Answer:
     ]
     is_whole = "".join(text for text, _ in tokens).strip() == completion.text.strip()
     return Answer(completion.text, tokens if is_whole else [])
-
-
-def _identity(base: Base) -> dict[str, str]:
-    return {**base.fingerprint(), "dtype": str(base.dtype)}
-
-
-def _texts(items: Sequence[Item]) -> list[list[object]]:
-    return [[item.messages, item.completion, item.rejected] for item in items]
-
-
-def _digest(*parts: Mapping[str, Any] | Sequence[Any] | int) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

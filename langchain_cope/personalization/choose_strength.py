@@ -9,12 +9,12 @@ usual stays unless another strength is better by more than its standard error.
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from langchain_cope.errors import InputError
-from langchain_cope.evaluation.ways import BASE
+from langchain_cope.evaluation.ways import BASE, COPE
 from langchain_cope.history.items import Item
 from langchain_cope.personalization.held_out import LEAST_DIVIDED
 from langchain_cope.personalization.result import Recommendation
@@ -51,6 +51,8 @@ class Trial:
     """As used."""
     monitor: Monitor
     """Hears of answers, in a stage, and may stop them with `Cancelled`."""
+    known: "Mapping[Strength, list[str]]" = field(default_factory=dict)
+    """Answers to all items that there are already."""
 
     def losses(self, strengths: Sequence[Strength]) -> dict[Strength, float]:
         """Return by how many nats a token each strength makes texts less likely than the adapter.
@@ -74,16 +76,17 @@ class Trial:
         return {strength: nll[strength] - nll[alone] for strength in strengths}
 
     def answers(self, strengths: Sequence[Strength]) -> dict[Strength, list[str]]:
-        """Return the greedy answers to all items at each strength."""
+        """Return the greedy answers to all items at each strength; what is known is not asked."""
+        asked = [strength for strength in strengths if strength not in self.known]
         requests = (
-            self._request(example, strength) for strength in strengths for example in self.examples
+            self._request(example, strength) for strength in asked for example in self.examples
         )
-        answers: dict[Strength, list[str]] = {}
+        answers = {one: self.known[one] for one in strengths if one in self.known}
         each = self.engine.generate_each(requests, self.monitor.should_stop)
         with closing(each) as completions:
-            for number, strength in enumerate(strengths, start=1):
+            for number, strength in enumerate(asked, start=1):
                 answers[strength] = [next(completions).text for _ in self.examples]
-                self.monitor.step_done(number, len(strengths))
+                self.monitor.step_done(number, len(asked))
         return answers
 
     def _request(self, example: "Encoded", strength: Strength) -> "Request":
@@ -137,11 +140,29 @@ def recommend(
             recipe = training.recipe
             examples, _ = fit(engine.base, items, recipe.max_length, recipe.max_words)
             folder = training.folder / Stage(adapter).file
-            trial = Trial(engine, engine.load_adapter(folder), examples, recipe, monitor)
+            known = _answered(engine, training, adapter, evaluation)
+            trial = Trial(engine, engine.load_adapter(folder), examples, recipe, monitor, known)
             of_base = [texts[BASE.name] for texts in evaluation.texts]
             chosen = choose_strength(trial, of_base, [item.completion for item in trained])
             write_json(file, chosen.model_dump())
     return Recommendation.model_validate(read_json(file))
+
+
+def _answered(
+    engine: "Engine", training: "TrainingResult", adapter: str, evaluation: "Evaluation"
+) -> dict[Strength, list[str]]:
+    """Return what the evaluation has of the adapter's answers, by the strength of each."""
+    from langchain_cope.training.pipeline import trained_by
+
+    def of(way: str) -> list[str]:
+        return [texts[way] for texts in evaluation.texts]
+
+    known = {Strength(alpha=0.0): of(adapter)}
+    stages = (trained_by(training.folder, Stage(name)) for name in (adapter, COPE.adapter))
+    if len(set(stages)) == 1:
+        recipe = training.recipe
+        known[strength_for(engine.base.fingerprint(), recipe.alpha, recipe.tau)] = of(COPE.name)
+    return known
 
 
 def choose_strength(trial: Trial, of_base: Sequence[str], history: Sequence[str]) -> Recommendation:

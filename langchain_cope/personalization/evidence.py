@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from langchain_cope.history.items import Item
+from langchain_cope.personalization.certainty import Prior
 
 if TYPE_CHECKING:
     from langchain_cope.engine import Engine
@@ -31,7 +32,11 @@ class Evidence:
     trained_pairing: list[float]
     """Nats by which the base finds a trained item likelier after its own prompt than another's."""
     held_out_pairing: list[float]
-    """The same for held-out items, among themselves."""
+    """The same for held-out items, among themselves; empty where the base is known to tell."""
+
+
+NO_EVIDENCE = Evidence([], [], [])
+"""What is known where nobody asks."""
 
 
 def gather(
@@ -41,17 +46,17 @@ def gather(
     recipe: "Recipe",
     first_sights: Sequence[dict[str, float]],
     held_out_nll: Sequence[float],
+    prior: Prior,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evidence:
     """Return what the base says of a training on `trained` that is judged by `held_out`.
 
     `first_sights` are the rows of `training/first_sight.py`, `held_out_nll` the base's NLL of each
-    held-out item that fits the context. Raises `Cancelled`.
+    held-out item that fits the context, and `prior` is the base's. Raises `Cancelled`.
     """
     from langchain_cope.training.encode import fit
 
     examples, _ = fit(engine.base, trained, recipe.max_length, recipe.max_words)
-    judges, _ = fit(engine.base, held_out, recipe.max_length, recipe.max_words)
     late = _later_half(first_sights)
     newest = examples[-PAIRED_ITEMS:]
     seen = {example.index: example for example in examples}
@@ -59,6 +64,10 @@ def gather(
     needed |= {int(row["index"]): seen[int(row["index"])] for row in late}
     sequences = [(example.prompt_ids, example.completion_ids) for example in needed.values()]
     own = dict(zip(needed, _mean_nll(engine, sequences, should_stop), strict=True))
+    held_out_pairing: list[float] = []
+    if not prior.reads_prompts:
+        judges, _ = fit(engine.base, held_out, recipe.max_length, recipe.max_words)
+        held_out_pairing = _pairing(engine, judges, held_out_nll, should_stop)
     return Evidence(
         first_sights=mean_of_each(
             units_of([seen[int(row["index"])].item for row in late]),
@@ -67,7 +76,7 @@ def gather(
         trained_pairing=_pairing(
             engine, newest, [own[example.index] for example in newest], should_stop
         ),
-        held_out_pairing=_pairing(engine, judges, held_out_nll, should_stop),
+        held_out_pairing=held_out_pairing,
     )
 
 

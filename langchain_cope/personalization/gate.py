@@ -17,8 +17,8 @@ from adapter_store.errors import (
 from langchain_cope.errors import Cancelled, ModelError
 from langchain_cope.evaluation.ways import BASE, DPO, SFT
 from langchain_cope.history.items import Item
-from langchain_cope.personalization.certainty import prior_of
-from langchain_cope.personalization.evidence import gather, units_of
+from langchain_cope.personalization.certainty import Prior, prior_of
+from langchain_cope.personalization.evidence import NO_EVIDENCE, Evidence, gather, units_of
 from langchain_cope.personalization.held_out import count_trained_on, fingerprint_items
 from langchain_cope.personalization.result import Recommendation, Verdict
 from langchain_cope.personalization.verdict import Reference, choose_adapter, judge
@@ -80,6 +80,9 @@ class Publisher:
     """How strongly it is to act; published with it."""
     trained: Sequence[Item]
     held_out: Sequence[Item]
+    """Those that judge."""
+    num_items: int
+    """All of the history's, with those that judge nothing."""
     instruction: str | None
     """Kept in the version's metadata."""
     gate: Literal["improve", "always"]
@@ -145,34 +148,39 @@ class Publisher:
 
     def _judge(self, active: str | None) -> Verdict:
         """Return the verdict on the better one of both adapters."""
-        from langchain_cope.atomic_files import read_json
-        from langchain_cope.training.first_sight import FIRST_SIGHT
-
         item_nll, name = self.evaluation.item_nll, self.adapter
-        evidence = gather(
-            self.engine,
-            self.trained,
-            self.held_out,
-            self.training.recipe,
-            read_json(self.training.folder / FIRST_SIGHT),
-            item_nll[BASE.name],
-            self.monitor.should_stop,
-        )
+        prior = prior_of(self.engine.base.fingerprint())
         references, note = self._references(active)
         verdict = judge(
             name,
             item_nll[name],
             references,
             units_of([self.held_out[index] for index in self.evaluation.indices]),
-            evidence,
-            prior_of(self.engine.base.fingerprint()),
+            NO_EVIDENCE if self.gate == "always" else self._evidence(prior),
+            prior,
             self.min_gain,
+            self.num_items,
         )
         reason = f"{verdict.reason} ({note})" if note else verdict.reason
         if self.gate == "always":
             reason = f"published as asked (gate 'always'): {verdict.sentence}"
             return verdict.model_copy(update={"published": True, "reason": reason, "advice": None})
         return verdict.model_copy(update={"reason": reason})
+
+    def _evidence(self, prior: Prior) -> Evidence:
+        from langchain_cope.atomic_files import read_json
+        from langchain_cope.training.first_sight import FIRST_SIGHT
+
+        return gather(
+            self.engine,
+            self.trained,
+            self.held_out,
+            self.training.recipe,
+            read_json(self.training.folder / FIRST_SIGHT),
+            self.evaluation.item_nll[BASE.name],
+            prior,
+            self.monitor.should_stop,
+        )
 
     def _references(self, active: str | None) -> tuple[list[Reference], str]:
         """Return what has to be beaten, and why the active version is not among it, if so."""
@@ -210,9 +218,9 @@ class Publisher:
 
     def _prompts(self) -> dict[str, Any] | None:
         """Return what the trained prompts have in common, as numbers; None where it is little."""
-        from langchain_cope.engine import PromptProfile, question_of
+        from langchain_cope.engine import PromptProfile, questions_of
 
-        asked = [question_of(item.messages) for item in self.trained]
+        asked = [questions_of(item.messages)[-1] for item in self.trained]
         profile = PromptProfile.of(self.engine.base.everyday, asked)
         return None if profile is None else profile.to_stored()
 

@@ -57,16 +57,29 @@ def divide(held_out: Sequence[Item]) -> tuple[list[int], list[int]]:
     never divided.
     """
     everything = list(range(len(held_out)))
-    if len(held_out) < LEAST_DIVIDED:
-        return [], everything
-    border = min(MOST_CHOOSING, max(LEAST_CHOOSING, len(held_out) // 3))
+    border = _num_choosing(len(held_out))
     judging_talks = {item.conversation for item in held_out[border:]} - {None}
     choosing = [
         index for index in everything[:border] if held_out[index].conversation not in judging_talks
     ]
     if len(choosing) < LEAST_CHOOSING:
         return [], everything
-    return choosing, [index for index in everything if index not in set(choosing)]
+    chosen = set(choosing)
+    return choosing, [index for index in everything if index not in chosen]
+
+
+def items_for(num_judging: int, num_items: int) -> int:
+    """Return about how many items, more than `num_items`, leave `num_judging` that judge."""
+    num_held_out = round(HELD_OUT_SHARE * num_items)
+    while num_held_out - _num_choosing(num_held_out) < num_judging:
+        num_held_out += 1
+    return max(round(num_held_out / HELD_OUT_SHARE), num_items + 1)
+
+
+def _num_choosing(num_held_out: int) -> int:
+    if num_held_out < LEAST_DIVIDED:
+        return 0
+    return min(MOST_CHOOSING, max(LEAST_CHOOSING, num_held_out // 3))
 
 
 def fingerprint_items(items: Iterable[Item]) -> str:

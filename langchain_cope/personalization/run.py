@@ -178,6 +178,7 @@ class Run(Monitor):
                     recommended=recommended,
                     trained=trained,
                     held_out=[evaluated[row] for row in judging],
+                    num_items=len(trained) + len(held_out),
                     instruction=history.instruction,
                     gate=self.settings.gate,
                     min_gain=self.settings.min_gain,

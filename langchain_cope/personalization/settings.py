@@ -35,7 +35,8 @@ class PersonalizeSettings(BaseSettings):
 
     `improve`: where it is at least 90 % sure that new texts of the user are likelier with the
     adapter than with the base and with `reference_adapter`, and where the held-out ones are
-    likelier than with the active version.
+    likelier than with the active version. `always` is told by the held-out texts alone how sure
+    that is, and publishes in any case.
     """
     min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Nats per token by which each of these has to be beaten on average."""

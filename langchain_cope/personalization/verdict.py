@@ -12,7 +12,7 @@ from statistics import fmean
 
 from langchain_cope.personalization.certainty import Prior, certainty, items_needed
 from langchain_cope.personalization.evidence import Evidence, mean_of_each
-from langchain_cope.personalization.held_out import HELD_OUT_SHARE
+from langchain_cope.personalization.held_out import items_for
 from langchain_cope.personalization.result import Verdict
 from langchain_cope.text import count
 
@@ -47,6 +47,7 @@ def judge(
     evidence: Evidence,
     prior: Prior,
     min_gain: float = 0.0,
+    num_items: int = 0,
 ) -> Verdict:
     """Return the verdict on an adapter.
 
@@ -58,6 +59,7 @@ def judge(
         evidence: what the base says of the items.
         prior: of this base.
         min_gain: nats a token by which each reference has to be beaten.
+        num_items: of the whole history: advice asks for more than these.
     """
     comparisons = [
         _compare(reference, nll, units, evidence, prior, min_gain) for reference in references
@@ -77,7 +79,7 @@ def judge(
         )
     elif not passed:
         reason += f"; {hardest.why_not(min_gain)}"
-        advice = hardest.advice(prior)
+        advice = hardest.advice(prior, num_items)
     return Verdict(
         published=passed,
         sentence=hardest.sentence(),
@@ -145,7 +147,7 @@ class _Comparison:
             return f"a gain of more than {min_gain:g} was asked for"
         return f"{percent(self.reference.level)} are needed; what is active stays as it is"
 
-    def advice(self, prior: Prior) -> str:
+    def advice(self, prior: Prior, num_items: int) -> str:
         needed = items_needed(self.gains, prior.sceptical, SURE)
         if needed is None:
             return (
@@ -153,7 +155,7 @@ class _Comparison:
                 f"yet that {self.reference.name} would not know"
             )
         return (
-            f"more texts: about {round(needed / HELD_OUT_SHARE)} in all would do, "
+            f"more texts: about {items_for(needed, num_items)} in all would do, "
             "if they gain as much as these"
         )
 

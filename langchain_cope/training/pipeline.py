@@ -153,7 +153,7 @@ def _run_stages(
             if pairs:
                 train_dpo(base, pairs, recipe, training.sft, training.dpo, monitor)
             else:
-                _copy_folder(training.sft, training.dpo)
+                copy_folder(training.sft, training.dpo)
         give_back(base.device)
     if not pairs:
         reason = (
@@ -185,6 +185,7 @@ def _read_pairs(file: Path) -> "tuple[list[Pair], list[str]]":
     return [Pair(**pair) for pair in facts["pairs"]], facts["notes"]
 
 
-def _copy_folder(source: Path, target: Path) -> None:
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy what a stage left to `target`, whole or not at all."""
     with atomic_folder(target) as unfinished:
         shutil.copytree(source, unfinished, dirs_exist_ok=True)

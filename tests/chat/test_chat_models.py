@@ -633,6 +633,9 @@ def test_on_questions_unlike_the_history_the_base_answers(
     assert [each["adapter_scale"] for each in told] == [0.8, 0]
     assert unlike.content == careful.invoke(other, user_id=None).content
     assert like.content != careful.invoke(QUESTION, user_id=None).content
+    turns = [("user", QUESTION), ("ai", "It jumps."), ("user", "Shorter, please.")]
+    assert careful.invoke(turns).response_metadata["relevance"] == 1
+    assert careful.invoke(turns[1:]).response_metadata["relevance"] == 0
     fixed = careful.invoke(other, contrast="fixed")
     assert fixed.content != unlike.content
     assert fixed.response_metadata["relevance"] is None

@@ -111,6 +111,24 @@ def test_views_that_would_be_empty_are_refused_before_training(
     assert (outcome.code, "two users or more" in outcome.stderr) == (2, True)
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_training(
+    evaluate: Callable, history: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = history([user_row("alice")])
+    for report, told in ((tmp_path, "is a folder"), (tmp_path / "no" / "it.html", "no folder")):
+        outcome = evaluate(file, "--report", report)
+        assert (outcome.code, told in outcome.error) == (2, True)
+        assert "SFT" not in outcome.stderr
+
+
+def test_figures_are_shown_before_the_report_is_written(
+    evaluate: Callable, history: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = evaluate(history([user_row("alice")]), "--ways", "base", "--report", "/dev/full")
+    assert outcome.code == 1
+    assert "mean of 1 user" in outcome.stdout
+
+
 def test_a_way_that_is_not_there_is_refused(
     evaluate: Callable, history: Callable[..., Path]
 ) -> None:

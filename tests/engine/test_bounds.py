@@ -401,3 +401,47 @@ def test_an_answer_tells_how_long_it_waited_and_the_engine_adds_up(
         sum(answer.first_token_seconds for answer in answers)
     )
     assert 0 <= now.kv_bytes <= now.max_kv_bytes
+
+
+@pytest.mark.parametrize("bounds", [{"max_rows": 4}, {"max_rows": 64, "max_tokens": 600}], ids=str)
+def test_a_reader_waits_for_no_offline_requests(
+    engine_with: EngineWith, tiny: Tiny, adapter: Tiny, bounds: dict[str, int]
+) -> None:
+    engine = engine_with(**bounds, speculation=False)
+    job = [
+        Request(
+            tokens(20, seed),
+            sampling=Sampling(max_tokens=60, temperature=1.0, seed=seed),
+            offline=True,
+        )
+        for seed in range(40)
+    ]
+    alone = [answer.token_ids for answer in engine.generate(job)]
+    personal = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    reader = Request(tokens(30), personal, sampling=Sampling(max_tokens=5))
+    before, answers = engine.statistics().answers, engine.generate_each(job)
+    found = [next(answers)]  # it is at work, and in the line are many more
+    [answer] = engine.generate([reader])
+    assert len(answer.token_ids) == 5
+    assert engine.statistics().answers - before < 20
+    found += answers
+    assert [each.token_ids for each in found] == alone, "whoever made way goes on where it was"
+
+
+def test_readers_take_no_more_rows_than_they_may(engine_with: EngineWith) -> None:
+    engine = engine_with(max_rows=4, speculation=False)
+    long = Request(tokens(20), sampling=Sampling(max_tokens=200, temperature=1.0), offline=True)
+    job, seen = engine.stream_all([long] * 8), []
+    next(job[0])
+
+    def count(_: Inputs) -> None:
+        readers = [each for each in engine._batch.requests if not each.request.offline]
+        seen.append((len(readers), engine._batch.num_rows))
+
+    with before_each_forward(engine, count):
+        readers = [replace(long, offline=False, sampling=Sampling(max_tokens=9))] * 12
+        assert len(engine.generate(readers)) == 12
+    assert max(number for number, _ in seen) == 4
+    assert max(rows for _, rows in seen) <= 8
+    for stream in job:
+        stream.close()

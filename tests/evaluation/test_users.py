@@ -9,16 +9,18 @@ import pytest
 from personal import QUICK
 from training.tiny import Heard
 
-from langchain_cope.engine import Engine, Request, load_base
+from langchain_cope.engine import WEIGHTS, Engine, Request, load_base
 from langchain_cope.errors import Cancelled, HistoryError, InputError
 from langchain_cope.evaluation.adapter_matrix import score_adapters
 from langchain_cope.evaluation.grid import SETTINGS, answer_grid, measure_grid
 from langchain_cope.evaluation.measures import measure
 from langchain_cope.evaluation.shown_items import NUM_RETRIEVED, OwnItems
-from langchain_cope.evaluation.users import ANSWERS, Comparison, _best
+from langchain_cope.evaluation.user_job import RESULTS
+from langchain_cope.evaluation.users import Comparison, _best
 from langchain_cope.evaluation.voice import VoiceScale
 from langchain_cope.evaluation.ways import ALL_WAYS, QUICK_WAYS, Shown, ways_named
 from langchain_cope.history.items import Item, UserHistory
+from langchain_cope.training.progress import Monitor
 
 RECIPE = replace(QUICK, max_new_tokens=6)
 WITHOUT_TASK = [way for way in ALL_WAYS if not way.needs_task]
@@ -103,35 +105,98 @@ def test_finished_work_is_not_done_again(engine: Engine, tmp_path: Path) -> None
     assert measure(again) == measure(first)
 
 
-def test_another_history_starts_anew(engine: Engine, tmp_path: Path) -> None:
+def adapters_in(folder: Path) -> dict[Path, int]:
+    """Return the adapters in the users' folders, and when each was written."""
+    found = folder.glob("*/*/*/adapter_model.safetensors")
+    return {file: file.stat().st_mtime_ns for file in found}
+
+
+def test_another_history_is_trained_beside_the_first(engine: Engine, tmp_path: Path) -> None:
     ways = ways_named(["base", "sft"])
+    first = Comparison(engine, [user("anna")], tmp_path, ways, recipe=RECIPE)
+    first.run()
+    trained = adapters_in(tmp_path)
+    assert len(trained) == 1
+    longer = user("anna", num_items=6).model_copy(update={"queries": user("anna").queries})
+    other = Comparison(engine, [longer], tmp_path, ways, recipe=RECIPE)
+    assert not (other.jobs[0].folder / "sft").exists()
+    other.run()
+    assert trained.items() < adapters_in(tmp_path).items()
+    assert len(other.jobs[0].answers) == 3  # the base's once
+    again, silent = Comparison(engine, [user("anna")], tmp_path, ways, recipe=RECIPE), Heard()
+    again.run(silent)
+    assert not silent.steps
+    assert measure(again).means == measure(first).means
+
+
+def test_other_queries_train_nothing_anew(engine: Engine, tmp_path: Path) -> None:
+    ways, anna = ways_named(["sft", "dpo"]), user("anna", num_queries=4)
+    Comparison(engine, [anna], tmp_path, ways, recipe=RECIPE).run()
+    trained = adapters_in(tmp_path)
+    fewer = anna.model_copy(update={"queries": anna.queries[:2]})
+    comparison = Comparison(engine, [fewer], tmp_path, ways, recipe=replace(RECIPE, tau=0.3))
+    comparison.run()
+    assert adapters_in(tmp_path) == trained
+    assert len(measure(comparison).users[0].samples) == 2
+
+
+def test_a_recipe_with_another_dpo_keeps_sft_and_its_answers(
+    engine: Engine, tmp_path: Path
+) -> None:
+    ways = ways_named(["base", "sft", "dpo"])
+    first = Comparison(engine, [user("anna")], tmp_path, ways, recipe=RECIPE)
+    first.run()
+    trained = adapters_in(tmp_path)
+    recipe, monitor = replace(RECIPE, negatives=None), Monitor()
+    comparison = Comparison(engine, [user("anna")], tmp_path, ways, recipe=recipe)
+    for job in comparison.jobs:
+        comparison.train(job, monitor)
+    assert "sft" not in monitor.timings
+    job, before = comparison.jobs[0], first.jobs[0]
+    assert job.timings["sft"] == before.timings["sft"]
+    weights, of_before = (each.folder / "sft" / WEIGHTS for each in (job, before))
+    assert weights.read_bytes() == of_before.read_bytes()
+    assert trained.items() < adapters_in(tmp_path).items()
+    _, groups = comparison._plan(engine)[0]
+    assert [[way.name for way in group] for group in groups] == [["dpo"]]
+
+
+def test_damaged_results_are_named_and_trained_adapters_stay(
+    engine: Engine, tmp_path: Path
+) -> None:
+    ways = ways_named(["sft"])
     Comparison(engine, [user("anna")], tmp_path, ways, recipe=RECIPE).run()
-    (folder,) = tmp_path.iterdir()
-    assert (folder / "sft").is_dir()
-    longer = Comparison(engine, [user("anna", num_items=6)], tmp_path, ways, recipe=RECIPE)
-    assert not (folder / "sft").exists()
-    assert not longer.jobs[0].answers
+    (file,) = tmp_path.glob(f"*/{RESULTS}")
+    file.write_text('{"format": 2')
+    with pytest.raises(InputError, match=f"{RESULTS} is damaged .*: remove it"):
+        Comparison(engine, [user("anna")], tmp_path, ways, recipe=RECIPE)
+    file.unlink()
+    again, silent = Comparison(engine, [user("anna")], tmp_path, ways, recipe=RECIPE), Monitor()
+    again.run(silent)
+    assert "sft" not in silent.timings
 
 
 def test_another_contrast_trains_nothing_anew(engine: Engine, tmp_path: Path) -> None:
     users, ways = [user("anna")], ways_named(["sft", "sft+contrast"])
     Comparison(engine, users, tmp_path, ways, recipe=RECIPE).run()
-    adapter = next(tmp_path.glob("*/sft/adapter_model.safetensors"))
-    trained = adapter.stat().st_mtime_ns
+    trained = adapters_in(tmp_path)
     for alpha in (0.0, 0.9):
         other = Comparison(engine, users, tmp_path, ways, recipe=replace(RECIPE, alpha=alpha))
         other.run()
-        assert adapter.stat().st_mtime_ns == trained
+        assert adapters_in(tmp_path) == trained
     assert len(other.jobs[0].answers) == 4  # without contrast once, with each of the three
 
 
 def test_a_stop_keeps_what_is_done(engine: Engine, tmp_path: Path) -> None:
     comparison = Comparison(engine, [user("anna")], tmp_path, ways_named(["sft"]), recipe=RECIPE)
     comparison.train(comparison.jobs[0], Heard())
+    comparison.score(comparison.jobs[0], Heard())
     with pytest.raises(Cancelled):
         comparison.answer(Heard(stop=lambda steps: True))
-    (folder,) = tmp_path.iterdir()
-    assert json.loads((folder / ANSWERS).read_text())["answers"] == {}
+    (file,) = tmp_path.glob(f"*/{RESULTS}")
+    kept = json.loads(file.read_text())
+    assert (len(kept["nll"]), kept["answers"]) == (1, {})
+    folder = comparison.jobs[0].folder
     assert (folder / "sft").is_dir()
     assert not (folder / "dpo").exists()
 
@@ -233,6 +298,8 @@ def test_what_cannot_be_compared_is_refused(engine: Engine, tmp_path: Path) -> N
         Comparison(engine, [user("anna")], tmp_path, ways_named(["task"]))
     with pytest.raises(InputError, match="give two or more"):
         Comparison(engine, [user("anna")], tmp_path, ways_named(["another-cope"]))
+    with pytest.raises(InputError, match="two users have the same id, or none"):
+        Comparison(engine, [user("anna"), user("anna")], tmp_path, ways_named(["base"]))
     with pytest.raises(HistoryError, match="'anna' has 5 items to train on and 0 queries"):
         Comparison(engine, [user("anna", num_queries=0)], tmp_path, ways_named(["base"]))
     with pytest.raises(InputError, match="no way 'cop': name some of base, "):

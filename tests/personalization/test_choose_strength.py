@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from personal import QUICK, ROWS
+from training.tiny import Heard
 
 from adapter_store import AdapterStore
 from langchain_cope import ChatCoPe, PersonalizeUser
@@ -15,7 +16,7 @@ from langchain_cope.personalization import choose_strength
 from langchain_cope.personalization.choose_strength import Trial, pick
 from langchain_cope.strength import Candidate, Strength, StrengthPrior
 from langchain_cope.training.encode import fit
-from langchain_cope.training.progress import Monitor
+from langchain_cope.training.progress import Monitor, Stage
 
 WEAK, STRONG = Strength(0.0), Strength(0.5)
 MANY = [
@@ -75,8 +76,21 @@ def test_texts_that_judge_nothing_choose_what_chats_use(
 ) -> None:
     # So that every text is allowed to say something, and the best is taken.
     monkeypatch.setattr(choose_strength, "TOLERANCE", 100.0)
-    chain = PersonalizeUser(model=str(base), store=store_folder, recipe=QUICK, gate="always")
+    chain = PersonalizeUser(
+        model=str(base), dtype="float32", store=store_folder, recipe=QUICK, gate="always"
+    )
+    answers, num_known = Trial.answers, []
+
+    def compared(trial: Trial, strengths: list[Strength]) -> dict[Strength, list[str]]:
+        num_known.append(len(trial.known))
+        assert answers(replace(trial, known={}), list(trial.known)) == trial.known
+        return answers(trial, strengths)
+
+    monkeypatch.setattr(Trial, "answers", compared)
     result = chain.invoke({"user_id": "alice", "history": MANY})
+    assert result.verdict is not None
+    # With α 0, and with the contrast, which is evaluated with DPO's adapter.
+    assert num_known == [2 if result.verdict.adapter == "dpo" else 1]
     recommended = result.recommended
     assert recommended is not None
     assert recommended.num_texts == 8, recommended.why
@@ -103,3 +117,21 @@ def test_a_trial_answers_and_loses_likelihood_by_strength(
     assert losses[Strength(0.0)] == 0
     assert losses[Strength(0.5)] != 0
     assert losses[Strength(0.0, adapter_scale=2.0)] != 0
+
+
+def test_what_the_evaluation_has_answered_is_not_asked_again(
+    base: Path, adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine.of(load_base(base))
+    items = [Item(prompt=row["prompt"], completion=row["completion"]) for row in ROWS[:3]]
+    examples, _ = fit(engine.base, items, 256, 100)
+    known = {Strength(0.0): ["One.", "Two.", "Three."]}
+    monitor = Heard()
+    trial = Trial(
+        engine, engine.load_adapter(adapter(base, seed=1)), examples, QUICK, monitor, known
+    )
+    with monitor.stage(Stage.STRENGTH):
+        found = trial.answers([Strength(0.0), Strength(0.5)])
+    assert found[Strength(0.0)] == known[Strength(0.0)]
+    assert len(found[Strength(0.5)]) == 3
+    assert [step.total for step in monitor.steps] == [1]

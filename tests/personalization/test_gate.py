@@ -26,6 +26,7 @@ def publisher(store: AdapterStore) -> Publisher:
         recommended=unused,
         trained=(),
         held_out=(),
+        num_items=0,
         instruction=None,
         gate="always",
         min_gain=0.0,

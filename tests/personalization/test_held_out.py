@@ -71,6 +71,19 @@ def test_items_to_choose_by_are_the_oldest_and_judge_nothing(count: int, choosin
     assert judging == list(range(choosing, count))
 
 
+@pytest.mark.parametrize("num_items", [0, 40, 80, 200])
+@pytest.mark.parametrize("num_judging", [2, 10, 15, 16, 40])
+def test_so_many_items_leave_so_many_to_judge(num_judging: int, num_items: int) -> None:
+    needed = held_out.items_for(num_judging, num_items)
+    assert needed > num_items
+
+    def judges(num_items: int) -> int:
+        return len(held_out.divide(held_out.split(items(num_items))[1])[1])
+
+    assert judges(needed) >= num_judging
+    assert needed <= max(num_items, 5) + 5 or judges(needed - 5) < num_judging
+
+
 def test_a_conversation_never_chooses_and_judges() -> None:
     chosen, judging = held_out.divide(items(30, {0: "a", 29: "a"}))
     assert chosen == list(range(1, 10))

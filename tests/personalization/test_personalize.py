@@ -55,8 +55,8 @@ def test_from_history_to_a_published_version_that_chats(
     everyday = load_base(base).everyday
     profile = PromptProfile.from_stored(version.metadata["prompts"], everyday)
     assert profile is not None
-    assert profile.relevance(everyday, ROWS[-1]["prompt"]) == 1
-    assert profile.relevance(everyday, "Add 12 and 7.") == 0
+    assert profile.relevance(everyday, [ROWS[-1]["prompt"]]) == 1
+    assert profile.relevance(everyday, ["Add 12 and 7."]) == 0
     assert version.metadata["dtype"] == str(load_base(base).dtype).removeprefix("torch.")
     assert all(
         torch.equal(tensor, before[name])
@@ -186,6 +186,18 @@ def test_the_history_comes_from_chroma(personalize: PersonalizeUser, tmp_path: P
     assert (result.num_trained, result.num_held_out) == (8, 2)
     with pytest.raises(HistoryError, match="holds 2 different items"):
         personalize.model_copy(update={"history": history}).invoke({"user_id": "bob"})
+
+
+def test_what_is_published_in_any_case_needs_no_evidence(
+    personalize: PersonalizeUser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("langchain_cope.personalization.gate.gather")
+    chain = personalize.model_copy(update={"gate": "always"})
+    result = chain.invoke({"user_id": "alice", "history": ROWS})
+    assert result.published
+    assert result.verdict is not None
+    assert result.verdict.num_texts == 2
+    assert result.reason.startswith("published as asked (gate 'always'): ")
 
 
 def test_every_stage_is_a_child_run_and_progress_is_told(personalize: PersonalizeUser) -> None:

@@ -16,7 +16,7 @@ from langchain_cope.engine import Engine, load_base
 from langchain_cope.evaluation.evaluate import item_nll
 from langchain_cope.history import as_history
 from langchain_cope.personalization.certainty import Prior, prior_of
-from langchain_cope.personalization.evidence import Evidence
+from langchain_cope.personalization.evidence import Evidence, gather
 from langchain_cope.personalization.verdict import Reference, choose_adapter, is_mispaired, judge
 from langchain_cope.training.encode import encode
 
@@ -185,6 +185,18 @@ def test_first_sights_move_the_belief_and_decide_nothing() -> None:
     worse = Reference("the base", [0.5] * 6, is_base=True)
     evidence = replace(NOTHING, first_sights=[5.0, 6.0] * 20)
     assert not judge("dpo", nll, [worse], range(6), evidence, prior_of({})).published
+
+
+@pytest.mark.parametrize("reads_prompts", [False, True])
+def test_held_out_items_are_paired_where_the_base_is_not_known_to_tell(
+    reads_prompts: bool, tiny: Callable[..., Path]
+) -> None:
+    engine = Engine.of(load_base(tiny("llama")))
+    trained, held_out = as_history(rows(8)).items, as_history(rows(4)).items
+    of_base, prior = item_nll(engine, held_out, QUICK), Prior(0.0, 0.5, reads_prompts)
+    evidence = gather(engine, trained, held_out, QUICK, [], of_base, prior)
+    assert len(evidence.trained_pairing) == 8
+    assert len(evidence.held_out_pairing) == (0 if reads_prompts else 4)
 
 
 def test_only_a_base_that_reads_prompts_can_tell_shuffled_answers() -> None:

@@ -125,10 +125,16 @@ class PromptProfile:
         scaled = (total / total.abs().max() * 127).round().to(torch.int8)
         return cls(language, scaled.numpy().tobytes(), low, high)
 
-    def relevance(self, everyday: Everyday, text: str) -> float:
-        """Return how much `text` is like the history's prompts: 0, ¼, ½, ¾ or 1."""
-        [direction] = everyday.directions([text], self.language)
-        cosine = float(direction @ self._direction)
+    def relevance(self, everyday: Everyday, questions: Sequence[str]) -> float:
+        """Return how much a conversation is like the history's prompts: 0, ¼, ½, ¾ or 1.
+
+        Its question that is most like them counts: what follows, such as "Shorter, please.", has
+        no wording by which it could be told. 0 without a question.
+        """
+        if not questions:
+            return 0.0
+        directions = everyday.directions(questions, self.language)
+        cosine = float((directions @ self._direction).max())
         share = min(1.0, max(0.0, (cosine - self.low) / (self.high - self.low)))
         return round(share * _STEPS) / _STEPS
 
@@ -193,7 +199,7 @@ def _problem(stored: object, everyday: Everyday) -> str:
     return ""
 
 
-def question_of(turns: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text of the last turn of the user; of the last turn where none is the user's."""
-    asked = [turn for turn in turns if turn["role"] == "user"] or list(turns)
-    return str(asked[-1]["content"]) if asked else ""
+def questions_of(turns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the texts of the user's turns in order; of the last turn where none is the user's."""
+    asked = [turn for turn in turns if turn["role"] == "user"] or list(turns[-1:])
+    return [str(turn["content"]) for turn in asked]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import DEVICE
 
-from langchain_cope.engine import Base, PromptProfile, load_base, question_of
+from langchain_cope.engine import Base, PromptProfile, load_base, questions_of
 from langchain_cope.engine.base.prompt_profile import EVERYDAY, FORMAT
 from langchain_cope.errors import ModelError
 
@@ -31,9 +31,18 @@ def profile(base: Base) -> PromptProfile:
 def test_like_prompts_are_relevant_and_others_are_not(base: Base) -> None:
     found = profile(base)
     like = "Generate a headline for the following article. A Dog On The Moon"
-    assert found.relevance(base.everyday, like) == 1
-    assert [found.relevance(base.everyday, text) for text in UNLIKE] == [0] * len(UNLIKE)
-    assert found.relevance(base.everyday, "") == 0
+    assert found.relevance(base.everyday, [like]) == 1
+    assert [found.relevance(base.everyday, [text]) for text in UNLIKE] == [0] * len(UNLIKE)
+    assert found.relevance(base.everyday, [""]) == 0
+    assert found.relevance(base.everyday, []) == 0
+
+
+def test_a_follow_up_is_as_relevant_as_what_it_follows(base: Base) -> None:
+    found = profile(base)
+    like = "Generate a headline for the following article. A Dog On The Moon"
+    assert found.relevance(base.everyday, [like, "Shorter, please."]) == 1
+    assert found.relevance(base.everyday, ["Hi!", like, "Thanks. Once more?"]) == 1
+    assert found.relevance(base.everyday, UNLIKE) == 0
 
 
 def test_what_is_stored_reads_back_and_holds_no_text(base: Base) -> None:
@@ -84,7 +93,7 @@ def test_the_format_stands_for_the_list_of_everyday_prompts() -> None:
     assert (FORMAT, digest[:16]) == (1, "0eff669f5056eab3")
 
 
-def test_the_question_is_the_users_last_turn() -> None:
+def test_the_questions_are_the_users_turns() -> None:
     turns = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "One?"},
@@ -92,6 +101,6 @@ def test_the_question_is_the_users_last_turn() -> None:
         {"role": "user", "content": "Three?"},
         {"role": "tool", "content": "4"},
     ]
-    assert question_of(turns) == "Three?"
-    assert question_of(turns[:1]) == "Be kind."
-    assert question_of([]) == ""
+    assert questions_of(turns) == ["One?", "Three?"]
+    assert questions_of(turns[:1]) == ["Be kind."]
+    assert questions_of([]) == []

@@ -180,6 +180,23 @@ def test_a_second_start_takes_the_kept_products_without_reading_the_file(
     assert packed_parts(engine_of(base)) == set(), "damaged, and the file has gone"
 
 
+@pytest.mark.parametrize("place", [-1, -5000])
+def test_a_bit_that_a_disk_has_turned_is_noticed(
+    place: int, written: Written, engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    base = loaded(written)
+    everything = packed_parts(engine_of(base))
+    (kept,) = tmp_path.glob("cache/langchain-cope/gguf/*/packed-*/blocks.safetensors")
+    content = bytearray(kept.read_bytes())
+    good = bytes(content)
+    content[place] ^= 16
+    kept.unlink()  # the engine has mapped it
+    kept.write_bytes(content)
+    assert packed_parts(engine_of(base)) == everything
+    assert packed_parts(engine_of(base)) == everything
+    assert kept.read_bytes() == good, "made anew"
+
+
 @pytest.mark.parametrize("damage", [b"", b"\2" + bytes(7) + b"{}", b"no such file"])
 def test_a_damaged_file_of_products_is_made_anew(
     damage: bytes, written: Written, engine_of: Callable[..., Engine], tmp_path: Path

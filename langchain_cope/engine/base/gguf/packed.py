@@ -2,7 +2,8 @@
 
 An engine's first start makes them and writes them down; later ones map the file, whose pages all
 processes share. Each is kept with a checksum of the weights that it stands for: a matrix of other
-values gets none, and where there is one at that first start, nothing is kept.
+values gets none, and where there is one at that first start, nothing is kept. One of its own tells
+what a disk has changed.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from langchain_cope.engine.forward.packed_weights import (
 )
 from langchain_cope.errors import ModelError
 
-_FORMAT = 2  # of what is kept: a new one has the products made anew
+_FORMAT = 3  # of what is kept: a new one has the products made anew
 _PRODUCTS = "products"  # the metadata: of each product its planes (0: there is none) and checksum
 _MOST_BYTES = 1.25  # of a weight: two planes of half a byte, and their scales and zeros
 _DAMAGED = (SafetensorError, KeyError, TypeError, ValueError)  # what reading such a file raises
@@ -49,11 +50,8 @@ class _Group:
         return "+".join(self.names)
 
     def checksum(self) -> str:
-        """Return a digest of the sums of each row, eight bytes a number: as fast as memory is."""
-        digest = hashlib.sha256()
-        for weight in self.weights:
-            digest.update(weight.detach().view(torch.int64).sum(-1).numpy().tobytes())
-        return digest.hexdigest()
+        """Return a checksum of the weights."""
+        return _checksum([weight.detach().view(torch.int64) for weight in self.weights])
 
 
 class PackedFile:
@@ -144,13 +142,13 @@ class PackedFile:
 
 def _write(path: Path, made: Mapping[str, PackedWeight], groups: Sequence[_Group]) -> None:
     tensors: dict[str, Tensor] = {}
-    facts: dict[str, tuple[int, str]] = {}
+    facts: dict[str, tuple[int, str, str]] = {}
     for group in groups:
-        facts[group.key] = (0, "")
+        facts[group.key] = (0, "", "")
         if product := made.get(group.key):
             tensors[f"{group.key}.codes"] = product.codes
             tensors[f"{group.key}.scales"] = product.scales
-            facts[group.key] = (product.planes, group.checksum())
+            facts[group.key] = (product.planes, group.checksum(), _checksum_of(product))
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     with path.open("xb") as file:
         file.write(safetensors_header(shapes, {_PRODUCTS: json.dumps(facts)}))
@@ -161,16 +159,32 @@ def _write(path: Path, made: Mapping[str, PackedWeight], groups: Sequence[_Group
 def _read(path: Path, groups: Sequence[_Group]) -> dict[str, PackedWeight]:
     """Return the kept products with the weights of `groups`, mapped.
 
-    Raises one of `_DAMAGED` where the file cannot be read, or knows nothing of a group.
+    Raises one of `_DAMAGED` where the file cannot be read, knows nothing of a group, or does not
+    hold what was written.
     """
     products = {}
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()[_PRODUCTS])
         for group in groups:
-            planes, checksum = facts[group.key]
+            planes, checksum, of_product = facts[group.key]
             if planes and checksum == group.checksum():
                 codes, scales = (
                     file.get_tensor(f"{group.key}.{part}") for part in ("codes", "scales")
                 )
-                products[group.key] = PackedWeight(codes, scales, planes)
+                product = PackedWeight(codes, scales, planes)
+                if _checksum_of(product) != of_product:
+                    raise ValueError(f"the product of {group.key} is not what was written")
+                products[group.key] = product
     return products
+
+
+def _checksum_of(product: PackedWeight) -> str:
+    return _checksum([each.view(-1).view(torch.int64) for each in (product.codes, product.scales)])
+
+
+def _checksum(tensors: Sequence[Tensor]) -> str:
+    """Return a digest of the sums of each row, eight bytes a number: as fast as memory is."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.sum(-1).numpy().tobytes())
+    return digest.hexdigest()
