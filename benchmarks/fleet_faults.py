@@ -42,6 +42,7 @@ from langchain_cope.engine.base.bundled import STARTER
 
 COMMAND = [sys.executable, "-m", "cope_lc"]
 NUM_USERS = 8
+MOST_SECONDS = 18.0  # between two kills; a user takes about five
 MOST_RUNS = 60  # of one fleet's command
 NAMED = ("failed", "erased", "superseded", "unsure", "refused", "unfit")
 
@@ -124,7 +125,7 @@ def kills(folder: Path, num_kills: int, chance: random.Random) -> Counter[str]:
             run = fleet.start()
             while total["kills"] < num_kills:
                 try:
-                    run.wait(chance.uniform(0.2, 9))
+                    run.wait(chance.uniform(0.2, MOST_SECONDS))
                     break
                 except subprocess.TimeoutExpired:
                     victim = chance.choice([run.pid, *(worker.pid for worker in _workers(run))])
