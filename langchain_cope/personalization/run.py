@@ -164,7 +164,6 @@ class Run(Monitor):
                 adapter,
                 [evaluated[row] for row in choosing],
                 evaluation.on(choosing),
-                trained,
                 self,
             )
             with self.stage(Stage.PUBLISH):
