@@ -14,20 +14,20 @@ again. So it can be stopped and go on, by `--seconds` too, and several files of 
 | figure | |
 |---|---|
 | `rougeL` | with what the user wrote, a query each |
+| `chrF` | likewise (`evaluation/likeness.py`): what chooses |
 | `style` | the voice of `evaluation/voice.py`, style view: 0 strangers' words, 1 the user's own |
 | `loss` | nats a token by which the user's words get less likely than with the adapter alone |
-| `gain` | of `evaluation/own_voice.py` over the paper's strength, with its error: what chooses |
 
-The report: each setting's means over users; the best common one, which is the weakest whose mean
-lies within one standard error (over users, paired) of the best mean; and the strength chosen by
-`personalization/choose_strength.py` from every other query of a user, measured on the other half,
-both ways round, against the best common one. That, and all that is believed beforehand, is then of
-the *other* users alone. The last line is one JSON object; its `prior` is what
-`langchain_cope/strengths.json` may hold for the base.
+The report: each setting's means over users, and the best common one by ROUGE-L; and the strength
+that `personalization/choose_strength.py` chooses from a random half of a user's queries, measured
+on the other half against every common setting, the mean over `SPLITS` halvings. The best common one
+is known only after all queries were seen, the choice only sees its half. The last line is one JSON
+object; its `prior` is what `langchain_cope/strengths.json` may hold for the base.
 """
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -40,16 +40,16 @@ from transformers.utils import logging as transformers_logging
 
 from langchain_cope.atomic_files import read_json, write_json
 from langchain_cope.engine import Engine, load_base
+from langchain_cope.evaluation.likeness import gain, likeness
 from langchain_cope.evaluation.over_users import difference, mean_over_users
-from langchain_cope.evaluation.own_voice import OwnVoice, gain, own_voice
 from langchain_cope.evaluation.rouge import mean_rouge
 from langchain_cope.evaluation.user_job import UserJob
 from langchain_cope.evaluation.users import Comparison
 from langchain_cope.evaluation.voice import View, VoiceScale, voice_scale
 from langchain_cope.evaluation.ways import ways_named
 from langchain_cope.history import read_users
-from langchain_cope.personalization.choose_strength import TOLERANCE, Trial, pick
-from langchain_cope.strength import PAPER, Candidate, Strength, StrengthPrior
+from langchain_cope.personalization.choose_strength import Trial, pick
+from langchain_cope.strength import PAPER, Candidate, Strength, StrengthPrior, strength_prior
 from langchain_cope.training.progress import Monitor, Stage
 
 BASE = Strength(0.0, adapter_scale=0.0)  # the base alone
@@ -59,8 +59,9 @@ GRID = [
     Strength(0.0, adapter_scale=0.7),
     Strength(0.3, adapter_scale=1.5),
 ]
-LEAST_HALF = 5  # queries in half a user's
-LEAST_USERS = 5  # in a report: what is believed of one comes of the others
+LEAST_QUERIES = 8  # of a user whose choice is looked at
+LEAST_USERS = 5  # in a report
+SPLITS = 40  # random halvings of a user's queries
 
 Record = dict[str, Any]
 
@@ -97,25 +98,14 @@ def record_of(engine: Engine, job: UserJob, scale: VoiceScale | None) -> Record:
     """Return all figures of one user."""
     answers, losses = answers_of(engine, job)
     own = [example.item.completion for example in job.examples]
-    history = [item.completion for item in job.history.items]
-    halves = [range(len(own))[start::2] for start in (0, 1)]
     user = job.history.user_id or ""
 
     def style(texts: Sequence[str]) -> float | None:
         found = scale.score({user: texts}) if scale else None
         return found.of_user.get(user) if hasattr(found, "of_user") else None
 
-    def of_rows(rows: Sequence[int]) -> dict[str, Any]:
-        chosen = {key: [texts[row] for row in rows] for key, texts in answers.items()}
-        voice = own_voice(history, [own[row] for row in rows], chosen[key_of(BASE)])
-        gains = None
-        if isinstance(voice, OwnVoice):
-            usual = chosen[key_of(PAPER)]
-            gains = {key: gain(voice, chosen[key], usual) for key in PERSONAL}
-        return {"style": {key: style(chosen[key]) for key in KEYS}, "gain": gains}
-
     return {
-        "items": len(history),
+        "items": len(job.history.items),
         "rougeL": {
             key: [
                 round(mean_rouge([reference], [text])["rougeL"], 4)
@@ -123,9 +113,9 @@ def record_of(engine: Engine, job: UserJob, scale: VoiceScale | None) -> Record:
             ]
             for key in KEYS
         },
+        "chrF": {key: [round(one, 4) for one in likeness(own, answers[key])] for key in KEYS},
         "loss": losses,
-        "all": of_rows(range(len(own))),
-        "halves": [of_rows(half) for half in halves] if len(own) >= 2 * LEAST_HALF else None,
+        "style": {key: style(answers[key]) for key in KEYS},
     }
 
 
@@ -165,12 +155,12 @@ def make(options: Any, done: set[tuple[str, str]]) -> None:
 # ── over users ──
 
 
-def rouge_l(record: Record, key: str, rows: slice = slice(None)) -> float:
-    return statistics.fmean(record["rougeL"][key][rows])
+def rouge_l(record: Record, key: str) -> float:
+    return statistics.fmean(record["rougeL"][key])
 
 
 def style_of(record: Record, key: str) -> float | None:
-    value: float | None = record["all"]["style"][key]
+    value: float | None = record["style"][key]
     return value
 
 
@@ -186,94 +176,73 @@ def per_user(
     return list(tables.values())
 
 
-def best_common(records: Sequence[Record], figure: Callable[[Record, str], float | None]) -> str:
-    """Return the weakest setting whose mean is within one standard error of the best mean."""
-    values = {
-        key: [value for record in records if (value := figure(record, key)) is not None]
-        for key in PERSONAL
-    }
-    best = max(PERSONAL, key=lambda key: statistics.fmean(values[key]))
-    for key in sorted(PERSONAL, key=lambda key: (KEYS[key].adapter_scale, KEYS[key].alpha)):
-        behind = [a - b for a, b in zip(values[best], values[key], strict=True)]
-        error = statistics.stdev(behind) / len(behind) ** 0.5
-        if KEYS[key].adapter_scale == 1 and statistics.fmean(behind) <= error:
-            return key
-    return best
+def gain_of(record: Record, key: str, rows: Sequence[int]) -> tuple[float, float]:
+    """Return the gain over the paper's strength on these queries, and its error."""
+    usual = record["chrF"][key_of(PAPER)]
+    return gain([record["chrF"][key][row] for row in rows], [usual[row] for row in rows])
 
 
-def prior_of(records: Sequence[Record], usual: str) -> StrengthPrior:
-    """Return what these users say of the gain of each strength over the usual one, by moments."""
+def prior_of(records: Sequence[Record]) -> StrengthPrior:
+    """Return what these users say of the gain of each strength over the paper's, by moments."""
     candidates = []
     for key in sorted(PERSONAL, key=lambda key: (KEYS[key].adapter_scale, KEYS[key].alpha)):
-        pairs = [relative(record["all"]["gain"], key, usual) for record in records]
-        known = [pair for pair in pairs if pair is not None]
-        allowed = statistics.fmean(record["loss"][key] for record in records) <= TOLERANCE
-        if key == usual or KEYS[key].tau != PAPER.tau or len(known) < 4 or not allowed:
-            continue
-        gains, errors = zip(*known, strict=True)
-        spread = statistics.variance(gains) - statistics.fmean(error**2 for error in errors)
-        sd = max(0.0, spread) ** 0.5
-        candidates.append(Candidate(KEYS[key], statistics.fmean(gains), sd))
-    return StrengthPrior(KEYS[usual], tuple(candidates), is_measured=True)
+        if KEYS[key] != PAPER:
+            found = [gain_of(record, key, range(len(record["chrF"][key]))) for record in records]
+            gains, errors = zip(*found, strict=True)
+            spread = statistics.variance(gains) - statistics.fmean(error**2 for error in errors)
+            candidates.append(
+                Candidate(KEYS[key], statistics.fmean(gains), max(0.0, spread) ** 0.5)
+            )
+    return StrengthPrior(PAPER, tuple(candidates), is_measured=True)
 
 
-def relative(gains: dict[str, Any] | None, key: str, usual: str) -> tuple[float, float] | None:
-    """Return the gain over the usual strength, and an error that is rather too large."""
-    if gains is None:
-        return None
-    (gain_, error), (of_usual, error_of_usual) = gains[key], gains[usual]
-    return gain_ - of_usual, (error**2 + error_of_usual**2) ** 0.5
+def after_choosing(record: Record, prior: StrengthPrior) -> tuple[dict[str, float], float]:
+    """Return ROUGE-L above each common setting's, and how often the usual strength was left.
+
+    Chosen is by half of the queries, measured on the other half.
+    """
+    rows, chance = list(range(len(record["chrF"][key_of(PAPER)]))), random.Random(record["user"])
+    above: dict[str, list[float]] = {key: [] for key in PERSONAL}
+    changed = 0
+    for _ in range(SPLITS):
+        chance.shuffle(rows)
+        choosing, judging = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        gains = {
+            one.strength: gain_of(record, key_of(one.strength), choosing)
+            for one in prior.candidates
+        }
+        better = pick(prior, gains)
+        changed += better is not None
+        key = key_of(PAPER if better is None else better.strength)
+        for common in PERSONAL:
+            pairs = zip(record["rougeL"][key], record["rougeL"][common], strict=True)
+            differences = [chosen - fixed for chosen, fixed in pairs]
+            above[common].append(statistics.fmean(differences[row] for row in judging))
+    return {key: statistics.fmean(values) for key, values in above.items()}, changed / SPLITS
 
 
 def chosen(records: Sequence[Record]) -> dict[str, Any]:
-    """Choose for each user by half of the queries; compare on the other half with the best common.
-
-    What is usual, and what is believed of gains, is of the other users.
-    """
-    pairs: list[dict[str, Any]] = []
+    """Compare what is chosen for each user with every common setting, in ROUGE-L."""
+    prior, found = strength_prior({}), []
     for record in records:
-        if record["halves"] is None:
-            continue
-        others = [other for other in records if other["user"] != record["user"]]
-        usual = best_common(others, style_of)
-        prior = prior_of(others, usual)
-        for half, other in ((0, 1), (1, 0)):
-            gains = record["halves"][half]["gain"]
-            better = None
-            if gains is not None:
-                known = {KEYS[key]: relative(gains, key, usual) for key in PERSONAL}
-                better = pick(prior, known)  # type: ignore[arg-type]
-            key = usual if better is None else key_of(better.strength)
-            style = record["halves"][other]["style"]
-            rows = slice(other, None, 2)
-            has_style = style[key] is not None
-            pairs.append(
-                {
-                    "task": record["task"],
-                    "user": record["user"],
-                    "changed": key != usual,
-                    "style": style[key] - style[usual] if has_style else None,
-                    "rougeL": rouge_l(record, key, rows) - rouge_l(record, usual, rows),
-                }
-            )
-    report: dict[str, Any] = {"changed": statistics.fmean(pair["changed"] for pair in pairs)}
-    for name in ("style", "rougeL"):
-        tables: dict[str, dict[str, list[float]]] = {}
-        for pair in pairs:
-            if pair[name] is not None:
-                tables.setdefault(pair["task"], {}).setdefault(pair["user"], []).append(pair[name])
-        means = [
-            {user: statistics.fmean(values) for user, values in table.items()}
-            for table in tables.values()
-        ]
-        nothing = [dict.fromkeys(table, 0.0) for table in means]
-        found = difference(means, nothing)
-        report[name] = {
-            "mean": found.value,
-            "interval": found.interval,
-            "better": found.num_above,
-            "worse": sum(value < 0 for table in means for value in table.values()),
-            "users": found.num_users,
+        if len(record["chrF"][key_of(PAPER)]) >= LEAST_QUERIES:
+            found.append((record, *after_choosing(record, prior)))
+    report: dict[str, Any] = {"changed": statistics.fmean(share for _, _, share in found)}
+    for key in PERSONAL:
+        tables: dict[str, dict[str, float]] = {}
+        for record, above, _ in found:
+            tables.setdefault(record["task"], {})[record["user"]] = above[key]
+        nothing = [dict.fromkeys(table, 0.0) for table in tables.values()]
+        against = difference(list(tables.values()), nothing)
+        print(
+            f"chosen above {KEYS[key]}: {against.value:+.4f} {against.interval}, "
+            f"better for {against.num_above} of {against.num_users}"
+        )
+        report[key] = {
+            "mean": against.value,
+            "interval": against.interval,
+            "better": against.num_above,
+            "users": against.num_users,
         }
     return report
 
@@ -297,17 +266,15 @@ def report(records: Sequence[Record]) -> dict[str, Any]:
             f"{'' if loss is None else f'{loss:>8.3f}'}"
         )
         settings.append({"setting": key, "rougeL": rouge_l_mean.value, "style": style.value})
-    by_style = best_common(records, style_of)
-    by_rouge = best_common(records, rouge_l)
-    prior = prior_of(records, by_style)
+    means = {key: statistics.fmean(rouge_l(record, key) for record in records) for key in PERSONAL}
     return {
         "users": len({record["user"] for record in records}),
         "settings": settings,
-        "best_common": {"style": by_style, "rougeL": by_rouge},
-        "chosen_against_best_common": chosen(records),
+        "best_common": max(PERSONAL, key=lambda key: means[key]),
+        "chosen_against_common": chosen(records),
         "prior": [
             {"setting": key_of(one.strength), "mean": round(one.mean, 3), "sd": round(one.sd, 3)}
-            for one in prior.candidates
+            for one in prior_of(records).candidates
         ],
     }
 

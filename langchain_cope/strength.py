@@ -56,7 +56,7 @@ class Candidate:
 
     strength: Strength
     mean: float
-    """How much nearer to the users' own voice it is than the usual one, on average over users."""
+    """How much more like the users' own texts its answers are than the usual one's, in chrF."""
     sd: float
     """How differently users gain by it: the standard deviation of their true gains."""
 

@@ -1,10 +1,9 @@
 """How strongly a user's adapter is to act: chosen by a few held-out items that judge nothing.
 
 `choose_strength` is the whole of it. Likelihood is the guard: a strength that makes the user's own
-texts clearly less likely than the adapter alone does is out. Voice is the aim: of the rest that one
-whose answers come nearest to the user (`evaluation/own_voice.py`). Few items say little, so what
-they say is weighed against what was measured over users of the base (`strength.py`), and what is
-usual stays unless another strength is better by more than its standard error.
+texts clearly less likely than the adapter alone does is out. Of the rest that one is chosen whose
+answers are most like what the user wrote (`evaluation/likeness.py`). Few items say little, so what
+they say is weighed against what is believed of users of the base (`strength.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from langchain_cope.errors import InputError
-from langchain_cope.evaluation.ways import BASE, COPE
+from langchain_cope.evaluation.ways import COPE
 from langchain_cope.history.items import Item
 from langchain_cope.personalization.held_out import LEAST_DIVIDED
 from langchain_cope.personalization.result import Recommendation
@@ -115,7 +113,6 @@ def recommend(
     adapter: str,
     items: Sequence[Item],
     evaluation: "Evaluation",
-    trained: Sequence[Item],
     monitor: Monitor,
 ) -> Recommendation:
     """Return what the version is to recommend.
@@ -128,7 +125,6 @@ def recommend(
         adapter: the stage of it that is to be published.
         items: what to choose by, as `choose_strength` has it.
         evaluation: of these items.
-        trained: what was trained on.
         monitor: hears of answers, and may stop them with `Cancelled`.
     """
     from langchain_cope.atomic_files import read_json, write_json
@@ -142,9 +138,7 @@ def recommend(
             folder = training.folder / Stage(adapter).file
             known = _answered(engine, training, adapter, evaluation)
             trial = Trial(engine, engine.load_adapter(folder), examples, recipe, monitor, known)
-            of_base = [texts[BASE.name] for texts in evaluation.texts]
-            chosen = choose_strength(trial, of_base, [item.completion for item in trained])
-            write_json(file, chosen.model_dump())
+            write_json(file, choose_strength(trial).model_dump())
     return Recommendation.model_validate(read_json(file))
 
 
@@ -165,14 +159,12 @@ def _answered(
     return known
 
 
-def choose_strength(trial: Trial, of_base: Sequence[str], history: Sequence[str]) -> Recommendation:
+def choose_strength(trial: Trial) -> Recommendation:
     """Return how strongly an adapter is to act.
 
     Args:
         trial: of items that trained nothing, and judge nothing; of none where all have to judge. An
             α or τ of its recipe's own is taken as it is.
-        of_base: the base's answers to the items.
-        history: what the user wrote before.
 
     Raises:
         Cancelled: the trial's monitor asked for a stop.
@@ -190,17 +182,14 @@ def choose_strength(trial: Trial, of_base: Sequence[str], history: Sequence[str]
     allowed = _guarded(trial, prior)
     if allowed.usual != prior.usual:
         usual = f"weaker than {usual}, which makes the user's own texts too unlikely"
-    gains = _gains(trial, allowed, of_base, history)
-    if isinstance(gains, str):
-        return recommendation(allowed.usual, f"{usual}: {gains}")
-    better = pick(allowed, gains)
+    better = pick(allowed, _gains(trial, allowed))
     by = f"by {count(num_texts, 'held-out text')}"
     if better is None:
-        why = f"{usual}: {by} no other strength is clearly nearer to the user's voice"
+        why = f"{usual}: {by} no other strength's answers are more like the user's own texts"
         return recommendation(allowed.usual, why, num_texts)
     why = (
-        f"{by} nearer to the user's voice than {allowed.usual}, by {better.mean:.0%} of the way "
-        f"from the base to the user, with a standard error of {better.sd:.0%}"
+        f"{by} its answers are more like the user's own texts than those of {allowed.usual}, by "
+        f"{better.mean:.3f} chrF, with a standard error of {better.sd:.3f}"
     )
     return recommendation(better.strength, why, num_texts)
 
@@ -215,23 +204,21 @@ def pick(prior: StrengthPrior, gains: Mapping[Strength, tuple[float, float]]) ->
 
     A gain measured as m with the standard error s, of users whose true gains have the mean μ and
     the standard deviation ω, is believed to be (m/s² + μ/ω²) / (1/s² + 1/ω²), with an error of
-    1 / √(1/s² + 1/ω²). Of those strengths that gain more than their error, and less than the best
-    one by no more than its error, it is the weakest. None where there is none.
+    1 / √(1/s² + 1/ω²). It is the strength that is believed to gain most; None where none gains. To
+    ask for a gain above its error would leave nearly everybody at the usual strength: eight texts
+    hardly ever show so much.
 
     Args:
-        prior: its candidates are in order, the weakest first.
-        gains: how much nearer to the user than the usual one, and the standard error.
+        prior: what is usual, and its candidates.
+        gains: how much more like the user than the usual one, and the standard error.
     """
     believed = [
         _believed(candidate, *gains[candidate.strength])
         for candidate in prior.candidates
         if candidate.strength in gains
     ]
-    better = [one for one in believed if one.mean > one.sd]
-    if not better:
-        return None
-    best = max(better, key=lambda one: one.mean)
-    return next(one for one in better if one.mean >= best.mean - best.sd)
+    best = max(believed, key=lambda one: one.mean, default=None)
+    return best if best is not None and best.mean > 0 else None
 
 
 def _believed(candidate: Candidate, gain: float, error: float) -> Candidate:
@@ -256,21 +243,14 @@ def _guarded(trial: Trial, prior: StrengthPrior) -> StrengthPrior:
     return StrengthPrior(usual, kept, prior.is_measured)
 
 
-def _gains(
-    trial: Trial, prior: StrengthPrior, of_base: Sequence[str], history: Sequence[str]
-) -> dict[Strength, tuple[float, float]] | str:
-    """Return each candidate's gain over the usual strength and its error, or why there is none."""
-    from langchain_cope.evaluation.own_voice import gain, own_voice
-    from langchain_cope.evaluation.voice import Silent
+def _gains(trial: Trial, prior: StrengthPrior) -> dict[Strength, tuple[float, float]]:
+    """Return each candidate's gain over the usual strength, and its error."""
+    from langchain_cope.evaluation.likeness import gain, likeness
 
     own = [example.item.completion for example in trial.examples]
-    try:
-        scale = own_voice(history, own, of_base)
-    except InputError as error:
-        return str(error)
-    if isinstance(scale, Silent):
-        return scale.reason
     strengths = dict.fromkeys([prior.usual, *(one.strength for one in prior.candidates)])
-    answers = trial.answers(list(strengths))
-    usual = answers[prior.usual]
-    return {strength: gain(scale, answers[strength], usual) for strength in strengths}
+    like = {
+        strength: likeness(own, answers)
+        for strength, answers in trial.answers(list(strengths)).items()
+    }
+    return {strength: gain(like[strength], like[prior.usual]) for strength in strengths}

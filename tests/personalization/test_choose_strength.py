@@ -30,17 +30,17 @@ def prior(mean: float = 0.0, sd: float = 0.1) -> StrengthPrior:
     return StrengthPrior(Strength(), candidates, is_measured=True)
 
 
-def test_clear_gains_are_chosen_and_doubtful_ones_not() -> None:
+def test_the_strength_believed_to_gain_most_is_chosen() -> None:
     chosen = pick(prior(), {WEAK: (-0.2, 0.05), STRONG: (0.3, 0.05)})
     assert chosen is not None
     assert chosen.strength == STRONG
     assert 0.2 < chosen.mean < 0.3
-    assert pick(prior(), {WEAK: (-0.2, 0.05), STRONG: (0.3, 0.4)}) is None
+    assert pick(prior(), {WEAK: (-0.2, 0.05), STRONG: (-0.1, 0.05)}) is None
     assert pick(prior(), {}) is None
 
 
-def test_the_weakest_within_one_error_of_the_best_is_chosen() -> None:
-    chosen = pick(prior(), {WEAK: (0.28, 0.05), STRONG: (0.3, 0.05)})
+def test_a_small_sure_gain_beats_a_large_doubtful_one() -> None:
+    chosen = pick(prior(), {WEAK: (0.1, 0.02), STRONG: (0.2, 0.3)})
     assert chosen is not None
     assert chosen.strength == WEAK
 
