@@ -295,7 +295,7 @@ def summary(result: "FleetReport") -> list[str]:
     lines = [f"{plural(len(result.users), 'user')}: {counts}" if result.users else "no users"]
     for name, unit, values in (
         ("gain of those judged", " nats a token", result.gains),
-        ("voice, from the base (0) to the user (1)", "", result.voices),
+        ("voice: answers nearer to the user than the base's, as chrF", "", result.voices),
     ):
         spread = Distribution.of(values)
         if spread is not None:

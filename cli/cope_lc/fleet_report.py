@@ -32,7 +32,7 @@ def fleet_page(report: FleetReport) -> str:
         *(f"<p>{escape(line)}</p>" for line in summary(report)),
         f"<p>Of those published at most {LEVEL:.0%} gain nothing, in the long run.</p>",
         *_histogram("Gain, nats a token", report.gains),
-        *_histogram("Voice, from the base (0) to the user (1)", report.voices),
+        *_histogram("Voice: answers nearer to the user than the base's, as chrF", report.voices),
         "<h2>Each user</h2>",
         table(["user", "what became of it", "gain", "p", "voice", "why"], rows),
         *(

@@ -63,7 +63,7 @@ class FleetReport:
 
     @property
     def voices(self) -> list[float]:
-        """How near answers come to their users, of those for whom it can be told."""
+        """By how much answers come nearer to their users than the base's, of those judged."""
         return [one.voice for one in self.users.values() if one.voice is not None]
 
     @property

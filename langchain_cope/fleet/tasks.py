@@ -67,7 +67,7 @@ class Outcome:
     """Of the candidate."""
     verdict: dict[str, Any] | None = None
     voice: float | None = None
-    """How near answers are to the user, from the base's (0) to the user's own words (1)."""
+    """By how much answers are more like the user's own than the base's are, as chrF."""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds of each stage."""

@@ -74,7 +74,7 @@ class Worker:
             key=run.key,
             version=result.version,
             verdict=None if verdict is None else verdict.model_dump(),
-            voice=_voice(result, [item.completion for item in task.history.items]),
+            voice=_voice(result),
             metrics=result.metrics,
             timings=result.timings,
             num_trained=result.num_trained,
@@ -147,17 +147,13 @@ def _outcome_of(earlier: AdapterVersion, store: AdapterStore) -> Outcome:
     )
 
 
-def _voice(result: PersonalizeResult, history: list[str]) -> float | None:
-    """Return how near the personalized answers are to the user; None where it cannot be told."""
-    from langchain_cope.errors import InputError
-    from langchain_cope.evaluation.own_voice import own_voice
-    from langchain_cope.evaluation.voice import Silent
+def _voice(result: PersonalizeResult) -> float:
+    """Return by how much the personalized answers are more like the user's own than the base's."""
+    from langchain_cope.evaluation.likeness import gain, likeness
 
-    samples = result.samples
-    own = [sample.reference for sample in samples]
-    profile = [text for text in history if text not in set(own)]
-    try:
-        scale = own_voice(profile, own, [sample.base for sample in samples])
-    except InputError:  # scikit-learn is not installed
-        return None
-    return None if isinstance(scale, Silent) else scale.aim([one.cope for one in samples])
+    own = [sample.reference for sample in result.samples]
+    of_user, of_base = (
+        likeness(own, answers)
+        for answers in ([one.cope for one in result.samples], [one.base for one in result.samples])
+    )
+    return gain(of_user, of_base)[0]
