@@ -232,17 +232,8 @@ class JobRunner:
             self._finish(job, "failed")
         else:
             job.result = result.model_dump(mode="json", exclude={"user_id", "recipe"})
-            job.result |= self._voice(job.user, result)
+            job.result |= _voice(result)
             self._finish(job, "succeeded")
-
-    def _voice(self, user: str, result: PersonalizeResult) -> dict[str, Any]:
-        """Return the voice score; that it fails fails no training."""
-        assert self._personalize is not None
-        try:
-            return voice_score(self._personalize.history.history(user), result)
-        except Exception as error:
-            _log.warning("no voice score: %s", type(error).__name__)
-            return {"voice": None, "voice_note": "it could not be computed"}
 
     def _finish(self, job: Job, status: Status) -> None:
         with self._lock:
@@ -287,6 +278,15 @@ class JobRunner:
             job.status = job.ending or "queued"
             job.finished = time.time() if job.ending else None
         self._jobs[job.id] = job
+
+
+def _voice(result: PersonalizeResult) -> dict[str, Any]:
+    """Return the voice score; that it fails fails no training."""
+    try:
+        return voice_score(result)
+    except Exception as error:  # the package that measures it is not installed, say
+        _log.warning("no voice score: %s", type(error).__name__)
+        return {"voice": None, "voice_note": "it could not be computed"}
 
 
 class _Steps(BaseCallbackHandler):

@@ -286,28 +286,24 @@ def test_a_full_disk_ends_no_other_training(
     runner.close()
 
 
-def test_a_voice_score_lies_between_the_base_and_the_user() -> None:
-    from langchain_cope.history import as_history
+def test_a_voice_score_tells_who_writes_more_like_the_user() -> None:
     from langchain_cope.personalize import PersonalizeResult, Sample
     from langchain_cope.serving.voice_score import voice_score
 
-    things = ("harbour", "bridge", "garden", "river", "market", "tower", "street", "orchard") * 6
-    own = [f"well, the {thing}, you know, was rather lovely {n} - was it not?!"
-           for n, thing in enumerate(things)]  # fmt: skip
-    plain = [f"The {thing} is a place of importance. Number {n}." for n, thing in enumerate(things)]
-    items = [{"prompt": f"Say {n}", "completion": text} for n, text in enumerate(own)]
+    own = ["well, the harbour was rather lovely", "well, the bridge was rather long"]
+    plain = ["The harbour is a place.", "A bridge connects two sides."]
 
     def score(answers: list[str]) -> Any:
         samples = [
             Sample(prompt=[], reference=one, base=base, sft=base, dpo=base, cope=answer)
-            for one, base, answer in zip(own[-8:], plain[-8:], answers, strict=True)
+            for one, base, answer in zip(own, plain, answers, strict=False)
         ]
         result = PersonalizeResult(
             user_id="a", published=True, version="v", reason="", metrics={}, timings={},
-            num_trained=40, num_held_out=8, samples=samples,
+            num_trained=8, num_held_out=2, samples=samples,
         )  # fmt: skip
-        return voice_score(as_history(items), result)["voice"]
+        return voice_score(result)["voice"]
 
-    assert score(plain[-8:]) == 0
-    assert score(own[-8:]) == 1
-    assert score(own[-16:-8]) > 0.5
+    assert score(plain) == 0
+    assert score(own) > score([own[0], plain[1]]) > 0
+    assert score(own[:1]) is None

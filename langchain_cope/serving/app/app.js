@@ -458,8 +458,8 @@ function showOutcome({ status, result, error }) {
     shown.append(element("p", error?.message ?? "It failed.", "problem"));
   } else {
     if (typeof result.voice === "number") {
-      const share = Math.round(100 * result.voice);
-      shown.append(element("p", `${share} % of the way from the base's words to yours`, "score"));
+      const points = (100 * result.voice).toFixed(1).replace("-", "−");
+      shown.append(element("p", `${points} points more like your own texts than the base`, "score"));
     }
     shown.append(element("p", result.published ? "Published. Ask something." : "Not published."));
     shown.append(element("p", result.reason));
@@ -473,8 +473,8 @@ function showOutcome({ status, result, error }) {
 /** Show what a training found: figures, how strongly the version acts, notes, answers side by side. */
 function openReport(result) {
   const { voice, voice_note: note, verdict, recommended, metrics, notes, samples } = result;
-  const score = typeof voice === "number" ? `${voice.toFixed(2)}, ${note}` : `none: ${note}`;
-  const lines = [result.reason, verdict?.advice, recommended?.why, `Voice (0: the base's words, 1: yours): ${score}`];
+  const score = typeof voice === "number" ? `${voice.toFixed(3)}: ${note}` : `none: ${note}`;
+  const lines = [result.reason, verdict?.advice, recommended?.why, `Voice: ${score}`];
   byId("report").replaceChildren(
     ...lines.filter(Boolean).map((line) => element("p", line)),
     metricsTable(metrics),
