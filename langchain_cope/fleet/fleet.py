@@ -219,6 +219,15 @@ class _Fleet:
                 some = waiting[start : start + NOTED_TOGETHER]
                 for (user, _), decided in zip(some, threads.map(self._decided, some), strict=True):
                     self._ledger.settle(self._keys[user], decided)
+        for user in self._users:
+            if self._settled(user).state is State.FAILED:
+                self._persist(partial(self._clear, user))
+
+    def _clear(self, user: str) -> None:
+        """Withdraw what a worker published and did not live to tell of."""
+        candidate = self._store.candidate(user)
+        if candidate is not None:
+            self._store.withdraw(user, candidate.version, reason="its training failed")
 
     def _decided(self, candidate: tuple[str, bool]) -> Outcome:
         """Accept or withdraw a user's candidate, and return the outcome; twice does no harm."""
