@@ -437,6 +437,61 @@ class AdapterStoreConformance:
         store.activate("alice", one)
         assert warm.active("alice") == one
 
+    def test_a_candidate_is_nobodys_version_until_it_is_accepted(self, backend: Backend) -> None:
+        store = self.store(backend)
+        first = store.publish("alice", make_adapter(1), base=BASE)
+        waits = store.publish(
+            "alice", make_adapter(2), base=BASE, candidate=True, idempotency_key="run"
+        )
+        again = store.publish(
+            "alice", make_adapter(3), base=BASE, candidate=True, idempotency_key="run"
+        )
+        assert again == waits == store.candidate("alice")
+        assert store.versions("alice") == [first]
+        assert store.active("alice") == first.version
+        with raises(AdapterNotFoundError):
+            store.fetch(waits)
+        with raises(AdapterNotFoundError):
+            store.activate("alice", waits.version)
+        assert store.gc(grace=_NO_GRACE).versions == 0
+        assert (store.verify().versions, store.verify().orphans) == (2, 0)
+        with raises(PublishConflictError):
+            store.accept("alice", waits.version, expected_active=None)
+        assert store.accept("alice", waits.version, expected_active=first.version) == waits
+        assert store.accept("alice", waits.version) == waits  # once, however often
+        assert store.fetch(store.resolve("alice")) == make_adapter(2)
+        assert store.rollback("alice") == first
+        assert store.candidate("alice") is None
+
+    def test_candidates_that_nobody_wants_leave_no_file(self, backend: Backend) -> None:
+        store = self.store(backend)
+        replaced = store.publish("alice", make_adapter(1), base=BASE, candidate=True)
+        waits = store.publish("alice", make_adapter(2), base=BASE, candidate=True)
+        folders = f"{store_layout.user_folder(waits.user_key)}/versions"
+        assert backend.list_folder(folders) == [waits.version]
+        with raises(AdapterNotFoundError):
+            store.accept("alice", replaced.version)
+        store.withdraw("alice", replaced.version)
+        store.withdraw("alice", waits.version)
+        assert backend.list_folder(folders) == []
+        store.publish("alice", make_adapter(3), base=BASE, candidate=True)
+        assert store.gc(grace=_NO_GRACE).candidates == 0
+        assert store.gc(candidate_age=_NO_GRACE, dry_run=True).candidates == 1
+        assert store.gc(candidate_age=_NO_GRACE).candidates == 1  # its run never came back
+        assert backend.list_folder(folders) == []
+
+    def test_an_erasure_takes_the_candidate(self, backend: Backend) -> None:
+        store = self.store(backend)
+        data_seq = store.data_seq("alice")
+        waits = store.publish("alice", make_adapter(1), base=BASE, candidate=True)
+        store.erase_user("alice")
+        assert store.candidate("alice") is None
+        assert len(all_keys(backend, store_layout.user_folder(waits.user_key))) == 1
+        with raises(AdapterNotFoundError, match="personalize the user again"):
+            store.accept("alice", waits.version)
+        with raises(UserErasedError):
+            store.publish("alice", make_adapter(1), base=BASE, candidate=True, data_seq=data_seq)
+
     def test_a_user_moves_to_another_store(self, backend: Backend, tmp_path: "Path") -> None:
         store = self.store(backend)
         versions = [

@@ -39,6 +39,7 @@ def encode(head: UserHead) -> bytes:
             "operation_version": head.operation_version,
             "active": head.active,
             "versions": [version_to_json(version) for version in head.versions],
+            "candidates": [version_to_json(version) for version in head.candidates],
             "reason": head.reason,
             "parent": head.parent,
             "previous": list(head.previous),
@@ -86,6 +87,7 @@ def decode(entry: dict[str, Any], key: str | None = None) -> UserHead:
         entry = UPGRADES[entry["format"]](entry)
     user_id, user_key = _take(entry, "user_id", str), _take(entry, "user_key", str)
     rows = _take(entry, "versions", list)
+    candidates = _take_or(entry, "candidates", list, [])
     previous = _take_or(entry, "previous", list, [])
     if not all(isinstance(version, str) for version in previous):
         raise ValueError("its previous versions are not text")
@@ -99,6 +101,7 @@ def decode(entry: dict[str, Any], key: str | None = None) -> UserHead:
         operation_version=_take(entry, "operation_version", str),
         active=_take_or_none(entry, "active", str),
         versions=tuple(version_from_json(user_id, user_key, row) for row in rows),
+        candidates=tuple(version_from_json(user_id, user_key, row) for row in candidates),
         reason=_take_or(entry, "reason", str, ""),
         parent=_take_or(entry, "parent", str, ""),
         previous=tuple(previous),
@@ -106,9 +109,9 @@ def decode(entry: dict[str, Any], key: str | None = None) -> UserHead:
         collected_seq=_take_or(entry, "collected_seq", int, 0),
         key=key,
     )
-    if head.is_erased and head.versions:
+    if head.is_erased and head.kept:
         raise ValueError("it lists versions of no user")
-    if len({version.version for version in head.versions}) != len(head.versions):
+    if len({version.version for version in head.kept}) != len(head.kept):
         raise ValueError("it lists a version twice")
     if head.active is not None and head.find(head.active) is None:
         raise ValueError(f"its active version {shorten(head.active)} is not among its versions")

@@ -134,12 +134,14 @@ class UserHead:
 
     Attributes:
         versions: The live versions, oldest first.
+        candidates: Published to wait for a verdict: nobody's versions until they are accepted.
         active: The id of the active version, None where none is active.
         previous: A stack of earlier active versions, the latest last, which a rollback goes back
             through.
         seq: The number of the entry; a user's entries count from 1.
         commit: The call that wrote this entry; `parent` is that of the entry before.
-        operation: "publish", "activate", "rollback", "delete", "import", "erase" or "collect".
+        operation: "publish", "activate", "rollback", "delete", "import", "erase", "collect",
+            "propose", "accept" or "withdraw".
         operation_version: The version that it was done to, "" where it was done to none.
         updated_at: When it was done; `reason` says why.
         erased_seq: What began before this entry of an erasure may not be committed any more.
@@ -158,6 +160,7 @@ class UserHead:
     operation_version: str
     active: str | None
     versions: tuple[AdapterVersion, ...]
+    candidates: tuple[AdapterVersion, ...] = ()
     reason: str = ""
     parent: str = ""
     previous: tuple[str, ...] = ()
@@ -173,6 +176,15 @@ class UserHead:
     def find(self, version: str | None) -> AdapterVersion | None:
         """Return the live version of that id, or None."""
         return next((live for live in self.versions if live.version == version), None)
+
+    @property
+    def kept(self) -> tuple[AdapterVersion, ...]:
+        """Everything whose files are kept: live versions and candidates."""
+        return (*self.versions, *self.candidates)
+
+    def keeps(self, version: str) -> bool:
+        """Return whether the files of that id are kept."""
+        return any(kept.version == version for kept in self.kept)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ from adapter_store.log import ErasedSinceError, now
 from adapter_store.open_store import OpenStore
 from adapter_store.opening import Opener
 from adapter_store.operations import gc as collecting
+from adapter_store.operations.candidates import accepted, withdrawn
 from adapter_store.operations.erasing import erase
 from adapter_store.operations.gc import Collected
 from adapter_store.operations.publishing import (
@@ -170,6 +171,7 @@ class AdapterStore:
         tau: float | None = None,
         metadata: Mapping[str, Any] = _NOTHING,
         activate: bool = True,
+        candidate: bool = False,
         idempotency_key: str | None = None,
         expected_active: str | Unset | None = UNSET,
         data_seq: int | None = None,
@@ -190,8 +192,10 @@ class AdapterStore:
             tau: The tau that it recommends for decoding, None where it recommends none.
             metadata: Anything else, as JSON can keep it.
             activate: Whether it is active at once.
-            idempotency_key: While a version published with that key lives, it is returned and
-                nothing is published.
+            candidate: Whether it only waits, as nobody's version, for `accept` or `withdraw`; it
+                takes the place of an earlier candidate of the user.
+            idempotency_key: While a version or a candidate published with that key is kept, it is
+                returned and nothing is published.
             expected_active: Publish only while that version (None: no version) is active.
             data_seq: What `data_seq()` returned before the training data was read; by default what
                 it returns now.
@@ -226,6 +230,7 @@ class AdapterStore:
         store = self._opener.open_to_write()
         terms = Terms(
             activate=activate,
+            candidate=candidate,
             expected_active=expected_active,
             reason=reason,
             live_versions=self._limits.live_versions,
@@ -310,6 +315,23 @@ class AdapterStore:
         """Return the id of a user's active version, None where none is active or no user known."""
         head = self._head(user_id)
         return head.active if head else None
+
+    def candidate(self, user_id: str) -> AdapterVersion | None:
+        """Return what waits to be accepted as the user's version, if anything does."""
+        head = self._head(user_id)
+        return head.candidates[-1] if head and head.candidates else None
+
+    def user_key(self, user_id: str) -> str:
+        """Return the keyed hash that names a user in this store, to those who know its pepper.
+
+        It tells users apart without telling who they are. AdapterNotFoundError where there is no
+        store yet.
+        """
+        check_user_id(user_id, self._limits)
+        store = self._opener.open()
+        if store is None:
+            raise self._not_found(user_id, None, None)
+        return store.log.user_key(user_id)
 
     def history(
         self, user_id: str, *, before_seq: int | None = None, limit: int = 100
@@ -425,6 +447,43 @@ class AdapterStore:
         _, _, head = self._change(user_id, None, change)
         return self._live(user_id, None, head)
 
+    def accept(
+        self,
+        user_id: str,
+        version: str,
+        *,
+        expected_active: str | Unset | None = UNSET,
+        reason: str = "",
+    ) -> AdapterVersion:
+        """Make a candidate the user's newest and active version, and return it.
+
+        One that was accepted before is returned, and nothing is written. AdapterNotFoundError where
+        there is no such candidate, PublishConflictError where another version is active than the
+        expected one.
+        """
+        check_reason(reason, self._limits)
+
+        def change(head: UserHead) -> UserHead | None:
+            if head.find(version) is not None:
+                return None
+            if not any(one.version == version for one in head.candidates):
+                raise self._no_candidate(user_id, version)
+            check_expected(head, user_id, expected_active)
+            return accepted(head, version, self._limits.live_versions, reason)
+
+        store, before, after = self._change(user_id, version, change)
+        with suppress(BackendError):  # it is accepted, whatever becomes of what it displaced
+            remove_dropped(store, before, after)
+        return self._live(user_id, version, after)
+
+    def withdraw(self, user_id: str, version: str, *, reason: str = "") -> None:
+        """Remove a candidate and its files; where it is gone already, do nothing."""
+        check_reason(reason, self._limits)
+        with suppress(AdapterNotFoundError):  # not even a store
+            remove_dropped(
+                *self._change(user_id, version, partial(withdrawn, version=version, reason=reason))
+            )
+
     def delete_version(self, user_id: str, version: str, *, reason: str = "") -> None:
         """Remove a version, and its files.
 
@@ -482,14 +541,16 @@ class AdapterStore:
         *,
         grace: timedelta = timedelta(days=1),
         entry_age: timedelta = timedelta(days=30),
+        candidate_age: timedelta = timedelta(days=7),
         dry_run: bool = False,
         on_user: Callable[[int], None] | None = None,
     ) -> Collected:
         """Remove what is no longer needed, safely beside writers, and return what that was.
 
         That is: files that no entry names and that are older than `grace` (what killed publishers
-        left), log entries older than `entry_age` beyond a user's newest hundred, the rest of
-        erasures that were interrupted, and copies of deleted versions in this machine's cache.
+        left), candidates older than `candidate_age` (of runs that never came back for them), log
+        entries older than `entry_age` beyond a user's newest hundred, the rest of erasures that
+        were interrupted, and copies of deleted versions in this machine's cache.
         `on_user` is called with the number of users done so far.
         """
         store = self._opener.open()
@@ -497,9 +558,13 @@ class AdapterStore:
         if store is None:
             return done
         rules = collecting.Rules(
-            grace.total_seconds(), _KEPT_ENTRIES, entry_age.total_seconds(), dry_run
+            grace=grace.total_seconds(),
+            keep_entries=_KEPT_ENTRIES,
+            entry_age=entry_age.total_seconds(),
+            candidate_age=candidate_age.total_seconds(),
+            dry_run=dry_run,
         )
-        if min(rules.grace, rules.entry_age) < 0:
+        if min(rules.grace, rules.entry_age, rules.candidate_age) < 0:
             raise InvalidAdapterError(
                 "a grace below zero would remove what is being written: give at least 0"
             )
@@ -711,6 +776,12 @@ class AdapterStore:
         return AdapterNotFoundError(
             f"{user} has no version {shorten(version)} in {self.url}, but {count}: "
             f"the newest is {newest}"
+        )
+
+    def _no_candidate(self, user_id: str, version: str) -> AdapterNotFoundError:
+        return AdapterNotFoundError(
+            f"user {shorten(user_id)} has no candidate {shorten(version)} in {self.url}: it was "
+            "withdrawn, replaced or erased; personalize the user again"
         )
 
     def _missing(self, version: AdapterVersion) -> IntegrityError:

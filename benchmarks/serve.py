@@ -1,8 +1,11 @@
 """The server under load: clients that stream answers over HTTP, each the next at once.
 
     64 clients of 16 users for two minutes on `smollm2`: tokens/s of the server, the time to the
-    first token and between two pieces at the clients, errors, and how memory grows; beside it the
-    same requests in the engine alone (`serve_engine`), which gives `server_vs_engine`
+    first token and between two pieces at the clients, errors, and how memory grows; before and
+    after it the same requests in the engine alone (`serve_engine`): `server_vs_engine`
+
+    --train     the same clients without and with one training of the server's own beside them:
+                `p99_with_training`, seconds between two pieces against those without
 
     --peer      16 clients instead: our server, every user in a voice of their own, against
                 `transformers serve` with continuous batching on the same base, without adapters
@@ -47,6 +50,10 @@ class Seen:
     errors: int = 0
     measuring: bool = False
 
+    def clear(self) -> None:
+        """Forget it all."""
+        self.first, self.between, self.answers, self.errors = [], [], 0, 0
+
     def report(self, seconds: float) -> dict[str, Any]:
         """Return percentiles in seconds, and the counts."""
         return {
@@ -69,6 +76,8 @@ def main() -> None:
         ).close()
         if options.peer:
             results = _against_peer(folder, base, options)
+        elif options.train:
+            results = _beside_training(folder, options)
         else:
             results = _against_engine(folder, options)
     print_report(state, **results)
@@ -83,28 +92,50 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=float, default=15, metavar="S")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of an answer, at most")
     parser.add_argument("--rows", type=int, default=128, metavar="N", help="in the batch, at most")
+    parser.add_argument("--train", action="store_true", help="measure beside a training, too")
     parser.add_argument("--peer", action="store_true", help="compare with `transformers serve`")
     parser.set_defaults(device="cpu")
     return parser.parse_args()
 
 
 def _against_engine(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    before = _engine_rate(folder, options)
+    server = _measure_ours(folder, options)
+    print(f"the server: {server['tokens_per_second']} tokens/s", flush=True)
+    after = _engine_rate(folder, options)
+    return {
+        "engine_tokens_per_second": [round(before, 1), round(after, 1)],
+        "server": server,
+        # Against the better one: what else the machine did meanwhile shall not flatter the server.
+        "server_vs_engine": round(server["tokens_per_second"] / max(before, after), 3),
+    }
+
+
+def _beside_training(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    measured = _measure_ours(folder, options)
+    job = measured.pop("job")
+    (_, alone), (_, beside) = (
+        measured[name]["between_pieces_p50_p99"] for name in ("without", "with")
+    )
+    return {
+        **measured,
+        "job": job["status"],  # `running`: it went on all the while
+        "p99_with_training": round(beside / alone, 2),
+    }
+
+
+def _engine_rate(folder: Path, options: argparse.Namespace) -> float:
+    """Return the tokens/s of the engine alone, in a process of its own."""
     with Worker("serve_engine:Alone", folder, options.users, options.rows) as alone:
-        engine = alone.run(
+        rate: float = alone.run(
             "rate",
             clients=options.clients,
             seconds=options.engine_seconds,
             warm_up=options.warm_up,
             num_tokens=options.tokens,
         )
-    print(f"the engine alone: {engine:.1f} tokens/s", flush=True)
-    server = _measure_ours(folder, options)
-    print(f"the server: {server['tokens_per_second']} tokens/s", flush=True)
-    return {
-        "engine_tokens_per_second": round(engine, 1),
-        "server": server,
-        "server_vs_engine": round(server["tokens_per_second"] / engine, 3),
-    }
+    print(f"the engine alone: {rate:.1f} tokens/s", flush=True)
+    return rate
 
 
 def _against_peer(folder: Path, base: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -117,8 +148,7 @@ def _against_peer(folder: Path, base: Path, options: argparse.Namespace) -> dict
     ]  # fmt: skip
     with _process(words, folder / "peer.log") as process:
         _wait_for("http://127.0.0.1:8917/health")
-        seen, seconds, _ = asyncio.run(_load(8917, str(base), None, folder, options, process))
-    report = seen.report(seconds)
+        report = asyncio.run(_load(8917, str(base), None, folder, options, process))
     print(f"transformers serve: {report}", flush=True)
     ratio = ours["pieces_per_second"] / report["pieces_per_second"]
     return {"ours": ours, "peer": report, "users16_vs_peer_server": round(ratio, 2)}
@@ -134,8 +164,7 @@ def _measure_ours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     log = folder / "server.log"
     with _process(words, log) as process:
         port = _port_of(log, process)
-        seen, seconds, measured = asyncio.run(_load(port, MODEL, user_id, folder, options, process))
-    return {**seen.report(seconds), **measured}
+        return asyncio.run(_load(port, MODEL, user_id, folder, options, process))
 
 
 async def _load(
@@ -145,10 +174,11 @@ async def _load(
     folder: Path,
     options: argparse.Namespace,
     process: "subprocess.Popen[bytes]",
-) -> tuple[Seen, float, dict[str, Any]]:
-    """Let the clients ask; return what they saw, for how many seconds, and what else was measured.
+) -> dict[str, Any]:
+    """Let the clients ask; return what they saw and what else was measured.
 
-    `name` gives the id of a user by number; None: nobody is named.
+    `name` gives the id of a user by number; None: nobody is named. With `--train` it is measured
+    twice, the second time beside a training.
     """
     texts = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
     seen = Seen()
@@ -157,30 +187,69 @@ async def _load(
         for number in range(options.clients)
     ]
     await asyncio.sleep(options.warm_up)
-    memory = [_memory(process)]
-    before = await asyncio.to_thread(_tokens, port) if name else 0
-    cpu, started = psutil.Process(process.pid).cpu_times(), time.perf_counter()
-    seen.measuring = True
-    for _ in range(4):
-        await asyncio.sleep(options.seconds / 4)
-        memory.append(_memory(process))
-    seen.measuring, seconds = False, time.perf_counter() - started
-    tokens = (await asyncio.to_thread(_tokens, port) if name else 0) - before
-    used = psutil.Process(process.pid).cpu_times()
-    own = psutil.Process().cpu_times()
+    report = await _measured(port if name else None, seen, options.seconds, process)
+    if options.train:
+        job = await asyncio.to_thread(_train, port, texts)
+        seen.clear()
+        report = {"without": report}
+        report["with"] = await _measured(port, seen, options.seconds, process)
+        report["job"] = await asyncio.to_thread(_get, port, f"/v1/personalize/{job}")
     for client in clients:
         client.cancel()
     await asyncio.wait(clients)
-    return (
-        seen,
-        seconds,
-        {
-            "tokens_per_second": round(tokens / seconds, 1),
-            "memory_mb": [round(each / 2**20) for each in memory],
-            "server_cores": round((used.user + used.system - cpu.user - cpu.system) / seconds, 2),
-            "clients_cpu_seconds": round(own.user + own.system, 1),
-        },
+    return report
+
+
+async def _measured(
+    port: int | None, seen: Seen, seconds: float, process: "subprocess.Popen[bytes]"
+) -> dict[str, Any]:
+    """Return what the clients see from now on, for so many seconds; `port`: of our own server."""
+    memory = [_memory(process)]
+    before = 0 if port is None else await asyncio.to_thread(_tokens, port)
+    cpu, started = psutil.Process(process.pid).cpu_times(), time.perf_counter()
+    seen.measuring = True
+    for _ in range(4):
+        await asyncio.sleep(seconds / 4)
+        memory.append(_memory(process))
+    seen.measuring, seconds = False, time.perf_counter() - started
+    tokens = (0 if port is None else await asyncio.to_thread(_tokens, port)) - before
+    used = psutil.Process(process.pid).cpu_times()
+    own = psutil.Process().cpu_times()
+    return {
+        **seen.report(seconds),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "memory_mb": [round(each / 2**20) for each in memory],
+        "server_cores": round((used.user + used.system - cpu.user - cpu.system) / seconds, 2),
+        "clients_cpu_seconds": round(own.user + own.system, 1),
+    }
+
+
+def _train(port: int, texts: list[str]) -> str:
+    """Begin a training of somebody who does not ask; return the job's id once it trains."""
+    rows = [{"prompt": text, "completion": f"Well, {text.lower()}"} for text in texts]
+    _post(port, "/v1/history", {"user": "learner", "rows": rows})
+    job = str(_post(port, "/v1/personalize", {"user": "learner"})["id"])
+    url = f"http://127.0.0.1:{port}/v1/personalize/{job}/events"
+    with urllib.request.urlopen(url, timeout=READY) as events:
+        for line in events:
+            if b'"label":"SFT"' in line:
+                break
+    return job
+
+
+def _post(port: int, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
+    with urllib.request.urlopen(request, timeout=READY) as answer:
+        return json.load(answer)
+
+
+def _get(port: int, path: str) -> Any:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=READY) as answer:
+        return json.load(answer)
 
 
 async def _client(

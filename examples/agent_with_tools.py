@@ -67,15 +67,21 @@ agent = create_agent(
     context_schema=Context,
 )
 
-print("loading the model …", flush=True)
-chat.load()
-question = " ".join(sys.argv[1:]) or "What do I have to do on Monday?"
-for user in CALENDARS:
-    print(f"\n{user}: {question}")
-    request = {"messages": [("user", question)]}
-    for step in agent.stream(request, context=Context(user), stream_mode="values"):
-        message = step["messages"][-1]
-        for call in getattr(message, "tool_calls", []):
-            print(f"  calls {call['name']} with {call['args']}")
-        if message.type in ("ai", "tool") and message.text:
-            print(f"  {message.type}: {message.text}")
+
+def main() -> None:
+    print("loading the model …", flush=True)
+    chat.load()
+    question = " ".join(sys.argv[1:]) or "What do I have to do on Monday?"
+    for user in CALENDARS:
+        print(f"\n{user}: {question}")
+        request = {"messages": [("user", question)]}
+        for step in agent.stream(request, context=Context(user), stream_mode="values"):
+            message = step["messages"][-1]
+            for call in getattr(message, "tool_calls", []):
+                print(f"  calls {call['name']} with {call['args']}")
+            if message.type in ("ai", "tool") and message.text:
+                print(f"  {message.type}: {message.text}")
+
+
+if __name__ == "__main__":
+    main()

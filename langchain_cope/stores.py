@@ -33,11 +33,16 @@ def open_store(store: "str | os.PathLike[str] | AdapterStore | None" = None) -> 
     """
     if isinstance(store, AdapterStore):
         return store
+    return _opened(location_of(store), *map(_setting, _SETTINGS))
+
+
+def location_of(store: "str | os.PathLike[str] | None" = None) -> str:
+    """Return the folder or URL of the store that is meant, as another process may open it."""
     location = os.fspath(store or os.environ.get("COPE_STORE") or default_folder())
-    if isinstance(location, str) and "://" not in location:
+    if "://" not in location:
         # What is relative, or the home folder's, may mean another folder later.
         location = str(local_path(location))
-    return _opened(location, *map(_setting, _SETTINGS))
+    return location
 
 
 def _setting(name: str) -> str | None:

@@ -2,14 +2,20 @@
 
 import io
 import json
+import os
 import re
 import runpy
 import shutil
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 from personal import QUICK, ROWS
 from serving.conftest import running
@@ -56,7 +62,7 @@ def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     names = [program.name for program in EXAMPLES.glob("*.py")]
     assert names
-    assert [name for name in names if f'run("{name}"' not in source] == []
+    assert [name for name in names if not re.search(rf'(run|start)\("{name}"', source)] == []
 
 
 def test_the_chatbot_records_learns_shows_both_and_forgets(run: Run, tmp_path: Path) -> None:
@@ -120,6 +126,47 @@ def test_a_graph_learns_and_answers_each_of_two_users(run: Run) -> None:
     assert "kim: dpo" in out
     assert "\nbase: " in out
     assert "sft" not in run("two_users_in_a_graph.py")
+
+
+def start(program: str, *words: str, **environment: str) -> "subprocess.Popen[bytes]":
+    """Start a program that serves, as people start it."""
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / program), *words], env={**os.environ, **environment}
+    )
+
+
+def test_a_web_chat_answers_two_people_at_once(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    base = tiny(context=2048, likely='"]}')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start("chat_app.py", str(port), COPE_MODEL=str(base), COPE_STORE=str(tmp_path))
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                assert "<title>Chat</title>" in httpx.get(url).text
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        assert httpx.post(f"{url}/ask", json={"question": "Hello"}).status_code == 401
+        assert httpx.post(f"{url}/sign-in", json={"user": "mallory"}).status_code == 404
+
+        def ask(user: str) -> list[dict[str, str]]:
+            with httpx.Client(base_url=url, timeout=60) as client:
+                assert client.post("/sign-in", json={"user": user}).status_code == 200
+                question = {"question": "What is on Monday?", "user": "robin"}
+                answer = client.post("/ask", json=question)
+            return [json.loads(line) for line in answer.text.splitlines()]
+
+        with ThreadPoolExecutor(2) as threads:
+            robins, alices = threads.map(ask, ("robin", "alice"))
+        for steps in (robins, alices):
+            assert [step["kind"] for step in steps][:2] == ["call", "tool"]
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def test_users_are_answered_over_http(run: Run, tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from adapter_store import layout
 from adapter_store.backends.protocol import Backend
@@ -18,6 +19,8 @@ from adapter_store.errors import UNREADABLE, BackendError, PublishConflictError
 from adapter_store.facts import UserHead
 from adapter_store.log import ErasedSinceError
 from adapter_store.open_store import OpenStore
+from adapter_store.operations.candidates import withdrawn
+from adapter_store.operations.publishing import remove_dropped
 from adapter_store.vault import OVERHEAD_BYTES, key_of
 
 
@@ -33,6 +36,7 @@ class Collected:
     version_bytes: int = 0
     entries: int = 0
     keys: int = 0
+    candidates: int = 0
     unfinished_files: int = 0
     cached_versions: int = 0
     problems: list[str] = field(default_factory=list)
@@ -42,12 +46,14 @@ class Collected:
 class Rules:
     """What may go, with ages in seconds.
 
-    Files older than `grace`, and entries older than `entry_age` beyond the newest `keep_entries`.
+    Files older than `grace`, candidates that wait longer than `candidate_age`, and entries older
+    than `entry_age` beyond the newest `keep_entries`.
     """
 
     grace: float
     keep_entries: int
     entry_age: float
+    candidate_age: float
     dry_run: bool
 
 
@@ -75,6 +81,7 @@ def collect_user(
     try:
         head = store.log.head_or_new(user_key)
         _finish_erasure(store, head, rules, done)
+        head = _drop_candidates(store, head, rules, now, done)
         _remove_orphans(store, head, rules, now, done)
         _trim(store, user_key, rules, now, done)
     except (*UNREADABLE, PublishConflictError) as error:
@@ -124,6 +131,26 @@ def _finish_erasure(store: OpenStore, head: UserHead, rules: Rules, done: Collec
         _remove_keys(store, head.user_key, keys, rules, done)
 
 
+def _drop_candidates(
+    store: OpenStore, head: UserHead, rules: Rules, now: float, done: Collected
+) -> UserHead:
+    """Withdraw the candidates that nobody came back for, and return the head after it."""
+    forgotten = set()
+    for one in head.candidates:
+        folder = layout.version_folder(head.user_key, one.version)
+        file = store.backend.stat(f"{folder}/{layout.WEIGHTS}")
+        if file is not None and file.modified <= now - rules.candidate_age:
+            forgotten.add(one.version)
+    done.candidates += len(forgotten)
+    if rules.dry_run or not forgotten:
+        return head
+    for version in forgotten:
+        with suppress(ErasedSinceError):
+            before, head = store.log.commit(head.user_key, partial(withdrawn, version=version))
+            remove_dropped(store, before, head)
+    return head
+
+
 def _remove_orphans(
     store: OpenStore, head: UserHead, rules: Rules, now: float, done: Collected
 ) -> None:
@@ -135,7 +162,7 @@ def _remove_orphans(
         return
 
     def collected(current: UserHead) -> UserHead | None:
-        removed.difference_update(version.version for version in current.versions)
+        removed.difference_update(version.version for version in current.kept)
         if not removed and not keys:
             return None
         return replace(
@@ -200,7 +227,7 @@ def _forget(store: OpenStore, user_key: str, version: str, done: Collected) -> N
 def _unlisted(store: OpenStore, head: UserHead, time: float) -> Iterator[tuple[str, int]]:
     """Yield each unlisted version and its bytes, if all of them were written until `time`."""
     for version in store.version_folders(head.user_key):
-        if head.find(version) is not None:
+        if head.keeps(version):
             continue
         folder = layout.version_folder(head.user_key, version)
         stats = [

@@ -33,6 +33,7 @@ class Terms:
 
     Attributes:
         activate: Whether it becomes the active version.
+        candidate: Whether it only waits, in the place of an earlier candidate.
         expected_active: The version that must be active, or UNSET.
         reason: Why, for the history.
         live_versions: How many versions are kept.
@@ -48,6 +49,7 @@ class Terms:
     data_seq: int | None
     began_seq: int = 0
     key: str | None = None
+    candidate: bool = False
 
 
 def with_version(head: UserHead, version: AdapterVersion, terms: Terms) -> UserHead | None:
@@ -57,7 +59,7 @@ def with_version(head: UserHead, version: AdapterVersion, terms: Terms) -> UserH
     published before with its idempotency key. PublishConflictError where another version is active
     than the expected one, UserErasedError where the user was erased since the data was read.
     """
-    if _published_before(head, version) is not None or head.find(version.version) is not None:
+    if _published_before(head, version) is not None or head.keeps(version.version):
         return None
     data_seq = terms.began_seq if terms.data_seq is None else terms.data_seq
     check_fences(head, version.user_id, data_seq, terms.began_seq)
@@ -66,11 +68,13 @@ def with_version(head: UserHead, version: AdapterVersion, terms: Terms) -> UserH
         head,
         user_id=version.user_id,
         key=head.key or terms.key,
-        operation="publish",
+        operation="propose" if terms.candidate else "publish",
         operation_version=version.version,
         reason=terms.reason,
-        versions=(*head.versions, version),
     )
+    if terms.candidate:
+        return replace(changed, candidates=(version,))
+    changed = replace(changed, versions=(*head.versions, version))
     if terms.activate:
         changed = activated(changed, version.version)
     return without_oldest(changed, terms.live_versions, (version.version,))
@@ -206,7 +210,7 @@ def _publish_once(
         if not written or not may_land(error):
             discard(store, [version], began, terms.key)
         raise
-    if after.find(version.version) is None:
+    if not after.keeps(version.version):
         discard(store, [version], began, terms.key)
     # The publish is done, whatever becomes of the files of a version that it dropped.
     with contextlib.suppress(BackendError):
@@ -219,17 +223,16 @@ def remove_dropped(store: OpenStore, before: UserHead, after: UserHead) -> None:
 
     Raises BackendError, naming what is left.
     """
-    listed = {version.version for version in after.versions}
-    for version in before.versions:
-        if version.version not in listed:
+    for version in before.kept:
+        if not after.keeps(version.version):
             store.blobs.remove(version)
 
 
 def _published_before(head: UserHead, version: AdapterVersion) -> AdapterVersion | None:
-    """Return the live version that another publish with the same idempotency key made."""
+    """Return what another publish with the same idempotency key made, if it is kept."""
     if version.idempotency_key is None:
         return None
-    for live in head.versions:
+    for live in head.kept:
         if live.idempotency_key == version.idempotency_key and live.version != version.version:
             return live
     return None
@@ -251,7 +254,7 @@ def discard(
     """
     with contextlib.suppress(AdapterStoreError):
         head = store.log.head_or_new(began.user_key)
-        listed = [version for version in versions if head.find(version.version) is not None]
+        listed = [version for version in versions if head.keeps(version.version)]
         for version in versions:
             if version not in listed:
                 store.blobs.remove(version)

@@ -64,7 +64,7 @@ def verify_user(store: OpenStore, user_key: str) -> UserReport:
         problems.append(str(error))
     is_unreadable = bool(problems)
     seqs = store.log.seqs(user_key)
-    versions = head.versions if head else ()
+    versions = head.kept if head else ()
     if head is not None:
         problems += _entry_problems(store, head, seqs)
         problems += _file_problems(store, head)
@@ -106,12 +106,12 @@ def _entry_problems(store: OpenStore, head: UserHead, seqs: list[int]) -> list[s
 
 def _file_problems(store: OpenStore, head: UserHead) -> list[str]:
     problems = []
-    for version in head.versions:
+    for version in head.kept:
         try:
             store.blobs.check(version)
         except FileNotFoundError:
             current = store.log.head(head.user_key)
-            if current is not None and current.find(version.version) is not None:
+            if current is not None and current.keeps(version.version):
                 problems.append(
                     f"a file, or the key, of version {version.version} is missing: "
                     "restore it from a backup"

@@ -15,6 +15,7 @@ from cope_lc.adapters import care, transfer, versions
 from cope_lc.chat import chat
 from cope_lc.doctor import doctor
 from cope_lc.evaluate import evaluate
+from cope_lc.fleet import migrate, personalize_fleet
 from cope_lc.forget import forget
 from cope_lc.generate import generate
 from cope_lc.personalize import personalize
@@ -33,12 +34,14 @@ cope-lc COMMAND --help                    options and an example
 Exit codes: 0 done, 1 it failed, 2 the input or the call was wrong.
 """
 ADAPTERS_HELP = "List, show, activate, export, import, delete, erase and check adapters in a store."
+FLEET_HELP = "What is done to all users of a store."
 KEYS_HELP = "Make, list and revoke the keys of a server."
 
 # Name, function, and the arguments of an example.
 Command = tuple[str, Callable[..., None], str]
 COMMANDS: tuple[Command, ...] = (
     ("personalize", personalize, "user.jsonl --user alice"),
+    ("personalize-fleet", personalize_fleet, "./histories --workers 2"),
     ("chat", chat, "--user alice"),
     ("generate", generate, '"Write a headline for: …" --user alice'),
     ("evaluate", evaluate, "users.jsonl --limit 6"),
@@ -63,6 +66,7 @@ ADAPTERS: tuple[Command, ...] = (
     ("new-key", care.new_key, "~/.cope-keys; export COPE_STORE_KEY_FILE=~/.cope-keys"),
     ("rotate-keys", care.rotate_keys, ""),
 )
+FLEET: tuple[Command, ...] = (("migrate", migrate, "./histories --base ./new-base"),)
 KEYS: tuple[Command, ...] = (
     ("new", keys.new, "--keys keys.json --user alice"),
     ("list", keys.list_keys, "--keys keys.json"),
@@ -124,11 +128,19 @@ server_keys = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+fleet = typer.Typer(
+    help=FLEET_HELP,
+    epilog="Example: cope-lc fleet migrate ./histories --base ./new-base",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 _add(app, "cope-lc", COMMANDS)
 _add(adapters, "cope-lc adapters", ADAPTERS)
 _add(server_keys, "cope-lc keys", KEYS)
+_add(fleet, "cope-lc fleet", FLEET)
 app.add_typer(adapters, name="adapters")
 app.add_typer(server_keys, name="keys")
+app.add_typer(fleet, name="fleet")
 
 
 @app.callback(help=HELP)

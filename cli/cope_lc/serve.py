@@ -154,6 +154,19 @@ def serve(
     ] = 30.0,
     device: Device = None,
     dtype: Dtype = None,
+    ray: Annotated[
+        str | None,
+        _option(
+            "--ray",
+            "Serve on a Ray cluster: auto, HOST:PORT, or local for one of this machine. Needs "
+            "--keys; trainings run elsewhere (personalize-fleet).",
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int,
+        _option("--replicas", "With --ray: how many engines answer.", min=1, metavar="N"),
+    ] = 1,
     log_level: Annotated[
         LogLevel, _option("--log-level", "debug, info or warning.", metavar="LEVEL")
     ] = LogLevel.info,
@@ -203,6 +216,11 @@ def serve(
         shown = dataclasses.asdict(settings)
         shown["store"] = _SECRET.sub("//…@", settings.store) if settings.store else None
         print(json.dumps(shown, indent=2, default=str, ensure_ascii=False))
+        return
+    if ray is not None:
+        from langchain_cope.serving.on_ray import serve_on_ray
+
+        serve_on_ray(settings, ray, replicas)
         return
     from langchain_cope.serving import serve as run
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from langchain_cope.engine.call_text import CallPart
     from langchain_cope.engine.checks import check_option, is_number, is_whole
     from langchain_cope.engine.decoding.sampling import Sampling
-    from langchain_cope.engine.device import give_back
+    from langchain_cope.engine.device import give_back, limit_own_threads
     from langchain_cope.engine.engine import Engine, Statistics
     from langchain_cope.engine.grammar.schema import (
         CALL_BEGIN,
@@ -98,6 +98,7 @@ __all__ = [
     "give_back",
     "is_number",
     "is_whole",
+    "limit_own_threads",
     "load_base",
     "questions_of",
     "smollm2_file",
@@ -147,6 +148,7 @@ _MODULES = {
     "gguf_context": "base.gguf.header",
     "gguf_path": "base.gguf.source",
     "give_back": "device",
+    "limit_own_threads": "device",
     "is_number": "checks",
     "is_whole": "checks",
     "load_base": "base.loading",

@@ -5,6 +5,7 @@ import functools
 import math
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,18 @@ def release_thread_pool() -> None:
     """
     if pause := _omp_pause():
         pause()
+
+
+def limit_own_threads(number: int, of_others: int) -> None:
+    """Let products of the calling thread run on `number` threads.
+
+    torch keeps a number for each thread, and one for threads to come: that stays `of_others`.
+    """
+    torch.set_num_threads(number)
+    keeper = threading.Thread(target=torch.set_num_threads, args=(of_others,))
+    keeper.start()
+    keeper.join()
+    release_thread_pool()
 
 
 @functools.cache

@@ -128,7 +128,11 @@ class EngineOptions:
     The answer stays the same, up to rounding.
     """
     prefill_pause: float = field(default=0.1, metadata={"validation_alias": "stall"})
-    """Seconds, about, that prompts may delay running answers at a time. Formerly named `stall`."""
+    """Seconds, about, that prompts may delay running answers at a time. Formerly named `stall`.
+
+    Where a step of those answers takes longer, prompts may take as long: else they would come in
+    ever later, and few answers would run.
+    """
     max_waiting: int | None = None
     """Requests that may stand in the line, offline ones aside; another one raises `EngineBusy`.
 

@@ -57,6 +57,7 @@ class Scheduler:
         self._lock = wake
         self._waiting: list[ActiveRequest] = []
         self._prefill_rate = FIRST_RATE
+        self._step_seconds = 0.0
         self._reset_bounds()
         self.num_answers = 0
         self.queue_seconds = self.first_token_seconds = 0.0
@@ -129,7 +130,7 @@ class Scheduler:
 
     def step(self) -> None:
         """Decode a token for every answer, admit newcomers, prefill a piece of their prompts."""
-        self._run(self._batch.decode, self._batch.decoding)
+        self._run(self._decode, self._batch.decoding)
         self._admit()
         self._run(self._prefill, self._batch.prefilling)
 
@@ -171,6 +172,11 @@ class Scheduler:
         ]
         self._finish(done)
 
+    def _decode(self) -> None:
+        started = time.perf_counter()
+        self._batch.decode()
+        self._step_seconds = time.perf_counter() - started
+
     def _prefill(self) -> None:
         started = time.perf_counter()
         num_tokens = self._batch.prefill(self._prompt_budget())
@@ -182,7 +188,8 @@ class Scheduler:
         """Return how many tokens of prompts one forward reads: few where readers wait meanwhile."""
         if all(active.request.offline for active in self._batch.decoding):
             return self._max_prompt_tokens
-        tokens = int(self._options.prefill_pause * self._prefill_rate)
+        seconds = max(self._options.prefill_pause, self._step_seconds)
+        tokens = int(seconds * self._prefill_rate)
         return min(max(tokens, MIN_COLUMNS), self._max_prompt_tokens)
 
     def _admit(self) -> None:

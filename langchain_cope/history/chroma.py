@@ -142,6 +142,19 @@ class ChromaHistory:
         notes = reader.notes() if items else [self._why_empty(user_id)]
         return settle(user_id, items, instruction=reader.used_instruction, notes=notes)
 
+    def users(self) -> list[str]:
+        """Return the ids of all users with items, in the order in which Chroma has them.
+
+        Reads the metadata of every item.
+        """
+        seen: dict[str, None] = {}
+        for page in self._pages(None, include=["metadatas"]):
+            for metadata in page["metadatas"]:
+                user_id = (metadata or {}).get(self.user_key)
+                if isinstance(user_id, str) and user_id:
+                    seen[user_id] = None
+        return list(seen)
+
     def count(self, user_id: str) -> int:
         """Return the number of the user's items, with disliked answers that wait for a liked one.
 
@@ -245,7 +258,9 @@ class ChromaHistory:
             "rejected": json.loads(metadata[_REJECTED]) if _REJECTED in metadata else (),
         }
 
-    def _pages(self, where: Mapping[str, Any], include: list[str]) -> Iterator[Mapping[str, Any]]:
+    def _pages(
+        self, where: Mapping[str, Any] | None, include: list[str]
+    ) -> Iterator[Mapping[str, Any]]:
         """Yield the records that fulfil `where` a page at a time, none without a collection."""
         with self._chroma() as client:
             collection = self._existing(client)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from langchain_cope.evaluation.evaluate import Evaluation
     from langchain_cope.training.pipeline import TrainingResult
 
+JUDGED_AGAINST = "judged_against"
+"""In a version's metadata: what was active when it was judged, None for nothing."""
 REASON_CHARACTERS = 200  # of why it was published, kept in the user's history
 LIKELIER_THAN_NOT = 0.5  # how sure of beating the active version, which is proven itself
 PUBLISH_TRIES = 3  # when another process publishes for the same user meanwhile
@@ -48,6 +50,13 @@ class Outcome:
     """False also where this job had published it before it was interrupted."""
     replaced: str | None = None
     """The version that was active before, where one was published now."""
+
+
+def published_under(store: AdapterStore, user: str, job_key: str) -> AdapterVersion | None:
+    """Return the user's version, or the candidate, that came of the training of that key."""
+    waiting = store.candidate(user)
+    kept = [*store.versions(user), *([waiting] if waiting else [])]
+    return next((one for one in kept if one.idempotency_key == job_key), None)
 
 
 def better_adapter(evaluation: "Evaluation") -> str:
@@ -90,6 +99,8 @@ class Publisher:
     """
     monitor: Monitor
     """Asked whether to stop, before publishing and while the active version is scored."""
+    candidate: bool = False
+    """Whether a version that passes only waits in the store, for `AdapterStore.accept`."""
 
     def publish_if_better(self) -> Outcome:
         """Publish the adapter where the gate lets it pass, and return what the gate decided.
@@ -133,10 +144,7 @@ class Publisher:
         self.store.delete_version(self.user, version)
 
     def _published_earlier(self) -> AdapterVersion | None:
-        for version in self.store.versions(self.user):
-            if version.idempotency_key == self.job_key:
-                return version
-        return None
+        return published_under(self.store, self.user, self.job_key)
 
     def _judge(self, active: str | None) -> Verdict:
         """Return the verdict on the better one of both adapters."""
@@ -237,8 +245,10 @@ class Publisher:
                 "trained_on": fingerprint_items(self.trained),
                 "prompts": self._prompts(),
                 "verdict": verdict.model_dump(),
+                JUDGED_AGAINST: active,
                 RECOMMENDED: self.recommended.model_dump(),
             },
+            candidate=self.candidate,
             idempotency_key=self.job_key,
             expected_active=active,
             data_seq=self.data_seq,

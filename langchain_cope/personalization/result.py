@@ -67,6 +67,11 @@ class Verdict(BaseModel):
     """The stage that trained it, `sft` or `dpo`: the better one of the two."""
     reason: str
     """The sentence, with what decided beside it."""
+    p_value: float = 1.0
+    """The chance of gains like these where the adapter helps nobody; 1 where nothing can be told.
+
+    What was believed beforehand is not in it, so that a fleet can add up chances over its users.
+    """
     advice: str | None = None
     """What would help, where it was refused."""
 

@@ -10,11 +10,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from langchain_core.callbacks import CallbackManagerForChainRun, dispatch_custom_event
 from langchain_core.runnables import RunnableConfig
 
+from adapter_store import AdapterStore
 from langchain_cope.errors import Cancelled, InputError
 from langchain_cope.evaluation.comparison import train_and_evaluate
 from langchain_cope.history import as_history
@@ -49,6 +50,8 @@ _device_locks_lock = threading.Lock()
 class Run(Monitor):
     """One personalization; a `Monitor` with stages as child runs and steps as events."""
 
+    waits_for_verdict: ClassVar[bool] = False
+    """Whether what passes the gate stays a candidate in the store."""
     result: PersonalizeResult
     _callbacks: CallbackManagerForChainRun
     _config: RunnableConfig
@@ -135,7 +138,7 @@ class Run(Monitor):
         store = open_store(self.settings.store)
         with self.stage(Stage.HISTORY):
             # Asked first: an erasure from now on holds against this training too.
-            data_seq = store.data_seq(self.user)
+            data_seq = self._data_seq(store)
             history = self._read_history()
             trained, held_out = split(history.items)
             # Hours of training must not end at a store that cannot be written.
@@ -181,6 +184,7 @@ class Run(Monitor):
                     reference_adapter=self.settings.reference_adapter,
                     job_key=job.key,
                     data_seq=data_seq,
+                    candidate=self.waits_for_verdict,
                     monitor=self,
                 )
                 outcome = publisher.publish_if_better()
@@ -206,6 +210,9 @@ class Run(Monitor):
         if self._publication is not None:
             publisher, outcome = self._publication
             publisher.withdraw(outcome)
+
+    def _data_seq(self, store: AdapterStore) -> int:
+        return store.data_seq(self.user)
 
     def _read_history(self) -> UserHistory:
         rows = self.request.history
@@ -239,7 +246,9 @@ class Run(Monitor):
         self, engine: "Engine", recipe: Recipe, trained: list[Item], held_out: list[Item]
     ) -> AbstractContextManager[Job]:
         base = {**engine.base.fingerprint(), "dtype": str(engine.base.dtype)}
-        digest = input_digest(base, recipe, trained, held_out)
+        return self._job_of(input_digest(base, recipe, trained, held_out))
+
+    def _job_of(self, digest: str) -> AbstractContextManager[Job]:
         if self.settings.job_dir is None:
             return temporary_job(self.user, digest)
         return resumable_job(self.settings.job_dir, self.user, digest)

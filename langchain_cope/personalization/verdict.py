@@ -90,6 +90,7 @@ def judge(
         reference=hardest.reference.name,
         adapter=adapter,
         reason=reason,
+        p_value=1.0 if mispaired else max(one.p_value for one in comparisons if one.counts),
         advice=advice,
     )
 
@@ -112,6 +113,16 @@ class _Comparison:
     gains: list[float]
     probability: float
     passed: bool
+    p_value: float
+    """The chance of such gains where there is nothing to gain, without any belief beforehand."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether beating the reference is what makes an adapter worth having.
+
+        The active version was proven when it was published.
+        """
+        return self.reference.level >= SURE
 
     @property
     def mean(self) -> float:
@@ -166,7 +177,8 @@ def _compare(
         belief = prior.leaning(2 * certainty(evidence.first_sights, prior.sceptical) - 1)
     probability = certainty(gains, belief)
     passed = probability >= reference.level and fmean(gains) > min_gain
-    return _Comparison(reference, gains, probability, passed)
+    p_value = 1 - certainty(gains, prior.sceptical)
+    return _Comparison(reference, gains, probability, passed, p_value)
 
 
 def percent(probability: float) -> str:

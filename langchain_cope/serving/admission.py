@@ -16,6 +16,7 @@ from langchain_cope.serving.errors import ApiError
 
 _RECENT = 64  # answers that the rate is measured over
 _LONGEST = 120  # seconds: OpenAI's clients heed no longer Retry-After
+_MOMENT = 5.0  # seconds
 _UNKNOWN = 5.0  # seconds, before anything was measured
 
 
@@ -50,6 +51,11 @@ class Admission:
     def num_waiting(self) -> int:
         """Requests in the line."""
         return sum(map(len, self._waiting.values()))
+
+    def is_busy(self) -> bool:
+        """Tell whether anybody is answered, or was a moment ago."""
+        recent = bool(self._left) and self._clock() - self._left[-1] < _MOMENT
+        return bool(self._held) or recent
 
     def check(self, key: str) -> None:
         """Raise ApiError (429) where no more requests of this key may wait."""

@@ -24,8 +24,10 @@ from langchain_core.runnables import RunnableConfig
 from adapter_store.errors import UserErasedError
 from langchain_cope.atomic_files import read_json, write_json
 from langchain_cope.errors import Cancelled, CopeError, EngineClosed
-from langchain_cope.personalize import PROGRESS, PersonalizeUser
+from langchain_cope.personalize import PROGRESS, PersonalizeResult, PersonalizeUser
 from langchain_cope.serving.errors import ApiError, api_error
+from langchain_cope.serving.giving_way import GivesWay, lower_priority
+from langchain_cope.serving.voice_score import voice_score
 from langchain_cope.training.progress import Stage
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -68,14 +70,21 @@ class Job:
 class JobRunner:
     """Runs personalizations one after another; a user has one at a time."""
 
-    def __init__(self, folder: Path, personalize: PersonalizeUser | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        personalize: PersonalizeUser | None,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Read the records below `folder`, which is made; nothing runs before `start`.
 
         Args:
             folder: Private: records and unfinished work hold what users wrote.
             personalize: Trains and publishes; None: nothing is trained here.
+            is_busy: Tells whether people are being answered; a training then gives way.
         """
         self.folder = folder
+        self._is_busy = is_busy
         self._personalize = personalize
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
@@ -193,6 +202,7 @@ class JobRunner:
         return list(self._jobs.values())  # without the lock: a signal's handler may not wait
 
     def _run_all(self) -> None:
+        lower_priority()
         while (job := self._waiting.get()) is not None and not self._closing.is_set():
             with self._lock:
                 if job.status != "queued" or job.id not in self._jobs:
@@ -203,7 +213,7 @@ class JobRunner:
 
     def _run(self, job: Job) -> None:
         assert self._personalize is not None
-        config: RunnableConfig = {"callbacks": [_Steps(job)]}
+        config: RunnableConfig = {"callbacks": [_Steps(job, self._is_busy)]}
         try:
             result = self._personalize.invoke({"user_id": job.user}, config, stop_event=job.stop)
         except (Cancelled, EngineClosed):
@@ -222,6 +232,7 @@ class JobRunner:
             self._finish(job, "failed")
         else:
             job.result = result.model_dump(mode="json", exclude={"user_id", "recipe"})
+            job.result |= _voice(result)
             self._finish(job, "succeeded")
 
     def _finish(self, job: Job, status: Status) -> None:
@@ -269,13 +280,25 @@ class JobRunner:
         self._jobs[job.id] = job
 
 
-class _Steps(BaseCallbackHandler):
-    """Writes a run's progress into its job."""
+def _voice(result: PersonalizeResult) -> dict[str, Any]:
+    """Return the voice score; that it fails fails no training."""
+    try:
+        return voice_score(result)
+    except Exception as error:  # the package that measures it is not installed, say
+        _log.warning("no voice score: %s", type(error).__name__)
+        return {"voice": None, "voice_note": "it could not be computed"}
 
-    def __init__(self, job: Job) -> None:
+
+class _Steps(BaseCallbackHandler):
+    """Writes a run's progress into its job; has the run give way while people are answered."""
+
+    def __init__(self, job: Job, is_busy: Callable[[], bool]) -> None:
         self._job = job
+        self._is_busy = is_busy
+        self._gives_way = GivesWay()
 
     def on_custom_event(self, name: str, data: Any, **kwargs: Any) -> None:
+        self._gives_way.now(self._is_busy())
         if name == PROGRESS:
             names = ("stage", "step", "total", "loss", "seconds_left")
             facts = {key: data[key] for key in names}

@@ -18,6 +18,10 @@ from langchain_cope.serving.request_log import JsonLines, log
 from langchain_cope.serving.settings import ServeSettings
 from langchain_cope.serving.state import ServerState
 
+# Longer than proxies and clients keep an idle connection (a minute, mostly): who closes first loses
+# what the other sends at that moment.
+KEEP_ALIVE = 75
+
 
 def serve(settings: ServeSettings, log_level: str = "info") -> None:
     """Serve until a signal comes.
@@ -43,6 +47,7 @@ def server_of(state: ServerState) -> "DrainingServer":
         log_config=None,
         server_header=False,
         proxy_headers=False,  # addresses decide nothing here
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, round(settings.drain)),
     )
     return DrainingServer(config, state)

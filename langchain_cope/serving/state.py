@@ -90,8 +90,9 @@ class ServerState:
         personalize = None
         if settings.train == "thread":
             personalize = PersonalizeUser(**base, history=history, job_dir=jobs / WORK)
-        runner = JobRunner(jobs, personalize)
         rows = (settings.engine_options or EngineOptions()).max_rows
+        admission = Admission(rows, settings.max_waiting)
+        runner = JobRunner(jobs, personalize, admission.is_busy)
         state = cls(
             settings=settings,
             chat=ChatCoPe(
@@ -104,7 +105,7 @@ class ServerState:
             keys=None if settings.keys is None else KeyFile(settings.keys),
             at_drain=[runner.begin_stop],
             at_close=[runner.close],
-            admission=Admission(rows, settings.max_waiting),
+            admission=admission,
             limits=KeyLimits(settings.max_concurrent),
             store_watch=StoreWatch(store),
             preparing=Workers("cope-prepare", PREPARING, settings.max_waiting),

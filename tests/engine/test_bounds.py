@@ -159,6 +159,7 @@ def test_a_long_prompt_is_read_in_pieces_between_running_answers_tokens(
     long = Request(tokens(230), sampling=Sampling(max_tokens=8))
     expected = alone.generate([long])[0]
     engine, widths = engine_with(prefix_cache=0, prefill_pause=1e-6, speculation=False), []
+    engine._scheduler._decode = engine._scheduler._batch.decode  # type: ignore[method-assign]
     with (
         before_each_forward(engine, slowly),
         before_each_forward(engine, lambda inputs: widths.append(inputs.ids.shape[1])),
@@ -173,6 +174,24 @@ def test_a_long_prompt_is_read_in_pieces_between_running_answers_tokens(
         "a token between pieces"
     )
     assert isinstance(running.completion(), Completion)
+
+
+def test_prompts_may_take_as_long_as_a_step_takes(engine_with: EngineWith) -> None:
+    engine, widths = engine_with(prefix_cache=0, prefill_pause=1e-6, speculation=False), []
+
+    def slow_step(inputs: Inputs) -> None:
+        widths.append(inputs.ids.shape[1])
+        time.sleep(0.1 if widths[-1] == 1 else 0.01)
+
+    with before_each_forward(engine, slow_step):
+        running = engine.stream(Request(tokens(5), sampling=Sampling(max_tokens=200)))
+        next(running)
+        next(running)
+        widths.clear()
+        engine.generate([Request(tokens(230), sampling=Sampling(max_tokens=1))])
+        running.close()
+    pieces = [width for width in widths if width > 1]
+    assert len(pieces) < 230 // 16 // 2
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(engine_with: EngineWith) -> None:

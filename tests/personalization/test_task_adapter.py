@@ -114,9 +114,7 @@ def test_a_runnable_stops_and_refuses(tiny: Callable[..., Path], tmp_path: Path)
     request = {"users": [user("anna"), user("bert")], "folder": tmp_path / "task"}
     with pytest.raises(Cancelled):
         train.invoke(request, stop_event=stopped)
-    with pytest.raises(
-        InputError, match=r"takes users and folder \(folder: Field required"
-    ):
+    with pytest.raises(InputError, match=r"takes users and folder \(folder: Field required"):
         train.invoke({"users": []})
     broken = {"user_id": "carl", "history": [{"prompt": 3}]}
     with pytest.raises(HistoryError, match=r"^users\[1\]: history\[0\]"):

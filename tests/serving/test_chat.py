@@ -1,5 +1,7 @@
 """Chat completions: whose voice, which version, and what is refused by name."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from tiny import make_adapter
 
 from adapter_store.errors import BackendError
 from langchain_cope.engine import load_base
+
+CHAT = "/v1/chat/completions"
 
 
 def text_of(answer: Any) -> str:
@@ -141,3 +145,35 @@ def test_texts_of_the_developer_and_of_tools_are_read(server: Running) -> None:
     answer = server.ask("alice", messages=messages)
     assert answer.status_code == 200
     assert answer.json()["usage"]["prompt_tokens"] > 20
+
+
+def test_no_answer_mixes_versions_that_are_published_meanwhile(
+    server: Running, base: Path, tmp_path: Path
+) -> None:
+    store, before = server.state.store, server.state.store.active("bob")
+    fingerprint = load_base(str(base)).fingerprint()
+    versions = [before]
+
+    def stream(_: int) -> set[tuple[str, ...]]:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Tell"}], "stream": True}
+        with server.client("bob") as client:
+            text = client.post(CHAT, json={**body, "max_tokens": 60, "temperature": 1}).text
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        named = {chunk["cope"]["adapter_version"] for chunk in chunks if "cope" in chunk}
+        return {(chunk["system_fingerprint"], *named) for chunk in chunks}
+
+    with ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(stream, number) for number in range(24)]
+        for seed in range(30, 33):
+            adapter = make_adapter(tmp_path / str(seed), base, seed=seed)
+            versions.append(store.publish("bob", adapter, base=fingerprint).version)
+        seen = [answer.result() for answer in answers]
+    try:
+        assert all(len(marks) == 1 for marks in seen)
+        digests = {version.version: version.digest[:8] for version in store.versions("bob")}
+        for ((fingerprint_of_answer, version),) in seen:
+            assert fingerprint_of_answer.endswith(digests[version])
+        assert server.ask("bob").json()["cope"]["adapter_version"] == versions[-1]
+    finally:
+        assert before is not None
+        store.activate("bob", before)

@@ -1,6 +1,7 @@
 """The page in a real browser, through the whole story. Needs playwright and Debian's chromium."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+_AXE = Path(os.environ.get("AXE_CORE", "node_modules/axe-core/axe.min.js"))
+AXE = _AXE if _AXE.exists() else None
 HOSTILE = "<img src=x onerror=document.title='broken'>"
 
 
@@ -91,6 +94,18 @@ def personalized(page: Any) -> None:
     sync_api.expect(page.locator("#train")).to_be_enabled()
 
 
+def serious(page: Any) -> list[str]:
+    """What axe finds of the page as it stands, of those that keep people out."""
+    assert AXE is not None
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run()")["violations"]
+    return [
+        f"{each['id']}: {[node['html'] for node in each['nodes']]}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    ]
+
+
 def test_the_whole_story_from_a_name_to_erasure(page: Any, server: Running) -> None:
     expect = sync_api.expect
     named(page, "robin")
@@ -116,6 +131,12 @@ def test_the_whole_story_from_a_name_to_erasure(page: Any, server: Running) -> N
     slider.evaluate("one => one.dispatchEvent(new Event('change'))")
     expect(turn.locator(".own .facts")).to_contain_text("α 0.5")
     assert len(chats) == 1
+
+    page.click("#result button")
+    report = page.locator("#report")
+    expect(report).to_contain_text("Voice: ")
+    expect(report).to_contain_text("You wrote")
+    page.keyboard.press("Escape")
 
     turn.locator(".correct").click()
     page.fill("#edit", "My own words about story 4")
@@ -162,3 +183,64 @@ def test_nothing_scrolls_sideways(browser: Any, server: Running, width: int, hei
     )
     assert unnamed == []
     context.close()
+
+
+@pytest.mark.skipif(AXE is None, reason="axe-core is not there: npm install axe-core, or AXE_CORE")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(scheme: Any, browser: Any, server: Running) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(f"{server.url}/app/")
+    assert serious(page) == []
+    named(page, f"axe-{scheme}")
+    page.fill("#texts", "\n".join(json.dumps(row) for row in ROWS))
+    page.click("#texts-form button[type=submit]")
+    sync_api.expect(page.locator("#texts-count")).to_contain_text("10 texts")
+    personalized(page)
+    turn = asked(page, "Headline for story 3?")
+    assert serious(page) == []
+    for opened in (
+        lambda: page.click("#result button"),
+        lambda: page.click("#erase"),
+        lambda: turn.locator(".correct").click(),
+        lambda: page.evaluate("document.getElementById('key-dialog').showModal()"),
+    ):
+        opened()
+        assert serious(page) == []
+        page.keyboard.press("Escape")
+    context.close()
+
+
+def test_a_key_is_asked_for_and_all_works_from_the_keyboard(
+    browser: Any, server: Running, tmp_path: Path
+) -> None:
+    expect = sync_api.expect
+    with running(server.base, tmp_path / "adapters", tmp_path, app=True, answer_tokens=4) as locked:
+        context = browser.new_context(viewport={"width": 1280, "height": 800})
+        page = context.new_page()
+        page.goto(f"{locked.url}/app/")
+        expect(page.locator("#key-dialog")).to_be_visible()
+        assert page.evaluate("document.activeElement.id") == "key"
+        page.keyboard.type("cope_wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-dialog")).to_be_visible()
+        page.locator("#key").focus()
+        page.keyboard.type(locked.keys["alice"])
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-dialog")).to_be_hidden()
+        reached: list[str] = []
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            reached.append(page.evaluate("document.activeElement.id"))
+        wanted = "user question new-chat alpha show-colours texts texts-file train erase"
+        assert set(wanted.split()) <= set(reached)
+        page.locator("#user").focus()
+        page.keyboard.type("alice")
+        page.keyboard.press("Enter")
+        expect(page.locator("#status")).to_have_text("You write as alice.")
+        page.locator("#question").focus()
+        page.keyboard.type("Hello")
+        page.keyboard.press("Enter")
+        expect(page.locator(".turn .feedback")).to_be_visible(timeout=30_000)
+        assert locked.keys["alice"] not in page.url
+        context.close()

@@ -284,3 +284,26 @@ def test_a_full_disk_ends_no_other_training(
         time.sleep(0.01)
     assert [job.status for job in jobs] == ["failed", "failed"]  # they have no texts
     runner.close()
+
+
+def test_a_voice_score_tells_who_writes_more_like_the_user() -> None:
+    from langchain_cope.personalize import PersonalizeResult, Sample
+    from langchain_cope.serving.voice_score import voice_score
+
+    own = ["well, the harbour was rather lovely", "well, the bridge was rather long"]
+    plain = ["The harbour is a place.", "A bridge connects two sides."]
+
+    def score(answers: list[str]) -> Any:
+        samples = [
+            Sample(prompt=[], reference=one, base=base, sft=base, dpo=base, cope=answer)
+            for one, base, answer in zip(own, plain, answers, strict=False)
+        ]
+        result = PersonalizeResult(
+            user_id="a", published=True, version="v", reason="", metrics={}, timings={},
+            num_trained=8, num_held_out=2, samples=samples,
+        )  # fmt: skip
+        return voice_score(result)["voice"]
+
+    assert score(plain) == 0
+    assert score(own) > score([own[0], plain[1]]) > 0
+    assert score(own[:1]) is None

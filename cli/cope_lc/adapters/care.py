@@ -89,9 +89,9 @@ def gc(
 ) -> None:
     """Remove what is no longer needed; safe while others write.
 
-    This is: what killed publishers and interrupted erasures left, log entries older than a month
-    beyond a user's newest hundred, and copies of deleted versions in the cache. Listed versions
-    stay. Exit code 1 if some users cannot be read.
+    This is: what killed publishers and interrupted erasures left, candidates that a fleet left a
+    week ago, log entries older than a month beyond a user's newest hundred, and copies of deleted
+    versions in the cache. Listed versions stay. Exit code 1 if some users cannot be read.
     """
     store = existing_store_at(store_url)
     with counted("users looked at") as count:
@@ -106,6 +106,7 @@ def _show_collected(collected: "Collected", dry_run: bool) -> None:
     say_skipped(collected.problems)
     parts = (
         f"{collected.versions} unlisted versions ({collected.version_bytes / 1e6:.1f} MB)",
+        f"{collected.candidates} candidates that no run came back for",
         f"{collected.entries} log entries",
         f"{collected.keys} keys",
         f"{collected.unfinished_files} unfinished files",

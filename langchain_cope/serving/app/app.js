@@ -405,12 +405,14 @@ async function findJob() {
   if (state.user !== user) return;
   const live = data.find((job) => job.status === "queued" || job.status === "running");
   if (live) attempt(() => follow(live.id));
+  else if (data[0]) showOutcome(data[0]);
 }
 
 async function follow(id) {
   const abort = new AbortController();
   state.job = { id, abort };
   showTraining(true);
+  byId("result").replaceChildren();
   byId("stage").textContent = "Waiting";
   byId("progress").removeAttribute("value");
   try {
@@ -441,7 +443,13 @@ function showProgress({ status, label, step, total, seconds_left: left }) {
   else byId("progress").removeAttribute("value");
 }
 
-async function showResult({ status, result, error }) {
+async function showResult(job) {
+  showOutcome(job);
+  await Promise.all([showVersions(), showTexts()]);
+}
+
+/** Say how a training ended: its voice score, whether it was published and why, its report. */
+function showOutcome({ status, result, error }) {
   const shown = byId("result");
   shown.replaceChildren();
   if (status === "cancelled") {
@@ -450,24 +458,49 @@ async function showResult({ status, result, error }) {
     shown.append(element("p", error?.message ?? "It failed.", "problem"));
   } else {
     if (typeof result.voice === "number") {
-      shown.append(element("p", `${Math.round(100 * result.voice)} % of the way from strangers to you`, "score"));
+      const points = (100 * result.voice).toFixed(1).replace("-", "−");
+      shown.append(element("p", `${points} points more like your own texts than the base`, "score"));
     }
     shown.append(element("p", result.published ? "Published. Ask something." : "Not published."));
     shown.append(element("p", result.reason));
-    shown.append(metricsTable(result.metrics));
+    const open = element("button", "Open the report");
+    open.type = "button";
+    open.addEventListener("click", () => openReport(result));
+    shown.append(open);
   }
-  await Promise.all([showVersions(), showTexts()]);
+}
+
+/** Show what a training found: figures, how strongly the version acts, notes, answers side by side. */
+function openReport(result) {
+  const { voice, voice_note: note, verdict, recommended, metrics, notes, samples } = result;
+  const score = typeof voice === "number" ? `${voice.toFixed(3)}: ${note}` : `none: ${note}`;
+  const lines = [result.reason, verdict?.advice, recommended?.why, `Voice: ${score}`];
+  byId("report").replaceChildren(
+    ...lines.filter(Boolean).map((line) => element("p", line)),
+    metricsTable(metrics),
+    ...notes.map((line) => element("p", line, "quiet")),
+    ...samples.slice(0, 5).flatMap(sampleOf),
+  );
+  byId("report-dialog").showModal();
+}
+
+function sampleOf({ prompt, reference, base, cope }) {
+  const texts = [["You wrote", reference], ["Base model", base], ["In your voice", cope]];
+  const list = document.createElement("dl");
+  for (const [who, text] of texts) list.append(element("dt", who), element("dd", text, "text"));
+  return [element("h3", prompt.at(-1)?.content ?? ""), list];
 }
 
 function metricsTable(metrics) {
   const measures = [...new Set(Object.values(metrics).flatMap(Object.keys))];
   const table = document.createElement("table");
   const head = table.createTHead().insertRow();
-  head.append(element("th", "way"), ...measures.map((name) => element("th", name)));
+  const heading = (text, scope) => Object.assign(element("th", text), { scope });
+  head.append(...["way", ...measures].map((name) => heading(name, "col")));
   const body = table.createTBody();
   for (const [way, figures] of Object.entries(metrics)) {
     const row = body.insertRow();
-    row.append(element("th", way));
+    row.append(heading(way, "row"));
     for (const name of measures) row.append(element("td", figures[name]?.toFixed(3) ?? "–"));
   }
   return table;
@@ -543,6 +576,7 @@ onClick("erase", async () => {
 });
 onClick("erase-no", async () => byId("erase-dialog").close());
 onSubmit("erase-form", erase);
+onClick("report-close", async () => byId("report-dialog").close());
 onClick("edit-no", async () => byId("edit-dialog").close());
 onSubmit("edit-form", saveEdit);
 

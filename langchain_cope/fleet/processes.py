@@ -1,0 +1,181 @@
+"""Workers in spawned processes of this machine, each with a base of its own.
+
+Not a pool of the standard library's: one that is killed would take the whole pool down with it. A
+process is never forked, since a loaded torch does not survive that. Driver and worker talk over one
+pipe; where it closes, the other side is gone: a worker then ends at once, and never outlives a
+driver that was killed.
+"""
+
+import os
+import queue
+import signal
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Self
+
+from langchain_cope.fleet.runner import Settled, WorkersFailed, died
+from langchain_cope.fleet.tasks import Outcome, Plan, Task
+
+_MOST_DEATHS = 3  # of workers in a row that never became ready
+_GONE = (EOFError, OSError)
+
+
+class ProcessRunner:
+    """So many workers, each in a process.
+
+    Where the plan does not say with how many threads they compute, the cores are divided: two
+    processes with a thread each train more of a small model than one with two.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self._workers: list[_Process] = []
+        self._deaths = 0
+
+    def start(self, plan: Plan) -> None:
+        """Start the processes."""
+        threads = plan.threads or max(1, (os.cpu_count() or 1) // self.num_workers)
+        self._plan = replace(plan, threads=threads)
+        self._workers = [_Process(self._plan) for _ in range(self.num_workers)]
+
+    @property
+    def running(self) -> int:
+        """How many tasks are under way."""
+        return sum(worker.task is not None for worker in self._workers)
+
+    def submit(self, task: Task) -> None:
+        """Hand the task to an idle worker, one that is ready before one that still loads."""
+        idle = [worker for worker in self._workers if worker.task is None]
+        max(idle, key=lambda worker: worker.is_ready).give(task)
+
+    def wait(self, seconds: float) -> list[Settled]:
+        """Return what has been settled; workers that died are replaced."""
+        by_pipe = {worker.pipe: worker for worker in self._workers}
+        settled: list[Settled] = []
+        for pipe in wait(list(by_pipe), seconds):
+            worker = by_pipe[pipe]  # type: ignore[index]
+            try:
+                said = worker.pipe.recv()
+            except _GONE:
+                settled += self._replace(worker)
+                continue
+            if said is None:
+                worker.is_ready, self._deaths = True, 0
+            elif isinstance(said, str):
+                raise WorkersFailed(f"a worker could not start: {said}")
+            elif worker.task is not None:
+                settled.append((worker.task, said))
+                worker.task = None
+        return settled
+
+    def stop(self) -> None:
+        """Ask all workers to stop."""
+        for worker in self._workers:
+            worker.ask_to_stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    def _replace(self, worker: "_Process") -> list[Settled]:
+        how = worker.end()
+        self._deaths += not worker.is_ready
+        if self._deaths >= _MOST_DEATHS:
+            raise WorkersFailed(
+                f"{self._deaths} workers in a row {how} while they loaded the base: is there "
+                "memory for so many? Try fewer --workers"
+            )
+        self._workers[self._workers.index(worker)] = _Process(self._plan)
+        return [] if worker.task is None else [(worker.task, died(how))]
+
+
+class _Process:
+    """One worker's process, seen from the driver."""
+
+    def __init__(self, plan: Plan) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.task: Task | None = None
+        self.is_ready = False
+        self._process: BaseProcess = context.Process(
+            target=_serve, args=(theirs, plan), name="cope-fleet-worker", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def give(self, task: Task) -> None:
+        self.task = task
+        self._send(task)
+
+    def ask_to_stop(self) -> None:
+        self._send(None)
+
+    def end(self) -> str:
+        """End the process, and return how it ended for people."""
+        self.pipe.close()  # which tells it to end
+        self._process.join(1)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        code = self._process.exitcode or 0
+        if code == -signal.SIGKILL:
+            return "was killed (signal 9), as the system does where memory runs out"
+        return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+
+    def _send(self, message: Task | None) -> None:
+        with suppress(*_GONE):  # `wait` finds out
+            self.pipe.send(message)
+
+
+def _serve(pipe: Connection, plan: Plan) -> None:
+    """Work in a worker's process until the pipe closes."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the driver hears them, and says what to do
+        signal.signal(number, signal.SIG_IGN)
+    os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # before torch is loaded
+    tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    stopping = threading.Event()
+    threading.Thread(target=_listen, args=(pipe, tasks, stopping), daemon=True).start()
+    from langchain_cope.fleet.worker import Worker
+
+    try:
+        worker = Worker(plan)
+    except Exception as error:
+        _say(pipe, str(error) or type(error).__name__)
+        time.sleep(60)  # until the driver has heard, and closes the pipe
+        return
+    _say(pipe, None)
+    while True:
+        _say(pipe, worker.work(tasks.get(), stopping.is_set))
+
+
+def _listen(pipe: Connection, tasks: "queue.SimpleQueue[Task]", stopping: threading.Event) -> None:
+    while True:
+        try:
+            said = pipe.recv()
+        except _GONE:
+            os._exit(0)  # the driver is gone: nobody wants what is under way
+        if said is None:
+            stopping.set()
+        else:
+            tasks.put(said)
+
+
+def _say(pipe: Connection, message: Outcome | str | None) -> None:
+    try:
+        pipe.send(message)
+    except _GONE:
+        os._exit(0)

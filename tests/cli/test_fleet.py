@@ -1,0 +1,91 @@
+"""`cope-lc personalize-fleet` and `cope-lc fleet migrate` as people run them."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from adapter_store import AdapterStore
+
+
+@pytest.fixture
+def histories(tmp_path: Path) -> Path:
+    """A JSONL of three users, one of them with too little."""
+    file = tmp_path / "users.jsonl"
+    lines = []
+    for user, num_items in (("alice", 12), ("<b>bob</b>", 12), ("carol", 3)):
+        items = [
+            {"prompt": f"Story {n}?", "completion": f"The fox says {user}, dog {n}"}
+            for n in range(num_items)
+        ]
+        lines.append(json.dumps({"user_id": user, "history": items}))
+    file.write_text("\n".join(lines))
+    return file
+
+
+def finished(run: Popen[str]) -> tuple[int, str, str]:
+    printed, said = run.communicate(timeout=200)
+    return run.returncode, printed, said
+
+
+def test_a_fleet_ends_with_a_report_of_everybody(
+    process: Callable[..., Popen[str]], histories: Path, tmp_path: Path, store_folder: Path
+) -> None:
+    words = ("personalize-fleet", histories, "--model", "starter", "--work", tmp_path / "work")
+    page = tmp_path / "report.html"
+    code, printed, said = finished(process(*words, "--workers", 2, "--json", "--report", page))
+    assert code == 0, said
+    facts = json.loads(printed)
+    states = {user["user_id"]: user["state"] for user in facts["users"]}
+    assert states == {"alice": "published", "<b>bob</b>": "published", "carol": "unfit"}
+    assert facts["counts"] == {"published": 2, "unfit": 1}
+    assert facts["gain"]["num_users"] == 2
+    assert facts["phases"]["sft"] > 0
+    assert "3 of 3 users" in said
+    store = AdapterStore(store_folder)
+    assert [len(store.versions(user)) for user in states] == [1, 1, 0]
+    html = page.read_text()
+    assert "&lt;b&gt;bob" in html
+    assert "<b>bob" not in html
+
+    new_base = ("fleet", "migrate", histories, "--base", "starter", "--work", tmp_path / "moved")
+    code, printed, said = finished(process(*new_base, "--device", "cpu"))
+    assert code == 0, said
+    assert "2 users: 2 unchanged" in printed  # carol has no version to migrate
+    assert [len(store.versions(user)) for user in states] == [1, 1, 0]
+
+
+def test_sigterm_ends_a_fleet_in_order_and_it_goes_on(
+    process: Callable[..., Popen[str]], histories: Path, tmp_path: Path, store_folder: Path
+) -> None:
+    words = ("personalize-fleet", histories, "--model", "starter", "--work", tmp_path / "work")
+    run = process(*words)
+    ledger = tmp_path / "work" / "ledger.jsonl"
+    until = time.monotonic() + 100
+    while not (ledger.exists() and "begun" in ledger.read_text()):
+        assert time.monotonic() < until
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    code, _, said = finished(run)
+    assert code == 1
+    assert "nothing was published; the same command goes on" in said
+    store = AdapterStore(store_folder)
+    assert store.versions("alice") == []
+    code, _, said = finished(process(*words, "--json"))
+    assert code == 0, said
+    assert len(store.versions("alice")) == 1
+
+
+def test_a_source_that_is_missing_is_a_wrong_call(cope_lc: Callable, tmp_path: Path) -> None:
+    outcome = cope_lc("personalize-fleet", tmp_path / "missing")
+    assert outcome.code == 2
+    assert "no such file or folder" in outcome.error
+    page = tmp_path / "missing" / "page.html"
+    outcome = cope_lc("personalize-fleet", tmp_path, "--report", page)
+    assert outcome.code == 2
+    assert "there is no folder" in outcome.error

@@ -1,0 +1,71 @@
+"""Of 200 fleets in which nobody gains, at most 5 % publish anyone; real gains are found."""
+
+import numpy as np
+import pytest
+
+from langchain_cope.fleet.discoveries import LEVEL, discoveries
+from langchain_cope.personalization.certainty import certainty, prior_of
+from langchain_cope.personalization.evidence import Evidence
+from langchain_cope.personalization.verdict import Reference, judge
+
+PRIOR = prior_of({})
+NUM_FLEETS, NUM_USERS = 200, 30
+
+
+def p_value(gains: np.ndarray) -> float:
+    """Return the p-value of a verdict on those gains; whom the gate refuses counts here, too."""
+    return 1 - certainty(gains.tolist(), PRIOR.sceptical)
+
+
+def noise(random: np.random.Generator, kind: str, num_texts: int) -> np.ndarray:
+    """Return the gains on each text of a user who gains nothing on average."""
+    if kind == "normal":
+        return random.normal(0, 0.3, num_texts)
+    if kind == "heavy-tailed":
+        return random.standard_t(3, num_texts) * 0.2
+    return random.exponential(0.3, num_texts) - 0.3  # a few texts gain much
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "skewed to the right"])
+def test_of_fleets_without_any_effect_few_publish_anyone(kind: str) -> None:
+    random = np.random.default_rng(0)
+    num_publishing = num_alone = 0
+    for _ in range(NUM_FLEETS):
+        gains = [noise(random, kind, int(random.integers(2, 20))) for _ in range(NUM_USERS)]
+        p_values = [p_value(each) for each in gains]
+        num_publishing += any(discoveries(p_values))
+        num_alone += min(p_values) < 0.1
+    assert num_publishing <= 0.05 * NUM_FLEETS
+    if kind == "normal":
+        assert num_alone > 0.5 * NUM_FLEETS  # one by one, most fleets would publish somebody
+
+
+def test_those_who_gain_are_found_among_those_who_do_not() -> None:
+    random = np.random.default_rng(1)
+    false = found = 0
+    for _ in range(40):
+        gains = [random.normal(0.3 if user < 20 else 0, 0.3, 12) for user in range(40)]
+        chosen = discoveries([p_value(each) for each in gains])
+        found += sum(chosen[:20])
+        false += sum(chosen[20:])
+    assert found > 0.6 * 20 * 40
+    assert false / (found + false) < LEVEL
+
+
+def test_a_verdicts_p_value_is_without_belief_and_of_the_hardest_reference() -> None:
+    base, other = [0.3, 0.2, 0.4, 0.25, 0.3], [0.1, -0.1, 0.2, 0.0, 0.1]
+    evidence = Evidence(first_sights=base, trained_pairing=[], held_out_pairing=[])
+    references = [
+        Reference("the base", base, is_base=True),
+        Reference("the reference adapter", other),
+        Reference("the active version", [-1.0] * 5, level=0.5),  # proven when it was published
+    ]
+    verdict = judge("sft", [0.0] * 5, references, range(5), evidence, PRIOR)
+    assert verdict.p_value == pytest.approx(p_value(np.array(other)))
+
+
+def test_the_greatest_step_that_holds_counts() -> None:
+    # 0.02 is above its own step (0.0125) and comes in with 0.024, which is below its (0.025).
+    assert discoveries([0.9, 0.02, 0.024, 0.8], 0.05) == [False, True, True, False]
+    assert discoveries([0.02, 0.9, 0.9, 0.9], 0.05) == [False] * 4
+    assert discoveries([]) == []

@@ -1,0 +1,170 @@
+"""Two replicas on a real Ray cluster of this machine: the same answers, and what a death costs."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving.conftest import ROLES, Running, wait_until
+from serving.matrix import LOCKED, MATRIX
+
+from adapter_store import AdapterStore
+from langchain_cope.engine import EngineOptions
+from langchain_cope.errors import InputError
+from langchain_cope.serving import ServeSettings
+from langchain_cope.serving.keys import add_key, new_key
+
+ray: Any = pytest.importorskip("ray", reason="ray is not installed (extra ray)")
+pytestmark = pytest.mark.filterwarnings("ignore")  # ray's own
+
+PORT = 18765
+
+
+@pytest.fixture(scope="module")
+def on_ray(
+    base: Path, published: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """The tests' server on two replicas."""
+    from langchain_cope.serving.on_ray import APP, _import_ray, deployment
+
+    _import_ray()
+    folder = tmp_path_factory.mktemp("on-ray")
+    made = {role: new_key(role, **settings) for role, settings in ROLES.items()}
+    for _, key in made.values():
+        add_key(folder / "keys.json", key)
+    settings = ServeSettings(
+        model=str(base),
+        served_name="tiny",
+        store=str(published),
+        data=folder / "data",
+        keys=folder / "keys.json",
+        user_header="X-User",
+        device="cpu",
+        engine_options=EngineOptions(max_rows=16),
+    )
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    from ray import serve
+
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    serve.run(deployment(settings, 2), name=APP)
+    texts = {role: text for role, (text, _) in made.items()}
+    unused: Any = None
+    yield Running(unused, unused, f"http://127.0.0.1:{PORT}", texts, {}, base)
+    serve.shutdown()
+    ray.shutdown()
+
+
+def replica_of(user_key: str) -> int:
+    """Return the process of the replica that a user's requests go to."""
+    from ray import serve
+
+    from langchain_cope.serving.on_ray import APP
+
+    handle = serve.get_deployment_handle("Replica", APP)
+    return int(handle.options(session_id=user_key).pid.remote().result())
+
+
+def text_of(answer: httpx.Response) -> str:
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def test_every_user_is_answered_as_by_the_local_server(on_ray: Running, server: Running) -> None:
+    for role, fields in (("alice", {}), ("bob", {}), ("base", {}), ("app", {"user": "alice"})):
+        here, there = (each.ask(role, max_tokens=12, **fields) for each in (server, on_ray))
+        assert there.status_code == 200, there.text
+        assert text_of(there) == text_of(here)
+    with on_ray.client("alice") as client:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = [line for line in stream.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert len(lines) > 3
+
+
+def test_keys_and_routes_are_those_of_the_local_server(on_ray: Running) -> None:
+    for (method, path), statuses in MATRIX.items():
+        if "{" in path:
+            continue
+        with on_ray.client(None) as client:
+            assert client.request(method, path).status_code == statuses[0], path
+        if statuses[:4] == LOCKED:
+            with on_ray.client("malformed") as client:
+                assert client.request(method, path).status_code == 401
+    assert on_ray.ask("alice", user="bob").status_code == 403
+    with on_ray.client("alice") as client:
+        assert client.get("/v1/nothing").status_code == 404
+        assert client.post("/v1/chat/completions", content=b"x" * (2 << 20)).status_code == 413
+        refused = client.post("/v1/personalize", json={"user": "alice"})
+        assert refused.json()["error"]["code"] == "training_off"
+        rows = [{"prompt": "a", "completion": "b"}]
+        assert client.post("/v1/history", json={"user": "alice", "rows": rows}).status_code == 200
+        assert client.get("/v1/history", params={"user": "alice"}).json()["items"] == 1
+
+
+def test_a_user_stays_on_one_replica_and_users_are_spread(on_ray: Running) -> None:
+    keys = [f"{number:064x}" for number in range(20)]
+    first = [replica_of(key) for key in keys]
+    assert [replica_of(key) for key in keys] == first
+    assert len(set(first)) == 2
+
+
+def test_a_replica_that_dies_costs_no_request_before_its_first_piece(
+    on_ray: Running, published: Path
+) -> None:
+    key = AdapterStore(str(published)).user_key("alice")
+    victim = replica_of(key)
+    answers: list[httpx.Response] = []
+    asking = [
+        threading.Thread(target=lambda: answers.append(on_ray.ask("alice", max_tokens=400)))
+        for _ in range(4)
+    ]
+    for thread in asking:
+        thread.start()
+    time.sleep(0.3)
+    os.kill(victim, signal.SIGKILL)
+    for thread in asking:
+        thread.join(60)
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert len({text_of(answer) for answer in answers}) == 1
+    wait_until(lambda: replica_of(key) != victim, seconds=60)
+
+
+def test_a_stream_whose_replica_dies_ends_with_an_error_event(
+    on_ray: Running, published: Path
+) -> None:
+    victim = replica_of(AdapterStore(str(published)).user_key("bob"))
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "stream": True,
+        "max_tokens": 900,
+    }
+    with (
+        on_ray.client("bob") as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as stream,
+    ):
+        lines = []
+        for line in stream.iter_lines():
+            if line:
+                lines.append(line)
+            if len(lines) == 3:
+                os.kill(victim, signal.SIGKILL)
+    assert lines[-1] == "data: [DONE]"
+    assert '"code":"replica_lost"' in lines[-2]
+
+
+def test_without_keys_nothing_is_served(base: Path, tmp_path: Path) -> None:
+    from langchain_cope.serving.on_ray import app, serve_on_ray
+
+    settings = ServeSettings(model=str(base), data=tmp_path)
+    with pytest.raises(InputError, match="cope-lc keys new"):
+        serve_on_ray(settings, "local", 1)
+    with pytest.raises(InputError, match="cope-lc keys new"):
+        app({"model": str(base)})
+    with pytest.raises(InputError, match="'colour' is no setting"):
+        app({"model": str(base), "colour": "red"})
