@@ -152,8 +152,8 @@ def _answered(
         return [texts[way] for texts in evaluation.texts]
 
     known = {Strength(alpha=0.0): of(adapter)}
-    stages = (trained_by(training.folder, Stage(name)) for name in (adapter, COPE.adapter))
-    if len(set(stages)) == 1:
+    of_cope = COPE.adapter and trained_by(training.folder, COPE.adapter)
+    if trained_by(training.folder, Stage(adapter)) == of_cope:
         recipe = training.recipe
         known[strength_for(engine.base.fingerprint(), recipe.alpha, recipe.tau)] = of(COPE.name)
     return known
