@@ -295,10 +295,18 @@ class Scheduler:
         return of_readers <= self._max_rows and num_rows <= self._max_offline_rows
 
     def _can_be_read(self, active: ActiveRequest) -> bool:
-        """Tell whether the next forward has room for one more prompt: for a piece of it."""
-        prefilling = self._batch.prefilling
-        num_rows = sum(each.request.num_rows for each in (*prefilling, active))
-        return not prefilling or num_rows * MIN_COLUMNS <= self._prompt_budget()
+        """Tell whether the next forward has room for one more prompt: for a piece of it.
+
+        Of an offline one for all of it: so a reader's that comes is read whole in the next ones.
+        """
+        if not self._batch.prefilling:
+            return True
+        everyone = (*self._batch.prefilling, active)
+        columns = (each.length if active.request.offline else MIN_COLUMNS for each in everyone)
+        num_tokens = sum(
+            each.request.num_rows * width for each, width in zip(everyone, columns, strict=True)
+        )
+        return num_tokens <= self._prompt_budget()
 
     def _free_memory(self, requests: Sequence[ActiveRequest]) -> bool:
         """Hold less after a forward of `requests` ran out of memory.

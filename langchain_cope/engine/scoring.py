@@ -15,7 +15,7 @@ from langchain_cope.engine.forward.inputs import Forward
 from langchain_cope.engine.options import Contrast
 from langchain_cope.engine.rows import Row, Rows
 
-MAX_TOKENS = 16_384  # of one forward, padding included
+MAX_TOKENS = 4096  # of one forward, padding included: whoever chats waits for its end
 LEAST_SHARED = 8  # tokens of a beginning that is worth a forward of its own
 MAX_LOGITS = 1 << 26  # float32 entries of one forward: 256 MB
 CONTRASTED = 128  # distributions that are contrasted at a time: temporaries stay small

@@ -25,6 +25,7 @@ from langchain_cope.engine import (
     Request,
     Sampling,
     load_base,
+    scheduler,
 )
 from langchain_cope.engine.forward import kv_cache as kv_module
 from langchain_cope.engine.forward.inputs import Inputs
@@ -445,6 +446,34 @@ def test_a_reader_waits_for_no_offline_requests(
     assert engine.statistics().answers - before < 20
     found += answers
     assert [each.token_ids for each in found] == alone, "whoever made way goes on where it was"
+
+
+def test_a_readers_prompt_waits_for_few_offline_prompts(
+    engine_with: EngineWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "MAX_PROMPT_TOKENS", 600)
+    engine = engine_with(prefix_cache=0, speculation=False)
+    job = [
+        Request(tokens(200, seed), sampling=Sampling(max_tokens=20), offline=True)
+        for seed in range(32)
+    ]
+    reader, waited = Request(tokens(90, 99), sampling=Sampling(max_tokens=2)), []
+
+    def ask() -> None:
+        before = engine.statistics().prefills
+        next(engine.stream(reader))
+        waited.append(engine.statistics().prefills - before)
+
+    asking = threading.Thread(target=ask)
+
+    def start_once(_: Inputs) -> None:
+        if asking.ident is None:
+            asking.start()
+
+    with before_each_forward(engine, start_once), before_each_forward(engine, slowly):
+        assert len(engine.generate(job)) == 32
+        asking.join()
+    assert waited[0] <= 3
 
 
 def test_readers_take_no_more_rows_than_they_may(engine_with: EngineWith) -> None:

@@ -73,6 +73,13 @@ def test_small_groups_give_the_same_scores_in_the_order_given(
         torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
 
 
+def test_no_forward_of_scoring_keeps_a_chat_waiting_long() -> None:
+    sequences = [(tokens(180, seed), tokens(20, seed)) for seed in range(100)]
+    groups = list(scoring.groups(sequences, 400, 64))
+    assert sorted(index for group in groups for index in group) == list(range(100))
+    assert max(200 * len(group) for group in groups) <= 4096
+
+
 @pytest.mark.parametrize("with_adapter", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_prompt_of_several_completions_is_read_once(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fleet_users import rows_of, write_users
 from personal import QUICK
 
 from langchain_cope.fleet.tasks import Plan
@@ -41,17 +42,3 @@ def histories(tmp_path: Path) -> Path:
     rows = rows_of("carol")
     (folder / "carol.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def rows_of(user: str, num_items: int = 12) -> list[dict[str, str]]:
-    """Return items that are easily learnt: each user says the same of everything."""
-    return [
-        {"prompt": f"Headline for story {i}?", "completion": f"The fox says {user} {user}, dog {i}"}
-        for i in range(num_items)
-    ]
-
-
-def write_users(file: Path, users: list[str], num_items: int = 12) -> None:
-    """Write users to a JSONL, one a line."""
-    lines = [json.dumps({"user_id": user, "history": rows_of(user, num_items)}) for user in users]
-    file.write_text("\n".join(lines) + "\n")

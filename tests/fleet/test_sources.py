@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fleet.conftest import rows_of, write_users
+from fleet_users import rows_of, write_users
 
 from langchain_cope import ChromaHistory
 from langchain_cope.errors import InputError

@@ -183,7 +183,7 @@ class _Stack:
         """Do as `add`, where the adapter in row i of the stack is that of the rows `shares[i]`."""
         for (down, up), rows in zip(self.pairs, shares, strict=False):
             own = states if len(rows) == len(states) else states[rows]
-            flat = own.view(-1, own.shape[-1])
+            flat = own.reshape(-1, own.shape[-1])
             if len(flat) >= MANY_TOKENS:
                 down, up = down.to(states.dtype), up.to(states.dtype)
             low = torch.mm(flat.to(down.dtype), down)

@@ -155,6 +155,20 @@ def test_few_adapters_of_many_rows_lie_in_memory_once_each(
             assert one.log_p_user == pytest.approx(other.log_p_user, abs=1e-4)
 
 
+def test_one_adapter_of_all_rows_takes_states_that_lie_otherwise(
+    tiny: Tiny, adapter: Tiny, engine: Engine
+) -> None:
+    ann = engine.load_adapter(adapter(tiny("llama"), seed=1))
+    lora = LoraRows(engine._batch.forward.sites, torch.empty(0))
+    lora.set([ann] * 4)
+    site, stack = next(iter(lora._stacks.items()))
+    states = torch.randn(3, 4, stack.down.shape[1]).transpose(0, 1)
+    added, expected = (torch.zeros(4, 3, sum(site.sizes)) for _ in range(2))
+    lora.add(site, states, added)
+    lora.add(site, states.contiguous(), expected)
+    assert torch.equal(added, expected)
+
+
 def test_broken_matrices_beside_a_users_own_leave_that_user_alone(
     tiny: Tiny, adapter: Tiny, engine: Engine
 ) -> None:
