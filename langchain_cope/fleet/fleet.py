@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -96,7 +97,7 @@ def run_fleet(
     """
     with Ledger(folder / LEDGER) as ledger:
         fleet = _Fleet(source, plan, ledger, stop or threading.Event(), on_progress, patience)
-        with runner:
+        with closing(runner):
             fleet.train(runner)
         fleet.decide()
         report = fleet.report(runner.num_workers)

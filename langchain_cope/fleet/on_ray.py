@@ -10,18 +10,17 @@ finished stages stay on the machine that did them, unless the fleet's folder is 
 import os
 import threading
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from langchain_cope._ray import import_ray
 from langchain_cope.errors import InputError
-from langchain_cope.fleet.runner import Settled, WorkersFailed, died
+from langchain_cope.fleet.runner import Pool, Settled, WorkersFailed
 from langchain_cope.fleet.tasks import Outcome, Plan, Task
 
 LOCAL = "local"
-_MOST_DEATHS = 3  # of actors in a row that never became ready
 
 
-class RayRunner:
+class RayRunner(Pool["_Actor"]):
     """So many workers on a cluster.
 
     Args:
@@ -31,11 +30,9 @@ class RayRunner:
     """
 
     def __init__(self, num_workers: int, address: str) -> None:
-        self.num_workers = num_workers
+        super().__init__(num_workers)
         self._address = address
-        self._ray: Any = _import_ray()
-        self._actors: list[_Actor] = []
-        self._deaths = 0
+        self._ray: Any = import_ray()
 
     def start(self, plan: Plan) -> None:
         """Connect to the cluster and start the actors."""
@@ -51,21 +48,11 @@ class RayRunner:
         cores = int(self._ray.cluster_resources().get("CPU", 1))
         threads = plan.threads or max(1, cores // self.num_workers)
         self._plan = replace(plan, threads=threads)
-        self._actors = [self._new_actor() for _ in range(self.num_workers)]
-
-    @property
-    def running(self) -> int:
-        """How many tasks are under way."""
-        return sum(actor.task is not None for actor in self._actors)
-
-    def submit(self, task: Task) -> None:
-        """Hand the task to an idle actor, one that is ready before one that still loads."""
-        idle = [actor for actor in self._actors if actor.task is None]
-        max(idle, key=lambda actor: actor.is_ready).give(task)
+        self._workers = [self._new_worker() for _ in range(self.num_workers)]
 
     def wait(self, seconds: float) -> list[Settled]:
         """Return what has been settled; actors that died are replaced."""
-        by_ref = {ref: actor for actor in self._actors for ref in actor.awaited()}
+        by_ref = {ref: actor for actor in self._workers for ref in actor.awaited()}
         if not by_ref:
             return []
         done, _ = self._ray.wait(list(by_ref), num_returns=1, timeout=seconds)
@@ -75,12 +62,14 @@ class RayRunner:
             try:
                 said = self._ray.get(ref)
             except self._ray.exceptions.RayError as error:
-                settled += self._replace(actor, error)
+                self._ray.kill(actor.handle)
+                how = f"died ({type(error).__name__}): {_first_line(error)}"
+                settled += self._replace(actor, how)
                 continue
             if ref == actor.ready:
                 if said is not None:
                     raise WorkersFailed(f"a worker could not start: {said}")
-                actor.is_ready, self._deaths = True, 0
+                self._ready(actor)
             elif actor.task is not None:
                 settled.append((actor.task, Outcome(**said)))
                 actor.task = None
@@ -88,22 +77,15 @@ class RayRunner:
 
     def stop(self) -> None:
         """Ask all actors to stop."""
-        for actor in self._actors:
+        for actor in self._workers:
             actor.handle.stop.options(concurrency_group="stop").remote()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for actor in self._actors:
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._workers:
             self._ray.kill(actor.handle)
 
-    def _new_actor(self) -> "_Actor":
+    def _new_worker(self) -> "_Actor":
         is_gpu = (self._plan.device or "").startswith("cuda")
         remote = self._ray.remote(
             num_cpus=self._plan.threads,
@@ -113,15 +95,6 @@ class RayRunner:
             concurrency_groups={"stop": 1},
         )(RayWorker)
         return _Actor(remote.remote(self._plan))
-
-    def _replace(self, actor: "_Actor", error: Exception) -> list[Settled]:
-        how = f"died ({type(error).__name__}): {_first_line(error)}"
-        self._ray.kill(actor.handle)
-        self._deaths += not actor.is_ready
-        if self._deaths >= _MOST_DEATHS:
-            raise WorkersFailed(f"{self._deaths} workers in a row {how}")
-        self._actors[self._actors.index(actor)] = self._new_actor()
-        return [] if actor.task is None else [(actor.task, died(how))]
 
 
 class RayWorker:
@@ -173,15 +146,6 @@ class _Actor:
         if not self.is_ready:
             return [self.ready]
         return [] if self.task is None else [self._result]
-
-
-def _import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing calls home
-    try:
-        import ray
-    except ImportError:
-        raise InputError("--ray needs ray: pip install 'langchain-cope[ray]'") from None
-    return ray
 
 
 def _first_line(error: Exception) -> str:

@@ -16,43 +16,25 @@ from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import TracebackType
-from typing import Self
 
-from langchain_cope.fleet.runner import Settled, WorkersFailed, died
+from langchain_cope.fleet.runner import Pool, Settled, WorkersFailed
 from langchain_cope.fleet.tasks import Outcome, Plan, Task
 
-_MOST_DEATHS = 3  # of workers in a row that never became ready
 _GONE = (EOFError, OSError)
 
 
-class ProcessRunner:
+class ProcessRunner(Pool["_Process"]):
     """So many workers, each in a process.
 
     Where the plan does not say with how many threads they compute, the cores are divided: two
     processes with a thread each train more of a small model than one with two.
     """
 
-    def __init__(self, num_workers: int) -> None:
-        self.num_workers = num_workers
-        self._workers: list[_Process] = []
-        self._deaths = 0
-
     def start(self, plan: Plan) -> None:
         """Start the processes."""
         threads = plan.threads or max(1, (os.cpu_count() or 1) // self.num_workers)
         self._plan = replace(plan, threads=threads)
-        self._workers = [_Process(self._plan) for _ in range(self.num_workers)]
-
-    @property
-    def running(self) -> int:
-        """How many tasks are under way."""
-        return sum(worker.task is not None for worker in self._workers)
-
-    def submit(self, task: Task) -> None:
-        """Hand the task to an idle worker, one that is ready before one that still loads."""
-        idle = [worker for worker in self._workers if worker.task is None]
-        max(idle, key=lambda worker: worker.is_ready).give(task)
+        self._workers = [self._new_worker() for _ in range(self.num_workers)]
 
     def wait(self, seconds: float) -> list[Settled]:
         """Return what has been settled; workers that died are replaced."""
@@ -63,10 +45,10 @@ class ProcessRunner:
             try:
                 said = worker.pipe.recv()
             except _GONE:
-                settled += self._replace(worker)
+                settled += self._replace(worker, worker.end())
                 continue
             if said is None:
-                worker.is_ready, self._deaths = True, 0
+                self._ready(worker)
             elif isinstance(said, str):
                 raise WorkersFailed(f"a worker could not start: {said}")
             elif worker.task is not None:
@@ -79,28 +61,13 @@ class ProcessRunner:
         for worker in self._workers:
             worker.ask_to_stop()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the processes."""
         for worker in self._workers:
             worker.end()
 
-    def _replace(self, worker: "_Process") -> list[Settled]:
-        how = worker.end()
-        self._deaths += not worker.is_ready
-        if self._deaths >= _MOST_DEATHS:
-            raise WorkersFailed(
-                f"{self._deaths} workers in a row {how} while they loaded the base: is there "
-                "memory for so many? Try fewer --workers"
-            )
-        self._workers[self._workers.index(worker)] = _Process(self._plan)
-        return [] if worker.task is None else [(worker.task, died(how))]
+    def _new_worker(self) -> "_Process":
+        return _Process(self._plan)
 
 
 class _Process:

@@ -1,8 +1,5 @@
 """The simplest runner: one worker, in this process."""
 
-from types import TracebackType
-from typing import Self
-
 from langchain_cope.fleet.runner import Settled
 from langchain_cope.fleet.tasks import Plan, Task
 from langchain_cope.fleet.worker import Worker
@@ -44,13 +41,5 @@ class SerialRunner:
         """Let the task under way stop."""
         self._stopping = True
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        pass
+    def close(self) -> None:
+        """Nothing is to end: the task under way runs in `wait`."""

@@ -27,6 +27,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
 from adapter_store.errors import AdapterStoreError
+from langchain_cope._ray import import_ray
 from langchain_cope.engine import EngineOptions
 from langchain_cope.errors import InputError
 from langchain_cope.serving.errors import ApiError
@@ -49,7 +50,7 @@ def serve_on_ray(settings: ServeSettings, address: str, replicas: int) -> None:
         InputError: There are no keys, or no cluster.
     """
     _check(settings)
-    ray = _import_ray()
+    ray = import_ray()
     from ray import serve
 
     try:
@@ -90,7 +91,7 @@ def deployment(settings: ServeSettings, replicas: int, cpus: int | None = None) 
 
     `cpus` are the cores of each replica; None: its share of this machine's.
     """
-    _import_ray()
+    import_ray()
     from fastapi import FastAPI
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -309,12 +310,3 @@ def _check(settings: ServeSettings) -> None:
             "a server on Ray may be reached from other machines, whatever its address, and there "
             "are no keys: make some with `cope-lc keys new --keys FILE` and give --keys FILE"
         )
-
-
-def _import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing calls home
-    try:
-        import ray
-    except ImportError:
-        raise InputError("--ray needs ray: pip install 'langchain-cope[ray]'") from None
-    return ray

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # ray's own
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A cluster of two cores."""
-    from langchain_cope.fleet.on_ray import _import_ray
+    from langchain_cope._ray import import_ray
 
-    _import_ray()
+    import_ray()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -40,7 +40,7 @@ def test_a_killed_actor_costs_nobody_the_version(
 
     def kill_once(progress: Any) -> None:
         if progress.done == 1 and not killed:
-            busy = next(actor for actor in runner._actors if actor.task is not None)
+            busy = next(actor for actor in runner._workers if actor.task is not None)
             killed.append(ray.get(busy.handle.pid.options(concurrency_group="stop").remote()))
             os.kill(killed[0], signal.SIGKILL)
 

@@ -30,9 +30,10 @@ def on_ray(
     base: Path, published: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     """The tests' server on two replicas."""
-    from langchain_cope.serving.on_ray import APP, _import_ray, deployment
+    from langchain_cope._ray import import_ray
+    from langchain_cope.serving.on_ray import APP, deployment
 
-    _import_ray()
+    import_ray()
     folder = tmp_path_factory.mktemp("on-ray")
     made = {role: new_key(role, **settings) for role, settings in ROLES.items()}
     for _, key in made.values():
