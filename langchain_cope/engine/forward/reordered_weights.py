@@ -61,8 +61,8 @@ def reordered(weights: Sequence[Tensor]) -> list[ReorderedWeight] | None:
     if num_bytes > _MOST_MEMORY * free_bytes(weights[0].device):
         return None
     products = [ReorderedWeight(weight) for weight in weights]
-    first_of_shape = {weight.shape: index for index, weight in reversed([*enumerate(weights)])}
-    same = all(_equal(products[index], weights[index]) for index in first_of_shape.values())
+    one_of_shape = {weight.shape: index for index, weight in enumerate(weights)}
+    same = all(_equal(products[index], weights[index]) for index in one_of_shape.values())
     return products if same and _pays(products, weights) else None
 
 
@@ -76,10 +76,10 @@ def _equal(product: ReorderedWeight, weight: Tensor) -> bool:
 
 
 def _pays(products: Sequence[ReorderedWeight], weights: Sequence[Tensor]) -> bool:
-    usual = max(range(len(weights)), key=lambda index: weights[index].numel())
-    same = [index for index, weight in enumerate(weights) if weight.shape == weights[usual].shape]
+    largest = max(weights, key=Tensor.numel)
+    same = [index for index, weight in enumerate(weights) if weight.shape == largest.shape]
     timed = same[:_MAX_WEIGHTS]
-    states = weights[usual].new_ones(_TIMED_ROWS, weights[usual].shape[1])
+    states = largest.new_ones(_TIMED_ROWS, largest.shape[1])
     ways = (
         lambda: [F.linear(states, weights[index]) for index in timed],
         lambda: [products[index](states, None) for index in timed],
