@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from cope_lc.fleet import summary
+from cope_lc.page import page
 from cope_lc.report_charts import table
 from langchain_cope.fleet.discoveries import LEVEL
 from langchain_cope.fleet.report import FleetReport
@@ -11,7 +12,6 @@ from langchain_cope.fleet.tasks import Outcome
 
 _BINS = 20
 _WIDTH, _HEIGHT, _BOTTOM = 600, 140, 24  # pixels of a histogram
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
@@ -40,13 +40,7 @@ def fleet_page(report: FleetReport) -> str:
             for place, problem in report.unreadable.items()
         ),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>cope-lc personalize-fleet</title><style>{_STYLE}</style></head>\n"
-        f"<body><main>{chr(10).join(parts)}</main></body></html>\n"
-    )
+    return page("cope-lc personalize-fleet", _STYLE, parts)
 
 
 def _row(user: str, outcome: Outcome) -> list[str]:

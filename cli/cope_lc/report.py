@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from cope_lc.metrics_table import COMPARED, MEASURES, matrix_line
+from cope_lc.page import page
 from cope_lc.report_charts import gains, grid_charts, table, user_chart
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 SHOWN_SAMPLES = 3  # a user
 _CHARTED = ("style", "voice", "rougeL")
 _FULL = 2.0  # nats by which a word is likelier under the user's model, for its full colour
-# The policy holds even where the file is served: nothing is loaded, nothing runs.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --quiet: #595959; --line: #d0d0d0;
   --likely: 34,136,51; --unlikely: 204,51,68; --heat: 68,119,170 }
@@ -105,13 +104,7 @@ def html_report(report: "Report", model: str, task_adapter: str | None = None) -
         *(_samples(user) for user in report.users),
         *(f'<p class="note">{escape(note)}</p>' for note in _notes(report)),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>cope-lc evaluate</title><style>{_STYLE}</style></head>\n"
-        f"<body><main>{chr(10).join(part for part in parts if part)}</main></body></html>\n"
-    )
+    return page("cope-lc evaluate", _STYLE, parts)
 
 
 def _means(report: "Report") -> str:
