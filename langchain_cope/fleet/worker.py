@@ -16,9 +16,10 @@ from langchain_cope.errors import Cancelled, HistoryError
 from langchain_cope.fleet.tasks import Outcome, Plan, State, Task
 from langchain_cope.personalization.gate import published_under
 from langchain_cope.personalization.job_folder import Job
-from langchain_cope.personalization.result import PersonalizeRequest, PersonalizeResult
+from langchain_cope.personalization.result import PersonalizeRequest
 from langchain_cope.personalization.run import Run
 from langchain_cope.personalization.settings import PersonalizeSettings
+from langchain_cope.personalization.voice_gain import voice_gain
 from langchain_cope.stores import open_store
 from langchain_cope.training.progress import Monitor, Progress
 
@@ -67,14 +68,14 @@ class Worker:
     def _trained(self, task: Task, should_stop: Callable[[], bool]) -> Outcome:
         run = _FleetRun(self._settings, task, should_stop)
         result = run.run()
-        verdict = result.verdict
+        verdict, voice = result.verdict, voice_gain(result.samples)
         return Outcome(
             State.CANDIDATE if result.published else State.REFUSED,
             result.reason,
             key=run.key,
             version=result.version,
             verdict=None if verdict is None else verdict.model_dump(),
-            voice=_voice(result),
+            voice=None if voice is None else voice.gain,
             metrics=result.metrics,
             timings=result.timings,
             num_trained=result.num_trained,
@@ -145,15 +146,3 @@ def _outcome_of(earlier: AdapterVersion, store: AdapterStore) -> Outcome:
         num_trained=facts["num_trained"],
         num_held_out=facts["num_held_out"],
     )
-
-
-def _voice(result: PersonalizeResult) -> float:
-    """Return by how much the personalized answers are more like the user's own than the base's."""
-    from langchain_cope.evaluation.likeness import gain, likeness
-
-    own = [sample.reference for sample in result.samples]
-    of_user, of_base = (
-        likeness(own, answers)
-        for answers in ([one.cope for one in result.samples], [one.base for one in result.samples])
-    )
-    return gain(of_user, of_base)[0]
