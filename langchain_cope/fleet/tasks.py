@@ -99,4 +99,4 @@ class Task:
     """Where the store's log was before the fleet first read the history: an erasure since counts.
     """
     known: frozenset[str] = frozenset()
-    """Keys of what an earlier fleet has published or refused: not done again."""
+    """Keys of trainings that earlier fleets refused: not done again."""
