@@ -7,8 +7,10 @@
     --train     the same clients without and with one training of the server's own beside them:
                 `p99_with_training`, seconds between two pieces against those without
 
-    --peer      16 clients instead: our server, every user in a voice of their own, against
-                `transformers serve` with continuous batching on the same base, without adapters
+    --peer      our server, every user in a voice of their own, against another one on the same
+                base, without adapters: `users16_vs_peer_server` with `--clients 16`. It is
+                `transformers` (`transformers serve` with continuous batching, in bfloat16), or
+                `llama.cpp` with the base's own file (Q4_1), by npm's node-llama-cpp in `--npm`
 
 Clients run on the machine that serves, and what they cost is the server's loss. Tokens are the
 engine's own count, of the peer the clients'. The last line is one JSON object.
@@ -19,6 +21,8 @@ import asyncio
 import contextlib
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,10 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from serve_engine import MODEL, TEXTS, user_id
+from serve_engine import AROUND, MODEL, TEXTS, user_id
 from worker import Worker, machine, print_report
 
 HEADS = "POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+PEER_PORT = 8917
 READY = 180.0  # seconds until a server that does not answer is given up
 
 
@@ -71,9 +76,8 @@ def main() -> None:
     print(json.dumps(state), flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder, base = Path(name), Path(name) / "base"
-        Worker(
-            "serve_engine:prepare", folder, options.users, base if options.peer else None
-        ).close()
+        peer_base = base if options.peer == "transformers" else None
+        Worker("serve_engine:prepare", folder, options.users, peer_base).close()
         if options.peer:
             results = _against_peer(folder, base, options)
         elif options.train:
@@ -93,9 +97,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of an answer, at most")
     parser.add_argument("--rows", type=int, default=128, metavar="N", help="in the batch, at most")
     parser.add_argument("--train", action="store_true", help="measure beside a training, too")
-    parser.add_argument("--peer", action="store_true", help="compare with `transformers serve`")
+    parser.add_argument("--peer", choices=("transformers", "llama.cpp"), help="compare with it")
+    parser.add_argument("--npm", type=Path, metavar="FOLDER", help="has node-llama-cpp")
     parser.set_defaults(device="cpu")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.peer == "llama.cpp" and options.npm is None:
+        parser.error("--peer llama.cpp needs --npm FOLDER (npm install --prefix FOLDER …)")
+    return options
 
 
 def _against_engine(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -141,17 +149,37 @@ def _engine_rate(folder: Path, options: argparse.Namespace) -> float:
 def _against_peer(folder: Path, base: Path, options: argparse.Namespace) -> dict[str, Any]:
     ours = _measure_ours(folder, options)
     print(f"ours: {ours['tokens_per_second']} tokens/s", flush=True)
-    words = [
+    words = _llama_cpp(folder, options) if options.npm else _transformers(base)
+    log = folder / "peer.log"
+    with server_process(words, log) as process:
+        if options.npm:
+            port = port_of(log, process)
+        else:
+            port = PEER_PORT
+            _wait_for(f"http://127.0.0.1:{port}/health")
+        report = asyncio.run(_load(port, str(base), None, folder, options, process))
+    print(f"{options.peer}: {report}", flush=True)
+    ratio = ours["pieces_per_second"] / report["pieces_per_second"]
+    name = f"users{options.clients}_vs_peer_server"
+    return {"ours": ours, "peer": report, name: round(ratio, 2)}
+
+
+def _transformers(base: Path) -> list[str]:
+    return [
         sys.executable, "-m", "transformers.cli.transformers", "serve", str(base),
         "--device", "cpu", "--dtype", "bfloat16", "--continuous-batching",
-        "--host", "127.0.0.1", "--port", "8917",
+        "--host", "127.0.0.1", "--port", str(PEER_PORT),
     ]  # fmt: skip
-    with _process(words, folder / "peer.log") as process:
-        _wait_for("http://127.0.0.1:8917/health")
-        report = asyncio.run(_load(8917, str(base), None, folder, options, process))
-    print(f"transformers serve: {report}", flush=True)
-    ratio = ours["pieces_per_second"] / report["pieces_per_second"]
-    return {"ours": ours, "peer": report, "users16_vs_peer_server": round(ratio, 2)}
+
+
+def _llama_cpp(folder: Path, options: argparse.Namespace) -> list[str]:
+    """Return the command of llama.cpp's server; a module is looked for beside its program."""
+    from langchain_cope.engine import smollm2_file
+
+    program = shutil.copy(Path(__file__).parent / "llama_cpp_server.mjs", options.npm)
+    around = (folder / AROUND).read_text(encoding="utf-8")
+    threads = str(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
+    return ["node", program, str(smollm2_file()), threads, str(options.clients), around]
 
 
 def _measure_ours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -162,8 +190,8 @@ def _measure_ours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "--max-rows", str(options.rows),
     ]  # fmt: skip
     log = folder / "server.log"
-    with _process(words, log) as process:
-        port = _port_of(log, process)
+    with server_process(words, log) as process:
+        port = port_of(log, process)
         return asyncio.run(_load(port, MODEL, user_id, folder, options, process))
 
 
@@ -204,21 +232,32 @@ async def _measured(
     port: int | None, seen: Seen, seconds: float, process: "subprocess.Popen[bytes]"
 ) -> dict[str, Any]:
     """Return what the clients see from now on, for so many seconds; `port`: of our own server."""
-    memory = [_memory(process)]
-    before = 0 if port is None else await asyncio.to_thread(_tokens, port)
+
+    def metric(name: str) -> float:
+        return 0 if port is None else _metric(port, name)
+
+    async def look() -> None:
+        memory.append(_memory(process))
+        kv.append(await asyncio.to_thread(metric, "cope_kv_cache_bytes"))
+
+    memory: list[int] = []
+    kv: list[float] = []
+    before = await asyncio.to_thread(metric, "cope_generation_tokens_total")
+    await look()
     cpu, started = psutil.Process(process.pid).cpu_times(), time.perf_counter()
     seen.measuring = True
     for _ in range(4):
         await asyncio.sleep(seconds / 4)
-        memory.append(_memory(process))
+        await look()
     seen.measuring, seconds = False, time.perf_counter() - started
-    tokens = (0 if port is None else await asyncio.to_thread(_tokens, port)) - before
+    tokens = await asyncio.to_thread(metric, "cope_generation_tokens_total") - before
     used = psutil.Process(process.pid).cpu_times()
     own = psutil.Process().cpu_times()
     return {
         **seen.report(seconds),
         "tokens_per_second": round(tokens / seconds, 1),
         "memory_mb": [round(each / 2**20) for each in memory],
+        "keys_and_values_mb": [round(each / 2**20) for each in kv],
         "server_cores": round((used.user + used.system - cpu.user - cpu.system) / seconds, 2),
         "clients_cpu_seconds": round(own.user + own.system, 1),
     }
@@ -290,14 +329,15 @@ async def _answer(port: int, body: bytes, seen: Seen) -> None:
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         if b" 200 " not in await reader.readline():
             raise ValueError("no 200")
-        last = None
+        last, finished = None, False
         while True:
             line = await reader.readline()
             now = time.perf_counter()
-            if line.startswith(b"data: [DONE]"):
+            if line.startswith(b"data: [DONE]") or (finished and not line):  # some send no mark
                 break
             if line.startswith(b'data: {"error"') or not line:
                 raise ValueError("it broke off")
+            finished = finished or b'"finish_reason":"' in line
             if not line.startswith(b"data: ") or b'"content":' not in line:
                 continue
             if b'"content":""' in line or b'"content": ""' in line:
@@ -313,7 +353,8 @@ async def _answer(port: int, body: bytes, seen: Seen) -> None:
 
 
 @contextlib.contextmanager
-def _process(words: list[str], log: Path) -> "Iterator[subprocess.Popen[bytes]]":
+def server_process(words: list[str], log: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """Run a server until the block ends; print the end of its log where that fails."""
     here = Path(__file__).parents[1]
     paths = os.pathsep.join([str(here), str(here / "cli"), os.environ.get("PYTHONPATH", "")])
     with log.open("wb") as output:
@@ -333,12 +374,13 @@ def _process(words: list[str], log: Path) -> "Iterator[subprocess.Popen[bytes]]"
             process.kill()
 
 
-def _port_of(log: Path, process: "subprocess.Popen[bytes]") -> int:
+def port_of(log: Path, process: "subprocess.Popen[bytes]") -> int:
+    """Return the port that a server says it is ready at, once it does."""
     deadline = time.monotonic() + READY
     while time.monotonic() < deadline and process.poll() is None:
         for line in log.read_text(encoding="utf-8").splitlines():
-            if "ready at " in line:
-                return int(json.loads(line)["message"].split("/v1")[0].rsplit(":", 1)[1])
+            if found := re.search(r"ready at (?:http://[\d.]+:)?(\d+)", line):
+                return int(found[1])
         time.sleep(0.2)
     raise RuntimeError("the server did not start")
 
@@ -353,12 +395,11 @@ def _wait_for(url: str) -> None:
     raise RuntimeError(f"{url} does not answer")
 
 
-def _tokens(port: int) -> float:
+def _metric(port: int, name: str) -> float:
+    """Return one of our own server's metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
-    return next(
-        float(line.split()[1]) for line in lines if line.startswith("cope_generation_tokens_total")
-    )
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 def _memory(process: "subprocess.Popen[bytes]") -> int:

@@ -18,6 +18,7 @@ from langchain_cope.engine import Request, load_base
 
 MODEL = "smollm2"
 TEXTS = "texts.json"
+AROUND = "around.json"
 
 
 def user_id(number: int) -> str:
@@ -26,7 +27,7 @@ def user_id(number: int) -> str:
 
 
 def prepare(folder: Path, num_users: int, peer: Path | None) -> None:
-    """Publish a random adapter a user, write questions as texts, and the base for a peer."""
+    """Publish a random adapter a user; write questions, what is around them, a peer's base."""
     smollm2.prepare(folder, num_users)
     base = load_base(MODEL, device="cpu")
     store = AdapterStore(str(folder / "adapters"))
@@ -35,8 +36,10 @@ def prepare(folder: Path, num_users: int, peer: Path | None) -> None:
         alpha, tau = smollm2.CONTRAST.alpha, smollm2.CONTRAST.tau
         store.publish(user_id(user), adapter, base=base.fingerprint(), alpha=alpha, tau=tau)
     questions = json.loads((folder / smollm2.PROMPTS).read_text(encoding="utf-8"))
-    texts = [text_of(base.tokenizer.decode(ids)) for ids in questions]
+    prompts = [base.tokenizer.decode(ids) for ids in questions]
+    texts = [text_of(prompt) for prompt in prompts]
     (folder / TEXTS).write_text(json.dumps(texts), encoding="utf-8")
+    (folder / AROUND).write_text(json.dumps(prompts[0].split(texts[0])), encoding="utf-8")
     if peer is not None:
         base.model.save_pretrained(peer)
         base.tokenizer.save_pretrained(peer)

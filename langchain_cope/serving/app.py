@@ -96,6 +96,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.get_running_loop().run_in_executor(loader, state.load)
     state.runner.start()
     state.store_watch.start()
+    state.heap.start()
     yield
     await asyncio.to_thread(state.close)
 

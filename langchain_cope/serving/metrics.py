@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -38,6 +44,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # resident memory, processor time, open files
         self.first_token = Histogram(
             "cope_time_to_first_token_seconds",
             "From request to first token.",
@@ -115,7 +122,11 @@ class _ServerCounts(Collector):
         gauges = (
             ("cope_num_requests_running", "Requests in the batch.", now.running),
             ("cope_num_requests_waiting", "Requests that wait for room.", waiting),
-            ("cope_kv_cache_bytes", "Bytes of keys and values.", now.kv_bytes),
+            (
+                "cope_kv_cache_bytes",
+                "Bytes of keys and values, beginnings that are kept among them.",
+                now.kv_bytes,
+            ),
             (
                 "cope_kv_cache_usage_ratio",
                 "Share of the bytes that keys and values may take.",

@@ -139,6 +139,7 @@ class Replica:
         self._app = create_app(self._state)
         self._state.load()
         self._state.store_watch.start()
+        self._state.heap.start()
 
     async def answer(self, scope: Message, body: bytes) -> AsyncIterator[Message]:
         """Yield the messages of the answer to one request."""

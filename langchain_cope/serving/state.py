@@ -16,6 +16,7 @@ from langchain_cope.engine import EngineOptions
 from langchain_cope.history.chroma import ChromaHistory
 from langchain_cope.personalize import PersonalizeUser
 from langchain_cope.serving.admission import Admission
+from langchain_cope.serving.heap import HeapTrimming
 from langchain_cope.serving.jobs import WORK, JobRunner
 from langchain_cope.serving.keys import KeyFile
 from langchain_cope.serving.limits import KeyLimits
@@ -54,6 +55,7 @@ class ServerState:
     """Who makes requests ready for the engine: templates, grammars, the version that answers."""
     storing: Workers
     """Who asks store and histories for the other routes."""
+    heap: HeapTrimming = field(default_factory=HeapTrimming)
     metrics: Metrics = field(default_factory=Metrics)
     engine: "Engine | None" = None
     """The engine that answers, once the base is loaded."""
@@ -134,6 +136,7 @@ class ServerState:
     def close(self) -> None:
         """Let go of everything."""
         self.store_watch.close()
+        self.heap.close()
         self.preparing.close()
         self.storing.close()
         for close in self.at_close:
