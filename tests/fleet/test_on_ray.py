@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,12 @@ from langchain_cope.fleet.tasks import State
 
 ray: Any = pytest.importorskip("ray", reason="ray is not installed (extra ray)")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # ray's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # ray's own
+    pytest.mark.usefixtures("ray_cluster"),
+]
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A cluster of two cores."""
-    from langchain_cope._ray import import_ray
-
-    import_ray()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.usefixtures("cluster")
 def test_a_killed_actor_costs_nobody_the_version(
     plan: Plan, histories: Path, tmp_path: Path
 ) -> None:
@@ -39,7 +29,7 @@ def test_a_killed_actor_costs_nobody_the_version(
     runner, killed = RayRunner(2, "auto"), []
 
     def kill_once(progress: Any) -> None:
-        if progress.done == 1 and not killed:
+        if progress.done == 2 and not killed:
             busy = next(actor for actor in runner._workers if actor.task is not None)
             killed.append(ray.get(busy.handle.pid.options(concurrency_group="stop").remote()))
             os.kill(killed[0], signal.SIGKILL)
@@ -54,7 +44,6 @@ def test_a_killed_actor_costs_nobody_the_version(
         assert [version.version for version in store.versions(user)] == [outcome.version]
 
 
-@pytest.mark.usefixtures("cluster")
 def test_a_base_that_is_on_no_machine_is_named(plan: Plan, histories: Path, tmp_path: Path) -> None:
     from langchain_cope.fleet.on_ray import RayRunner
 

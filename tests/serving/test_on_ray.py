@@ -27,13 +27,13 @@ PORT = 18765
 
 @pytest.fixture(scope="module")
 def on_ray(
-    base: Path, published: Path, tmp_path_factory: pytest.TempPathFactory
+    base: Path, published: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
 ) -> Iterator[Running]:
     """The tests' server on two replicas."""
-    from langchain_cope._ray import import_ray
+    from ray import serve
+
     from langchain_cope.serving.on_ray import APP, deployment
 
-    import_ray()
     folder = tmp_path_factory.mktemp("on-ray")
     made = {role: new_key(role, **settings) for role, settings in ROLES.items()}
     for _, key in made.values():
@@ -48,16 +48,12 @@ def on_ray(
         device="cpu",
         engine_options=EngineOptions(max_rows=16),
     )
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    from ray import serve
-
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     serve.run(deployment(settings, 2), name=APP)
     texts = {role: text for role, (text, _) in made.items()}
     unused: Any = None
     yield Running(unused, unused, f"http://127.0.0.1:{PORT}", texts, {}, base)
-    serve.shutdown()
-    ray.shutdown()
+    ray.shutdown()  # at once; Serve's own end waits for answers under way
 
 
 def replica_of(user_key: str) -> int:
