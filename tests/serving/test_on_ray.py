@@ -1,11 +1,14 @@
 """Two replicas on a real Ray cluster of this machine: the same answers, and what a death costs."""
 
+import asyncio
 import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -66,6 +69,39 @@ def replica_of(user_key: str) -> int:
     return int(handle.options(session_id=user_key).pid.remote().result())
 
 
+def homes(settings: ServeSettings, num_replicas: int, keys: list[str]) -> list[str]:
+    """Return which of so many replicas Ray's router, as we set it, sends each session to."""
+    from ray.serve._private.common import (
+        DeploymentHandleSource,
+        DeploymentID,
+        ReplicaID,
+        RequestMetadata,
+    )
+    from ray.serve._private.request_router.common import PendingRequest
+
+    from langchain_cope.serving.on_ray import deployment
+
+    door = deployment(settings, num_replicas)._bound_deployment
+    config = door.init_args[0]._bound_deployment._deployment_config.request_router_config
+    app = DeploymentID("Replica", "test")
+    router = config.get_request_router_class()(app, DeploymentHandleSource.REPLICA)
+    router.initialize_state(**config.request_router_kwargs)
+    ids = [ReplicaID(f"replica-{number}", app) for number in range(num_replicas)]
+    replicas = [SimpleNamespace(replica_id=one) for one in ids]
+    router._replicas = dict(zip(ids, replicas, strict=True))
+    router._rebuild_ring(frozenset(ids))
+
+    async def chosen(key: str) -> str:
+        request = PendingRequest([], {}, RequestMetadata("r", key, session_id=key))
+        (first, *_), *_ = await router.choose_replicas(replicas, request)
+        return str(first.replica_id.unique_id)
+
+    async def of_all() -> list[str]:
+        return [await chosen(key) for key in keys]
+
+    return asyncio.run(of_all())
+
+
 def text_of(answer: httpx.Response) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
@@ -108,6 +144,17 @@ def test_a_user_stays_on_one_replica_and_users_are_spread(on_ray: Running) -> No
     first = [replica_of(key) for key in keys]
     assert [replica_of(key) for key in keys] == first
     assert len(set(first)) == 2
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 8])
+def test_a_new_replica_moves_few_users(base: Path, tmp_path: Path, replicas: int) -> None:
+    settings = ServeSettings(model=str(base), data=tmp_path, keys=tmp_path / "keys.json")
+    keys = [f"{number:064x}" for number in range(1000)]
+    before, after = homes(settings, replicas, keys), homes(settings, replicas + 1, keys)
+    moved = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert 0 < len(moved) <= 2 / (replicas + 1) * len(keys)
+    assert set(moved) == {f"replica-{replicas}"}  # nobody changes between those that stay
+    assert max(Counter(after).values()) <= 2 / (replicas + 1) * len(keys)
 
 
 def test_a_replica_that_dies_costs_no_request_before_its_first_piece(
