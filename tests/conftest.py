@@ -47,16 +47,3 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an empty folder for a local adapter store."""
     return tmp_path_factory.mktemp("s") / "adapters"  # short: tables show it
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> None:
-    """A Ray cluster of this machine: one a session, as it takes long to start.
-
-    Cores are more than there may be: actors ask for theirs, and only a few compute at a time.
-    """
-    from langchain_cope._ray import import_ray
-
-    ray = import_ray()
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)

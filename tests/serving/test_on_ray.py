@@ -1,4 +1,8 @@
-"""Two replicas on a real Ray cluster of this machine: the same answers, and what a death costs."""
+"""A fleet, and a server of two replicas, on a real Ray cluster of this machine.
+
+The same results as without Ray, and what a death costs. All are in one file because a cluster
+takes long to start.
+"""
 
 import asyncio
 import os
@@ -6,19 +10,23 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from fleet.conftest import histories_in, plan_in
 from serving.conftest import ROLES, Running, wait_until
 from serving.matrix import LOCKED, MATRIX
 
 from adapter_store import AdapterStore
 from langchain_cope.engine import EngineOptions
 from langchain_cope.errors import InputError
+from langchain_cope.fleet import open_source, run_fleet
+from langchain_cope.fleet.runner import WorkersFailed
+from langchain_cope.fleet.tasks import State
 from langchain_cope.serving import ServeSettings
 from langchain_cope.serving.keys import add_key, new_key
 
@@ -29,9 +37,20 @@ PORT = 18765
 
 
 @pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster of two cores."""
+    from langchain_cope._ray import import_ray
+
+    import_ray()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()  # servers, too, and at once: their own end waits for answers under way
+
+
+@pytest.fixture(scope="module")
 def on_ray(
-    base: Path, published: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
-) -> Iterator[Running]:
+    base: Path, published: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None
+) -> Running:
     """The tests' server on two replicas."""
     from ray import serve
 
@@ -55,8 +74,7 @@ def on_ray(
     serve.run(deployment(settings, 2), name=APP)
     texts = {role: text for role, (text, _) in made.items()}
     unused: Any = None
-    yield Running(unused, unused, f"http://127.0.0.1:{PORT}", texts, {}, base)
-    ray.shutdown()  # at once; Serve's own end waits for answers under way
+    return Running(unused, unused, f"http://127.0.0.1:{PORT}", texts, {}, base)
 
 
 def replica_of(user_key: str) -> int:
@@ -104,6 +122,43 @@ def homes(settings: ServeSettings, num_replicas: int, keys: list[str]) -> list[s
 
 def text_of(answer: httpx.Response) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_actor_costs_nobody_the_version(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    from langchain_cope.fleet.on_ray import RayRunner
+
+    plan = plan_in(tmp_path, tiny("llama", initializer_range=0.05))
+
+    runner, killed = RayRunner(2, "auto"), []
+
+    def kill_once(progress: Any) -> None:
+        if progress.done == 2 and not killed:
+            busy = next(actor for actor in runner._workers if actor.task is not None)
+            killed.append(ray.get(busy.handle.pid.options(concurrency_group="stop").remote()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    report = run_fleet(
+        open_source(histories_in(tmp_path)), plan, tmp_path / "work", runner, on_progress=kill_once
+    )
+    assert killed
+    store = AdapterStore(plan.store)
+    for user, outcome in report.users.items():
+        assert outcome.state is State.PUBLISHED, outcome.reason
+        assert [version.version for version in store.versions(user)] == [outcome.version]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_base_that_is_on_no_machine_is_named(tmp_path: Path) -> None:
+    from langchain_cope.fleet.on_ray import RayRunner
+
+    with pytest.raises(WorkersFailed, match="missing"):
+        run_fleet(
+            open_source(histories_in(tmp_path)),
+            plan_in(tmp_path, tmp_path / "missing"),
+            tmp_path / "work",
+            RayRunner(1, "auto"),
+        )
 
 
 def test_every_user_is_answered_as_by_the_local_server(on_ray: Running, server: Running) -> None:
