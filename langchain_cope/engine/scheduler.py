@@ -67,6 +67,11 @@ class Scheduler:
         """Requests in the line."""
         return len(self._waiting)
 
+    def has_readers(self) -> bool:
+        """Tell whether anybody waits for tokens, in the batch or in the line."""
+        everyone = [*self._batch.requests, *self._waiting]
+        return not all(active.request.offline for active in everyone)
+
     def check_size(self, active: ActiveRequest) -> None:
         """Raise InputError for a request that would not fit if it were alone."""
         num_rows = active.request.num_rows
