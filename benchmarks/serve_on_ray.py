@@ -4,9 +4,10 @@
 
 `smollm2`, each of 16 users in a voice of their own, answers streamed over HTTP, keys on both sides:
 
-local   `cope-lc serve`: 1 and 16 clients, each with the next question at once
+local   `cope-lc serve`: 1 client with answers of 8 tokens, 16 with answers of 64, each with the
+        next question at once
 ray     `cope-lc serve --ray local` with one replica, that has all cores: the same
-kill    two replicas, 16 clients; after a third of the time one replica is killed by signal 9
+kill    two replicas, 16 clients, thrice as long; after a third one replica is killed by signal 9
 
 `ray_vs_local` is tokens a second of Ray over those of the local server, and `added_first_token` by
 how many seconds first tokens come later (median and 99th percentile), by number of clients. An
@@ -37,7 +38,7 @@ from langchain_cope.serving.keys import add_key, new_key
 from langchain_cope.serving.principals import ANYBODY, APP_SCOPES
 
 USERS = 16
-TOKENS = 64  # of an answer, at most
+TOKENS = {1: 8, 16: 64}  # of an answer at most, by number of clients
 REPLICA = "ray::ServeReplica:langchain-cope:Replica"
 
 
@@ -92,7 +93,7 @@ def _serve(part: str, folder: Path, key: str, options: argparse.Namespace) -> di
             return asyncio.run(_load(port, key, folder, 16, options, process))
         return {
             str(clients): asyncio.run(_load(port, key, folder, clients, options))
-            for clients in (1, 16)
+            for clients in TOKENS
         }
 
 
@@ -108,18 +109,17 @@ async def _load(
     texts = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
     seen = Seen()
     clients = [
-        asyncio.create_task(_client(port, key, texts, number, seen))
+        asyncio.create_task(_client(port, key, texts, number, TOKENS[num_clients], seen))
         for number in range(num_clients)
     ]
     await asyncio.sleep(options.warm_up)
     seen.first, seen.tokens, seen.ended = [], 0, Counter()
     started = time.perf_counter()
     if victim is not None:
-        await asyncio.sleep(options.seconds / 3)
-        os.kill(_replicas(victim)[0].pid, signal.SIGKILL)
-        await asyncio.sleep(options.seconds * 2 / 3)
-    else:
         await asyncio.sleep(options.seconds)
+        os.kill(_replicas(victim)[0].pid, signal.SIGKILL)
+        await asyncio.sleep(options.seconds)
+    await asyncio.sleep(options.seconds)
     seconds = time.perf_counter() - started
     report = {
         "tokens_per_second": round(seen.tokens / seconds, 1),
@@ -132,7 +132,9 @@ async def _load(
     return report
 
 
-async def _client(port: int, key: str, texts: list[str], number: int, seen: Seen) -> None:
+async def _client(
+    port: int, key: str, texts: list[str], number: int, tokens: int, seen: Seen
+) -> None:
     """Ask one question after another."""
     turn = number
     while True:
@@ -140,7 +142,7 @@ async def _client(port: int, key: str, texts: list[str], number: int, seen: Seen
             "model": MODEL,
             "user": user_id(number % USERS),
             "messages": [{"role": "user", "content": texts[(number + 7 * turn) % len(texts)]}],
-            "max_tokens": TOKENS,
+            "max_tokens": tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
