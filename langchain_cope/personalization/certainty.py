@@ -97,7 +97,7 @@ def skewness(differences: Sequence[float]) -> float:
     if n < 3 or second == 0:
         return 0.0
     third = sum((one - mean) ** 3 for one in differences)
-    return n * math.sqrt(n - 1) / (n - 2) * third / second**1.5
+    return n * math.sqrt(n - 1) / (n - 2) * third / (second * math.sqrt(second))
 
 
 def items_needed(differences: Sequence[float], prior: Prior, level: float) -> int | None:
