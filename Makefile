@@ -45,6 +45,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint examples/kubernetes/Dockerfile
 
 # The page of the command line, written from the commands themselves.
 docs-cli: $(VENV)/.installed

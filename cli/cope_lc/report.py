@@ -51,13 +51,14 @@ figure { margin: 0; max-width: 100%; min-width: 0 }
   align-items: center; padding-top: .4rem }
 .name { line-height: 1.2; padding: .2rem 0; font-size: .9em }
 .track { position: relative; display: block; height: 1.5rem }
-.dots .track { border-bottom: 1px solid var(--line) }
+.dots .track { border-bottom: 1px solid var(--line);
+  height: calc(1.5rem + var(--lanes, 0) * .5rem) }
 .track.heads { border: 0; color: var(--quiet); font-size: .85em }
 .track > * { position: absolute }
 .track b { font-weight: 400; transform: translateX(-50%); white-space: nowrap }
 .track u { top: 0; bottom: 0; border-left: 1px dashed var(--quiet) }
-.track i { top: .4rem; width: .7rem; height: .7rem; margin-left: -.35rem; border-radius: 50%;
-  opacity: .85 }
+.track i { top: calc(.4rem + var(--lane, 0) * .5rem); width: .7rem; height: .7rem;
+  margin-left: -.35rem; border-radius: 50%; opacity: .85 }
 .bar i { height: .7rem; margin: 0; border-radius: 0 }
 .up { background: rgb(var(--likely)) } .down { background: rgb(var(--unlikely)) }
 .heat { text-align: right; padding: .4rem .7rem; font-variant-numeric: tabular-nums;
@@ -76,6 +77,7 @@ path.s0, path.s1 { fill: none }
 .c0 { background: #888 } .c1 { background: #4477aa } .c2 { background: #66ccee }
 .c3 { background: #228833 } .c4 { background: #ccbb44 } .c5 { background: #ee6677 }
 .c6 { background: #aa3377 } .c7 { background: #cc6622 }
+i.ring { background-image: radial-gradient(circle, var(--paper) 40%, transparent 45%) }
 .likely { background: rgba(var(--likely), var(--much)) }
 .unlikely { background: rgba(var(--unlikely), var(--much)); text-decoration: underline dotted }
 .sample { border-top: 1px solid var(--line); padding: .5rem 0 1rem }

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from langchain_cope.evaluation.measures import Report
 
 NUM_COLOURS = 8
-"""Classes `c0` to `c7` of the page's style."""
+"""Classes `c0` to `c7` of the page's style; further ways are rings in the same colours."""
 _SCALED = {"strangers": 0.0, "the user": 1.0}  # the marks of a voice score
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 330, 210, 44, 34  # pixels of a small chart
 _PAD = 12
+_DOT = 0.02  # of the width of a row of dots: nearer ones would hide each other
 _WIDE = '<div class="wide" tabindex="0" role="region" aria-label="table">'  # scrolls by itself
 Point = tuple[float, float, str]
 """Position on both axes, and what it says of itself."""
@@ -45,23 +46,47 @@ def user_chart(report: "Report", measure: str) -> str:
 
     heads = "".join(f'<b style="{at(value)}">{escape(name)}</b>' for name, value in marks.items())
     lines = "".join(f'<u style="{at(value)}"></u>' for value in marks.values())
+    names = [(_colour(number), way.name) for number, way in enumerate(report.ways)]
     rows = [f'<span></span><span class="track heads">{heads}</span>' if marks else ""]
     for user in report.users:
+        shown = [
+            (user.metrics[way][measure], colour, way)
+            for colour, way in names
+            if measure in user.metrics[way]
+        ]
+        lanes = _lanes([value for value, _, _ in shown], span * _DOT)
         dots = "".join(
-            f'<i class="c{number % NUM_COLOURS}" style="{at(user.metrics[way.name][measure])}" '
-            f'title="{escape(way.name)}: {user.metrics[way.name][measure]:.3f}"></i>'
-            for number, way in enumerate(report.ways)
-            if measure in user.metrics[way.name]
+            f'<i class="{colour}" style="{at(value)};--lane:{lane}" '
+            f'title="{escape(way)}: {value:.3f}"></i>'
+            for (value, colour, way), lane in zip(shown, lanes, strict=True)
         )
         rows.append(
-            f'<span class="name">{escape(user.name)}</span><span class="track">{lines}{dots}</span>'
+            f'<span class="name">{escape(user.name)}</span>'
+            f'<span class="track" style="--lanes:{max(lanes, default=0)}">{lines}{dots}</span>'
         )
-    names = [(f"c{number % NUM_COLOURS}", way.name) for number, way in enumerate(report.ways)]
     return (
         f"<h3>{escape(MEASURES[measure])}</h3>{_legend(names)}"
         f'<div class="dots" aria-hidden="true">{"".join(rows)}</div>'
         f"{_numbers(report, measure)}"
     )
+
+
+def _colour(number: int) -> str:
+    """Return the class of the way of that number: a dot, and a ring where colours are used up."""
+    return f"c{number % NUM_COLOURS}" + (" ring" if number >= NUM_COLOURS else "")
+
+
+def _lanes(values: Sequence[float], width: float) -> list[int]:
+    """Return a lane for each value, so that none lies within `width` of another of its lane."""
+    lanes: list[int] = []
+    for number, value in enumerate(values):
+        taken = {
+            lane
+            for lane, other in zip(lanes, values[:number], strict=True)
+            if abs(value - other) < width
+        }
+        lanes.append(next(lane for lane in range(number + 1) if lane not in taken))
+    return lanes
 
 
 def _legend(names: Sequence[tuple[str, str]]) -> str:
@@ -90,7 +115,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = []
     for first, *cells in rows:
         shown = "".join(f'<td class="number">{_lines(text)}</td>' for text in cells)
-        body.append(f'<tr><th scope="row">{escape(first)}</th>{shown}</tr>')
+        name = escape(first).replace("+", "+<wbr>")  # where a narrow window may break it
+        body.append(f'<tr><th scope="row">{name}</th>{shown}</tr>')
     return (
         f"{_WIDE}<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
@@ -187,24 +213,27 @@ def grid_charts(cells: "Sequence[Cell]", tau: float = 0.1) -> str:
 
 def _heat_map(cells: "Sequence[Cell]", measure: str) -> str:
     values = {(c.alpha, c.tau): c.figures[measure].value for c in cells if measure in c.figures}
-    low, high = min(values.values()), max(values.values())
+    is_scaled = measure != "rougeL"  # then 1 is best: more of the user than the user is caricature
+    best = {each: -abs(value - 1) if is_scaled else value for each, value in values.items()}
+    low, high = min(best.values()), max(best.values())
     alphas = sorted({alpha for alpha, _ in values if alpha})
     taus = sorted({tau for alpha, tau in values if alpha})
-    alone = next((value for (alpha, _), value in values.items() if not alpha), None)
+    alone = next((setting for setting in values if not setting[0]), None)
 
-    def cell(value: float, rows: int = 1) -> str:
-        share = (value - low) / ((high - low) or 1.0)
+    def cell(setting: tuple[float, float], rows: int = 1) -> str:
+        share = (best[setting] - low) / ((high - low) or 1.0)
         span = f' rowspan="{rows}"' if rows > 1 else ""
-        return f'<td{span} class="heat" style="--share:{share:.0%}">{value:.3f}</td>'
+        return f'<td{span} class="heat" style="--share:{share:.0%}">{values[setting]:.3f}</td>'
 
     body = []
     for number, tau in enumerate(taus):
-        first = cell(alone, len(taus)) if number == 0 and alone is not None else ""
-        rest = "".join(cell(values[alpha, tau]) for alpha in alphas)
+        first = cell(alone, len(taus)) if number == 0 and alone else ""
+        rest = "".join(cell((alpha, tau)) for alpha in alphas)
         body.append(f'<tr><th scope="row">τ {tau}</th>{first}{rest}</tr>')
     heads = "".join(f'<th scope="col">α {alpha}</th>' for alpha in ([0] if alone else []) + alphas)
+    what = MEASURES[measure] + (" (darkest nearest to 1)" if is_scaled else "")
     return (
-        f"<figure><figcaption>{escape(MEASURES[measure])}</figcaption>"
+        f"<figure><figcaption>{escape(what)}</figcaption>"
         f'{_WIDE}<table class="map"><tr><td></td>{heads}</tr>'
         f"{''.join(body)}</table></div></figure>"
     )

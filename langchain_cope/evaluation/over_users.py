@@ -23,6 +23,7 @@ LEVEL = 0.95
 NUM_RESAMPLES = 9_999
 NUM_FLIPS = 2**16  # every way to flip the signs of up to 16 users
 SEED = 0  # the same figures have the same interval
+_FEWEST_USERS = 3  # for an interval
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Estimate:
 
     value: float
     interval: tuple[float, float] | None
-    """95 %, by the bootstrap over users (percentiles); None where it cannot be had: of one user.
+    """95 %, by the bootstrap over users (percentiles); None of fewer than three users.
+
+    Draws of two users hold little more than the two: the interval would be their range.
 
     Too narrow with few users: with six it holds the truth about 85 times in 100.
     """
@@ -131,7 +134,7 @@ def _estimate(
 
     num_users = tables[0].shape[1]
     value = float(statistic(*tables))
-    if num_users == 1:
+    if num_users < _FEWEST_USERS:
         return Estimate(value, None, num_users)
 
     def of_drawn(drawn: "NDArray[np.int64]", axis: int) -> "NDArray[np.float64]":

@@ -4,7 +4,7 @@
     worker.py       one user trained: the one function that every runner calls
     processes.py, on_ray.py, serial.py      runners: where workers live
     ledger.py       what is done, so that a run that was killed goes on
-    discoveries.py  who is published: false discoveries held down over all users
+    discoveries.py, skewed_gains.py         who is published: false discoveries held down
     fleet.py        the run: hand out, settle, decide, report
     report.py       what came of it
 

@@ -12,13 +12,10 @@ published at all is at most q; where most gain, it asks of each little more than
 bounds (Bonferroni, Holm) would ask for p ≤ q / m of everybody, and publish nobody of a large fleet
 with a dozen held-out texts each.
 
-What the p-values take for granted is that a user's gains on single texts are about symmetric around
-their mean, or skewed to the right. Where an adapter gains a little on most texts and loses much on
-a few, so that the mean is 0, such a user is published too often; most texts do gain then.
-
 m counts every user whom the gate judged. Its p-value (`personalization/verdict.py`) holds no belief
 that adapters help, and is the greater one of those against all references; for whom the gate
-refused it is 1, as nobody is published whom the gate refuses.
+refused it is 1, as nobody is published whom the gate refuses. `skewed_gains.py` has made it greater
+where gains are skewed.
 """
 
 from collections.abc import Sequence

@@ -32,6 +32,7 @@ from langchain_cope.fleet.discoveries import discoveries
 from langchain_cope.fleet.ledger import Ledger
 from langchain_cope.fleet.report import FleetReport
 from langchain_cope.fleet.runner import Runner
+from langchain_cope.fleet.skewed_gains import p_values
 from langchain_cope.fleet.sources import Source
 from langchain_cope.fleet.tasks import Outcome, Plan, State, Task
 from langchain_cope.personalization.gate import JUDGED_AGAINST, REASON_CHARACTERS
@@ -205,7 +206,7 @@ class _Fleet:
     def decide(self) -> None:
         """Publish those whose gains are no chance among so many, and withdraw the others."""
         tested = [user for user in self._users if self._settled(user).is_tested]
-        found = discoveries([self._settled(user).p_value for user in tested])
+        found = discoveries(p_values([self._settled(user).gains for user in tested]))
         waiting = [
             (user, is_found)
             for user, is_found in zip(tested, found, strict=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from langchain_cope.fleet.skewed_gains import Gains
 from langchain_cope.history.items import UserHistory
 from langchain_cope.training.recipe import RecipeChoice
 
@@ -80,11 +81,15 @@ class Outcome:
         return self.verdict is not None and self.state is not State.UNCHANGED
 
     @property
-    def p_value(self) -> float:
-        """The chance of its gains where nothing is gained; 1 for what the gate refused."""
-        if self.verdict is None or not self.verdict["published"]:
-            return 1.0
-        return float(self.verdict["p_value"])
+    def gains(self) -> Gains:
+        """What the gate saw; a p-value of 1 for what it refused."""
+        verdict = self.verdict or {"published": False}
+        return Gains(
+            p_value=float(verdict["p_value"]) if verdict["published"] else 1.0,
+            num_texts=verdict.get("num_texts", 0),
+            mean_in_sds=verdict.get("mean_in_sds", 0.0),
+            skewness=verdict.get("skewness", 0.0),
+        )
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,29 @@ def certainty(differences: Sequence[float], prior: Prior) -> float:
     n = len(differences)
     if n < 2:
         return 0.5
-    in_sds = fmean(differences) / max(stdev(differences), NOISE)
     weight = 1 / prior.sd**2
-    return student_cdf((n * in_sds + prior.mean * weight) / math.sqrt(n + weight), n - 1)
+    of_sds = n * in_sds(differences) + prior.mean * weight
+    return student_cdf(of_sds / math.sqrt(n + weight), n - 1)
+
+
+def in_sds(differences: Sequence[float]) -> float:
+    """Return the mean in units of s; 0 of fewer than two."""
+    if len(differences) < 2:
+        return 0.0
+    return fmean(differences) / max(stdev(differences), NOISE)
+
+
+def skewness(differences: Sequence[float]) -> float:
+    """Return how skewed the sample is, 0 of fewer than three: below 0 where a few lie far below.
+
+    The third moment in units of the second, with the usual factor for small samples.
+    """
+    n, mean = len(differences), fmean(differences) if differences else 0.0
+    second = sum((one - mean) ** 2 for one in differences)
+    if n < 3 or second == 0:
+        return 0.0
+    third = sum((one - mean) ** 3 for one in differences)
+    return n * math.sqrt(n - 1) / (n - 2) * third / (second * math.sqrt(second))
 
 
 def items_needed(differences: Sequence[float], prior: Prior, level: float) -> int | None:
@@ -87,10 +107,9 @@ def items_needed(differences: Sequence[float], prior: Prior, level: float) -> in
     """
     if len(differences) < 2 or fmean(differences) <= 0:
         return None
-    in_sds = fmean(differences) / max(stdev(differences), NOISE)
-    weight = 1 / prior.sd**2
+    mean, weight = in_sds(differences), 1 / prior.sd**2
     for n in range(len(differences) + 1, 1001):
-        t = (n * in_sds + prior.mean * weight) / math.sqrt(n + weight)
+        t = (n * mean + prior.mean * weight) / math.sqrt(n + weight)
         if student_cdf(t, n - 1) >= level:
             return n
     return None

@@ -72,6 +72,10 @@ class Verdict(BaseModel):
 
     What was believed beforehand is not in it, so that a fleet can add up chances over its users.
     """
+    mean_in_sds: float = 0.0
+    """Of the gains that `p_value` is of: their mean in units of their standard deviation."""
+    skewness: float = 0.0
+    """Of these gains: below 0 where a few texts lose much."""
     advice: str | None = None
     """What would help, where it was refused."""
 

@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from langchain_cope.personalization.certainty import Prior, certainty, items_needed
+from langchain_cope.personalization.certainty import (
+    Prior,
+    certainty,
+    in_sds,
+    items_needed,
+    skewness,
+)
 from langchain_cope.personalization.evidence import Evidence, mean_of_each
 from langchain_cope.personalization.held_out import items_for
 from langchain_cope.personalization.result import Verdict
@@ -65,6 +71,7 @@ def judge(
         _compare(reference, nll, units, evidence, prior, min_gain) for reference in references
     ]
     hardest = min(comparisons, key=lambda one: (one.passed, one.probability - one.reference.level))
+    weakest = max((one for one in comparisons if one.counts), key=lambda one: one.p_value)
     mispaired = is_mispaired(evidence, prior)
     passed = hardest.passed and not mispaired
     reason, advice = hardest.sentence(), None
@@ -90,7 +97,9 @@ def judge(
         reference=hardest.reference.name,
         adapter=adapter,
         reason=reason,
-        p_value=1.0 if mispaired else max(one.p_value for one in comparisons if one.counts),
+        p_value=1.0 if mispaired else weakest.p_value,
+        mean_in_sds=in_sds(weakest.gains),
+        skewness=skewness(weakest.gains),
         advice=advice,
     )
 

@@ -10,6 +10,7 @@ from subprocess import Popen
 import pytest
 
 from adapter_store import AdapterStore
+from langchain_cope.fleet import SerialRunner
 
 
 @pytest.fixture
@@ -27,42 +28,16 @@ def histories(tmp_path: Path) -> Path:
     return file
 
 
-def finished(run: Popen[str]) -> tuple[int, str, str]:
-    printed, said = run.communicate(timeout=200)
-    return run.returncode, printed, said
-
-
-def test_a_fleet_ends_with_a_report_of_everybody(
-    process: Callable[..., Popen[str]], histories: Path, tmp_path: Path, store_folder: Path
+def test_a_stopped_fleet_goes_on_to_a_report_of_everybody(
+    process: Callable[..., Popen[str]],
+    cope_lc: Callable,
+    histories: Path,
+    tmp_path: Path,
+    store_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ("personalize-fleet", histories, "--model", "starter", "--work", tmp_path / "work")
-    page = tmp_path / "report.html"
-    code, printed, said = finished(process(*words, "--workers", 2, "--json", "--report", page))
-    assert code == 0, said
-    facts = json.loads(printed)
-    states = {user["user_id"]: user["state"] for user in facts["users"]}
-    assert states == {"alice": "published", "<b>bob</b>": "published", "carol": "unfit"}
-    assert facts["counts"] == {"published": 2, "unfit": 1}
-    assert facts["gain"]["num_users"] == 2
-    assert facts["phases"]["sft"] > 0
-    assert "3 of 3 users" in said
     store = AdapterStore(store_folder)
-    assert [len(store.versions(user)) for user in states] == [1, 1, 0]
-    html = page.read_text()
-    assert "&lt;b&gt;bob" in html
-    assert "<b>bob" not in html
-
-    new_base = ("fleet", "migrate", histories, "--base", "starter", "--work", tmp_path / "moved")
-    code, printed, said = finished(process(*new_base, "--device", "cpu"))
-    assert code == 0, said
-    assert "2 users: 2 unchanged" in printed  # carol has no version to migrate
-    assert [len(store.versions(user)) for user in states] == [1, 1, 0]
-
-
-def test_sigterm_ends_a_fleet_in_order_and_it_goes_on(
-    process: Callable[..., Popen[str]], histories: Path, tmp_path: Path, store_folder: Path
-) -> None:
-    words = ("personalize-fleet", histories, "--model", "starter", "--work", tmp_path / "work")
     run = process(*words)
     ledger = tmp_path / "work" / "ledger.jsonl"
     until = time.monotonic() + 100
@@ -71,14 +46,33 @@ def test_sigterm_ends_a_fleet_in_order_and_it_goes_on(
         assert run.poll() is None
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
-    code, _, said = finished(run)
-    assert code == 1
+    _, said = run.communicate(timeout=200)
+    assert run.returncode == 1
     assert "nothing was published; the same command goes on" in said
-    store = AdapterStore(store_folder)
     assert store.versions("alice") == []
-    code, _, said = finished(process(*words, "--json"))
-    assert code == 0, said
-    assert len(store.versions("alice")) == 1
+
+    # From here on in this process, which has its libraries loaded.
+    monkeypatch.setattr("langchain_cope.fleet.ProcessRunner", lambda workers: SerialRunner())
+    page = tmp_path / "report.html"
+    whole = cope_lc(*words, "--json", "--report", page)
+    assert whole.code == 0, whole.stderr
+    facts = whole.json
+    states = {user["user_id"]: user["state"] for user in facts["users"]}
+    assert states == {"alice": "published", "<b>bob</b>": "published", "carol": "unfit"}
+    assert facts["counts"] == {"published": 2, "unfit": 1}
+    assert facts["gain"]["num_users"] == 2
+    assert facts["phases"]["sft"] > 0
+    assert "3 of 3 users" in whole.stderr
+    assert [len(store.versions(user)) for user in states] == [1, 1, 0]
+    html = page.read_text()
+    assert "&lt;b&gt;bob" in html
+    assert "<b>bob" not in html
+
+    new_base = ("fleet", "migrate", histories, "--base", "starter", "--work", tmp_path / "moved")
+    moved = cope_lc(*new_base, "--device", "cpu")
+    assert moved.code == 0, moved.stderr
+    assert "2 users: 2 unchanged" in moved.stdout  # carol has no version to migrate
+    assert [len(store.versions(user)) for user in states] == [1, 1, 0]
 
 
 def test_a_source_that_is_missing_is_a_wrong_call(cope_lc: Callable, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ def file_of(figures: "np.ndarray | list[float]", prefix: str = "u") -> PerUser:
     return {f"{prefix}{index:03}": float(figure) for index, figure in enumerate(figures)}
 
 
-def test_a_mean_has_the_interval_of_two_draws_of_two() -> None:
-    assert mean_over_users([file_of([0, 1])]) == Estimate(0.5, (0.0, 1.0), 2)
+def test_a_mean_has_the_interval_of_three_draws_of_three() -> None:
+    assert mean_over_users([file_of([0, 0.5, 1])]) == Estimate(0.5, (0.0, 1.0), 3)
 
 
 def test_with_many_users_the_interval_is_the_normal_one() -> None:
@@ -43,8 +43,9 @@ def test_intervals_hold_the_truth_nearly_as_often_as_they_say() -> None:
     assert 85 <= held <= 99
 
 
-def test_one_user_has_no_interval() -> None:
+def test_one_or_two_users_have_no_interval() -> None:
     assert mean_over_users([{"alice": 2.0}]) == Estimate(2.0, None, 1)
+    assert mean_over_users([{"alice": 2.0, "bob": 4.0}]) == Estimate(3.0, None, 2)
     assert difference([{"alice": 2.0}], [{"alice": 1.0}]).p == 1
 
 
@@ -98,8 +99,8 @@ def test_a_difference_is_of_the_users_that_both_have() -> None:
 
 
 def test_a_ratio_is_one_of_means_not_a_mean_of_ratios() -> None:
-    first, second = [{"a": 3.0, "b": 1.0}], [{"a": 1.0, "b": 1.0}]
-    assert ratio(first, second) == Estimate(2.0, (1.0, 3.0), 2)
+    first, second = [file_of([3, 1, 2])], [file_of([1, 1, 1])]
+    assert ratio(first, second) == Estimate(2.0, (1.0, 3.0), 3)
     assert ratio([file_of([2, 4, 9])], [file_of([1, 2, 4.5])]) == Estimate(2.0, (2.0, 2.0), 3)
     assert ratio([{"a": 1.0}, {"a": 9.0}], [{"a": 3.0}, {"a": 2.0}]) == Estimate(2.0, None, 1)
 

@@ -20,25 +20,43 @@ def base(tiny: Callable[..., Path]) -> Path:
     return tiny("llama", initializer_range=0.05)
 
 
-@pytest.fixture
-def plan(base: Path, tmp_path: Path) -> Plan:
-    """Trains on the tiny base, into an empty store."""
+def plan_in(folder: Path, base: Path) -> Plan:
+    """Return a plan that trains on the tiny base, into an empty store."""
     return Plan(
         model=str(base),
-        store=str(tmp_path / "adapters"),
-        job_dir=str(tmp_path / "jobs"),
+        store=str(folder / "adapters"),
+        job_dir=str(folder / "jobs"),
         recipe=FAST,
         device="cpu",
         threads=1,
     )
 
 
+def histories_in(folder: Path) -> Path:
+    """Make a folder with three users in two files."""
+    made = folder / "histories"
+    made.mkdir()
+    write_users(made / "several.jsonl", ["alice", "bob"])
+    rows = rows_of("carol")
+    (made / "carol.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+@pytest.fixture
+def plan(base: Path, tmp_path: Path) -> Plan:
+    """Trains on the tiny base, into an empty store."""
+    return plan_in(tmp_path, base)
+
+
 @pytest.fixture
 def histories(tmp_path: Path) -> Path:
     """A folder with three users in two files."""
-    folder = tmp_path / "histories"
-    folder.mkdir()
-    write_users(folder / "several.jsonl", ["alice", "bob"])
-    rows = rows_of("carol")
-    (folder / "carol.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return histories_in(tmp_path)
+
+
+@pytest.fixture
+def one_history(tmp_path: Path) -> Path:
+    """A file of one user."""
+    file = tmp_path / "alice.jsonl"
+    write_users(file, ["alice"])
+    return file

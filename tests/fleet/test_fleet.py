@@ -2,36 +2,68 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fleet.conftest import FAST, histories_in, plan_in
 from fleet_users import write_users
 
 from adapter_store import AdapterStore
 from adapter_store.errors import BackendError
 from langchain_cope.errors import Cancelled, InputError
-from langchain_cope.fleet import Plan, ProcessRunner, SerialRunner, open_source, run_fleet
+from langchain_cope.fleet import (
+    FleetReport,
+    Plan,
+    ProcessRunner,
+    SerialRunner,
+    open_source,
+    run_fleet,
+)
 from langchain_cope.fleet.fleet import FleetProgress
 from langchain_cope.fleet.runner import WorkersFailed
+from langchain_cope.fleet.sources import of_store
 from langchain_cope.fleet.tasks import State
 from langchain_cope.fleet.worker import Worker, _Known
 
 
-def states(report) -> dict[str, State]:
+def states(report: FleetReport) -> dict[str, State]:
     return {user: outcome.state for user, outcome in report.users.items()}
 
 
+@pytest.fixture(scope="module")
+def alone(
+    base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Plan, Path, Path, FleetReport]:
+    """A fleet that one worker of this process trained, of which tests look at different sides."""
+    folder = tmp_path_factory.mktemp("alone")
+    plan, histories = plan_in(folder, base), histories_in(folder)
+    store = AdapterStore(plan.store)
+
+    def look(progress: FleetProgress) -> None:
+        seen.append(progress.done)
+        if progress.done == 2:
+            waiting = [store.candidate(user) for user in ("alice", "bob", "carol")]
+            assert sum(one is not None for one in waiting) == 2
+            assert [store.versions(user) for user in ("alice", "bob", "carol")] == [[], [], []]
+
+    seen: list[int] = []
+    work = folder / "work"
+    report = run_fleet(open_source(histories), plan, work, SerialRunner(), on_progress=look)
+    assert seen == [0, 1, 2, 3]  # and candidates waited until all were trained
+    return plan, histories, work, report
+
+
 def test_everybody_is_trained_and_published_once(
-    plan: Plan, histories: Path, tmp_path: Path
+    alone: tuple[Plan, Path, Path, FleetReport],
 ) -> None:
-    seen: list[FleetProgress] = []
-    source = open_source(histories)
-    report = run_fleet(source, plan, tmp_path / "work", SerialRunner(), on_progress=seen.append)
+    plan, histories, work, report = alone
     assert set(states(report)) == {"alice", "bob", "carol"}
     assert set(states(report).values()) == {State.PUBLISHED}
     assert report.is_complete
@@ -41,39 +73,33 @@ def test_everybody_is_trained_and_published_once(
         assert version.version == outcome.version == store.active(user)
         assert store.candidate(user) is None
         assert outcome.verdict["mean_gain"] > 0
-    assert [progress.done for progress in seen] == [0, 1, 2, 3]
     json.dumps(report.as_dict(), allow_nan=False)
-    assert not list((tmp_path / "jobs").iterdir())
+    assert not list(Path(plan.job_dir).iterdir())
 
-    again = run_fleet(open_source(histories), plan, tmp_path / "work", SerialRunner())
+    again = run_fleet(open_source(histories), plan, work, SerialRunner())
     assert set(states(again).values()) == {State.UNCHANGED}
     assert [len(store.versions(user)) for user in report.users] == [1, 1, 1]
 
 
-def test_candidates_wait_until_all_are_trained(plan: Plan, histories: Path, tmp_path: Path) -> None:
-    store, seen = AdapterStore(plan.store), []
+def test_processes_do_what_one_does_though_one_is_killed(
+    plan: Plan, histories: Path, tmp_path: Path, alone: tuple[Plan, Path, Path, FleetReport]
+) -> None:
+    runner, killed = ProcessRunner(2), []
 
-    def look(progress: FleetProgress) -> None:
-        if progress.done == 2:
-            waiting = [store.candidate(user) for user in ("alice", "bob", "carol")]
-            seen.append(sum(one is not None for one in waiting))
-            assert [store.versions(user) for user in ("alice", "bob")] == [[], []]
+    def kill_once(progress: FleetProgress) -> None:
+        if progress.done == 1 and not killed:
+            busy = next(worker for worker in runner._workers if worker.task is not None)
+            killed.append(busy._process.pid)
+            os.kill(busy._process.pid, signal.SIGKILL)
 
-    run_fleet(open_source(histories), plan, tmp_path / "work", SerialRunner(), on_progress=look)
-    assert seen == [2]
-
-
-def test_two_processes_do_what_one_does(plan: Plan, histories: Path, tmp_path: Path) -> None:
-    report = run_fleet(open_source(histories), plan, tmp_path / "work", ProcessRunner(2))
-    alone = run_fleet(
-        open_source(histories),
-        replace(plan, store=str(tmp_path / "other"), job_dir=str(tmp_path / "other_jobs")),
-        tmp_path / "other_work",
-        SerialRunner(),
-    )
-    assert states(report) == states(alone)
+    source = open_source(histories)
+    report = run_fleet(source, plan, tmp_path / "work", runner, on_progress=kill_once)
+    assert killed
+    *_, one = alone
+    assert states(report) == states(one)
     for user, outcome in report.users.items():
-        assert outcome.metrics["sft"] == pytest.approx(alone.users[user].metrics["sft"], rel=1e-3)
+        assert outcome.metrics["sft"] == pytest.approx(one.users[user].metrics["sft"], rel=1e-3)
+        assert len(AdapterStore(plan.store).versions(user)) == 1
 
 
 def test_a_stopped_fleet_publishes_nothing_and_goes_on(
@@ -125,10 +151,12 @@ def test_without_its_ledger_a_fleet_finds_its_candidates(
             assert store.versions(user) == [candidate]
 
 
-def test_an_erasure_fences_the_training_under_way(
+def test_an_erasure_or_another_version_meanwhile_wins(
     plan: Plan, histories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, work = AdapterStore(plan.store), Worker.work
+    from adapter_store.conformance import BASE, make_adapter
+
+    store, work, theirs = AdapterStore(plan.store), Worker.work, []
 
     def erase_meanwhile(self, task, should_stop):
         if task.user == "bob":
@@ -138,14 +166,23 @@ def test_an_erasure_fences_the_training_under_way(
             store.erase_user("alice")  # whose candidate waits already
         return outcome
 
+    def publish_meanwhile(progress: FleetProgress) -> None:
+        if progress.done == 3:
+            theirs.append(store.publish("carol", make_adapter(1), base=BASE))
+
     monkeypatch.setattr(Worker, "work", erase_meanwhile)
-    report = run_fleet(open_source(histories), plan, tmp_path / "work", SerialRunner())
+    source = open_source(histories)
+    report = run_fleet(
+        source, plan, tmp_path / "work", SerialRunner(), on_progress=publish_meanwhile
+    )
     assert states(report) == {
         "alice": State.ERASED,
         "bob": State.ERASED,
-        "carol": State.PUBLISHED,
+        "carol": State.SUPERSEDED,
     }
     assert store.versions("alice") == store.versions("bob") == []
+    assert store.versions("carol") == theirs
+    assert store.candidate("carol") is None
     assert not list((tmp_path / "jobs").iterdir())
 
 
@@ -185,37 +222,18 @@ def test_short_histories_and_broken_files_are_named(plan: Plan, tmp_path: Path) 
     assert "c.jsonl:1: broken JSON" in report.unreadable["c.jsonl"]
 
 
-def test_a_killed_worker_is_replaced_and_its_user_trained(
-    plan: Plan, histories: Path, tmp_path: Path
-) -> None:
-    killed = []
-
-    def kill_once(progress: FleetProgress) -> None:
-        if progress.done == 1 and not killed:
-            worker = runner._workers[0]
-            killed.append(worker._process.pid)
-            os.kill(worker._process.pid, signal.SIGKILL)
-
-    runner = ProcessRunner(1)
-    report = run_fleet(
-        open_source(histories), plan, tmp_path / "work", runner, on_progress=kill_once
-    )
-    assert killed
-    assert set(states(report).values()) == {State.PUBLISHED}
-
-
 def test_a_base_that_is_gone_ends_the_fleet_at_once(
-    plan: Plan, histories: Path, tmp_path: Path
+    plan: Plan, one_history: Path, tmp_path: Path
 ) -> None:
     missing = replace(plan, model=str(tmp_path / "missing"))
     with pytest.raises(WorkersFailed, match="missing"):
-        run_fleet(open_source(histories), missing, tmp_path / "work", ProcessRunner(2))
-    report = run_fleet(open_source(histories), plan, tmp_path / "work", SerialRunner())
+        run_fleet(open_source(one_history), missing, tmp_path / "work", ProcessRunner(1))
+    report = run_fleet(open_source(one_history), plan, tmp_path / "work", SerialRunner())
     assert set(states(report).values()) == {State.PUBLISHED}
 
 
 def test_a_store_that_is_away_for_a_while_costs_no_user(
-    plan: Plan, histories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, one_history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("langchain_cope.fleet.fleet.PAUSES_SECONDS", (0.01,))
     away = iter(range(4))
@@ -227,42 +245,57 @@ def test_a_store_that_is_away_for_a_while_costs_no_user(
         return publish(self, *args, **options)
 
     monkeypatch.setattr(AdapterStore, "publish", refuse_at_first)
-    report = run_fleet(open_source(histories), plan, tmp_path / "work", SerialRunner())
+    report = run_fleet(open_source(one_history), plan, tmp_path / "work", SerialRunner())
     assert set(states(report).values()) == {State.PUBLISHED}
     monkeypatch.setattr(
         AdapterStore, "data_seq", lambda *_: (_ for _ in ()).throw(BackendError("away"))
     )
     with pytest.raises(BackendError, match="nothing is lost"):
-        run_fleet(open_source(histories), plan, tmp_path / "w2", SerialRunner(), patience=0.05)
+        run_fleet(open_source(one_history), plan, tmp_path / "w2", SerialRunner(), patience=0.05)
 
 
 def test_two_runs_in_one_folder_are_refused(plan: Plan, histories: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+
     def again(progress: FleetProgress) -> None:
-        if progress.done == 0:
-            with pytest.raises(InputError, match="another run of this fleet"):
-                run_fleet(open_source(histories), plan, tmp_path / "work", SerialRunner())
+        with pytest.raises(InputError, match="another run of this fleet"):
+            run_fleet(open_source(histories), plan, tmp_path / "work", SerialRunner())
+        stop.set()
 
-    run_fleet(open_source(histories), plan, tmp_path / "work", SerialRunner(), on_progress=again)
+    with pytest.raises(Cancelled):
+        run_fleet(
+            open_source(histories),
+            plan,
+            tmp_path / "work",
+            SerialRunner(),
+            stop=stop,
+            on_progress=again,
+        )
 
 
-def test_a_version_that_became_active_meanwhile_stays(
-    plan: Plan, histories: Path, tmp_path: Path
+def test_a_base_of_another_size_gets_versions_of_its_own(
+    alone: tuple[Plan, Path, Path, FleetReport], tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from adapter_store.conformance import BASE, make_adapter
-
-    store, theirs = AdapterStore(plan.store), []
-
-    def publish_meanwhile(progress: FleetProgress) -> None:
-        if progress.done == 3:
-            theirs.append(store.publish("bob", make_adapter(1), base=BASE))
-
-    report = run_fleet(
-        open_source(histories),
-        plan,
-        tmp_path / "work",
-        SerialRunner(),
-        on_progress=publish_meanwhile,
+    plan, histories, _, before = alone
+    store = AdapterStore(shutil.copytree(plan.store, tmp_path / "adapters"))
+    store.erase_user("carol")
+    larger = tiny("qwen2", hidden_size=48, num_hidden_layers=3, initializer_range=0.05)
+    moved = replace(
+        plan, model=str(larger), store=str(tmp_path / "adapters"), job_dir=str(tmp_path / "jobs")
     )
-    assert states(report)["bob"] is State.SUPERSEDED
-    assert store.versions("bob") == theirs
-    assert store.candidate("bob") is None
+    source = of_store(store, open_source(histories))
+
+    learns_nothing = replace(moved, recipe=replace(FAST, sft=replace(FAST.sft, learning_rate=1e-9)))
+    report = run_fleet(source, learns_nothing, tmp_path / "work", SerialRunner())
+    assert states(report) == {"alice": State.REFUSED, "bob": State.REFUSED}
+    for user in report.users:
+        assert store.active(user) == before.users[user].version
+
+    report = run_fleet(source, moved, tmp_path / "work", SerialRunner())
+    assert states(report) == {"alice": State.PUBLISHED, "bob": State.PUBLISHED}
+    for user, outcome in report.users.items():
+        old, new = store.versions(user)
+        assert store.active(user) == new.version == outcome.version
+        assert old.version == before.users[user].version
+        assert new.base["architecture"] != old.base["architecture"]
+        assert store.rollback(user).version == old.version

@@ -9,6 +9,7 @@ import gzip
 import json
 import re
 import shlex
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,17 @@ def closed(schema: Any) -> Any:
     return made
 
 
+@cache
+def validator(kind: str) -> Any:
+    schema = closed(CRDS[kind])
+    schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
+    return jsonschema.validators.validator_for(schema)(schema)
+
+
 def check(manifest: Any) -> None:
     """Raise jsonschema's error where an API server would refuse the manifest."""
-    schema = closed(CRDS[manifest["kind"]])
-    schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
-    jsonschema.validate(manifest, schema)
+    for error in validator(manifest["kind"]).iter_errors(manifest):
+        raise error
 
 
 def pods(manifest: Any) -> list[Any]:

@@ -1,21 +1,32 @@
-"""Two replicas on a real Ray cluster of this machine: the same answers, and what a death costs."""
+"""A fleet, and a server of two replicas, on a real Ray cluster of this machine.
 
+The same results as without Ray, and what a death costs. All are in one file because a cluster
+takes long to start.
+"""
+
+import asyncio
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from fleet.conftest import histories_in, plan_in
 from serving.conftest import ROLES, Running, wait_until
 from serving.matrix import LOCKED, MATRIX
 
 from adapter_store import AdapterStore
 from langchain_cope.engine import EngineOptions
 from langchain_cope.errors import InputError
+from langchain_cope.fleet import open_source, run_fleet
+from langchain_cope.fleet.runner import WorkersFailed
+from langchain_cope.fleet.tasks import State
 from langchain_cope.serving import ServeSettings
 from langchain_cope.serving.keys import add_key, new_key
 
@@ -26,14 +37,25 @@ PORT = 18765
 
 
 @pytest.fixture(scope="module")
-def on_ray(
-    base: Path, published: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    """The tests' server on two replicas."""
+def cluster() -> Iterator[None]:
+    """A cluster of two cores."""
     from langchain_cope._ray import import_ray
-    from langchain_cope.serving.on_ray import APP, deployment
 
     import_ray()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()  # servers, too, and at once: their own end waits for answers under way
+
+
+@pytest.fixture(scope="module")
+def on_ray(
+    base: Path, published: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None
+) -> Running:
+    """The tests' server on two replicas."""
+    from ray import serve
+
+    from langchain_cope.serving.on_ray import APP, deployment
+
     folder = tmp_path_factory.mktemp("on-ray")
     made = {role: new_key(role, **settings) for role, settings in ROLES.items()}
     for _, key in made.values():
@@ -48,16 +70,11 @@ def on_ray(
         device="cpu",
         engine_options=EngineOptions(max_rows=16),
     )
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    from ray import serve
-
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     serve.run(deployment(settings, 2), name=APP)
     texts = {role: text for role, (text, _) in made.items()}
     unused: Any = None
-    yield Running(unused, unused, f"http://127.0.0.1:{PORT}", texts, {}, base)
-    serve.shutdown()
-    ray.shutdown()
+    return Running(unused, unused, f"http://127.0.0.1:{PORT}", texts, {}, base)
 
 
 def replica_of(user_key: str) -> int:
@@ -70,8 +87,78 @@ def replica_of(user_key: str) -> int:
     return int(handle.options(session_id=user_key).pid.remote().result())
 
 
+def homes(settings: ServeSettings, num_replicas: int, keys: list[str]) -> list[str]:
+    """Return which of so many replicas Ray's router, as we set it, sends each session to."""
+    from ray.serve._private.common import (
+        DeploymentHandleSource,
+        DeploymentID,
+        ReplicaID,
+        RequestMetadata,
+    )
+    from ray.serve._private.request_router.common import PendingRequest
+
+    from langchain_cope.serving.on_ray import deployment
+
+    door = deployment(settings, num_replicas)._bound_deployment
+    config = door.init_args[0]._bound_deployment._deployment_config.request_router_config
+    app = DeploymentID("Replica", "test")
+    router = config.get_request_router_class()(app, DeploymentHandleSource.REPLICA)
+    router.initialize_state(**config.request_router_kwargs)
+    ids = [ReplicaID(f"replica-{number}", app) for number in range(num_replicas)]
+    replicas = [SimpleNamespace(replica_id=one) for one in ids]
+    router._replicas = dict(zip(ids, replicas, strict=True))
+    router._rebuild_ring(frozenset(ids))
+
+    async def chosen(key: str) -> str:
+        request = PendingRequest([], {}, RequestMetadata("r", key, session_id=key))
+        (first, *_), *_ = await router.choose_replicas(replicas, request)
+        return str(first.replica_id.unique_id)
+
+    async def of_all() -> list[str]:
+        return [await chosen(key) for key in keys]
+
+    return asyncio.run(of_all())
+
+
 def text_of(answer: httpx.Response) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_actor_costs_nobody_the_version(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    from langchain_cope.fleet.on_ray import RayRunner
+
+    plan = plan_in(tmp_path, tiny("llama", initializer_range=0.05))
+
+    runner, killed = RayRunner(2, "auto"), []
+
+    def kill_once(progress: Any) -> None:
+        if progress.done == 2 and not killed:
+            busy = next(actor for actor in runner._workers if actor.task is not None)
+            killed.append(ray.get(busy.handle.pid.options(concurrency_group="stop").remote()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    report = run_fleet(
+        open_source(histories_in(tmp_path)), plan, tmp_path / "work", runner, on_progress=kill_once
+    )
+    assert killed
+    store = AdapterStore(plan.store)
+    for user, outcome in report.users.items():
+        assert outcome.state is State.PUBLISHED, outcome.reason
+        assert [version.version for version in store.versions(user)] == [outcome.version]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_base_that_is_on_no_machine_is_named(tmp_path: Path) -> None:
+    from langchain_cope.fleet.on_ray import RayRunner
+
+    with pytest.raises(WorkersFailed, match="missing"):
+        run_fleet(
+            open_source(histories_in(tmp_path)),
+            plan_in(tmp_path, tmp_path / "missing"),
+            tmp_path / "work",
+            RayRunner(1, "auto"),
+        )
 
 
 def test_every_user_is_answered_as_by_the_local_server(on_ray: Running, server: Running) -> None:
@@ -112,6 +199,17 @@ def test_a_user_stays_on_one_replica_and_users_are_spread(on_ray: Running) -> No
     first = [replica_of(key) for key in keys]
     assert [replica_of(key) for key in keys] == first
     assert len(set(first)) == 2
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 8])
+def test_a_new_replica_moves_few_users(base: Path, tmp_path: Path, replicas: int) -> None:
+    settings = ServeSettings(model=str(base), data=tmp_path, keys=tmp_path / "keys.json")
+    keys = [f"{number:064x}" for number in range(1000)]
+    before, after = homes(settings, replicas, keys), homes(settings, replicas + 1, keys)
+    moved = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert 0 < len(moved) <= 2 / (replicas + 1) * len(keys)
+    assert set(moved) == {f"replica-{replicas}"}  # nobody changes between those that stay
+    assert max(Counter(after).values()) <= 2 / (replicas + 1) * len(keys)
 
 
 def test_a_replica_that_dies_costs_no_request_before_its_first_piece(
