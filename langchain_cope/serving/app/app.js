@@ -458,8 +458,10 @@ function showOutcome({ status, result, error }) {
     shown.append(element("p", error?.message ?? "It failed.", "problem"));
   } else {
     if (typeof result.voice === "number") {
-      const points = (100 * result.voice).toFixed(1).replace("-", "−");
-      shown.append(element("p", `${points} points more like your own texts than the base`, "score"));
+      const points = Math.abs(100 * result.voice).toFixed(1);
+      const which = result.voice < 0 ? "less" : "more";
+      const text = `${points} points ${which} like your own texts than the base`;
+      shown.append(element("p", text, "score"));
     }
     shown.append(element("p", result.published ? "Published. Ask something." : "Not published."));
     shown.append(element("p", result.reason));
