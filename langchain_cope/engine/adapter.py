@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from langchain_cope.errors import ModelError
@@ -123,7 +123,8 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
+        # Not `load_file`: safetensors 0.8 leaks two objects a tensor there, for good.
+        tensors = load((folder / WEIGHTS).read_bytes())
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the adapter in {folder} cannot be read: {error}") from error
     if not isinstance(config, dict):

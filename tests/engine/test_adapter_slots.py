@@ -1,5 +1,7 @@
 """Adapters in a few slots: for any number of users, loaded off the hot path, kept while in use."""
 
+import gc
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +79,19 @@ def test_an_adapter_in_its_slot_is_not_loaded_again(
     for _ in range(3):
         few_slots.generate([request, request])
     assert few_slots.statistics().adapters_loaded == 1
+
+
+def test_loading_an_adapter_again_and_again_leaves_no_object(
+    few_slots: Engine, tiny: Tiny, adapter: Tiny
+) -> None:
+    folder = adapter(tiny("llama"))
+    few_slots.load_adapter(folder)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(50):
+        few_slots.load_adapter(folder)
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 50 * 10
 
 
 def test_an_adapter_in_use_is_never_evicted_and_the_next_waits(
