@@ -56,6 +56,9 @@ class FreeCores:
 
 def _usage() -> Usage:
     times = psutil.cpu_times()
-    # Without those of low priority, which give way by themselves.
-    busy = sum(getattr(times, kind, 0.0) for kind in ("user", "system", "irq", "softirq"))
+    kinds = ["user", "system", "irq", "softirq"]
+    # Those of low priority give way by themselves, unless ours is low too, as under Ray.
+    if psutil.Process().nice() > 0:
+        kinds.append("nice")
+    busy = sum(getattr(times, kind, 0.0) for kind in kinds)
     return time.monotonic(), busy - time.process_time()
