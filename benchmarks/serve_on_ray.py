@@ -20,7 +20,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from worker import Worker, machine, print_report
 from langchain_cope.serving.keys import add_key, new_key
 from langchain_cope.serving.principals import ANYBODY, APP_SCOPES
 
+PORT = 18917  # Ray takes ports of its own among those that a system hands out
 USERS = 16
 TOKENS = {1: 8, 16: 64}  # of an answer at most, by number of clients
 REPLICA = "ray::ServeReplica:langchain-cope:Replica"
@@ -77,28 +77,23 @@ def main() -> None:
 
 
 def _serve(part: str, folder: Path, key: str, options: argparse.Namespace) -> dict[str, Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     words = [
-        sys.executable, "-m", "cope_lc", "serve", "--model", MODEL, "--port", str(port),
+        sys.executable, "-m", "cope_lc", "serve", "--model", MODEL, "--port", str(PORT),
         "--store", str(folder / "adapters"), "--data", str(folder / f"data-{part}"),
         "--keys", str(folder / "keys.json"),
     ]  # fmt: skip
     if part != "local":
         words += ["--ray", "local", "--replicas", "2" if part == "kill" else "1"]
     with _process(words, folder / f"{part}.log") as process:
-        _wait_for(f"http://127.0.0.1:{port}/readyz")
+        _wait_for(f"http://127.0.0.1:{PORT}/readyz")
         if part == "kill":
-            return asyncio.run(_load(port, key, folder, 16, options, process))
+            return asyncio.run(_load(key, folder, 16, options, process))
         return {
-            str(clients): asyncio.run(_load(port, key, folder, clients, options))
-            for clients in TOKENS
+            str(clients): asyncio.run(_load(key, folder, clients, options)) for clients in TOKENS
         }
 
 
 async def _load(
-    port: int,
     key: str,
     folder: Path,
     num_clients: int,
@@ -109,7 +104,7 @@ async def _load(
     texts = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
     seen = Seen()
     clients = [
-        asyncio.create_task(_client(port, key, texts, number, TOKENS[num_clients], seen))
+        asyncio.create_task(_client(key, texts, number, TOKENS[num_clients], seen))
         for number in range(num_clients)
     ]
     await asyncio.sleep(options.warm_up)
@@ -132,9 +127,7 @@ async def _load(
     return report
 
 
-async def _client(
-    port: int, key: str, texts: list[str], number: int, tokens: int, seen: Seen
-) -> None:
+async def _client(key: str, texts: list[str], number: int, tokens: int, seen: Seen) -> None:
     """Ask one question after another."""
     turn = number
     while True:
@@ -148,7 +141,7 @@ async def _client(
         }
         turn += 1
         try:
-            how = await _answer(port, key, json.dumps(body).encode(), seen)
+            how = await _answer(key, json.dumps(body).encode(), seen)
         except (OSError, asyncio.IncompleteReadError):
             how = "broken connection"
         seen.ended[how] += 1
@@ -156,12 +149,12 @@ async def _client(
             await asyncio.sleep(0.5)
 
 
-async def _answer(port: int, key: str, body: bytes, seen: Seen) -> str:
+async def _answer(key: str, body: bytes, seen: Seen) -> str:
     """Read one answer, and return how it ended."""
     started, is_first = time.perf_counter(), True
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{PORT}\r\n"
         f"Content-Type: application/json\r\nAuthorization: Bearer {key}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
