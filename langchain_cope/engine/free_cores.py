@@ -62,6 +62,9 @@ def _usage() -> Usage:
         times = psutil.cpu_times()
     except OSError:  # a sandbox that does not tell: nobody else computes, then
         return time.monotonic(), 0.0
-    # Without those of low priority, which give way by themselves.
-    busy = sum(getattr(times, kind, 0.0) for kind in ("user", "system", "irq", "softirq"))
+    kinds = ["user", "system", "irq", "softirq"]
+    # Those of low priority give way by themselves, unless ours is low too, as under Ray.
+    if psutil.Process().nice() > 0:
+        kinds.append("nice")
+    busy = sum(getattr(times, kind, 0.0) for kind in kinds)
     return time.monotonic(), busy - time.process_time()

@@ -91,3 +91,23 @@ def test_an_engine_whose_cores_are_all_taken_steps_on_one_thread(
             burner.kill()
             burner.wait()
         engine.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "nice"), reason="this system has no niceness")
+def test_a_nice_program_gives_way_to_nice_ones() -> None:
+    look = (
+        "import os, time; os.nice(15)\n"
+        "from langchain_cope.engine.free_cores import _usage\n"
+        "a = _usage(); time.sleep(1); b = _usage(); print((b[1] - a[1]) / (b[0] - a[0]))"
+    )
+    burners = [
+        subprocess.Popen([sys.executable, "-c", "import os; os.nice(15)\n" + BURN])
+        for _ in range(CORES)
+    ]
+    try:
+        seen = subprocess.run([sys.executable, "-c", look], capture_output=True, check=True)
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+    assert float(seen.stdout) > CORES - 0.7
