@@ -46,7 +46,8 @@ def test_of_fleets_without_any_effect_few_publish_anyone(kind: str) -> None:
     for _ in range(NUM_FLEETS):
         fleet = [noise(random, kind, int(random.choice(NUM_TEXTS))) for _ in range(NUM_USERS)]
         num_publishing += any(found(fleet))
-        num_alone += any(p_value(gains) < 0.1 for gains in fleet)
+        if kind == "normal":
+            num_alone += any(p_value(gains) < 0.1 for gains in fleet)
     assert num_publishing <= 0.05 * NUM_FLEETS
     if kind == "normal":
         assert num_alone > 0.5 * NUM_FLEETS  # one by one, most fleets would publish somebody
