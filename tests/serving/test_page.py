@@ -91,7 +91,7 @@ def asked(page: Any, question: str) -> Any:
 def personalized(page: Any) -> None:
     page.click("#train")
     sync_api.expect(page.locator("#result")).to_contain_text("Published", timeout=60_000)
-    sync_api.expect(page.locator("#train")).to_be_enabled()
+    sync_api.expect(page.locator("#train")).to_be_enabled(timeout=60_000)
 
 
 def serious(page: Any) -> list[str]:
@@ -145,7 +145,7 @@ def test_the_whole_story_from_a_name_to_erasure(page: Any, server: Running) -> N
     expect(page.locator("#texts-count")).to_have_text("11 texts of yours are kept.")
 
     personalized(page)
-    expect(page.locator("#versions li")).to_have_count(2)
+    expect(page.locator("#versions li")).to_have_count(2, timeout=60_000)
     page.click("#rollback")
     expect(page.locator("#versions li").nth(1)).to_contain_text("in use")
 
