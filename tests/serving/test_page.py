@@ -135,6 +135,8 @@ def test_the_whole_story_from_a_name_to_erasure(page: Any, server: Running) -> N
     page.click("#result button")
     report = page.locator("#report")
     expect(report).to_contain_text("Voice: ")
+    expect(report).to_contain_text("Recommended: α ")
+    expect(report).to_contain_text("ROUGE-L ↑")
     expect(report).to_contain_text("You wrote")
     page.keyboard.press("Escape")
 

@@ -3,6 +3,7 @@
 // ever set as text.
 
 const byId = (id) => document.getElementById(id);
+const MEASURES = { nll: "NLL ↓", rouge1: "ROUGE-1 ↑", rougeL: "ROUGE-L ↑" };
 const state = {
   key: sessionStorage.getItem("cope-key") ?? "",
   model: null,
@@ -476,7 +477,7 @@ function showOutcome({ status, result, error }) {
 function openReport(result) {
   const { voice, voice_note: note, verdict, recommended, metrics, notes, samples } = result;
   const score = typeof voice === "number" ? `${voice.toFixed(3)}: ${note}` : `none: ${note}`;
-  const lines = [result.reason, verdict?.advice, recommended?.why, `Voice: ${score}`];
+  const lines = [result.reason, verdict?.advice, strengthOf(recommended), `Voice: ${score}`];
   byId("report").replaceChildren(
     ...lines.filter(Boolean).map((line) => element("p", line)),
     metricsTable(metrics),
@@ -484,6 +485,12 @@ function openReport(result) {
     ...samples.slice(0, 5).flatMap(sampleOf),
   );
   byId("report-dialog").showModal();
+}
+
+function strengthOf(recommended) {
+  if (!recommended) return "";
+  const { alpha, tau, adapter_scale: scale, why } = recommended;
+  return `Recommended: α ${alpha}, τ ${tau}, adapter scale ${scale} (${why})`;
 }
 
 function sampleOf({ prompt, reference, base, cope }) {
@@ -494,11 +501,13 @@ function sampleOf({ prompt, reference, base, cope }) {
 }
 
 function metricsTable(metrics) {
-  const measures = [...new Set(Object.values(metrics).flatMap(Object.keys))];
+  const had = new Set(Object.values(metrics).flatMap(Object.keys));
+  const measures = Object.keys(MEASURES).filter((name) => had.has(name));
   const table = document.createElement("table");
   const head = table.createTHead().insertRow();
   const heading = (text, scope) => Object.assign(element("th", text), { scope });
-  head.append(...["way", ...measures].map((name) => heading(name, "col")));
+  const names = measures.map((name) => MEASURES[name]);
+  head.append(...["way", ...names].map((name) => heading(name, "col")));
   const body = table.createTBody();
   for (const [way, figures] of Object.entries(metrics)) {
     const row = body.insertRow();
