@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fleet.conftest import FAST, histories_in, plan_in
-from fleet_users import write_users
+from fleet_users import FAST, histories_in, plan_in, write_users
 
 from adapter_store import AdapterStore
 from adapter_store.errors import BackendError

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fleet.conftest import histories_in, plan_in
+from fleet_users import histories_in, plan_in
 from serving.conftest import ROLES, Running, wait_until
 from serving.matrix import LOCKED, MATRIX
 
