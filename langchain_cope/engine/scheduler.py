@@ -69,7 +69,8 @@ class Scheduler:
 
     def has_readers(self) -> bool:
         """Tell whether anybody waits for tokens, in the batch or in the line."""
-        everyone = [*self._batch.requests, *self._waiting]
+        with self._lock:
+            everyone = [*self._batch.requests, *self._waiting]
         return not all(active.request.offline for active in everyone)
 
     def check_size(self, active: ActiveRequest) -> None:
