@@ -4,12 +4,11 @@
 // Prints one JSON object: `answers`, token ids with the ending token where there is one, and
 // `tokenized`, its own token ids of each text.
 import { readFileSync } from "node:fs";
-import { getLlama } from "node-llama-cpp";
+import { loadModel } from "./llama_cpp_model.mjs";
 
 const [modelPath, promptsPath, numTokens] = process.argv.slice(2);
 const { texts, ids } = JSON.parse(readFileSync(promptsPath, "utf8"));
-const llama = await getLlama({ gpu: false, build: "never", progressLogs: false, logLevel: "error" });
-const model = await llama.loadModel({ modelPath });
+const model = await loadModel(modelPath, 1);
 const context = await model.createContext({
   contextSize: 4096,
   threads: 1, // they spin: two beside other work are slower than one

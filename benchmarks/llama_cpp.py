@@ -22,13 +22,14 @@ equal, or a fault was not noticed.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from worker import beside_npm
 
 HERE = Path(__file__).parent
 NUM_TOKENS = 24
@@ -205,8 +206,7 @@ def write_gguf(folder: Path, quantization: str) -> Path:
 
 
 def answers_of_llama_cpp(npm: Path, file: Path, ids: Answers, texts: list[str]) -> dict[str, Any]:
-    # A module is looked for beside the program that imports it.
-    program = Path(shutil.copy(HERE / "llama_cpp.mjs", npm))
+    program = beside_npm("llama_cpp.mjs", npm)
     prompts = file.with_suffix(".json")
     prompts.write_text(json.dumps({"ids": ids, "texts": texts}), encoding="utf-8")
     command = ["node", program.name, str(file), str(prompts), str(NUM_TOKENS)]

@@ -5,18 +5,11 @@
 // context, so that those that are asked at the same time are computed in one batch; a request waits
 // for one that is free. Answers are greedy.
 import { createServer } from "node:http";
-import { getLlama } from "node-llama-cpp";
+import { loadModel } from "./llama_cpp_model.mjs";
 
 const [modelPath, threads, number, around] = process.argv.slice(2);
 const [before, after] = JSON.parse(around);
-const llama = await getLlama({
-  gpu: false,
-  build: "never",
-  progressLogs: false,
-  logLevel: "error",
-  maxThreads: Number(threads),
-});
-const model = await llama.loadModel({ modelPath });
+const model = await loadModel(modelPath, Number(threads));
 const context = await model.createContext({
   contextSize: 512, // tokens of a sequence
   sequences: Number(number),

@@ -6,18 +6,11 @@
 // the seconds are those from the first token of all to the last one. It sleeps between the lines.
 import { readFileSync } from "node:fs";
 import { createInterface } from "node:readline";
-import { getLlama } from "node-llama-cpp";
+import { loadModel } from "./llama_cpp_model.mjs";
 
 const [modelPath, promptsPath, threads] = process.argv.slice(2);
 const prompts = JSON.parse(readFileSync(promptsPath, "utf8"));
-const llama = await getLlama({
-  gpu: false,
-  build: "never",
-  progressLogs: false,
-  logLevel: "error",
-  maxThreads: Number(threads),
-});
-const model = await llama.loadModel({ modelPath });
+const model = await loadModel(modelPath, Number(threads));
 const CONTEXT = 1024; // tokens of a sequence
 
 // A context for each number of sequences, so that a single user's is not made for several.

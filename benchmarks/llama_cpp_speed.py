@@ -16,7 +16,6 @@ hands each token out. `llama_cpp.py` holds the answers of both against each othe
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from llama_cpp import write_gguf
 from worker import (
     Worker,
     alternate,
+    beside_npm,
     machine,
     print_figures,
     print_ratios,
@@ -61,8 +61,7 @@ class LlamaCpp:
     """One GGUF file in llama.cpp, in a process of its own that sleeps between two calls."""
 
     def __init__(self, npm: Path, file: Path, prompts: Path, threads: int) -> None:
-        # A module is looked for beside the program that imports it.
-        program = Path(shutil.copy(HERE / "llama_cpp_speed.mjs", npm)).name
+        program = beside_npm("llama_cpp_speed.mjs", npm).name
         command = ["node", program, str(file), str(prompts), str(threads)]
         self._process = subprocess.Popen(
             command, cwd=npm, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -18,29 +18,25 @@ engine's own count, of the peer the clients'. The last line is one JSON object.
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
-import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 from serve_engine import AROUND, MODEL, TEXTS, user_id
-from worker import Worker, machine, print_report
+from server_process import READY, port_of, server_process, wait_for
+from worker import Worker, beside_npm, machine, print_report
 
 HEADS = "POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
 PEER_PORT = 8917
-READY = 180.0  # seconds until a server that does not answer is given up
 
 
 @dataclass
@@ -65,8 +61,8 @@ class Seen:
             "answers": self.answers,
             "errors": self.errors,
             "pieces_per_second": round(len(self.between) / seconds, 1),
-            "first_token_p50_p99": _percentiles(self.first),
-            "between_pieces_p50_p99": _percentiles(self.between),
+            "first_token_p50_p99": percentiles(self.first),
+            "between_pieces_p50_p99": percentiles(self.between),
         }
 
 
@@ -153,10 +149,10 @@ def _against_peer(folder: Path, base: Path, options: argparse.Namespace) -> dict
     log = folder / "peer.log"
     with server_process(words, log) as process:
         if options.npm:
-            port = port_of(log, process)
+            port = port_of(log, lambda: process.poll() is None)
         else:
             port = PEER_PORT
-            _wait_for(f"http://127.0.0.1:{port}/health")
+            wait_for(f"http://127.0.0.1:{port}/health")
         report = asyncio.run(_load(port, str(base), None, folder, options, process))
     print(f"{options.peer}: {report}", flush=True)
     ratio = ours["pieces_per_second"] / report["pieces_per_second"]
@@ -173,13 +169,13 @@ def _transformers(base: Path) -> list[str]:
 
 
 def _llama_cpp(folder: Path, options: argparse.Namespace) -> list[str]:
-    """Return the command of llama.cpp's server; a module is looked for beside its program."""
+    """Return the command of llama.cpp's server."""
     from langchain_cope.engine import smollm2_file
 
-    program = shutil.copy(Path(__file__).parent / "llama_cpp_server.mjs", options.npm)
+    program = beside_npm("llama_cpp_server.mjs", options.npm)
     around = (folder / AROUND).read_text(encoding="utf-8")
     threads = str(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
-    return ["node", program, str(smollm2_file()), threads, str(options.clients), around]
+    return ["node", str(program), str(smollm2_file()), threads, str(options.clients), around]
 
 
 def _measure_ours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -191,7 +187,7 @@ def _measure_ours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     log = folder / "server.log"
     with server_process(words, log) as process:
-        port = port_of(log, process)
+        port = port_of(log, lambda: process.poll() is None)
         return asyncio.run(_load(port, MODEL, user_id, folder, options, process))
 
 
@@ -352,49 +348,6 @@ async def _answer(port: int, body: bytes, seen: Seen) -> None:
         writer.close()
 
 
-@contextlib.contextmanager
-def server_process(words: list[str], log: Path) -> "Iterator[subprocess.Popen[bytes]]":
-    """Run a server until the block ends; print the end of its log where that fails."""
-    here = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(here), str(here / "cli"), os.environ.get("PYTHONPATH", "")])
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            words, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": paths}
-        )
-    try:
-        yield process
-    except Exception:
-        print(log.read_text(encoding="utf-8", errors="replace")[-3000:], file=sys.stderr)
-        raise
-    finally:
-        process.terminate()
-        try:
-            process.wait(40)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def port_of(log: Path, process: "subprocess.Popen[bytes]") -> int:
-    """Return the port that a server says it is ready at, once it does."""
-    deadline = time.monotonic() + READY
-    while time.monotonic() < deadline and process.poll() is None:
-        for line in log.read_text(encoding="utf-8").splitlines():
-            if found := re.search(r"ready at (?:http://[\d.]+:)?(\d+)", line):
-                return int(found[1])
-        time.sleep(0.2)
-    raise RuntimeError("the server did not start")
-
-
-def _wait_for(url: str) -> None:
-    deadline = time.monotonic() + READY
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        time.sleep(0.5)
-    raise RuntimeError(f"{url} does not answer")
-
-
 def _metric(port: int, name: str) -> float:
     """Return one of our own server's metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
@@ -406,7 +359,8 @@ def _memory(process: "subprocess.Popen[bytes]") -> int:
     return int(psutil.Process(process.pid).memory_info().rss)
 
 
-def _percentiles(values: list[float]) -> list[float]:
+def percentiles(values: list[float]) -> list[float]:
+    """Return p50 and p99; nothing of fewer than two."""
     if len(values) < 2:
         return []
     ordered = statistics.quantiles(values, n=100)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from serve import port_of, server_process
+from server_process import port_of, server_process
 
 PATIENCE = 240.0  # seconds for the trainings after the last start
 
@@ -77,7 +77,7 @@ async def run(folder: Path, options: argparse.Namespace, told: Told) -> dict[str
         ]  # fmt: skip
         log = folder / f"server{start}.log"
         with server_process(words, log) as process:
-            port = await asyncio.to_thread(port_of, log, process)
+            port = await asyncio.to_thread(port_of, log, lambda: process.poll() is None)
             if not clients:
                 clients = [
                     asyncio.create_task(ask(port, number, number < options.trainings, told))

@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from serve import _percentiles, _process, _wait_for
+from serve import percentiles
 from serve_engine import MODEL, TEXTS, user_id
+from server_process import server_process, wait_for
 from worker import Worker, machine, print_report
 
 from langchain_cope.serving.keys import add_key, new_key
@@ -84,8 +85,8 @@ def _serve(part: str, folder: Path, key: str, options: argparse.Namespace) -> di
     ]  # fmt: skip
     if part != "local":
         words += ["--ray", "local", "--replicas", "2" if part == "kill" else "1"]
-    with _process(words, folder / f"{part}.log") as process:
-        _wait_for(f"http://127.0.0.1:{PORT}/readyz")
+    with server_process(words, folder / f"{part}.log") as process:
+        wait_for(f"http://127.0.0.1:{PORT}/readyz")
         if part == "kill":
             return asyncio.run(_load(key, folder, 16, options, process))
         return {
@@ -118,7 +119,7 @@ async def _load(
     seconds = time.perf_counter() - started
     report = {
         "pieces_per_second": round(seen.pieces / seconds, 1),
-        "first_token_p50_p99": _percentiles(seen.first),
+        "first_token_p50_p99": percentiles(seen.first),
         "ended": dict(seen.ended),
     }
     for client in clients:

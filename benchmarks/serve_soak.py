@@ -31,6 +31,7 @@ from typing import Any
 
 import httpx
 import psutil
+from server_process import port_of
 from soak import write_adapter
 
 CHAT = "/v1/chat/completions"
@@ -74,8 +75,10 @@ def main() -> None:
         server = multiprocessing.get_context("spawn").Process(
             target=_serve, args=(folder, options.model, options.rows, options.slots)
         )
+        log = folder / "server.log"
+        log.touch()
         server.start()
-        port = _port_of(folder / "server.log")
+        port = port_of(log, server.is_alive)
         soak = Soak(folder, fingerprint, adapters, port, server.pid or 0, options, found)
         try:
             asyncio.run(soak.run())
@@ -149,17 +152,6 @@ def _serve(folder: Path, model: str, rows: int, slots: int) -> None:
             engine_options=engine_options,
         )
     )
-
-
-def _port_of(log: Path) -> int:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if log.exists():
-            for line in log.read_text(encoding="utf-8").splitlines():
-                if "ready at " in line:
-                    return int(json.loads(line)["message"].split("/v1")[0].rsplit(":", 1)[1])
-        time.sleep(0.2)
-    raise RuntimeError("the server did not start")
 
 
 class Soak:

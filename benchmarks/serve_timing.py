@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 import httpx
-from serve import port_of, server_process
+from server_process import port_of, server_process
 from worker import machine, print_report
 
 WORDS = 150  # of a prompt
@@ -59,7 +59,7 @@ def measure(folder: Path, model: str, repeats: int) -> dict[str, list[float]]:
     log, chance = folder / "server.log", random.Random(0)
     seconds: dict[str, list[float]] = {"other": [], "fresh": [], "own": []}
     with server_process(words, log) as process:
-        url = f"http://127.0.0.1:{port_of(log, process)}/v1/chat/completions"
+        url = f"http://127.0.0.1:{port_of(log, lambda: process.poll() is None)}/v1/chat/completions"
         with httpx.Client(timeout=None) as client:
             for _ in range(repeats):
                 for kind in chance.sample(list(seconds), 3):

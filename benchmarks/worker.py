@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -121,6 +122,16 @@ def _serve(
         pass
     except Exception:
         pipe.send((False, traceback.format_exc()))
+
+
+def beside_npm(program: str, npm: Path) -> Path:
+    """Return a copy of one of our programs for node, in the folder of its modules.
+
+    A module is looked for beside the program that imports it.
+    """
+    here = Path(__file__).parent
+    shutil.copy(here / "llama_cpp_model.mjs", npm)
+    return Path(shutil.copy(here / program, npm))
 
 
 def peak_memory(device: str) -> int:
