@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from langchain_cope._front_door import lazy_names
 
 if TYPE_CHECKING:
-    from langchain_cope.engine.adapter import CONFIG, WEIGHTS, Adapter
+    from langchain_cope.engine.adapter import CONFIG, WEIGHTS, Adapter, read_weights
     from langchain_cope.engine.answer import Completion, Piece, Stream, TokenLogprobs
     from langchain_cope.engine.base.base import Base
     from langchain_cope.engine.base.bundled import (
@@ -101,6 +101,7 @@ __all__ = [
     "limit_own_threads",
     "load_base",
     "questions_of",
+    "read_weights",
     "smollm2_file",
 ]
 
@@ -153,6 +154,7 @@ _MODULES = {
     "is_whole": "checks",
     "load_base": "base.loading",
     "questions_of": "base.prompt_profile",
+    "read_weights": "adapter",
     "smollm2_file": "base.bundled",
 }
 if not TYPE_CHECKING:  # type checkers read the imports above instead

@@ -114,6 +114,15 @@ def linear_sizes(module: Any) -> tuple[int, int] | None:
     return None
 
 
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of the adapter in `folder`, by their names in its weights file.
+
+    Raises OSError and SafetensorError where the file cannot be read.
+    """
+    # Not `load_file`: safetensors 0.8 leaks two objects a tensor there, for good.
+    return load((folder / WEIGHTS).read_bytes())
+
+
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
@@ -123,8 +132,7 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        # Not `load_file`: safetensors 0.8 leaks two objects a tensor there, for good.
-        tensors = load((folder / WEIGHTS).read_bytes())
+        tensors = read_weights(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the adapter in {folder} cannot be read: {error}") from error
     if not isinstance(config, dict):

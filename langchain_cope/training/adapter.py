@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from langchain_cope.atomic_files import atomic_folder
-from langchain_cope.engine import CONFIG, WEIGHTS
+from langchain_cope.engine import CONFIG, WEIGHTS, read_weights
 from langchain_cope.errors import InputError
 from langchain_cope.training.recipe import SFT
 
@@ -94,7 +94,7 @@ def load_weights(model: PeftModel, folder: Path) -> None:
 
     Raises `ValueError` where the two do not match name by name.
     """
-    report = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    report = set_peft_model_state_dict(model, read_weights(folder))
     missing = [name for name in report.missing_keys if "lora_" in name]
     if missing or report.unexpected_keys:
         raise ValueError(
