@@ -71,7 +71,7 @@ class Scheduler:
         """Tell whether anybody waits for tokens, in the batch or in the line."""
         with self._lock:
             everyone = [*self._batch.requests, *self._waiting]
-        return not all(active.request.offline for active in everyone)
+        return any(not active.request.offline for active in everyone)
 
     def check_size(self, active: ActiveRequest) -> None:
         """Raise InputError for a request that would not fit if it were alone."""

@@ -95,8 +95,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     with ThreadPoolExecutor(1) as loader:  # which ends: its idle threads would slow the engine's
         await asyncio.get_running_loop().run_in_executor(loader, state.load)
     state.runner.start()
-    state.store_watch.start()
-    state.heap.start()
+    state.start_watching()
     yield
     await asyncio.to_thread(state.close)
 

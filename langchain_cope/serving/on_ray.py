@@ -138,8 +138,7 @@ class Replica:
         self._state = ServerState.of(settings)
         self._app = create_app(self._state)
         self._state.load()
-        self._state.store_watch.start()
-        self._state.heap.start()
+        self._state.start_watching()
 
     async def answer(self, scope: Message, body: bytes) -> AsyncIterator[Message]:
         """Yield the messages of the answer to one request."""

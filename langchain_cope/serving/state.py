@@ -127,6 +127,11 @@ class ServerState:
         shared = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
         self.public_prefix = tuple(token for token, _ in shared)
 
+    def start_watching(self) -> None:
+        """Ask the store, and give memory back, again and again from now on."""
+        self.store_watch.start()
+        self.heap.start()
+
     def begin_drain(self) -> None:
         """Begin nothing new from now on."""
         self.draining = True
