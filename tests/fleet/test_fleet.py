@@ -36,6 +36,21 @@ def states(report: FleetReport) -> dict[str, State]:
     return {user: outcome.state for user, outcome in report.users.items()}
 
 
+def cancelled(
+    plan: Plan, histories: Path, work: Path, enough: Callable[[FleetProgress], bool]
+) -> str:
+    """Run a fleet, stop it once there is `enough` of it, and return what it says."""
+    stop = threading.Event()
+
+    def look(progress: FleetProgress) -> None:
+        if enough(progress):
+            stop.set()
+
+    with pytest.raises(Cancelled) as error:
+        run_fleet(open_source(histories), plan, work, SerialRunner(), stop=stop, on_progress=look)
+    return str(error.value)
+
+
 @pytest.fixture(scope="module")
 def alone(
     base: Path, tmp_path_factory: pytest.TempPathFactory
@@ -104,21 +119,8 @@ def test_processes_do_what_one_does_though_one_is_killed(
 def test_a_stopped_fleet_publishes_nothing_and_goes_on(
     plan: Plan, histories: Path, tmp_path: Path
 ) -> None:
-    stop = threading.Event()
-
-    def stop_after_one(progress: FleetProgress) -> None:
-        if progress.done == 1:
-            stop.set()
-
-    with pytest.raises(Cancelled, match="1 of 3 users are done"):
-        run_fleet(
-            open_source(histories),
-            plan,
-            tmp_path / "work",
-            SerialRunner(),
-            stop=stop,
-            on_progress=stop_after_one,
-        )
+    said = cancelled(plan, histories, tmp_path / "work", lambda progress: progress.done == 1)
+    assert "1 of 3 users are done" in said
     store = AdapterStore(plan.store)
     assert [store.versions(user) for user in ("alice", "bob", "carol")] == [[], [], []]
     waiting = store.candidate("alice") or store.candidate("carol")
@@ -131,16 +133,7 @@ def test_a_stopped_fleet_publishes_nothing_and_goes_on(
 def test_without_its_ledger_a_fleet_finds_its_candidates(
     plan: Plan, histories: Path, tmp_path: Path
 ) -> None:
-    stop = threading.Event()
-    with pytest.raises(Cancelled):
-        run_fleet(
-            open_source(histories),
-            plan,
-            tmp_path / "work",
-            SerialRunner(),
-            stop=stop,
-            on_progress=lambda progress: stop.set() if progress.done == 2 else None,
-        )
+    cancelled(plan, histories, tmp_path / "work", lambda progress: progress.done == 2)
     store = AdapterStore(plan.store)
     waiting = {user: store.candidate(user) for user in ("alice", "bob", "carol")}
     report = run_fleet(open_source(histories), plan, tmp_path / "elsewhere", SerialRunner())
@@ -254,22 +247,12 @@ def test_a_store_that_is_away_for_a_while_costs_no_user(
 
 
 def test_two_runs_in_one_folder_are_refused(plan: Plan, histories: Path, tmp_path: Path) -> None:
-    stop = threading.Event()
-
-    def again(progress: FleetProgress) -> None:
+    def again(progress: FleetProgress) -> bool:
         with pytest.raises(InputError, match="another run of this fleet"):
             run_fleet(open_source(histories), plan, tmp_path / "work", SerialRunner())
-        stop.set()
+        return True
 
-    with pytest.raises(Cancelled):
-        run_fleet(
-            open_source(histories),
-            plan,
-            tmp_path / "work",
-            SerialRunner(),
-            stop=stop,
-            on_progress=again,
-        )
+    cancelled(plan, histories, tmp_path / "work", again)
 
 
 def test_a_base_of_another_size_gets_versions_of_its_own(
