@@ -36,10 +36,10 @@ def test_default_recipe_is_the_papers_at_seven_billion_parameters():
 def test_smaller_models_get_larger_steps_up_to_those_that_work():
     rates = [
         Recipe.for_model(Sized(n), range(60)).sft.learning_rate
-        for n in (10**6, 7_377_152, 10**8, 10**9, 10**10)
+        for n in (10**6, 7_377_152, 134_515_008, 10**9, 10**10)
     ]
     assert rates == sorted(rates, reverse=True)
-    assert rates[:2] == pytest.approx([1.5e-3, 1.5e-3], rel=0.01)
+    assert rates[:3] == pytest.approx([1.5e-3, 1.5e-3, 1e-3], rel=0.01)
     assert rates[-1] == 1e-4
 
 
@@ -132,4 +132,4 @@ def test_a_task_adapter_is_the_papers_with_larger_steps_for_smaller_bases() -> N
     assert (paper.rank, paper.lora_alpha, paper.epochs, paper.batch_size) == (16, 16, 3, 8)
     assert paper.learning_rate == 1e-4
     assert small == replace(paper, learning_rate=small.learning_rate)
-    assert small.learning_rate == Recipe.for_model(Sized(135_000_000), []).sft.learning_rate
+    assert small.learning_rate == pytest.approx(4.8e-4)
