@@ -152,6 +152,10 @@ def _plan(
     from langchain_cope.fleet import Plan
     from langchain_cope.stores import location_of
 
+    if work is not None and work.absolute() == Path(source.name):
+        raise typer.BadParameter(
+            "that folder holds the histories: name one of the fleet's own", param_hint="--work"
+        )
     location = location_of(store)
     folder = work or _default_folder(source.name, model, task_adapter, location)
     return Plan(

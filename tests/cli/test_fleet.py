@@ -105,3 +105,7 @@ def test_a_source_that_is_missing_is_a_wrong_call(cope_lc: Callable, tmp_path: P
     outcome = cope_lc("personalize-fleet", tmp_path, "--report", page)
     assert outcome.code == 2
     assert "there is no folder" in outcome.error
+    (tmp_path / "alice.jsonl").write_text('{"prompt": "Where?", "completion": "There"}')
+    outcome = cope_lc("personalize-fleet", tmp_path, "--work", tmp_path)
+    assert outcome.code == 2
+    assert "holds the histories" in outcome.error
