@@ -84,7 +84,7 @@ def test_a_stuck_reader_holds_up_nobody(base: Path, published: Path, tmp_path: P
         stuck = send(server, "alice", body)
         wait_until(lambda: engine_of(server).statistics().rows > 0)
         assert server.ask("bob", max_tokens=4).status_code == 200
-        wait_until(lambda: is_idle(server), seconds=15)
+        wait_until(lambda: is_idle(server), seconds=60)
         stuck.close()
         slow = send(server, "bob", body[:-1], len(body))  # whose last byte never comes
         assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
