@@ -39,7 +39,7 @@ def test_smaller_models_get_larger_steps_up_to_those_that_work():
         for n in (10**6, 7_377_152, 134_515_008, 10**9, 10**10)
     ]
     assert rates == sorted(rates, reverse=True)
-    assert rates[:3] == pytest.approx([1.5e-3, 1.5e-3, 1e-3], rel=0.01)
+    assert rates[:3] == pytest.approx([1.5e-3, 1.5e-3, 1.5e-3], rel=0.01)
     assert rates[-1] == 1e-4
 
 
