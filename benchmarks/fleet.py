@@ -2,6 +2,7 @@
 
     python benchmarks/fleet.py users.jsonl [--users 12] [--model smollm2] [--workers 2]
     python benchmarks/fleet.py users.jsonl --results r.json --part loop --from 0 --to 6
+    python benchmarks/fleet.py users.jsonl --folder DIR --results r.json --part fleet --seconds 180
 
 Takes the first users of the file (`{"user_id", "history": [{"prompt", "completion"}]}`). The loop
 calls the command once a user, one after another, as a shell would, with all cores; the fleet is one
@@ -16,18 +17,24 @@ printed:
    if memory bandwidth allows it) and `start_free` (a fleet so long that starting costs nothing).
 
 `--results` keeps figures between calls, so that a long comparison can be run in pieces: `--part
-loop` does users `--from` to `--to`, `--part fleet` everybody. The last line is one JSON object.
+loop` does users `--from` to `--to`, `--part fleet` everybody. With `--folder`, which keeps stores
+and work, a fleet is stopped after `--seconds`, and the same call goes on: of its pieces all count,
+their starts and what a stop throws away, too; the time between them does not. The last line is one
+JSON object.
 """
 
 import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +44,14 @@ COMMAND = [sys.executable, "-m", "cope_lc"]
 def main() -> None:
     arguments = _arguments()
     results = _read(arguments.results)
-    with tempfile.TemporaryDirectory(prefix="cope-fleet-") as scratch:
-        folder = Path(scratch)
+    with _folder(arguments.folder) as folder:
         files = _write_users(arguments, folder / "histories")
         if arguments.part in ("both", "loop"):
             for file in files[arguments.start : arguments.end]:
                 results["loop"].update(_loop(file, arguments.model, folder))
                 _write(arguments.results, results)
         if arguments.part in ("both", "fleet"):
-            results["fleet"] = _fleet(folder, arguments)
+            _fleet(folder, arguments, results)
             _write(arguments.results, results)
     figures = _compared(results)
     for name, value in figures.items():
@@ -65,12 +71,24 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--from", dest="start", type=int, default=0)
     parser.add_argument("--to", dest="end", type=int)
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
+    parser.add_argument("--seconds", type=float, help="after which the fleet is stopped")
     return parser.parse_args()
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="cope-fleet-") as scratch:
+        yield Path(scratch)
 
 
 def _write_users(arguments: argparse.Namespace, folder: Path) -> list[Path]:
     """Write one file a user; return them in order."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     with arguments.file.open(encoding="utf-8") as lines:
         users = [json.loads(line) for _, line in zip(range(arguments.users), lines, strict=False)]
     files = []
@@ -96,14 +114,21 @@ def _loop(file: Path, model: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _fleet(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def _fleet(folder: Path, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Run the fleet until its end or for `--seconds`, and note in `results` what came of it."""
     began = time.perf_counter()
     where = ["--store", folder / "fleet-store", "--work", folder / "work"]
     ray = ["--ray", arguments.ray] if arguments.ray else []
     many = ["--model", arguments.model, "--workers", arguments.workers, *ray]
-    facts = _run("personalize-fleet", folder / "histories", *where, *many, "--json")
-    return {
-        "seconds": time.perf_counter() - began,
+    words = ["personalize-fleet", folder / "histories", *where, *many, "--json"]
+    facts = _run(*words, seconds=arguments.seconds)
+    pieces = results.setdefault("pieces", [])
+    pieces.append(time.perf_counter() - began)
+    if facts is None:
+        print(f"stopped; {len(pieces)} pieces so far: the same call goes on", file=sys.stderr)
+        return
+    results["fleet"] = {
+        "seconds": sum(pieces),
         "workers": arguments.workers,
         "counts": facts["counts"],
         "users": {
@@ -118,9 +143,19 @@ def _fleet(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _run(*words: object) -> Any:
-    run = subprocess.run([*COMMAND, *map(str, words)], stdout=subprocess.PIPE, check=True)
-    return json.loads(run.stdout)
+def _run(*words: object, seconds: float | None = None) -> Any:
+    """Return what the command prints; None where it was stopped after so many seconds."""
+    process = subprocess.Popen([*COMMAND, *map(str, words)], stdout=subprocess.PIPE)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate()
+        if not output:
+            return None
+    if process.returncode:
+        raise SystemExit(f"{words[0]} ended with code {process.returncode}")
+    return json.loads(output)
 
 
 def _compared(results: dict[str, Any]) -> dict[str, Any]:

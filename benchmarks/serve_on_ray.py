@@ -191,21 +191,25 @@ def _replicas(server: "subprocess.Popen[bytes]") -> list[psutil.Process]:
 
 
 def _compared(local: dict[str, Any], ray: dict[str, Any]) -> dict[str, Any]:
+    both = {clients: (each, ray[clients]) for clients, each in local.items()}
     return {
-        "ray_vs_local": {
-            clients: round(ray[clients]["pieces_per_second"] / each["pieces_per_second"], 3)
-            for clients, each in local.items()
-        },
-        "added_first_token": {
-            clients: [
-                round(there - here, 4)
-                for here, there in zip(
-                    each["first_token_p50_p99"], ray[clients]["first_token_p50_p99"], strict=True
-                )
-            ]
-            for clients, each in local.items()
-        },
+        "ray_vs_local": {clients: _ratio(*pair) for clients, pair in both.items()},
+        "added_first_token": {clients: _added(*pair) for clients, pair in both.items()},
     }
+
+
+def _ratio(here: dict[str, Any], there: dict[str, Any]) -> float | str:
+    if not here["pieces_per_second"]:
+        return "no piece came: give more --seconds"
+    ratio: float = there["pieces_per_second"] / here["pieces_per_second"]
+    return round(ratio, 3)
+
+
+def _added(here: dict[str, Any], there: dict[str, Any]) -> list[float] | str:
+    soon, late = here["first_token_p50_p99"], there["first_token_p50_p99"]
+    if not soon or not late:
+        return "fewer than two first tokens came: give more --seconds"
+    return [round(later - sooner, 4) for sooner, later in zip(soon, late, strict=True)]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     CopeError
     ├── InputError            the call or its input was wrong: correct it (also a ValueError)
     │   ├── HistoryError      a history that cannot be read or is too short
+    │   │   └── HistoryUnreachable  the place where it is did not answer: try again later
     │   ├── ModelNotFound     no base model of that name or at that path
     │   └── ContextOverflow   a prompt longer than the model's context
     ├── ModelError            the base or the adapter cannot be used as asked
@@ -28,6 +29,10 @@ class HistoryError(InputError):
 
 
 # Named for what happened, without the suffix that rule N818 asks for.
+class HistoryUnreachable(HistoryError):  # noqa: N818
+    """A history in a place that did not answer, which says nothing of the history."""
+
+
 class ModelNotFound(InputError):  # noqa: N818
     """No base model of that name or at that path."""
 

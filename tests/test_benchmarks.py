@@ -1,8 +1,12 @@
 """Benchmarks run by hand, so that nothing else would notice what one no longer offers another."""
 
 import ast
+import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 MODULES = {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in FOLDER.glob("*.py")}
@@ -33,3 +37,15 @@ def test_benchmarks_import_from_each_other_what_is_there() -> None:
     assert len(imported) > 50
     missing = [each for each in imported if each[2] not in set(names_of(MODULES[each[1]]))]
     assert missing == []
+
+
+def test_a_run_too_short_for_a_comparison_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
+    compared = import_module("serve_on_ray")._compared
+    none = {"pieces_per_second": 0.0, "first_token_p50_p99": []}
+    some = {"pieces_per_second": 20.0, "first_token_p50_p99": [0.1, 0.3]}
+    found = compared({"1": some, "16": none}, {"1": some, "16": none})
+    assert found["ray_vs_local"]["1"] == 1
+    assert found["added_first_token"]["1"] == [0, 0]
+    assert "give more --seconds" in found["ray_vs_local"]["16"]
+    assert "give more --seconds" in found["added_first_token"]["16"]

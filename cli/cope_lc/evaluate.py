@@ -1,6 +1,5 @@
 """`cope-lc evaluate`: the ways of answering side by side, over users. Nothing is published."""
 
-import os
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ import typer
 
 from cope_lc.options import DEFAULT_MODEL, Device, Dtype, Json, Model, Target, TaskAdapter
 from cope_lc.output import Output
+from cope_lc.page import check_page_file, write_page
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.recipe_choice import Paper, TrainingSeed, recipe_choice
 from cope_lc.screen import console, say
@@ -89,7 +89,7 @@ def evaluate(
         _check(users, file)
         chosen = _chosen(ways, task_adapter, len(users))
         _check_views(chosen, len(users), grid=grid, matrix=matrix)
-        _check_report(report)
+        check_page_file(report)
         settings = {"model": model, "device": device, "dtype": dtype}
         with _folder(job_dir) as folder:
             comparison = _comparison(
@@ -103,8 +103,7 @@ def evaluate(
     if report is not None:  # last: no figure is lost to a full disk
         from cope_lc.report import html_report
 
-        report.write_text(html_report(found, model, task_adapter), encoding="utf-8")
-        print(f"report: {report}", file=sys.stderr)
+        write_page(report, html_report(found, model, task_adapter))
 
 
 def _chosen(names: str | None, task_adapter: str | None, num_users: int) -> "tuple[Way, ...]":
@@ -141,22 +140,6 @@ def _check_views(ways: "tuple[Way, ...]", num_users: int, *, grid: bool, matrix:
         raise typer.BadParameter("no way has an adapter: add sft or cope", param_hint=option)
     if matrix and num_users < 2:
         raise typer.BadParameter("it needs two users or more", param_hint=option)
-
-
-def _check_report(report: Path | None) -> None:
-    """Refuse a file for the page that cannot be written, before any training."""
-    if report is None:
-        return
-    folder = report.absolute().parent
-    problem = None
-    if not folder.is_dir():
-        problem = f"there is no folder {folder}"
-    elif report.is_dir():
-        problem = f"{report} is a folder: name a file in it"
-    elif not os.access(report if report.exists() else folder, os.W_OK):
-        problem = f"{report} cannot be written"
-    if problem is not None:
-        raise typer.BadParameter(problem, param_hint="--report")
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cope_lc.options import DEFAULT_MODEL, Device, Dtype, Json, Model, Store, Target, TaskAdapter
 from cope_lc.output import Output
+from cope_lc.page import check_page_file, write_page
 from cope_lc.quiet_libraries import prints_to_stderr
 from cope_lc.recipe_choice import TrainingSeed, recipe_choice
 from cope_lc.screen import console, number, say, table
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from langchain_cope.fleet.report import FleetReport
     from langchain_cope.fleet.runner import Runner
     from langchain_cope.fleet.sources import Source
+    from langchain_cope.fleet.tasks import Plan
 
+JOBS = "jobs"  # in the fleet's folder: unfinished trainings
 SHOWN_USERS = 20
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 _FAILED = 1  # the exit code where somebody failed
@@ -94,11 +97,11 @@ def personalize_fleet(
     """
     from langchain_cope.fleet.sources import open_source
 
-    _check_report(report)
+    check_page_file(report)
     with prints_to_stderr():
         source = open_source(histories, target=target.value if target else None)
-        options = _plan_options(model, task_adapter, store, seed, device, dtype)
-        result = _run(source, options, _runner(workers, ray), work)
+        plan = _plan(source, work, model, task_adapter, store, seed, device, dtype)
+        result = _run(source, plan, _runner(workers, ray))
     _end(result, report, as_json)
 
 
@@ -127,39 +130,51 @@ def migrate(
     from langchain_cope.fleet.sources import of_store, open_source
     from langchain_cope.stores import open_store
 
-    _check_report(report)
+    check_page_file(report)
     with prints_to_stderr():
         everybody = open_source(histories, target=target.value if target else None)
         source = of_store(open_store(store), everybody)
-        options = _plan_options(base, task_adapter, store, seed, device, dtype)
-        result = _run(source, options, _runner(workers, ray), work)
+        plan = _plan(source, work, base, task_adapter, store, seed, device, dtype)
+        result = _run(source, plan, _runner(workers, ray))
     _end(result, report, as_json)
 
 
-def _check_report(file: Path | None) -> None:
-    """Refuse a page that could not be written, before hours of work."""
-    if file is not None and not file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {file.parent}", param_hint="--report")
-
-
-def _plan_options(
+def _plan(
+    source: "Source",
+    work: Path | None,
     model: str,
     task_adapter: str | None,
     store: str | None,
     seed: int,
     device: str | None,
     dtype: str | None,
-) -> dict[str, Any]:
+) -> "Plan":
+    from langchain_cope.fleet import Plan
     from langchain_cope.stores import location_of
 
-    return {
-        "model": model,
-        "task_adapter": task_adapter,
-        "store": location_of(store),
-        "recipe": recipe_choice(paper=False, seed=seed),
-        "device": device,
-        "dtype": dtype,
-    }
+    if work is not None and work.absolute() == Path(source.name):
+        raise typer.BadParameter(
+            "that folder holds the histories: name one of the fleet's own", param_hint="--work"
+        )
+    location = location_of(store)
+    folder = work or _default_folder(source.name, model, task_adapter, location)
+    return Plan(
+        model=model,
+        store=location,
+        job_dir=str(folder.absolute() / JOBS),
+        recipe=recipe_choice(paper=False, seed=seed),
+        task_adapter=task_adapter,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _default_folder(*named: str | None) -> Path:
+    """Return a folder of the user's for a fleet of that source, base, task adapter and store."""
+    from platformdirs import user_data_path
+
+    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+    return user_data_path("langchain-cope", appauthor=False) / "fleets" / digest
 
 
 def _runner(workers: int, ray: str | None) -> "Runner":
@@ -172,23 +187,12 @@ def _runner(workers: int, ray: str | None) -> "Runner":
     return RayRunner(workers, ray)
 
 
-def _run(
-    source: "Source", options: dict[str, Any], runner: "Runner", work: Path | None
-) -> "FleetReport":
-    from langchain_cope.fleet import Plan, run_fleet
+def _run(source: "Source", plan: "Plan", runner: "Runner") -> "FleetReport":
+    from langchain_cope.fleet import run_fleet
 
-    folder = work or _default_folder(source.name, options)
-    plan = Plan(job_dir=str(folder.absolute() / "jobs"), **options)
+    folder = Path(plan.job_dir).parent
     with _stop_on_signals() as stop, _progress() as show:
         return run_fleet(source, plan, folder, runner, stop=stop, on_progress=show)
-
-
-def _default_folder(source: str, options: dict[str, Any]) -> Path:
-    from platformdirs import user_data_path
-
-    named = [source, *(options[name] for name in ("model", "task_adapter", "store"))]
-    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
-    return user_data_path("langchain-cope", appauthor=False) / "fleets" / digest
 
 
 @contextmanager
@@ -250,16 +254,16 @@ def _failures(failures: Counter[str]) -> str:
 
 
 def _end(result: "FleetReport", report: Path | None, as_json: bool) -> None:
-    if report is not None:
+    Output(as_json).show(finite(result.as_dict()), lambda: _show(result))
+    if report is not None:  # last: nothing is lost to a full disk
         from cope_lc.fleet_report import fleet_page
 
-        report.write_text(fleet_page(result), encoding="utf-8")
-    Output(as_json).show(finite(result.as_dict()), lambda: _show(result, report))
+        write_page(report, fleet_page(result))
     if not result.is_complete:
         raise typer.Exit(_FAILED)
 
 
-def _show(result: "FleetReport", report: Path | None) -> None:
+def _show(result: "FleetReport") -> None:
     from cope_lc.progress import duration
 
     out = console()
@@ -282,9 +286,8 @@ def _show(result: "FleetReport", report: Path | None) -> None:
         say(out, line)
     for place, problem in result.unreadable.items():
         say(out, f"not read: {shorten(place)}: {shorten(problem, 300)}", "yellow")
-    if report is not None:
-        say(out, f"report: {report}", whole=True)
-    say(out, f"it took {duration(result.seconds)} with {result.num_workers} workers", "dim")
+    workers = plural(result.num_workers, "worker")
+    say(out, f"it took {duration(result.seconds)} with {workers}", "dim")
 
 
 def summary(result: "FleetReport") -> list[str]:

@@ -25,6 +25,7 @@ from adapter_store import AdapterStore
 from adapter_store.errors import (
     AdapterNotFoundError,
     BackendError,
+    InvalidAdapterError,
     PublishConflictError,
 )
 from langchain_cope.errors import Cancelled, HistoryError
@@ -34,7 +35,7 @@ from langchain_cope.fleet.report import FleetReport
 from langchain_cope.fleet.runner import Runner
 from langchain_cope.fleet.skewed_gains import p_values
 from langchain_cope.fleet.sources import Source
-from langchain_cope.fleet.tasks import Outcome, Plan, State, Task
+from langchain_cope.fleet.tasks import Outcome, Plan, State, Task, is_of_surroundings
 from langchain_cope.personalization.gate import JUDGED_AGAINST, REASON_CHARACTERS
 from langchain_cope.stores import open_store
 
@@ -44,7 +45,7 @@ LEDGER = "ledger.jsonl"
 POLL_SECONDS = 0.5
 DECIDING = 16  # verdicts carried out at a time: they wait for the storage
 NOTED_TOGETHER = 64  # of them that a crash may lose sight of; they are found done
-PATIENCE_SECONDS = 600.0  # with a store or a disk that fails
+PATIENCE_SECONDS = 600.0  # with a store, a disk or a source that fails
 PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # the last one again and again
 
 
@@ -88,12 +89,12 @@ def run_fleet(
         runner: Where workers live.
         stop: Ends it in order when set, with nothing lost and nothing published.
         on_progress: Called whenever a user is settled.
-        patience: Seconds to wait for a store or a disk that fails.
+        patience: Seconds to wait for a store, a disk or a source that fails.
 
     Raises:
         Cancelled: `stop` was set.
         WorkersFailed: No worker could start.
-        BackendError: The store did not come back.
+        BackendError: The store, the disk or the source did not come back.
         InputError: Another run works in `folder`.
     """
     with Ledger(folder / LEDGER) as ledger:
@@ -102,7 +103,7 @@ def run_fleet(
             fleet.train(runner)
         fleet.decide()
         report = fleet.report(runner.num_workers)
-        ledger.finish()
+        fleet.finish()
     return report
 
 
@@ -124,17 +125,18 @@ class _Fleet:
         self._failures: Counter[str] = Counter()
         self._counts: Counter[State] = Counter()
         self._settled_now = 0
-        self._users = source.users()
+        self._users: list[str] = []
         self._keys: dict[str, str] = {}
+        self._deciding = False
 
     # ── training ──
 
     def train(self, runner: Runner) -> None:
         """Have every user trained who is not settled yet."""
-        if self._users:
-            self._persist(partial(self._store.prepare, self._users[0]))
-        key_of = self._store.user_key
-        self._keys = {user: self._persist(partial(key_of, user)) for user in self._users}
+        self._list_users()
+        plan = self._plan
+        settings = {"model": plan.model, "task adapter": plan.task_adapter, "store": plan.store}
+        self._persist(partial(self._ledger.start, settings))
         waiting = deque(user for user in self._users if self._outcome(user) is None)
         self._counts = Counter(
             one.state for one in map(self._outcome, self._users) if one is not None
@@ -142,7 +144,9 @@ class _Fleet:
         self._tell()
         if not waiting:
             return
-        runner.start(self._plan)
+        # A worker more would load a base for nobody.
+        runner.num_workers = min(runner.num_workers, len(waiting))
+        runner.start(plan)
         failing_since: float | None = None
         pauses: Iterator[float] = iter(())
         while waiting or runner.running:
@@ -163,6 +167,17 @@ class _Fleet:
                     pauses = itertools.chain(PAUSES_SECONDS, itertools.repeat(PAUSES_SECONDS[-1]))
                 self._be_patient(failing_since, next(pauses), outcome.reason)
 
+    def _list_users(self) -> None:
+        """Ask the source for its users; whom no store can keep is one of its problems."""
+        for user in self._source.users():
+            try:
+                if not self._keys:
+                    self._persist(partial(self._store.prepare, user))
+                self._keys[user] = self._persist(partial(self._store.user_key, user))
+            except InvalidAdapterError as error:
+                self._source.problems[ascii(user)] = str(error)
+        self._users = list(self._keys)
+
     def _task(self, user: str) -> Task | None:
         """Return the task of a user; None where there is nothing to train, which is settled."""
         key = self._keys[user]
@@ -170,9 +185,9 @@ class _Fleet:
         if data_seq is None:
             # Before the history is read: an erasure from now on holds against this training.
             data_seq = self._persist(partial(self._store.data_seq, user))
-            self._ledger.begin(key, data_seq)
+            self._persist(partial(self._ledger.begin, key, data_seq))
         try:
-            history = self._source.read(user)
+            history = self._persist(partial(self._source.read, user))
         except HistoryError as error:
             self._settle(user, Outcome(State.UNFIT, str(error)))
             return None
@@ -181,7 +196,7 @@ class _Fleet:
     def _settle(self, user: str, outcome: Outcome) -> bool:
         if outcome.state in (State.FAILED, State.UNAVAILABLE):
             self._failures[outcome.reason] += 1
-        is_done = self._ledger.settle(self._keys[user], outcome)
+        is_done = self._persist(partial(self._ledger.settle, self._keys[user], outcome))
         if is_done:
             self._settled_now += 1
             self._counts[outcome.state] += 1
@@ -196,6 +211,10 @@ class _Fleet:
         raise self._cancelled()
 
     def _cancelled(self) -> Cancelled:
+        if self._deciding:
+            return Cancelled(
+                "stopped while versions were published: the same command publishes the rest"
+            )
         return Cancelled(
             f"stopped; {self._counts.total()} of {len(self._users)} users are done and wait for "
             "the verdict, which comes when all are: nothing was published; the same command goes on"
@@ -205,6 +224,7 @@ class _Fleet:
 
     def decide(self) -> None:
         """Publish those whose gains are no chance among so many, and withdraw the others."""
+        self._deciding = True
         tested = [user for user in self._users if self._settled(user).is_tested]
         found = discoveries(p_values([self._settled(user).gains for user in tested]))
         waiting = [
@@ -215,12 +235,10 @@ class _Fleet:
         with ThreadPoolExecutor(DECIDING) as threads:
             for start in range(0, len(waiting), NOTED_TOGETHER):
                 if self._stop.is_set():
-                    raise Cancelled(
-                        "stopped while versions were published: the same command publishes the rest"
-                    )
+                    raise self._cancelled()
                 some = waiting[start : start + NOTED_TOGETHER]
                 for (user, _), decided in zip(some, threads.map(self._decided, some), strict=True):
-                    self._ledger.settle(self._keys[user], decided)
+                    self._persist(partial(self._ledger.settle, self._keys[user], decided))
         for user in self._users:
             if self._settled(user).state is State.FAILED:
                 self._persist(partial(self._clear, user))
@@ -269,6 +287,10 @@ class _Fleet:
 
     # ── around ──
 
+    def finish(self) -> None:
+        """Note that verdicts are out."""
+        self._persist(self._ledger.finish)
+
     def report(self, num_workers: int) -> FleetReport:
         """Return what became of everybody."""
         return FleetReport(
@@ -296,17 +318,19 @@ class _Fleet:
         )
 
     def _persist(self, call: Callable[[], T]) -> T:
-        """Return what a call of the store returns, as soon as the store answers."""
+        """Return what a call returns, as soon as store, disk and source do what it asks."""
         began = time.monotonic()
         for pause in itertools.chain(PAUSES_SECONDS, itertools.repeat(PAUSES_SECONDS[-1])):
             try:
                 return call()
-            except BackendError as error:
+            except Exception as error:
+                if not is_of_surroundings(error):
+                    raise
                 self._be_patient(began, pause, str(error))
         raise AssertionError
 
     def _be_patient(self, since: float, pause: float, reason: str) -> None:
-        """Wait for a store or a disk; raise BackendError where that takes too long."""
+        """Wait for a store, a disk or a source; raise BackendError where that takes too long."""
         if time.monotonic() - since > self._patience:
             raise BackendError(
                 f"{reason}; tried for {self._patience:.0f} s: nothing is lost, the same command "

@@ -1,15 +1,20 @@
 """What is done, in a file that outlives the run: one line of JSON an event, appended and synced.
 
+    {"event": "started", "settings": {NAME: DIGEST}}    a fleet, or the same one going on
     {"event": "begun", "user": KEY, "data_seq": 3}      handed to a worker
     {"event": "settled", "user": KEY, "outcome": {…}}   what came of it
     {"event": "finished"}                               all is decided: what follows is a new fleet
 
 Users are named by the store's keyed hash, and no text of theirs is here. The driver alone writes,
-under a lock. A line that a crash cut short is dropped when the file is opened.
+under a lock. A line that a crash cut short is dropped when the file is opened, one that a full disk
+cut short at once.
 """
 
+import errno
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +36,7 @@ class Ledger:
         self._failures: dict[str, int] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._known: dict[str, set[str]] = {}
+        self._settings: dict[str, str] = {}
         self._descriptor = _locked(file)
         try:
             self._replay()
@@ -61,6 +67,23 @@ class Ledger:
         """Return the keys of trainings that earlier fleets refused."""
         return frozenset(self._known.get(user_key, ()))
 
+    def start(self, settings: Mapping[str, str | None]) -> None:
+        """Note by what a fleet is told from others.
+
+        Raises InputError where the file has users of an unfinished fleet with other settings: they
+        would be taken for users of this one.
+        """
+        digests = {name: _digest(value) for name, value in settings.items()}
+        before = {**digests, **self._settings}
+        others = [name for name in digests if before[name] != digests[name]]
+        if others and self._outcomes:
+            named = " and another ".join(others)
+            raise InputError(
+                f"{self._file} is of an unfinished fleet with another {named}: finish that one, "
+                "name another folder (--work), or delete the file to begin anew"
+            )
+        self._append({"event": "started", "settings": digests})
+
     def begin(self, user_key: str, data_seq: int) -> None:
         """Note that a worker takes up the user; the first time counts."""
         self._append({"event": "begun", "user": user_key, "data_seq": data_seq})
@@ -78,9 +101,15 @@ class Ledger:
         self._append({"event": "finished"})
 
     def _append(self, event: dict[str, Any]) -> None:
-        line = json.dumps(event) + "\n"
-        os.write(self._descriptor, line.encode())
-        os.fsync(self._descriptor)
+        line = (json.dumps(event) + "\n").encode()
+        end = os.fstat(self._descriptor).st_size
+        try:
+            if os.write(self._descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._file))
+            os.fsync(self._descriptor)
+        except OSError:
+            os.ftruncate(self._descriptor, end)  # the next line shall not go on from half a one
+            raise
         self._apply(event)
 
     def _replay(self) -> None:
@@ -90,14 +119,17 @@ class Ledger:
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 self._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
-                    f"{self._file}:{number}: not a line of a fleet's ledger ({error}): "
-                    "name another folder, or delete this one to begin anew"
+                    f"{self._file}:{number}: not a line of a fleet's ledger: name another folder "
+                    "(--work), or delete the file to begin anew, which trains nobody twice whose "
+                    "version is in the store"
                 ) from error
 
     def _apply(self, event: dict[str, Any]) -> None:
         match event["event"]:
+            case "started":
+                self._settings = dict(event["settings"])
             case "begun":
                 self._begun.setdefault(event["user"], event["data_seq"])
             case "settled":
@@ -121,6 +153,11 @@ class Ledger:
             if self._failures[user] < TRIES:
                 return
         self._outcomes[user] = outcome
+
+
+def _digest(value: str | None) -> str:
+    """Return what tells values apart: that of a store may hold a secret."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _locked(file: Path) -> int:

@@ -11,9 +11,10 @@ import queue
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -21,6 +22,7 @@ from langchain_cope.fleet.runner import Pool, Settled, WorkersFailed
 from langchain_cope.fleet.tasks import Outcome, Plan, Task
 
 _GONE = (EOFError, OSError)
+_ENDING = {signal.SIGINT, signal.SIGTERM}
 
 
 class ProcessRunner(Pool["_Process"]):
@@ -64,6 +66,8 @@ class ProcessRunner(Pool["_Process"]):
     def close(self) -> None:
         """End the processes."""
         for worker in self._workers:
+            worker.pipe.close()  # they end at once, even where a signal interrupts what follows
+        for worker in self._workers:
             worker.end()
 
     def _new_worker(self) -> "_Process":
@@ -81,7 +85,8 @@ class _Process:
         self._process: BaseProcess = context.Process(
             target=_serve, args=(theirs, plan), name="cope-fleet-worker", daemon=True
         )
-        self._process.start()
+        with _deaf():
+            self._process.start()
         theirs.close()
 
     def give(self, task: Task) -> None:
@@ -108,10 +113,23 @@ class _Process:
             self.pipe.send(message)
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Let processes that start in this block be deaf to the signals that end a fleet in order.
+
+    A terminal sends its Ctrl-C to all of them. They would hear it while they import, before they
+    can say that they do not want to, and their users would count as failed.
+    """
+    resource_tracker.ensure_running()  # whose own start would let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # which they inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(pipe: Connection, plan: Plan) -> None:
-    """Work in a worker's process until the pipe closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the driver hears them, and says what to do
-        signal.signal(number, signal.SIG_IGN)
+    """Work in a worker's process until the pipe closes; the driver alone hears signals."""
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # before torch is loaded
     tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
     stopping = threading.Event()

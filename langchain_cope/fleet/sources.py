@@ -6,7 +6,6 @@ for one after another.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
@@ -78,13 +77,14 @@ class FileSource:
         self._files = files
         self._target = target
         self._files_of: dict[str, list[Path]] = {}
+        self._parsed: tuple[Path, object, dict[str, UserHistory]] | None = None
 
     def users(self) -> list[str]:
         """Return the users of all files, in their order."""
         self._files_of.clear()
         for file in self._files:
             try:
-                for user in _users_of(file, self._target):
+                for user in self._users_of(file):
                     self._files_of.setdefault(user, []).append(file)
             except HistoryError as error:
                 self.problems[file.name] = str(error)
@@ -95,10 +95,31 @@ class FileSource:
         files = self._files_of[user]
         if len(files) > 1:
             return read_history(*files, target=self._target, user_id=user)
-        users = _users_of(files[0], self._target)
+        users = self._users_of(files[0])
         if user not in users:
             raise HistoryError(f"{files[0]}: held the user {user!r:.80} before, and does no longer")
         return users[user]
+
+    def _users_of(self, file: Path) -> dict[str, UserHistory]:
+        """Return the users of a file, which is parsed once as long as it stays as it is.
+
+        Where it is there and cannot be read, but could be before, somebody writes it just now: what
+        was read before counts, since one file may hold all users of a night.
+        """
+        stat = file.stat() if file.exists() else None
+        stamp = None if stat is None else (stat.st_mtime_ns, stat.st_size)
+        before = self._parsed if self._parsed and self._parsed[0] == file else None
+        if before is not None and before[1] == stamp:
+            return before[2]
+        try:
+            histories = read_users(file, target=self._target)
+        except HistoryError:
+            if before is None or stamp is None:
+                raise
+            return before[2]
+        users = {one.user_id if one.user_id is not None else file.stem: one for one in histories}
+        self._parsed = file, stamp, users
+        return users
 
 
 class ChromaSource:
@@ -149,15 +170,3 @@ def of_store(store: AdapterStore, source: Source) -> Only:
         users += [head.user_id for head in heads if head.active is not None]
         if cursor is None:
             return Only(source, users, f"the users of {store.url}")
-
-
-def _users_of(file: Path, target: Target | None) -> dict[str, UserHistory]:
-    stat = file.stat() if file.exists() else None
-    return _parsed(file, target, None if stat is None else (stat.st_mtime_ns, stat.st_size))
-
-
-@lru_cache(maxsize=1)
-def _parsed(file: Path, target: Target | None, _: object) -> dict[str, UserHistory]:
-    """Return the users of a file; the last argument changes when the file does."""
-    histories = read_users(file, target=target)
-    return {one.user_id if one.user_id is not None else file.stem: one for one in histories}

@@ -4,13 +4,25 @@ Plan ──→ a worker loads its base once
 Task ──→ the worker trains one user ──→ Outcome ──→ the ledger
 """
 
+import errno
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from adapter_store.errors import BackendError
+from langchain_cope.errors import HistoryUnreachable
 from langchain_cope.fleet.skewed_gains import Gains
 from langchain_cope.history.items import UserHistory
 from langchain_cope.training.recipe import RecipeChoice
+
+_SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
+
+
+def is_of_surroundings(error: Exception) -> bool:
+    """Return whether a store, a disk or a source failed, which is no user's fault."""
+    if isinstance(error, OSError):
+        return error.errno in _SURROUNDINGS
+    return isinstance(error, BackendError | HistoryUnreachable)
 
 
 @dataclass(frozen=True)

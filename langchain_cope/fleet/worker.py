@@ -4,16 +4,15 @@ A `Worker` loads base, tokenizer and libraries once and then takes users one aft
 fails is returned, not raised: it is the fleet that decides what a failure means.
 """
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from adapter_store import AdapterStore, AdapterVersion
-from adapter_store.errors import BackendError, UserErasedError
+from adapter_store.errors import UserErasedError
 from langchain_cope.errors import Cancelled, HistoryError
-from langchain_cope.fleet.tasks import Outcome, Plan, State, Task
+from langchain_cope.fleet.tasks import Outcome, Plan, State, Task, is_of_surroundings
 from langchain_cope.personalization.gate import published_under
 from langchain_cope.personalization.job_folder import Job
 from langchain_cope.personalization.result import PersonalizeRequest
@@ -22,9 +21,6 @@ from langchain_cope.personalization.settings import PersonalizeSettings
 from langchain_cope.personalization.voice_gain import voice_gain
 from langchain_cope.stores import open_store
 from langchain_cope.training.progress import Monitor, Progress
-
-# Of the disk or the network that holds it, and of no user.
-_SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
 class Worker:
@@ -58,10 +54,8 @@ class Worker:
             return Outcome(State.ERASED, str(error))
         except HistoryError as error:
             return Outcome(State.UNFIT, str(error))
-        except BackendError as error:
-            return Outcome(State.UNAVAILABLE, str(error))
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
+            if is_of_surroundings(error):
                 return Outcome(State.UNAVAILABLE, str(error))
             return Outcome(State.FAILED, f"{type(error).__name__}: {error}")
 

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from langchain_cope._environment import a_home
-from langchain_cope.errors import HistoryError
+from langchain_cope.errors import HistoryError, HistoryUnreachable
 from langchain_cope.history.formats import convert
 from langchain_cope.history.items import Item, Target, UserHistory, in_order, settle
 from langchain_cope.history.read import in_memory
@@ -316,7 +316,7 @@ class ChromaHistory:
 
     @contextmanager
     def _chroma(self) -> Iterator[Any]:
-        """Yield the client, connected at first use; raise every error of Chroma's as HistoryError.
+        """Yield the client, connected at first use; raise every error of Chroma's as ours.
 
         chromadb raises its own errors, ValueError, httpx's and the operating system's.
         """
@@ -328,7 +328,7 @@ class ChromaHistory:
         except HistoryError:
             raise
         except Exception as error:
-            raise HistoryError(f"Chroma at {self._location()}: {error}") from error
+            raise HistoryUnreachable(f"Chroma at {self._location()}: {error}") from error
 
 
 def _record_id(user_id: str, item: Item, is_disliked: bool) -> str:

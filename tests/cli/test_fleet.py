@@ -1,6 +1,7 @@
 """`cope-lc personalize-fleet` and `cope-lc fleet migrate` as people run them."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -75,6 +76,27 @@ def test_a_stopped_fleet_goes_on_to_a_report_of_everybody(
     assert [len(store.versions(user)) for user in states] == [1, 1, 0]
 
 
+def test_names_that_are_no_text_are_told_on_page_and_screen(
+    cope_lc: Callable, tmp_path: Path
+) -> None:
+    folder = tmp_path / "histories"
+    folder.mkdir()
+    item = '{"prompt": "Where?", "completion": "There"}'
+    for name, text in ((b"caf\xe9.jsonl", "{broken"), (b"\xe9mile.jsonl", item)):
+        try:
+            (folder / os.fsdecode(name)).write_text(text)
+        except OSError:
+            pytest.skip("this system's file names are text")
+    page = tmp_path / "report.html"
+    words = ("personalize-fleet", folder, "--model", "starter", "--work", tmp_path / "work")
+    outcome = cope_lc(*words, "--report", page)
+    assert outcome.code == 1
+    assert "caf\\udce9.jsonl:1: broken JSON" in outcome.stdout
+    assert "user id '\\udce9mile' holds half a surrogate pair" in outcome.stdout
+    assert f"report: {page}" in outcome.stderr
+    assert "caf\\udce9.jsonl" in page.read_text()
+
+
 def test_a_source_that_is_missing_is_a_wrong_call(cope_lc: Callable, tmp_path: Path) -> None:
     outcome = cope_lc("personalize-fleet", tmp_path / "missing")
     assert outcome.code == 2
@@ -83,3 +105,7 @@ def test_a_source_that_is_missing_is_a_wrong_call(cope_lc: Callable, tmp_path: P
     outcome = cope_lc("personalize-fleet", tmp_path, "--report", page)
     assert outcome.code == 2
     assert "there is no folder" in outcome.error
+    (tmp_path / "alice.jsonl").write_text('{"prompt": "Where?", "completion": "There"}')
+    outcome = cope_lc("personalize-fleet", tmp_path, "--work", tmp_path)
+    assert outcome.code == 2
+    assert "holds the histories" in outcome.error

@@ -1,5 +1,7 @@
 """A fleet: everybody trained, verdicts last, exactly one publish a user."""
 
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ from fleet_users import FAST, histories_in, plan_in, write_users
 
 from adapter_store import AdapterStore
 from adapter_store.errors import BackendError
-from langchain_cope.errors import Cancelled, InputError
+from langchain_cope.errors import Cancelled, HistoryUnreachable, InputError
 from langchain_cope.fleet import (
     FleetReport,
     Plan,
@@ -30,6 +32,7 @@ from langchain_cope.fleet.runner import WorkersFailed
 from langchain_cope.fleet.sources import of_store
 from langchain_cope.fleet.tasks import State
 from langchain_cope.fleet.worker import Worker, _Known
+from langchain_cope.history.items import UserHistory
 
 
 def states(report: FleetReport) -> dict[str, State]:
@@ -98,9 +101,17 @@ def test_everybody_is_trained_and_published_once(
 def test_processes_do_what_one_does_though_one_is_killed(
     plan: Plan, histories: Path, tmp_path: Path, alone: tuple[Plan, Path, Path, FleetReport]
 ) -> None:
-    runner, killed = ProcessRunner(2), []
+    class Interrupted(ProcessRunner):
+        def start(self, plan: Plan) -> None:
+            super().start(plan)
+            for worker in self._workers:  # as a terminal does, in whatever moment
+                os.kill(worker._process.pid, signal.SIGINT)
+                os.kill(worker._process.pid, signal.SIGTERM)
+
+    runner, killed, reasons = Interrupted(2), [], set()
 
     def kill_once(progress: FleetProgress) -> None:
+        reasons.update(progress.failures)
         if progress.done == 1 and not killed:
             busy = next(worker for worker in runner._workers if worker.task is not None)
             killed.append(busy._process.pid)
@@ -109,6 +120,7 @@ def test_processes_do_what_one_does_though_one_is_killed(
     source = open_source(histories)
     report = run_fleet(source, plan, tmp_path / "work", runner, on_progress=kill_once)
     assert killed
+    assert all("signal 9" in reason for reason in reasons)
     *_, one = alone
     assert states(report) == states(one)
     for user, outcome in report.users.items():
@@ -214,6 +226,47 @@ def test_short_histories_and_broken_files_are_named(plan: Plan, tmp_path: Path) 
     assert "c.jsonl:1: broken JSON" in report.unreadable["c.jsonl"]
 
 
+def test_whom_no_store_can_keep_costs_nobody_else_anything(plan: Plan, tmp_path: Path) -> None:
+    folder = tmp_path / "histories"
+    folder.mkdir()
+    write_users(folder / "0.jsonl", ["x" * 2000, "nul\0", "alice"])
+    source = open_source(folder)
+    report = run_fleet(source, plan, tmp_path / "work", SerialRunner())
+    assert states(report) == {"alice": State.PUBLISHED}
+    assert not report.is_complete
+    too_long, with_nul = report.unreadable.values()
+    assert "is too long" in too_long
+    assert "NUL" in with_nul
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_user(
+    plan: Plan, one_history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langchain_cope.fleet.fleet.PAUSES_SECONDS", (0.01,))
+    fsync, full = os.fsync, itertools.cycle([True, False])
+    ledger = tmp_path / "work" / "ledger.jsonl"
+
+    def refuse_each_second(descriptor: int) -> None:
+        if os.path.samestat(os.fstat(descriptor), ledger.stat()) and next(full):
+            raise OSError(errno.ENOSPC, "full")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_each_second)
+    report = run_fleet(open_source(one_history), plan, tmp_path / "work", SerialRunner())
+    assert set(states(report).values()) == {State.PUBLISHED}
+    events = [json.loads(line)["event"] for line in ledger.read_text().splitlines()]
+    assert events == ["started", "begun", "settled", "settled", "finished"]
+
+
+def test_there_are_no_more_workers_than_users(
+    plan: Plan, one_history: Path, tmp_path: Path
+) -> None:
+    runner = SerialRunner()
+    runner.num_workers = 4
+    report = run_fleet(open_source(one_history), plan, tmp_path / "work", runner)
+    assert report.num_workers == 1
+
+
 def test_a_base_that_is_gone_ends_the_fleet_at_once(
     plan: Plan, one_history: Path, tmp_path: Path
 ) -> None:
@@ -244,6 +297,23 @@ def test_a_store_that_is_away_for_a_while_costs_no_user(
     )
     with pytest.raises(BackendError, match="nothing is lost"):
         run_fleet(open_source(one_history), plan, tmp_path / "w2", SerialRunner(), patience=0.05)
+
+
+def test_a_source_that_is_away_for_a_while_costs_no_user(
+    plan: Plan, one_history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langchain_cope.fleet.fleet.PAUSES_SECONDS", (0.01,))
+    source = open_source(one_history)
+    read, away = source.read, iter(range(3))
+
+    def refuse_at_first(user: str) -> UserHistory:
+        if next(away, None) is not None:
+            raise HistoryUnreachable("Chroma is away")
+        return read(user)
+
+    monkeypatch.setattr(source, "read", refuse_at_first)
+    report = run_fleet(source, plan, tmp_path / "work", SerialRunner())
+    assert set(states(report).values()) == {State.PUBLISHED}
 
 
 def test_two_runs_in_one_folder_are_refused(plan: Plan, histories: Path, tmp_path: Path) -> None:

@@ -50,6 +50,40 @@ def test_a_finished_fleet_leaves_only_what_was_refused(tmp_path: Path) -> None:
         assert not ledger.settle("b", Outcome(State.FAILED))
 
 
+def test_a_line_that_a_full_disk_cuts_short_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="this system limits no file's size")
+    file = tmp_path / "ledger.jsonl"
+    with Ledger(file) as ledger:
+        ledger.begin("a", 1)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, limits[1]))
+        try:
+            with pytest.raises(OSError, match="No space left"):
+                ledger.settle("a", Outcome(State.REFUSED))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert ledger.outcome("a") is None
+        ledger.begin("b", 2)
+    with Ledger(file) as ledger:
+        assert (ledger.data_seq("a"), ledger.data_seq("b")) == (1, 2)
+
+
+def test_users_of_another_fleet_are_not_taken_over(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.jsonl"
+    settings = {"model": "a", "store": "s3://key:secret@bucket"}
+    with Ledger(file) as ledger:
+        ledger.start(settings)
+        ledger.start({**settings, "model": "b"})  # nobody is done yet
+        ledger.settle("a", Outcome(State.CANDIDATE))
+    with Ledger(file) as ledger:
+        with pytest.raises(InputError, match="unfinished fleet with another model: finish"):
+            ledger.start(settings)
+        ledger.start({**settings, "model": "b"})
+        ledger.finish()
+        ledger.start(settings)
+    assert "secret" not in file.read_text()
+
+
 def test_another_file_is_refused_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "ledger.jsonl"
     file.write_text('{"event": "begun", "user": "a", "data_seq": 1}\n{"prompt": "…"}\n')

@@ -7,7 +7,7 @@ import pytest
 from fleet_users import rows_of, write_users
 
 from langchain_cope import ChromaHistory
-from langchain_cope.errors import InputError
+from langchain_cope.errors import HistoryError, InputError
 from langchain_cope.fleet.sources import Only, open_source
 
 
@@ -33,6 +33,24 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert source.users() == ["alice"]
     write_users(file, ["alice"], num_items=20)
     assert len(source.read("alice").items) == 20
+
+
+def test_a_file_being_written_counts_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "users.jsonl"
+    write_users(file, ["alice", "bob"])
+    source = open_source(file)
+    assert source.users() == ["alice", "bob"]
+    whole = file.read_text()
+    file.write_text(whole[:-20])  # half of bob
+    assert len(source.read("alice").items) == 12
+    assert len(source.read("bob").items) == 12
+    write_users(file, ["alice"], num_items=20)
+    assert len(source.read("alice").items) == 20
+    with pytest.raises(HistoryError, match="does no longer"):
+        source.read("bob")
+    file.unlink()
+    with pytest.raises(HistoryError, match=r"users\.jsonl"):
+        source.read("alice")
 
 
 def test_a_chroma_lists_its_users(tmp_path: Path) -> None:

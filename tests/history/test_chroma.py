@@ -22,7 +22,7 @@ from chromadb.config import Settings
 from chromadb.utils.embedding_functions import DefaultEmbeddingFunction
 from langchain_core.messages import AIMessage, HumanMessage
 
-from langchain_cope.errors import HistoryError
+from langchain_cope.errors import HistoryError, HistoryUnreachable
 from langchain_cope.history import Item, as_history
 from langchain_cope.history.chroma import ChromaHistory
 from langchain_cope.history.reader import TEXT_INSTRUCTION
@@ -343,7 +343,7 @@ def test_a_silent_server_is_named_without_the_secrets_in_its_url() -> None:
         url = f"http://ann:secret@127.0.0.1:{closed.getsockname()[1]}"
         history = ChromaHistory(url)
         with pytest.raises(
-            HistoryError, match=r"Chroma at http://127\.0\.0\.1:\d+: Could not connect"
+            HistoryUnreachable, match=r"Chroma at http://127\.0\.0\.1:\d+: Could not connect"
         ) as caught:
             history.fetch("ann")
     assert "secret" not in f"{caught.value} {history!r}"
