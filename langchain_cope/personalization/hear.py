@@ -7,6 +7,7 @@ itself. So the greedy answers to held-out prompts are looked at, beside the base
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import comb
 from typing import TYPE_CHECKING
 
 from langchain_cope.evaluation.repetition import most_repeated
@@ -22,6 +23,8 @@ MOST_ASKED = 8  # prompts, the newest, where the evaluation has no answers at th
 MANNER = 0.1  # of the user's own texts: what so many of them do is no fault
 MANY, LOOKED_AT = 100, 2000  # of these texts, the newest, and characters of each
 REPEATED = 3  # times in a row: so often nothing is said by chance
+USUAL_SHARE = 0.4  # of answers: of no adapter that was measured to work do more fall apart
+CHANCE = 0.1  # that such an adapter is held to be broken, at most
 
 
 def hear(
@@ -54,7 +57,7 @@ def hear(
 
 
 def _fault(trial: Trial, strength: Strength, base: Sequence[str], own: Sequence[str]) -> str | None:
-    """Return what is wrong: more than half of the answers fall apart where the base's do not."""
+    """Return what is wrong: too many answers fall apart where the base's do not."""
     if not strength.alpha:
         strength = replace(strength, tau=Strength.tau)  # which plays no part then
     answers = trial.known.get(strength)
@@ -63,16 +66,33 @@ def _fault(trial: Trial, strength: Strength, base: Sequence[str], own: Sequence[
         answers, base = asked.answers([strength])[strength], base[-MOST_ASKED:]
     pairs = zip(answers, base, strict=True)
     broken = [answer for answer, of_base in pairs if _is_broken(answer) > _is_broken(of_base)]
-    if 2 * len(broken) > len(answers):  # else nothing needs to be known of the user's manner
+    if _are_too_many(
+        len(broken), len(answers)
+    ):  # else nothing needs to be known of the user's manner
         usual = [most_repeated(text[:LOOKED_AT]) for text in own[-MANY:]]
         broken = [answer for answer in broken if not _is_manner(answer, usual)]
-    if 2 * len(broken) <= len(answers):
+    if not _are_too_many(len(broken), len(answers)):
         return None
     num_empty = sum(not answer.strip() for answer in broken)
     what = "are empty" if 2 * num_empty > len(broken) else "repeat themselves"
     return (
         f"its answers {what}: {len(broken)} of {len(answers)}, where the base's do not fall apart"
     )
+
+
+def _are_too_many(num_broken: int, num_answers: int) -> bool:
+    """Return whether an adapter that works would hardly ever show so many: 3 of 3, 5 of 6, 8 of 12.
+
+    The chance of so many or more, where each falls apart with the chance `USUAL_SHARE`. Two answers
+    are too few to tell.
+    """
+    chances = (
+        comb(num_answers, number)
+        * USUAL_SHARE**number
+        * (1 - USUAL_SHARE) ** (num_answers - number)
+        for number in range(num_broken, num_answers + 1)
+    )
+    return sum(chances) <= CHANCE
 
 
 def _is_broken(answer: str) -> bool:

@@ -14,7 +14,7 @@ from langchain_cope.evaluation.comparison import train_and_evaluate
 from langchain_cope.evaluation.evaluate import Evaluation
 from langchain_cope.history import as_history
 from langchain_cope.personalization.choose_strength import Trial, recommendation, trial_of
-from langchain_cope.personalization.hear import MOST_ASKED, hear
+from langchain_cope.personalization.hear import MOST_ASKED, _are_too_many, hear
 from langchain_cope.strength import PAPER, Strength
 from langchain_cope.training.progress import Monitor, Stage
 
@@ -117,6 +117,13 @@ def test_empty_answers_are_a_fault(looping: tuple[Trial, Evaluation]) -> None:
     silent = saying(trial, {PAPER: " ", ALONE: ""})
     _, fault = hear(silent, evaluation, OWN, USUAL)
     assert str(fault).startswith("its answers are empty: 10 of 10")
+
+
+@pytest.mark.parametrize(("num_answers", "fewest"), [(3, 3), (4, 4), (6, 5), (8, 6), (12, 8)])
+def test_so_many_broken_answers_no_working_adapter_shows(num_answers: int, fewest: int) -> None:
+    assert _are_too_many(fewest, num_answers)
+    assert not _are_too_many(fewest - 1, num_answers)
+    assert not _are_too_many(2, 2), "two answers are too few to tell"
 
 
 def test_half_of_the_answers_may_repeat_themselves(looping: tuple[Trial, Evaluation]) -> None:
