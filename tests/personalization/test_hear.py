@@ -71,7 +71,7 @@ def test_likely_texts_and_broken_answers_publish_nothing(
     history = [
         {
             "prompt": row["prompt"],
-            "completion": " ".join(["no"] * (1 + 7 * i % 2) + [words[i // 2 % 4], "no"]),
+            "completion": f"{'no ' * (1 + i % 2)}{words[i // 2 % 4]}{' no' * (1 + i % 2)}",
         }
         for i, row in enumerate(rows(30))
     ]
