@@ -1,8 +1,9 @@
 """The server under load: clients that stream answers over HTTP, each the next at once.
 
     64 clients of 16 users for two minutes on `smollm2`: tokens/s of the server, the time to the
-    first token and between two pieces at the clients, errors, and how memory grows; before and
-    after it the same requests in the engine alone (`serve_engine`): `server_vs_engine`
+    first token and between two pieces at the clients, errors, and how memory grows. In turns with
+    it, `--rounds` of them, the same requests in the engine alone (`serve_engine`), each turn of the
+    server against the mean of the two beside it: `server_vs_engine` is their median
 
     --train     the same clients without and with one training of the server's own beside them:
                 `p99_with_training`, seconds between two pieces against those without
@@ -18,6 +19,8 @@ engine's own count, of the peer the clients'. The last line is one JSON object.
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -26,12 +29,13 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
-from serve_engine import AROUND, MODEL, TEXTS, user_id
+from serve_engine import AROUND, MODEL, TEXTS, first_tokens, user_id
 from server_process import READY, port_of, server_process, wait_for
 from worker import Worker, beside_npm, machine, print_report
 
@@ -87,9 +91,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=64, metavar="N")
     parser.add_argument("--users", type=int, default=16, metavar="N")
-    parser.add_argument("--seconds", type=float, default=120, metavar="S")
-    parser.add_argument("--engine-seconds", type=float, default=40, metavar="S")
-    parser.add_argument("--warm-up", type=float, default=15, metavar="S")
+    parser.add_argument("--seconds", type=float, default=40, metavar="S", help="of a turn")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="against the engine")
+    parser.add_argument("--engine-seconds", type=float, default=20, metavar="S")
+    parser.add_argument("--warm-up", type=float, default=10, metavar="S", help="before each turn")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of an answer, at most")
     parser.add_argument("--rows", type=int, default=128, metavar="N", help="in the batch, at most")
     parser.add_argument("--train", action="store_true", help="measure beside a training, too")
@@ -103,15 +108,31 @@ def _options() -> argparse.Namespace:
 
 
 def _against_engine(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    before = _engine_rate(folder, options)
-    server = _measure_ours(folder, options)
-    print(f"the server: {server['tokens_per_second']} tokens/s", flush=True)
-    after = _engine_rate(folder, options)
+    """Measure in turns: the machine's speed changes by more than what is to be told."""
+    alone, turns = [], []
+    with (
+        Worker("serve_engine:Alone", folder, options.users, options.rows, options.tokens) as engine,
+        _our_server(folder, options) as (port, process),
+    ):
+
+        def measure_engine() -> None:
+            seconds, warm_up = options.engine_seconds, options.warm_up
+            rate = engine.run("rate", clients=options.clients, seconds=seconds, warm_up=warm_up)
+            print(f"the engine alone: {rate:.1f} tokens/s", flush=True)
+            alone.append(rate)
+
+        measure_engine()
+        for _ in range(options.rounds):
+            turns.append(asyncio.run(_load(port, MODEL, user_id, folder, options, process)))
+            print(f"the server: {turns[-1]['tokens_per_second']} tokens/s", flush=True)
+            measure_engine()
+    beside = [statistics.mean(pair) for pair in itertools.pairwise(alone)]
+    ratios = [turn["tokens_per_second"] / rate for turn, rate in zip(turns, beside, strict=True)]
     return {
-        "engine_tokens_per_second": [round(before, 1), round(after, 1)],
-        "server": server,
-        # Against the better one: what else the machine did meanwhile shall not flatter the server.
-        "server_vs_engine": round(server["tokens_per_second"] / max(before, after), 3),
+        "engine_tokens_per_second": [round(rate, 1) for rate in alone],
+        "server": turns,
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "server_vs_engine": round(statistics.median(ratios), 3),
     }
 
 
@@ -126,20 +147,6 @@ def _beside_training(folder: Path, options: argparse.Namespace) -> dict[str, Any
         "job": job["status"],  # `running`: it went on all the while
         "p99_with_training": round(beside / alone, 2),
     }
-
-
-def _engine_rate(folder: Path, options: argparse.Namespace) -> float:
-    """Return the tokens/s of the engine alone, in a process of its own."""
-    with Worker("serve_engine:Alone", folder, options.users, options.rows) as alone:
-        rate: float = alone.run(
-            "rate",
-            clients=options.clients,
-            seconds=options.engine_seconds,
-            warm_up=options.warm_up,
-            num_tokens=options.tokens,
-        )
-    print(f"the engine alone: {rate:.1f} tokens/s", flush=True)
-    return rate
 
 
 def _against_peer(folder: Path, base: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +186,16 @@ def _llama_cpp(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def _measure_ours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the server did, started as people start it."""
+    """Return what the server did."""
+    with _our_server(folder, options) as (port, process):
+        return asyncio.run(_load(port, MODEL, user_id, folder, options, process))
+
+
+@contextlib.contextmanager
+def _our_server(
+    folder: Path, options: argparse.Namespace
+) -> "Iterator[tuple[int, subprocess.Popen[bytes]]]":
+    """Run our server, started as people start it, and yield its port and process."""
     words = [
         sys.executable, "-m", "cope_lc", "serve", "--model", MODEL, "--port", "0",
         "--store", str(folder / "adapters"), "--data", str(folder / "data"),
@@ -187,8 +203,7 @@ def _measure_ours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     log = folder / "server.log"
     with server_process(words, log) as process:
-        port = port_of(log, lambda: process.poll() is None)
-        return asyncio.run(_load(port, MODEL, user_id, folder, options, process))
+        yield port_of(log, lambda: process.poll() is None), process
 
 
 async def _load(
@@ -240,22 +255,28 @@ async def _measured(
     kv: list[float] = []
     before = await asyncio.to_thread(metric, "cope_generation_tokens_total")
     await look()
-    cpu, started = psutil.Process(process.pid).cpu_times(), time.perf_counter()
+    cpu, own = (psutil.Process(pid).cpu_times() for pid in (process.pid, None))
+    started = time.perf_counter()
     seen.measuring = True
     for _ in range(4):
         await asyncio.sleep(seconds / 4)
         await look()
     seen.measuring, seconds = False, time.perf_counter() - started
     tokens = await asyncio.to_thread(metric, "cope_generation_tokens_total") - before
-    used = psutil.Process(process.pid).cpu_times()
-    own = psutil.Process().cpu_times()
+    cores = [
+        round((now.user + now.system - then.user - then.system) / seconds, 3)
+        for now, then in (
+            (psutil.Process(process.pid).cpu_times(), cpu),
+            (psutil.Process().cpu_times(), own),
+        )
+    ]
     return {
         **seen.report(seconds),
         "tokens_per_second": round(tokens / seconds, 1),
         "memory_mb": [round(each / 2**20) for each in memory],
         "keys_and_values_mb": [round(each / 2**20) for each in kv],
-        "server_cores": round((used.user + used.system - cpu.user - cpu.system) / seconds, 2),
-        "clients_cpu_seconds": round(own.user + own.system, 1),
+        "server_cores": cores[0],
+        "clients_cores": cores[1],
     }
 
 
@@ -298,17 +319,18 @@ async def _client(
 ) -> None:
     """Ask one question after another on one connection."""
     turn = number
+    num_tokens = first_tokens(number, options.clients, options.tokens)
     while True:
         body = {
             "model": model,
             "messages": [{"role": "user", "content": texts[(number + 7 * turn) % len(texts)]}],
-            "max_tokens": options.tokens,
+            "max_tokens": num_tokens,
             "temperature": 0,
             "stream": True,
         }
         if name is not None:
             body["user"] = name(number % options.users)
-        turn += 1
+        turn, num_tokens = turn + 1, options.tokens
         try:
             await _answer(port, json.dumps(body).encode(), seen)
         except (OSError, ValueError, asyncio.IncompleteReadError):

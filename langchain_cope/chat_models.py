@@ -466,6 +466,15 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
 
     # ── one loop ──
 
+    def pin(self, config: RunnableConfig | None = None, **kwargs: Any) -> PinnedUser:
+        """Return the user of a call, with the version that answers: all that asks the store.
+
+        For servers that wait for a store elsewhere than where they compute: `prepare` takes it as
+        `pinned_user`, and asks for nothing more.
+        """
+        user: PinnedUser = self._pin(kwargs, config)[PINNED]
+        return user
+
     def prepare(
         self,
         messages: list[BaseMessage],

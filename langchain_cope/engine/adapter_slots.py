@@ -1,11 +1,13 @@
 """A few adapters ready in device memory for any number of users.
 
-Requests lease a slot in the order of their arrival. Loading, which may mean fetching, is done by a
-thread of its own, one adapter after the other. A lease keeps its adapter from being evicted; the
+Requests lease a slot in the order of their arrival. Threads of its own load them: a few adapters
+are fetched at a time, so that nobody waits for a slow store once for each who came before, and one
+is read at a time, which is work for a processor. A lease keeps its adapter from being evicted; the
 least recently used one without a lease makes room.
 """
 
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +16,9 @@ from langchain_cope.engine.adapter import Adapter
 from langchain_cope.engine.device import release_thread_pool
 from langchain_cope.engine.request import AdapterSource
 
-# Seconds for a load under way when everything ends; its thread does not keep the process.
+# Seconds for loads under way when everything ends; their threads do not keep the process.
 _JOIN_TIMEOUT = 5.0
+_LOADERS = 8  # adapters that are fetched at a time
 
 
 class Lease:
@@ -60,7 +63,8 @@ class AdapterSlots:
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._waiting: deque[Lease] = deque()
         self._to_load: deque[AdapterSource] = deque()
-        self._loader: threading.Thread | None = None
+        self._loaders: set[threading.Thread] = set()
+        self._reading = threading.Lock()
         self._closed = False
         self.num_loaded = self.num_evicted = 0
 
@@ -102,9 +106,10 @@ class AdapterSlots:
             self._waiting.clear()
             self._to_load.clear()
             self._slots.clear()
-            loader = self._loader
-        if loader is not None and loader is not threading.current_thread():
-            loader.join(_JOIN_TIMEOUT)
+            loaders = self._loaders - {threading.current_thread()}
+        ends_at = time.monotonic() + _JOIN_TIMEOUT
+        for loader in loaders:
+            loader.join(max(0.0, ends_at - time.monotonic()))
 
     def _assign_slots(self) -> None:
         """Give slots to the leases that wait, first come first served."""
@@ -134,22 +139,25 @@ class AdapterSlots:
         return False
 
     def _start_loader(self) -> None:
-        if self._loader is None:
-            self._loader = threading.Thread(
+        if len(self._loaders) < _LOADERS:
+            loader = threading.Thread(
                 target=self._load_all, name="cope-adapter-loader", daemon=True
             )
-            self._loader.start()
+            self._loaders.add(loader)
+            loader.start()
 
     def _load_all(self) -> None:
         """Load until nothing is left to load; the thread then ends."""
         while True:
             with self._lock:
                 if not self._to_load:
-                    self._loader = None
+                    self._loaders.remove(threading.current_thread())
                     return
                 source = self._to_load.popleft()
             try:
-                result: Adapter | BaseException = self._read(source.folder(), source.name)
+                folder = source.folder()
+                with self._reading:
+                    result: Adapter | BaseException = self._read(folder, source.name)
             except BaseException as error:
                 result = error
             release_thread_pool()  # idle threads would take the cores from the engine's own

@@ -25,7 +25,7 @@ from langchain_cope.engine.grammar.constraint import Constraint, compile_grammar
 from langchain_cope.engine.reply import Part, ReplyReader, TextPart
 from langchain_cope.engine.request import Request
 from langchain_cope.engine.rows import Row
-from langchain_cope.errors import Cancelled, ModelError
+from langchain_cope.errors import Cancelled, InputError, ModelError
 
 _STOP_INTERVAL = 0.05  # seconds between two calls of `should_stop` while no piece comes
 
@@ -244,8 +244,12 @@ class ActiveRequest:
             self._sink(piece)
 
         if self.constraint is not None and self.constraint.error:
-            error = f"the grammar of this answer became too complex: {self.constraint.error}"
-            self.fail(ModelError(error))
+            self.fail(
+                InputError(
+                    "no answer could be held to its schema or its tools any further: "
+                    f"{self.constraint.error}; make them simpler"
+                )
+            )
             self.finished = True
         elif hidden and self.constraint is None:
             self._close_turn()

@@ -134,7 +134,8 @@ def _told(error: Exception) -> ApiError:
     if isinstance(error, InputError | InvalidAdapterError):
         return ApiError(400, "invalid_value", str(error))
     if isinstance(error, AdapterNotFoundError | UserErasedError):
-        return ApiError(404, "adapter_not_found", str(error))
+        message = "this user has no such adapter, or none that is active"  # not where they lie
+        return ApiError(404, "adapter_not_found", message)
     if isinstance(error, BaseModelMismatchError):
         return ApiError(422, "adapter_of_another_base", str(error))
     if isinstance(error, PublishConflictError):

@@ -118,7 +118,8 @@ class _ServerCounts(Collector):
         for name, documentation, field in _COUNTERS:
             yield CounterMetricFamily(name, documentation, value=getattr(now, field))
         state = self._state
-        waiting = now.waiting + state.admission.num_waiting + state.preparing.num_waiting
+        lines = (state.finding, state.preparing, state.admission)
+        waiting = now.waiting + sum(line.num_waiting for line in lines)
         gauges = (
             ("cope_num_requests_running", "Requests in the batch.", now.running),
             ("cope_num_requests_waiting", "Requests that wait for room.", waiting),

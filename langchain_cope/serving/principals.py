@@ -114,7 +114,7 @@ def resolve_user(
 
 
 def _checked(place: str, name: object) -> str:
-    if isinstance(name, str) and name:
+    if isinstance(name, str) and name and "\0" not in name:  # as the store has it
         try:
             if len(name.encode()) <= MAX_USER_BYTES:
                 return name
@@ -123,6 +123,6 @@ def _checked(place: str, name: object) -> str:
     raise ApiError(
         400,
         "invalid_user",
-        f"a user is a string of 1 to {MAX_USER_BYTES} bytes; leave it out to name none",
+        f"a user is a string of 1 to {MAX_USER_BYTES} bytes without NUL; leave it out to name none",
         param=place,
     )

@@ -9,11 +9,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
 
 from langchain_cope.serving.app import create_app
+from langchain_cope.serving.heads import BoundedHeads
 from langchain_cope.serving.request_log import JsonLines, log
 from langchain_cope.serving.settings import ServeSettings
 from langchain_cope.serving.state import ServerState
@@ -30,9 +33,9 @@ def serve(settings: ServeSettings, log_level: str = "info") -> None:
         InputError: the key file is missing, readable by others, or none.
         AdapterStoreError: the store cannot be opened.
     """
-    _log_to_stderr(log_level)
     os.umask(0o077)  # what users wrote is read by nobody else of this machine
-    server_of(ServerState.of(settings)).run()
+    with _logs_on_stderr(log_level):
+        server_of(ServerState.of(settings)).run()
 
 
 def server_of(state: ServerState) -> "DrainingServer":
@@ -40,6 +43,7 @@ def server_of(state: ServerState) -> "DrainingServer":
     settings = state.settings
     config = uvicorn.Config(
         create_app(state),
+        http=BoundedHeads,
         host=settings.host,
         port=settings.port,
         workers=1,  # an engine is a process
@@ -85,10 +89,19 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def _log_to_stderr(level: str) -> None:
+@contextmanager
+def _logs_on_stderr(level: str) -> Iterator[None]:
+    """Write the logs there as JSON lines until the block ends, or fails to start a server."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("langchain_cope.serving", "uvicorn.error"):
-        logger = logging.getLogger(name)
+    loggers = [logging.getLogger(name) for name in ("langchain_cope.serving", "uvicorn.error")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        for logger, (handlers, propagate, former) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(former)

@@ -30,6 +30,7 @@ from langchain_cope.stores import open_store
 if TYPE_CHECKING:
     from langchain_cope.engine import Engine
 
+FINDING = 32  # requests that the store is asked for at a time; it is waiting, and no work
 PREPARING = 2  # requests that are made ready at a time; it is work for a processor
 STORING = 4  # questions to store and histories at a time; they wait for a disk or a network
 
@@ -51,8 +52,10 @@ class ServerState:
     admission: Admission
     limits: KeyLimits
     store_watch: StoreWatch
+    finding: Workers
+    """Who asks the store which version answers a request."""
     preparing: Workers
-    """Who makes requests ready for the engine: templates, grammars, the version that answers."""
+    """Who makes requests ready for the engine: templates and grammars."""
     storing: Workers
     """Who asks store and histories for the other routes."""
     heap: HeapTrimming = field(default_factory=HeapTrimming)
@@ -110,6 +113,7 @@ class ServerState:
             admission=admission,
             limits=KeyLimits(settings.max_concurrent),
             store_watch=StoreWatch(store),
+            finding=Workers("cope-find", FINDING, settings.max_waiting),
             preparing=Workers("cope-prepare", PREPARING, settings.max_waiting),
             storing=Workers("cope-store", STORING, settings.max_waiting),
         )
@@ -142,6 +146,7 @@ class ServerState:
         """Let go of everything."""
         self.store_watch.close()
         self.heap.close()
+        self.finding.close()
         self.preparing.close()
         self.storing.close()
         for close in self.at_close:
@@ -187,8 +192,16 @@ def user_of(request: Request, offers: dict[str, object], *, required: bool = Fal
         if len(named) > 1:
             named = [""]  # which of them a proxy wrote cannot be told
         if named:
-            offers = {**offers, settings.user_header: named[0]}
+            offers = {**offers, settings.user_header: _as_utf8(named[0])}
     return resolve_user(principal, offers, required=required)
+
+
+def _as_utf8(value: str) -> str:
+    """Return what a header read as Latin-1 says in UTF-8; "" where it says nothing in that."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 def user_in_query(request: Request) -> str:

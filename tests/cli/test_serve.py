@@ -1,6 +1,7 @@
 """`cope-lc serve` and `cope-lc keys`."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -73,9 +74,11 @@ def test_an_unknown_key_cannot_be_revoked(cope_lc: Callable, tmp_path: Path) -> 
 def test_a_server_that_others_could_use_does_not_start(
     words: tuple[str, ...], told: str, cope_lc: Callable, tmp_path: Path
 ) -> None:
+    handlers = logging.getLogger("langchain_cope.serving").handlers
     refused = cope_lc("serve", "--data", tmp_path, *words)
     assert refused.code == 2
     assert told in refused.stderr
+    assert logging.getLogger("langchain_cope.serving").handlers == handlers, "of a closed stream"
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(

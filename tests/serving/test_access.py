@@ -100,6 +100,7 @@ def test_a_route_without_a_declared_scope_cannot_be_added(server: Running) -> No
         ({"user": None}, {}, 400),
         ({"user": 1}, {}, 400),
         ({"user": "\ud800"}, {}, 400),
+        ({"user": "alice\0"}, {}, 400),
         ({"model": "tiny:"}, {}, 400),
         ({}, {"X-User": "bob"}, 200),  # the header of a key that is no proxy's says nothing
     ],
@@ -161,6 +162,17 @@ def test_a_trusted_proxy_names_the_user_in_its_header(server: Running) -> None:
     assert nobody["cope"]["adapter_version"] is None
     assert (both.status_code, both.json()["error"]["code"]) == (400, "conflicting_user")
     assert twice.status_code == 400
+
+
+def test_the_trusted_header_is_read_as_utf8(server: Running) -> None:
+    with server.client("proxy") as client:
+
+        def status(header: bytes) -> int:
+            both = client.post(CHAT, json={**BODY, "user": "zoë"}, headers={"X-User": header})
+            return both.status_code
+
+        assert status("zoë".encode()) == 200, "the same user"
+        assert status("zoë".encode("latin-1")) == status("zoé".encode()) == 400
 
 
 def test_log_probabilities_need_a_scope_of_their_own(server: Running) -> None:

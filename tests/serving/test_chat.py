@@ -41,6 +41,18 @@ def test_the_base_answers_at_scale_0(server: Running) -> None:
     assert scaled.json()["cope"]["adapter_version"] is None
 
 
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": 5}])
+def test_a_part_without_its_text_is_no_message(part: dict[str, Any], server: Running) -> None:
+    refused = server.ask("alice", messages=[{"role": "user", "content": [part]}])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages.0")
+
+
+def test_errors_do_not_say_where_adapters_lie(server: Running) -> None:
+    refused = server.ask("alice", cope={"adapter_version": "20260101T000000Z-0123456789ab"})
+    assert refused.status_code == 404
+    assert str(server.state.store.url) not in refused.text
+
+
 def test_alpha_and_tau_of_a_request_are_applied_and_told(server: Running) -> None:
     answer = server.ask("alice", cope={"alpha": 0.7, "tau": 0.02}).json()
     assert (answer["cope"]["alpha"], answer["cope"]["tau"]) == (0.7, 0.02)

@@ -15,7 +15,7 @@ import pytest
 from serving.conftest import Running, running, wait_until
 
 from langchain_cope.engine import EngineOptions
-from langchain_cope.serving import create_app
+from langchain_cope.serving import create_app, heads
 from langchain_cope.serving.request_log import JsonLines, log
 
 CHAT = "/v1/chat/completions"
@@ -34,8 +34,10 @@ def engine_of(server: Running) -> Any:
     return engine
 
 
-def send(server: Running, role: str, body: bytes, length: int | None = None) -> socket.socket:
-    """Send a request, and read nothing; `length` is the one that is declared."""
+def send(
+    server: Running, role: str, body: bytes, length: int | None = None, times: int = 1
+) -> socket.socket:
+    """Send a request, once or more often, and read nothing; `length` is the one declared."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.settimeout(10)
@@ -45,7 +47,7 @@ def send(server: Running, role: str, body: bytes, length: int | None = None) -> 
         f"Authorization: Bearer {server.keys[role]}\r\n"
         f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
     )
-    connection.sendall(head.encode() + body)
+    connection.sendall((head.encode() + body) * times)
     return connection
 
 
@@ -61,13 +63,15 @@ def is_idle(server: Running) -> bool:
     )
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_clients_that_go_free_their_rows_within_a_second(stream: bool, server: Running) -> None:
+@pytest.mark.parametrize(("stream", "times"), [(True, 1), (False, 1), (True, 2)])
+def test_clients_that_go_free_their_rows_within_a_second(
+    stream: bool, times: int, server: Running
+) -> None:
     wait_until(lambda: is_idle(server))
     connections = []
     body = json.dumps({**LONG, "stream": stream}).encode()
     for role in ("alice", "bob", "alice", "bob"):
-        connections.append(send(server, role, body))
+        connections.append(send(server, role, body, times=times))
     wait_until(lambda: engine_of(server).statistics().rows > 0)
     for connection in connections:
         connection.close()
@@ -80,7 +84,7 @@ def test_a_stuck_reader_holds_up_nobody(base: Path, published: Path, tmp_path: P
         stuck = send(server, "alice", body)
         wait_until(lambda: engine_of(server).statistics().rows > 0)
         assert server.ask("bob", max_tokens=4).status_code == 200
-        wait_until(lambda: is_idle(server), seconds=15)
+        wait_until(lambda: is_idle(server), seconds=60)
         stuck.close()
         slow = send(server, "bob", body[:-1], len(body))  # whose last byte never comes
         assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
@@ -235,6 +239,31 @@ async def test_a_body_is_bounded_whatever_its_head_says(declared: bytes, server:
     await create_app(server.state)(scope, receive, send)
     assert sent[0]["status"] == 413
     assert num_read <= 2
+
+
+def test_an_endless_head_and_one_that_never_ends_are_cut_off(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "HEAD_SECONDS", 0.5)
+    with connect(server) as slow, connect(server) as endless:
+        for piece in (b"GET /healthz HTTP/1.1\r\n", b"Host: 127.0.0.1\r\n", b"X-Slow: "):
+            slow.sendall(piece)
+        endless.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Endless: ")
+        with pytest.raises(OSError, match=r"reset|[Bb]roken"):  # noqa: PT012 - it may send some
+            for _ in range(100):
+                endless.sendall(b"a" * 65_536)
+                time.sleep(0.01)
+        assert slow.recv(100) == b""
+    with connect(server) as patient:
+        for _ in range(3):  # a head in pieces is none that is late
+            for piece in (b"GET /healthz HTTP/1.1\r\n", b"Host: 127.0.0.1\r\n\r\n"):
+                patient.sendall(piece)
+                time.sleep(0.2)
+            assert patient.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def connect(server: Running) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=10)
 
 
 def test_a_request_keeps_its_own_id_or_gets_one(server: Running) -> None:

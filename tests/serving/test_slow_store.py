@@ -1,6 +1,7 @@
 """A store that is slow rather than away: who is being answered goes on, who comes waits for it."""
 
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,11 +50,59 @@ def test_a_slow_store_holds_up_newcomers_alone(
         assert sum(begun < at < ended for at in pieces) > 20 or pieces[-1] < begun + READ
 
 
-def slow(verb: Callable[..., Any]) -> Callable[..., Any]:
+def test_newcomers_wait_for_a_slow_store_side_by_side(
+    base: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(published, tmp_path / "adapters")
+    store = AdapterStore(str(folder))
+    adapter = make_adapter(tmp_path / "adapter", base, seed=9)
+    fingerprint = load_base(str(base)).fingerprint()
+    users = [f"al{number}" for number in range(12)]
+    for user in users:
+        store.publish(user, adapter, base=fingerprint)
+    with running(base, folder, tmp_path) as server, ThreadPoolExecutor(len(users)) as threads:
+        asking, fetching = AtATime(), AtATime()
+        for verb, count in (("stat", asking), ("get", fetching)):
+            monkeypatch.setattr(LocalBackend, verb, count(getattr(LocalBackend, verb)))
+        answers = list(threads.map(lambda user: server.ask("app", user=user), users))
+    versions = [answer.json()["cope"]["adapter_version"] for answer in answers]
+    assert versions == [store.active(user) for user in users]
+    assert asking.most >= 8, "requests wait for the store at a time"
+    assert fetching.weights >= 4, "adapters are fetched at a time"
+
+
+class AtATime:
+    """Makes verbs of a backend slow, and counts how many calls there are at a time."""
+
+    def __init__(self) -> None:
+        self.most = self.weights = 0
+        """Of all files, and of adapters' weights."""
+        self._now: list[str] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, verb: Callable[..., Any]) -> Callable[..., Any]:
+        slow_verb = slow(verb, READ / 2)
+
+        def counted(backend: LocalBackend, key: str, *arguments: Any) -> Any:
+            with self._lock:
+                self._now.append(key)
+                self.most = max(self.most, len(self._now))
+                weights = sum(each.endswith(".safetensors") for each in self._now)
+                self.weights = max(self.weights, weights)
+            try:
+                return slow_verb(backend, key, *arguments)
+            finally:
+                with self._lock:
+                    self._now.remove(key)
+
+        return counted
+
+
+def slow(verb: Callable[..., Any], seconds: float = READ) -> Callable[..., Any]:
     """Return a verb of a backend that takes its time."""
 
     def wait(*arguments: Any) -> Any:
-        time.sleep(READ)
+        time.sleep(seconds)
         return verb(*arguments)
 
     return wait

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from langchain_cope.engine.checks import is_number, is_whole
+from langchain_cope.engine.device import release_thread_pool
 from langchain_cope.errors import ModelError
 
 FORMAT = 1
@@ -135,6 +136,7 @@ class PromptProfile:
             return 0.0
         directions = everyday.directions(questions, self.language)
         cosine = float((directions @ self._direction).max())
+        release_thread_pool()  # callers' idle threads would slow the engine's
         share = min(1.0, max(0.0, (cosine - self.low) / (self.high - self.low)))
         return round(share * _STEPS) / _STEPS
 

@@ -36,7 +36,7 @@ class Constraint:
     def error(self) -> str:
         """Why the parser gave up (a schema too complex, say); empty where it did not."""
         if self._matcher.is_error():
-            return str(self._matcher.get_error())
+            return first_line(self._matcher.get_error())  # the others hold the answer's text
         return "nothing fits the schema" if self._stuck else ""
 
     def mask(self, drafted: Sequence[int] = ()) -> Tensor:

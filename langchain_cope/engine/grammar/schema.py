@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from langchain_cope.engine.grammar.patterns import MOST_PATTERNS, most_patterns
 from langchain_cope.errors import InputError
 
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
@@ -106,6 +107,11 @@ def closed_schema(schema: dict[str, Any]) -> str:
 def _closed_text(schema_text: str) -> str:
     parser = llguidance().LLMatcher
     schema = json.loads(schema_text)
+    if (number := most_patterns(schema)) > MOST_PATTERNS:
+        raise InputError(
+            f"one text in the schema has to fit {number} patterns and formats at a time; at most "
+            f"{MOST_PATTERNS} can be combined: leave the others out and check them in the answer"
+        )
     closed = _close(schema, closes=not _combines(schema))
     text = json.dumps({**closed, "x-guidance": _PARSER_SETTINGS})
     refused, messages = parser.validate_grammar_with_warnings(parser.grammar_from_json_schema(text))

@@ -17,6 +17,7 @@ from fastapi import Request
 from langchain_core.messages import BaseMessage, convert_to_messages
 from starlette.responses import JSONResponse, Response
 
+from langchain_cope.chat.user import PINNED
 from langchain_cope.serving import chat_answer
 from langchain_cope.serving.chat_request import ChatRequest, split_model
 from langchain_cope.serving.disconnect import unless_gone
@@ -43,8 +44,7 @@ async def completions(
     user = user_of(request, _offers(body, state))
     state.admission.check(caller.id)
     started = time.monotonic()
-    ready = state.preparing.run(caller.id, partial(_prepare, body, caller, state, user))
-    call = await unless_gone(request, ready)
+    call = await unless_gone(request, _prepared(body, caller, state, user))
     state.engine = call.engine  # another one, should the former have stopped
     answering = Answering(body, call, caller, state, started, request.state.log)
     if not body.stream:
@@ -217,13 +217,28 @@ def _offers(body: ChatRequest, state: ServerState) -> dict[str, object]:
     return offers
 
 
-def _prepare(body: ChatRequest, caller: Principal, state: ServerState, user: str | None) -> "Call":
-    """Return the call, ready to run. It renders, compiles and asks the store: not for the loop.
+async def _prepared(
+    body: ChatRequest, caller: Principal, state: ServerState, user: str | None
+) -> "Call":
+    """Return the call, ready to run; the event loop goes on meanwhile.
 
-    Raises ApiError, and what `ChatCoPe.prepare` raises.
+    Many wait for the store at a time, few compute. Raises ApiError, and what `ChatCoPe.prepare`
+    raises.
     """
-    messages = _messages(body)
-    call = state.chat.prepare(messages, stop=body.stops, user_id=user, **body.options)
+    options = body.options
+    version = options.pop("adapter_version", None)
+    find = partial(state.chat.pin, user_id=user, adapter_version=version)
+    pinned = await state.finding.run(caller.id, find)
+    options[PINNED] = pinned
+    return await state.preparing.run(caller.id, partial(_prepare, body, caller, state, options))
+
+
+def _prepare(
+    body: ChatRequest, caller: Principal, state: ServerState, options: dict[str, Any]
+) -> "Call":
+    """Return the call, which it renders and compiles; the store is not asked."""
+    call = state.chat.prepare(_messages(body), stop=body.stops, **options)
+    user = call.user.user_id
     context = call.engine.base.context
     asked = body.max_completion_tokens or body.max_tokens or 0
     if asked > context:
@@ -252,6 +267,7 @@ def _messages(body: ChatRequest) -> list[BaseMessage]:
         if turn.get("role") == "assistant":  # whose calls may stand alone
             turn = {"content": "", **turn}
         try:
+            _check_parts(turn.get("content"))
             messages += convert_to_messages([turn])
         except Exception:  # of many kinds; their texts repeat the message
             where = f"messages.{index}"
@@ -263,6 +279,14 @@ def _messages(body: ChatRequest) -> list[BaseMessage]:
                 param=where,
             ) from None
     return messages
+
+
+def _check_parts(content: object) -> None:
+    """Raise ValueError for a part of a content that is a text and has none."""
+    for part in content if isinstance(content, list) else ():
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        if is_text and not isinstance(part.get("text"), str):
+            raise ValueError("no text")
 
 
 def _fingerprint(call: "Call", digest: str | None) -> str:

@@ -1,11 +1,14 @@
 """Which prompts are like a history's: on the tiny base, whose embeddings are random."""
 
 import hashlib
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import DEVICE
 
 from langchain_cope.engine import Base, PromptProfile, load_base, questions_of
@@ -35,6 +38,28 @@ def test_like_prompts_are_relevant_and_others_are_not(base: Base) -> None:
     assert [found.relevance(base.everyday, [text]) for text in UNLIKE] == [0] * len(UNLIKE)
     assert found.relevance(base.everyday, [""]) == 0
     assert found.relevance(base.everyday, []) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists a process's threads")
+def test_a_long_question_leaves_no_idle_threads_behind(base: Base) -> None:
+    def num_threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    def ask() -> None:
+        found.relevance(base.everyday, ["Hi!"])
+        before = num_threads()
+        found.relevance(base.everyday, ["word " * 2000])
+        seen.append(num_threads() - before)
+
+    found, seen, threads = profile(base), list[int](), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [0]
 
 
 def test_a_follow_up_is_as_relevant_as_what_it_follows(base: Base) -> None:

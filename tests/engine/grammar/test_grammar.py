@@ -27,6 +27,7 @@ from langchain_cope.engine import (
     load_base,
 )
 from langchain_cope.engine.grammar.constraint import compile_grammar
+from langchain_cope.engine.grammar.patterns import most_patterns
 from langchain_cope.errors import InputError
 
 Tiny = Callable[..., Path]
@@ -347,6 +348,48 @@ REFUSED: list[tuple[Any, str]] = [
 def test_an_unsupported_keyword_is_refused_by_name(schema: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         closed_schema(schema)
+
+
+def chained(number: int, reference: str) -> dict[str, Any]:
+    """Return a schema of a text that has to fit so many patterns, each referring to the next."""
+    parts = {
+        f"p{index}": {
+            "$anchor": f"p{index}",
+            "type": "string",
+            "pattern": f"a.{{{index}}}b",
+            "$ref": f"{reference}p{index + 1}",
+        }
+        for index in range(number)
+    }
+    return {"$ref": f"{reference}p0", "$defs": {**parts, f"p{number}": {"$anchor": f"p{number}"}}}
+
+
+def test_too_many_patterns_for_one_text_are_refused_at_once() -> None:
+    search = [{"type": "string", "pattern": f"a.{{{index}}}b"} for index in range(16)]
+    either = {"anyOf": [{"type": "null"}, {"allOf": search[8:]}], "allOf": search[:8]}
+    for schema in (
+        {"allOf": search},
+        {"properties": {"name": either}},
+        chained(16, "#/$defs/"),
+        chained(16, "#"),
+    ):
+        with pytest.raises(InputError, match="at a time"):
+            closed_schema(schema)
+
+
+def test_patterns_of_many_texts_do_not_count_together() -> None:
+    names = {f"name{index}": {"$ref": "#/$defs/name"} for index in range(20)}
+    name = {"type": "string", "pattern": "^[a-z]", "allOf": [{"pattern": "[a-z]$"}]}
+    recursive = {"type": "array", "items": {"$ref": "#"}}
+    closed_schema({"properties": {**names, "pattern": {"type": "string"}}, "$defs": {"name": name}})
+    assert most_patterns({"properties": names, "$defs": {"name": name}}) == 2
+    assert most_patterns(recursive) == most_patterns({"$ref": "#"}) == 0
+
+
+def test_a_schema_that_no_answer_can_ever_fit_is_the_callers_error(engine: Engine) -> None:
+    endless = Grammar(answer=closed_schema({"$ref": "#"}))
+    with pytest.raises(InputError, match=r"held to its schema[^\n]*$"):
+        engine.generate([Request(prompt(0), grammar=endless)])
 
 
 def test_objects_are_closed_where_that_excludes_nothing() -> None:
