@@ -12,7 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from langchain_cope.engine import Contrast, check_adapter_scale, check_alpha, check_tau, is_number
+from langchain_cope.engine import (
+    MOST_ALPHA,
+    Contrast,
+    check_adapter_scale,
+    check_alpha,
+    check_tau,
+    is_number,
+)
 
 RECOMMENDED = "recommended"
 """Where a version's metadata has what was chosen for its user."""
@@ -108,7 +115,7 @@ def strength_for(
     """
     scale = recommended_scale(metadata or {})
     values = asdict(strength_prior(fingerprint).usual)
-    if is_number(alpha, least=0):
+    if is_number(alpha, least=0, most=MOST_ALPHA):
         values["alpha"] = alpha
     if is_number(tau, above=0, most=1):
         values["tau"] = tau

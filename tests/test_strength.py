@@ -29,7 +29,7 @@ def test_what_a_version_recommends_comes_first() -> None:
     assert strength_for(UNKNOWN, 0.4) == Strength(0.4, 0.1, 1.0)
 
 
-@pytest.mark.parametrize("alpha", [-0.1, math.inf, math.nan, "0.3", True])
+@pytest.mark.parametrize("alpha", [-0.1, 2.1, 1e300, math.inf, math.nan, "0.3", True])
 @pytest.mark.parametrize("tau", [0, 1.5, math.nan, [0.1]])
 @pytest.mark.parametrize(
     "recommended", [None, 3, [], {}, {"adapter_scale": 2.5}, {"adapter_scale": math.nan}]

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from langchain_cope.engine.options import (
         ADAPTER_ALONE,
         CONTRAST_RULES,
+        MOST_ALPHA,
         Contrast,
         ContrastRule,
         EngineOptions,
@@ -59,6 +60,7 @@ __all__ = [
     "CALL_END",
     "CONFIG",
     "CONTRAST_RULES",
+    "MOST_ALPHA",
     "SMOLLM2_INSTALL",
     "STARTER",
     "THOUGHT",
@@ -115,6 +117,7 @@ _MODULES = {
     "CALL_END": "grammar.schema",
     "CONFIG": "adapter",
     "CONTRAST_RULES": "options",
+    "MOST_ALPHA": "options",
     "CallPart": "call_text",
     "Completion": "answer",
     "Contrast": "options",

@@ -14,6 +14,10 @@ ContrastRule = Literal["fixed", "adaptive"]
 CONTRAST_RULES: tuple[ContrastRule, ...] = ("fixed", "adaptive")
 
 
+MOST_ALPHA = 2.0
+"""The greatest α that is recommended to others: at 0.8 most users' answers are worse already."""
+
+
 def check_alpha(alpha: object) -> None:
     """Raise ValueError unless α is a finite number ≥ 0."""
     hint = "0 is the adapter alone, 0.1 the paper's value"

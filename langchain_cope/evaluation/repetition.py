@@ -1,14 +1,19 @@
 """What answers repeat (the user's history, the prompt, one another), and how long they are.
 
-Counted in `words`; without a count where a text is too short for one.
+Counted in `words`, but for `most_repeated`, which needs none; without a count where a text is too
+short for one.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from langchain_cope.evaluation.words import words
 
 COPIED_WORDS = 4  # words in a row that make a copy
+_RUN = re.compile(
+    r"(.{1,200}?)\1{2,}", re.DOTALL
+)  # a piece of a text, three times in a row or more
 
 Gram = tuple[str, ...]
 
@@ -51,6 +56,17 @@ def distinct(answers: Iterable[str], length: int) -> float | None:
     """
     grams = list(_grams_of_all(answers, length))
     return len(set(grams)) / len(grams) if grams else None
+
+
+def most_repeated(text: str) -> int:
+    """Return how often one piece stands in a row in `text`, where that is half of it or more.
+
+    It is 1 where no piece does so three times at least.
+    """
+    text = " ".join(text.casefold().split())
+    # Between spaces, so that the first word and the last are like the others.
+    runs = (run for run in _RUN.finditer(f" {text} ") if 2 * len(run[0]) >= len(text))
+    return max((len(run[0]) // len(run[1]) for run in runs), default=1)
 
 
 def mean_num_words(answers: Sequence[str]) -> float:

@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context, resource_tracker
@@ -59,16 +59,15 @@ class ProcessRunner(Pool["_Process"]):
         return settled
 
     def stop(self) -> None:
-        """Ask all workers to stop."""
+        """Ask all workers to stop; those that still load their base have nothing to lose."""
+        _end([worker for worker in self._workers if not worker.is_ready])
+        self._workers = [worker for worker in self._workers if worker.is_ready]
         for worker in self._workers:
             worker.ask_to_stop()
 
     def close(self) -> None:
         """End the processes."""
-        for worker in self._workers:
-            worker.pipe.close()  # they end at once, even where a signal interrupts what follows
-        for worker in self._workers:
-            worker.end()
+        _end(self._workers)
 
     def _new_worker(self) -> "_Process":
         return _Process(self._plan)
@@ -111,6 +110,13 @@ class _Process:
     def _send(self, message: Task | None) -> None:
         with suppress(*_GONE):  # `wait` finds out
             self.pipe.send(message)
+
+
+def _end(workers: Sequence[_Process]) -> None:
+    for worker in workers:
+        worker.pipe.close()  # they end at once, even where a signal interrupts what follows
+    for worker in workers:
+        worker.end()
 
 
 @contextmanager

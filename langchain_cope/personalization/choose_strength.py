@@ -128,18 +128,31 @@ def recommend(
         monitor: hears of answers, and may stop them with `Cancelled`.
     """
     from langchain_cope.atomic_files import read_json, write_json
-    from langchain_cope.training.encode import fit
 
     file = training.folder / Stage.STRENGTH.file
     if not file.exists():
         with monitor.stage(Stage.STRENGTH):
-            recipe = training.recipe
-            examples, _ = fit(engine.base, items, recipe.max_length, recipe.max_words)
-            folder = training.folder / Stage(adapter).file
-            known = _answered(engine, training, adapter, evaluation)
-            trial = Trial(engine, engine.load_adapter(folder), examples, recipe, monitor, known)
+            trial = trial_of(engine, training, adapter, items, evaluation, monitor)
             write_json(file, choose_strength(trial).model_dump())
     return Recommendation.model_validate(read_json(file))
+
+
+def trial_of(
+    engine: "Engine",
+    training: "TrainingResult",
+    adapter: str,
+    items: Sequence[Item],
+    evaluation: "Evaluation",
+    monitor: Monitor,
+) -> Trial:
+    """Return a trial of what a training left; it knows the answers of the evaluation of `items`."""
+    from langchain_cope.training.encode import fit
+
+    recipe = training.recipe
+    examples, _ = fit(engine.base, items, recipe.max_length, recipe.max_words)
+    loaded = engine.load_adapter(training.folder / Stage(adapter).file)
+    known = _answered(engine, training, adapter, evaluation)
+    return Trial(engine, loaded, examples, recipe, monitor, known)
 
 
 def _answered(

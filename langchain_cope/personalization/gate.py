@@ -78,6 +78,8 @@ class Publisher:
     """The stage that trained the adapter to be judged."""
     recommended: Recommendation
     """How strongly it is to act; published with it."""
+    fault: str | None
+    """What is wrong with its answers at that strength, None for nothing."""
     trained: Sequence[Item]
     held_out: Sequence[Item]
     """Those that judge."""
@@ -160,10 +162,12 @@ class Publisher:
             prior,
             self.min_gain,
             self.num_items,
+            self.fault,
         )
         reason = f"{verdict.reason} ({note})" if note else verdict.reason
         if self.gate == "always":
             reason = f"published as asked (gate 'always'): {verdict.sentence}"
+            reason += f"; but {self.fault}" if self.fault else ""
             return verdict.model_copy(update={"published": True, "reason": reason, "advice": None})
         return verdict.model_copy(update={"reason": reason})
 

@@ -10,7 +10,7 @@ from langchain_cope.history.items import Item
 MIN_ITEMS = 5
 HELD_OUT_SHARE = 0.2  # of the items
 MIN_TRAINED = 3  # what 5 items leave when 2 are held out
-LEAST_DIVIDED = 16  # held-out items: with fewer, either part would be too few for its purpose
+LEAST_DIVIDED = 24  # held-out items: so that 16 judge. By 8 one adapter in seven less is published
 LEAST_CHOOSING, MOST_CHOOSING = 8, 24  # items to choose a strength by
 _MAX_FINGERPRINTS = 30_000  # of the newest items, the likeliest to be held out another time
 _FINGERPRINT_BYTES = 4  # of an item's digest: enough to recognise it, too little to guess it from
@@ -53,7 +53,7 @@ def divide(held_out: Sequence[Item]) -> tuple[list[int], list[int]]:
     """Return indices of the held-out items to choose a strength by, and of those that judge.
 
     A choice flatters the items that it was made by, so that no item does both. To choose by are a
-    third of 16 or more, but 8 at least and 24 at most, the oldest; else none. A conversation is
+    third of 24 or more, but 8 at least and 24 at most, the oldest; else none. A conversation is
     never divided.
     """
     everything = list(range(len(held_out)))

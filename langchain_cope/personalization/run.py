@@ -20,8 +20,9 @@ from langchain_cope.errors import Cancelled, InputError
 from langchain_cope.evaluation.comparison import train_and_evaluate
 from langchain_cope.history import as_history
 from langchain_cope.history.items import Item, UserHistory
-from langchain_cope.personalization.choose_strength import recommend
+from langchain_cope.personalization.choose_strength import recommend, trial_of
 from langchain_cope.personalization.gate import Outcome, Publisher, better_adapter
+from langchain_cope.personalization.hear import hear
 from langchain_cope.personalization.held_out import divide, split
 from langchain_cope.personalization.job_folder import (
     Job,
@@ -167,6 +168,10 @@ class Run(Monitor):
                 self,
             )
             with self.stage(Stage.PUBLISH):
+                judges = [evaluated[row] for row in judging]
+                own = [item.completion for item in history.items]
+                trial = trial_of(engine, training, adapter, judges, judged, self)
+                recommended, fault = hear(trial, judged, own, recommended)
                 publisher = Publisher(
                     store=store,
                     user=self.user,
@@ -175,8 +180,9 @@ class Run(Monitor):
                     evaluation=judged,
                     adapter=adapter,
                     recommended=recommended,
+                    fault=fault,
                     trained=trained,
-                    held_out=[evaluated[row] for row in judging],
+                    held_out=judges,
                     num_items=len(trained) + len(held_out),
                     instruction=history.instruction,
                     gate=self.settings.gate,

@@ -54,6 +54,7 @@ def judge(
     prior: Prior,
     min_gain: float = 0.0,
     num_items: int = 0,
+    fault: str | None = None,
 ) -> Verdict:
     """Return the verdict on an adapter.
 
@@ -66,6 +67,7 @@ def judge(
         prior: of this base.
         min_gain: nats a token by which each reference has to be beaten.
         num_items: of the whole history: advice asks for more than these.
+        fault: what is wrong with its answers, None for nothing.
     """
     comparisons = [
         _compare(reference, nll, units, evidence, prior, min_gain) for reference in references
@@ -73,7 +75,7 @@ def judge(
     hardest = min(comparisons, key=lambda one: (one.passed, one.probability - one.reference.level))
     weakest = max((one for one in comparisons if one.counts), key=lambda one: one.p_value)
     mispaired = is_mispaired(evidence, prior)
-    passed = hardest.passed and not mispaired
+    passed = hardest.passed and not mispaired and fault is None
     reason, advice = hardest.sentence(), None
     if mispaired:
         reason += (
@@ -83,6 +85,12 @@ def judge(
         advice = (
             "check that each prompt stands beside the text that answers it; texts that answer "
             "nothing belong into a .txt, one a line"
+        )
+    elif fault is not None:
+        reason += f"; but {fault}"
+        advice = (
+            "longer texts, or texts that differ more from each other; without training, the base "
+            "can be shown some of them beside each question (`retrieve`)"
         )
     elif not passed:
         reason += f"; {hardest.why_not(min_gain)}"
@@ -97,7 +105,7 @@ def judge(
         reference=hardest.reference.name,
         adapter=adapter,
         reason=reason,
-        p_value=1.0 if mispaired else weakest.p_value,
+        p_value=1.0 if mispaired or fault is not None else weakest.p_value,
         mean_in_sds=in_sds(weakest.gains),
         skewness=skewness(weakest.gains),
         advice=advice,

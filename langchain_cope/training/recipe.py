@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from langchain_cope.engine import (
+    MOST_ALPHA,
     Contrast,
     check_alpha,
     check_option,
@@ -199,6 +200,8 @@ class Recipe:
         try:
             if self.alpha is not None:
                 check_alpha(self.alpha)
+                fits = self.alpha <= MOST_ALPHA
+                check_option("alpha", self.alpha, f"{MOST_ALPHA:g} at most", fits)
             if self.tau is not None:
                 check_tau(self.tau)
         except ValueError as error:

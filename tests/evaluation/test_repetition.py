@@ -1,3 +1,6 @@
+import random
+import time
+
 import pytest
 
 from langchain_cope.evaluation.repetition import (
@@ -5,6 +8,7 @@ from langchain_cope.evaluation.repetition import (
     copy_rates,
     distinct,
     mean_num_words,
+    most_repeated,
 )
 
 
@@ -41,3 +45,28 @@ def test_distinct_counts_over_all_answers(length: int, share: float) -> None:
 
 def test_mean_length_is_in_words() -> None:
     assert mean_num_words(["Two words.", "and one, two, three"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [
+        ("no no no no", 4),
+        ("No, no, no, no.", 3),
+        ("\U0001f602\U0001f602\U0001f602", 3),
+        ("doc:doc:doc:doc:", 4),
+        ("The cat sat there. " * 5, 5),
+        ("Oh. " + "The cat sat there. " * 3, 3),
+        ("no no", 1),
+        ("no no no, I will be there at seven", 1),
+        ("", 1),
+    ],
+)
+def test_what_stands_in_a_row_is_counted_where_it_is_half(text: str, times: int) -> None:
+    assert most_repeated(text) == times
+
+
+def test_long_texts_are_looked_through_at_once() -> None:
+    started = time.monotonic()
+    assert most_repeated("ab" * 20_000) == 20_000
+    assert most_repeated("".join(random.Random(0).choices("abcd ", k=20_000))) == 1
+    assert time.monotonic() - started < 10

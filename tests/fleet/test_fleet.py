@@ -30,7 +30,7 @@ from langchain_cope.fleet import (
 from langchain_cope.fleet.fleet import FleetProgress
 from langchain_cope.fleet.runner import WorkersFailed
 from langchain_cope.fleet.sources import of_store
-from langchain_cope.fleet.tasks import State
+from langchain_cope.fleet.tasks import State, Task
 from langchain_cope.fleet.worker import Worker, _Known
 from langchain_cope.history.items import UserHistory
 
@@ -140,6 +140,24 @@ def test_a_stopped_fleet_publishes_nothing_and_goes_on(
     assert set(states(report).values()) == {State.PUBLISHED}
     assert waiting is not None
     assert store.versions(waiting.user_id) == [waiting]  # not trained a second time
+
+
+def test_a_fleet_is_stopped_at_once_while_workers_load(
+    plan: Plan, histories: Path, tmp_path: Path
+) -> None:
+    class Stopping(ProcessRunner):
+        def submit(self, task: Task) -> None:
+            super().submit(task)
+            if self.running == 2:
+                stop.set()
+
+    runner, stop, work = Stopping(2), threading.Event(), tmp_path / "work"
+    with pytest.raises(Cancelled, match="0 of 3 users are done"):
+        run_fleet(open_source(histories), plan, work, runner, stop=stop)
+    assert not runner.running
+    lines = (work / "ledger.jsonl").read_text().splitlines()
+    events = [json.loads(line)["event"] for line in lines]
+    assert events == ["started", "begun", "begun"]  # nobody has lost a try
 
 
 def test_without_its_ledger_a_fleet_finds_its_candidates(

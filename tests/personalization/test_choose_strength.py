@@ -21,7 +21,7 @@ from langchain_cope.training.progress import Monitor, Stage
 WEAK, STRONG = Strength(0.0), Strength(0.5)
 MANY = [
     {"prompt": f"Headline for story {i}?", "completion": f"The fox jumps over story {i}, says dog"}
-    for i in range(80)
+    for i in range(120)
 ]
 
 
@@ -58,7 +58,7 @@ def test_a_short_history_is_told_why_nothing_was_chosen(personalize: Personalize
     assert recommended is not None
     assert (recommended.alpha, recommended.tau, recommended.adapter_scale) == (0.1, 0.1, 1)
     assert recommended.num_texts == 0
-    assert recommended.why.startswith("the paper's: below 16 held-out texts")
+    assert recommended.why.startswith("the paper's: below 24 held-out texts")
 
 
 def test_a_recipes_own_contrast_is_what_the_version_recommends(
@@ -95,8 +95,8 @@ def test_texts_that_judge_nothing_choose_what_chats_use(
     assert recommended is not None
     assert recommended.num_texts == 8, recommended.why
     assert result.verdict is not None
-    assert result.verdict.num_texts == 8
-    assert result.num_held_out == 16
+    assert result.verdict.num_texts == 16
+    assert result.num_held_out == 24
     version = AdapterStore(store_folder).resolve("alice")
     assert version.metadata["recommended"] == recommended.model_dump()
     chat = ChatCoPe(model=str(base), store=store_folder, user_id="alice", max_tokens=2)

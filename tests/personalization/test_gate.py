@@ -24,6 +24,7 @@ def publisher(store: AdapterStore) -> Publisher:
         evaluation=unused,
         adapter="sft",
         recommended=unused,
+        fault=None,
         trained=(),
         held_out=(),
         num_items=0,

@@ -6,9 +6,8 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-import torch
 from personal import QUICK
-from transformers import AutoModelForCausalLM
+from topics import Rows, rows
 
 from adapter_store import AdapterStore
 from langchain_cope import PersonalizeUser
@@ -18,28 +17,8 @@ from langchain_cope.history import as_history
 from langchain_cope.personalization.certainty import Prior, prior_of
 from langchain_cope.personalization.evidence import Evidence, gather
 from langchain_cope.personalization.verdict import Reference, choose_adapter, is_mispaired, judge
-from langchain_cope.training.encode import encode
 
-TOPICS = {
-    "cat": "the cat sleeps on the mat",
-    "rain": "rain falls all day long",
-    "tram": "a new tram goes to town",
-    "bread": "fresh bread at six",
-    "moon": "look, the moon is up",
-    "choir": "our choir sings on Sunday",
-}
-NUM_STEPS = 150
 NOTHING = Evidence([], [], [])
-
-Rows = list[dict[str, str]]
-
-
-def rows(num_items: int, manner: str = "{}") -> Rows:
-    names = list(TOPICS)
-    return [
-        {"prompt": f"{i} {names[i % 6]}?", "completion": manner.format(TOPICS[names[i % 6]])}
-        for i in range(num_items)
-    ]
 
 
 def shuffled(of_user: Rows, num_trained: int) -> Rows:
@@ -48,33 +27,6 @@ def shuffled(of_user: Rows, num_trained: int) -> Rows:
     answers = answers[2:] + answers[:2]  # none stays with its topic
     mixed = [{**row, "completion": answer} for row, answer in zip(of_user, answers, strict=False)]
     return mixed + of_user[num_trained:]
-
-
-@pytest.fixture(scope="module")
-def trained_base(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny base that has learnt which words belong to which topic."""
-    untrained = tiny("llama", initializer_range=0.05, texts=tuple(TOPICS.values()))
-    folder = tmp_path_factory.mktemp("trained")
-    base = load_base(untrained, device="cpu", dtype="float32")
-    pairs = [
-        encode(base, [{"role": "user", "content": row["prompt"]}], row["completion"])
-        for row in rows(60)
-    ]
-    model = AutoModelForCausalLM.from_pretrained(untrained)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    torch.manual_seed(0)
-    for step in range(NUM_STEPS):
-        loss = torch.zeros(())
-        for prompt, completion in pairs[step % 5 :: 5]:
-            ids = torch.tensor([prompt + completion])
-            labels = torch.tensor([[-100] * len(prompt) + completion])
-            loss = loss + model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -147,6 +99,17 @@ def test_an_adapter_of_others_that_is_as_good_has_to_be_beaten(
     result = asked.invoke({"user_id": "alice", "history": history})
     assert not result.published
     assert "than with the reference adapter" in result.reason
+
+
+def test_answers_that_fall_apart_are_refused_however_likely_the_texts() -> None:
+    base = Reference("the base", [1.0] * 4, is_base=True)
+    nll, fault = [0.5, 0.51, 0.5, 0.49], "its answers repeat themselves: 4 of 4"
+    assert judge("sft", nll, [base], range(4), NOTHING, prior_of({})).published
+    verdict = judge("sft", nll, [base], range(4), NOTHING, prior_of({}), fault=fault)
+    assert not verdict.published
+    assert verdict.reason == f"{verdict.sentence}; but {fault}"
+    assert "longer texts" in str(verdict.advice)
+    assert verdict.p_value == 1, "nor is it a discovery of a fleet"
 
 
 def test_the_texts_of_one_conversation_count_as_one() -> None:

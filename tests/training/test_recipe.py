@@ -84,6 +84,7 @@ def test_short_histories_get_more_epochs(num_items, epochs):
         (Negatives, "candidates", 0, "Negatives.candidates must be a whole number ≥ 1, not 0"),
         (Negatives, "top_p", 1.5, "Negatives.top_p must be a number > 0 and ≤ 1, not 1.5"),
         (Recipe, "alpha", -0.1, "^Recipe.alpha must be a finite number ≥ 0, not -0.1: 0 is"),
+        (Recipe, "alpha", 2.1, "^Recipe.alpha must be 2 at most, not 2.1"),
         (Recipe, "tau", 0, "^Recipe.tau must be a number > 0 and ≤ 1, not 0: 0.1 is"),
         (Recipe, "max_new_tokens", "many", "Recipe.max_new_tokens must be .*, not 'many'"),
         (Recipe, "seed", 2**32, "Recipe.seed must be below .*, not 4294967296"),
