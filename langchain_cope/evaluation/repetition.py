@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from langchain_cope.evaluation.words import words
 
 COPIED_WORDS = 4  # words in a row that make a copy
-_RUN = re.compile(
-    r"(.{1,200}?)\1{2,}", re.DOTALL
-)  # a piece of a text, three times in a row or more
+# A piece of a text, three times in a row or more.
+_RUN = re.compile(r"(.{1,200}?)\1{2,}", re.DOTALL)
 
 Gram = tuple[str, ...]
 

@@ -66,9 +66,8 @@ def _fault(trial: Trial, strength: Strength, base: Sequence[str], own: Sequence[
         answers, base = asked.answers([strength])[strength], base[-MOST_ASKED:]
     pairs = zip(answers, base, strict=True)
     broken = [answer for answer, of_base in pairs if _is_broken(answer) > _is_broken(of_base)]
-    if _are_too_many(
-        len(broken), len(answers)
-    ):  # else nothing needs to be known of the user's manner
+    if _are_too_many(len(broken), len(answers)):
+        # Only then the user's manner has to be known.
         usual = [most_repeated(text[:LOOKED_AT]) for text in own[-MANY:]]
         broken = [answer for answer in broken if not _is_manner(answer, usual)]
     if not _are_too_many(len(broken), len(answers)):
