@@ -83,8 +83,8 @@ def judge(
             "own, as if they were shuffled"
         )
         advice = (
-            "check that each prompt stands beside the text that answers it; texts that answer "
-            "nothing belong into a .txt, one a line"
+            "check that each prompt stands beside the text that answers it; replies that would "
+            "fit any prompt, as many in chats do, belong into a .txt, one a line, without prompts"
         )
     elif fault is not None:
         reason += f"; but {fault}"
