@@ -115,12 +115,13 @@ def linear_sizes(module: Any) -> tuple[int, int] | None:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of the adapter in `folder`, by their names in its weights file.
+    """Return the tensors of the adapter in `folder`, by and in the order of their names.
 
     Raises OSError and SafetensorError where the file cannot be read.
     """
-    # Not `load_file`: safetensors 0.8 leaks two objects a tensor there, for good.
-    return load((folder / WEIGHTS).read_bytes())
+    # Not `load_file`: safetensors 0.8 leaks two objects a tensor there, for good. `load` has them in
+    # another order each time, and an error about them should name the same one.
+    return dict(sorted(load((folder / WEIGHTS).read_bytes()).items()))
 
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
