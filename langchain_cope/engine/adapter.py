@@ -119,7 +119,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
     Raises OSError and SafetensorError where the file cannot be read.
     """
-    # Not `load_file`: safetensors 0.8 leaks two objects a tensor there, for good. `load` has them in
+    # Not `load_file`: safetensors 0.8 leaks two objects a tensor there, for good. `load` returns
     # another order each time, and an error about them should name the same one.
     return dict(sorted(load((folder / WEIGHTS).read_bytes()).items()))
 
