@@ -21,10 +21,7 @@ READ = 0.4  # seconds that every question to the store takes
 def test_a_slow_store_holds_up_newcomers_alone(
     base: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = shutil.copytree(published, tmp_path / "adapters")
-    store = AdapterStore(str(folder))
-    adapter = make_adapter(tmp_path / "adapter", base, seed=9)
-    store.publish("alvin", adapter, base=load_base(str(base)).fingerprint())
+    folder, store = with_users(published, tmp_path, base, "alvin")
     with running(base, folder, tmp_path) as server, ThreadPoolExecutor(4) as threads:
         engine = server.state.engine
         assert engine is not None
@@ -53,13 +50,8 @@ def test_a_slow_store_holds_up_newcomers_alone(
 def test_newcomers_wait_for_a_slow_store_side_by_side(
     base: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = shutil.copytree(published, tmp_path / "adapters")
-    store = AdapterStore(str(folder))
-    adapter = make_adapter(tmp_path / "adapter", base, seed=9)
-    fingerprint = load_base(str(base)).fingerprint()
     users = [f"al{number}" for number in range(12)]
-    for user in users:
-        store.publish(user, adapter, base=fingerprint)
+    folder, store = with_users(published, tmp_path, base, *users)
     with running(base, folder, tmp_path) as server, ThreadPoolExecutor(len(users)) as threads:
         asking, fetching = AtATime(), AtATime()
         for verb, count in (("stat", asking), ("get", fetching)):
@@ -69,6 +61,19 @@ def test_newcomers_wait_for_a_slow_store_side_by_side(
     assert versions == [store.active(user) for user in users]
     assert asking.most >= 8, "requests wait for the store at a time"
     assert fetching.weights >= 4, "adapters are fetched at a time"
+
+
+def with_users(
+    published: Path, tmp_path: Path, base: Path, *users: str
+) -> tuple[Path, AdapterStore]:
+    """Return a copy of a store, folder and store, that also has a version of each of `users`."""
+    folder = shutil.copytree(published, tmp_path / "adapters")
+    store = AdapterStore(str(folder))
+    adapter = make_adapter(tmp_path / "adapter", base, seed=9)
+    fingerprint = load_base(str(base)).fingerprint()
+    for user in users:
+        store.publish(user, adapter, base=fingerprint)
+    return folder, store
 
 
 class AtATime:
