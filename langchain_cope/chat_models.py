@@ -57,6 +57,7 @@ from langchain_cope.chat.user import (
     user_of_call,
 )
 from langchain_cope.engine import (
+    LARGEST_STRENGTH,
     ContrastRule,
     check_adapter_scale,
     check_alpha,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from adapter_store import AdapterVersion
     from langchain_cope.engine import Contrast, Engine, Sampling
 
+_STRENGTH: dict[str, Any] = {"minimum": 0, "maximum": LARGEST_STRENGTH}  # in a JSON schema
 _CHECKS: dict[str, Callable[[object], None]] = {
     "alpha": check_alpha,
     "tau": check_tau,
@@ -109,8 +111,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     """The user who is answered; None: the base alone."""
     store: Any = None
     """Folder, URL or `AdapterStore`; None: the environment's `COPE_STORE`, else the data folder."""
-    alpha: float | None = Field(default=None, json_schema_extra={"minimum": 0})
-    """Weight of the base that is contrasted away, ≥ 0; 0 is the adapter alone.
+    alpha: float | None = Field(default=None, json_schema_extra=_STRENGTH)
+    """Weight of the base that is contrasted away, 0 to 1000; 0 is the adapter alone.
 
     None: what the adapter version recommends, else what users of the base were measured to need,
     else 0.1, the paper's value.
@@ -127,8 +129,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     be exact, and never in calls and JSON; and the adapter itself steps back where all questions of
     the conversation are unlike those of the history (`relevance` in `response_metadata`).
     """
-    adapter_scale: float | None = Field(default=None, json_schema_extra={"minimum": 0})
-    """What the adapter's own changes are multiplied with, ≥ 0; 0 is the base alone.
+    adapter_scale: float | None = Field(default=None, json_schema_extra=_STRENGTH)
+    """What the adapter's own changes are multiplied with, 0 to 1000; 0 is the base alone.
 
     None: what the adapter version recommends, else what users of the base need, else 1.
     """

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from langchain_cope.engine.options import (
         ADAPTER_ALONE,
         CONTRAST_RULES,
+        LARGEST_STRENGTH,
         MOST_ALPHA,
         Contrast,
         ContrastRule,
@@ -60,6 +61,7 @@ __all__ = [
     "CALL_END",
     "CONFIG",
     "CONTRAST_RULES",
+    "LARGEST_STRENGTH",
     "MOST_ALPHA",
     "SMOLLM2_INSTALL",
     "STARTER",
@@ -117,6 +119,7 @@ _MODULES = {
     "CALL_END": "grammar.schema",
     "CONFIG": "adapter",
     "CONTRAST_RULES": "options",
+    "LARGEST_STRENGTH": "options",
     "MOST_ALPHA": "options",
     "CallPart": "call_text",
     "Completion": "answer",

@@ -16,12 +16,13 @@ CONTRAST_RULES: tuple[ContrastRule, ...] = ("fixed", "adaptive")
 
 MOST_ALPHA = 2.0
 """The greatest α that is recommended to others: at 0.8 most users' answers are worse already."""
+LARGEST_STRENGTH = 1000.0
+"""Of α and the adapter's scale: far beyond all use, and far below what scores have room for."""
 
 
 def check_alpha(alpha: object) -> None:
-    """Raise ValueError unless α is a finite number ≥ 0."""
-    hint = "0 is the adapter alone, 0.1 the paper's value"
-    check_option("alpha", alpha, "a finite number ≥ 0", is_number(alpha, least=0), hint)
+    """Raise ValueError unless 0 ≤ α ≤ 1000."""
+    _check_strength("alpha", alpha, "0 is the adapter alone, 0.1 the paper's value")
 
 
 def check_tau(tau: object) -> None:
@@ -31,9 +32,13 @@ def check_tau(tau: object) -> None:
 
 
 def check_adapter_scale(scale: object) -> None:
-    """Raise ValueError unless the scale is a finite number ≥ 0."""
-    hint = "1 is the adapter as it was trained, 0 the base alone"
-    check_option("adapter_scale", scale, "a finite number ≥ 0", is_number(scale, least=0), hint)
+    """Raise ValueError unless 0 ≤ scale ≤ 1000."""
+    _check_strength("adapter_scale", scale, "1 is the adapter as it was trained, 0 the base alone")
+
+
+def _check_strength(name: str, value: Any, hint: str) -> None:
+    check_option(name, value, "a finite number ≥ 0", is_number(value, least=0), hint)
+    check_option(name, value, f"{LARGEST_STRENGTH:g} at most", value <= LARGEST_STRENGTH, hint)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from langchain_cope.engine import ContrastRule
+from langchain_cope.engine import LARGEST_STRENGTH, ContrastRule
 from langchain_cope.serving.errors import ApiError
 
 # Fields of OpenAI's that never change an answer.
@@ -40,12 +40,12 @@ class CopeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    alpha: Annotated[_Number, Field(ge=0)] | None = None
+    alpha: Annotated[_Number, Field(ge=0, le=LARGEST_STRENGTH)] | None = None
     """α, the weight of the base that is contrasted away; None: what the version recommends."""
     tau: Annotated[_Number, Field(gt=0, le=1)] | None = None
     """τ; None: what the version recommends."""
     contrast: ContrastRule | None = None
-    adapter_scale: Annotated[_Number, Field(ge=0)] | None = None
+    adapter_scale: Annotated[_Number, Field(ge=0, le=LARGEST_STRENGTH)] | None = None
     """What the adapter's changes are multiplied with; 0: the base alone."""
     adapter_version: StrictStr | None = None
     """None: the active one."""

@@ -84,3 +84,8 @@ def test_a_scale_out_of_range_is_refused_with_its_value(scale: float) -> None:
     expected = rf"adapter_scale must be a finite number ≥ 0, not {scale!r}"
     with pytest.raises(ValueError, match=expected):
         Request([1], adapter_scale=scale)
+
+
+def test_a_scale_that_scores_have_no_room_for_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"adapter_scale must be 1000 at most, not 1e\+38: 1 is"):
+        Request([1], adapter_scale=1e38)

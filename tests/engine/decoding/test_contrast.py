@@ -166,6 +166,12 @@ def test_an_alpha_out_of_range_is_refused_with_its_value(alpha: float) -> None:
         Request([1], contrast=Contrast(alpha, 0.1))
 
 
+def test_an_alpha_that_scores_have_no_room_for_is_refused() -> None:
+    assert Contrast(1000).alpha == 1000
+    with pytest.raises(ValueError, match=r"alpha must be 1000 at most, not 1e\+38: 0 is"):
+        Contrast(1e38)
+
+
 @pytest.mark.parametrize(
     "tau", [0, 0.0, -0.1, 1.0001, 2, math.nan, math.inf, -math.inf, "0.1", None]
 )
