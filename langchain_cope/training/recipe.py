@@ -27,6 +27,9 @@ from langchain_cope.errors import InputError
 PAPER_PARAMETERS = 7e9
 SMALL = 1e9  # parameters; what a smaller base gets otherwise than the paper's
 LEAST_STEPS = 12  # of SFT: fewer leave an adapter that has hardly moved
+# Items from which a base with a task adapter is trained at the whole rate. With fewer there is less
+# to learn that it does not know yet, and as many steps at that rate make it forget some of it.
+FULL_RATE_ITEMS = 24
 # How fast rates grow towards smaller bases: by a power law from the paper's. That of users comes to
 # 1.5e-3 at 135 million parameters, between the 1e-3 and 2e-3 that were measured to suit there. A
 # task adapter takes many more steps.
@@ -34,7 +37,7 @@ _USER_POWER, _TASK_POWER = 0.686, 0.395
 
 
 class Sized(Protocol):
-    """What the recipe reads of a base: how many parameters it has."""
+    """What the recipe reads of a base: its parameters, and whether it has a `task_adapter`."""
 
     @property
     def num_parameters(self) -> int:
@@ -234,8 +237,8 @@ class Recipe:
         its users better at 1e-3 and at 2e-3 than at 5e-4 (`benchmarks/recipes/`), and gets 1.5e-3.
         From there to the paper's size the rate follows a power law. A small model also gets the
         adapter, of the paper's rank, on every linear layer. A history too short for 12 steps in the
-        paper's two epochs gets more epochs, for as many steps. At 7B and above, from 21 items on,
-        this is the paper.
+        paper's two epochs gets more epochs, for as many steps; a small model with a task adapter
+        then takes smaller ones. At 7B and above, from 21 items on, this is the paper.
 
         Below a billion parameters no negatives are mined: at 7 million DPO on them added nothing,
         whichever answer was rejected, and takes two fifths of the time (`benchmarks/recipes/`).
@@ -245,7 +248,10 @@ class Recipe:
         steps_an_epoch = math.ceil(len(history) / SFT.batch_size) or 1
         epochs = max(SFT.epochs, math.ceil(LEAST_STEPS / steps_an_epoch))
         targets = "linear" if is_small else "attention"
-        sft = SFT(learning_rate=1e-4 * growth, epochs=epochs, targets=targets)
+        rate = 1e-4 * growth
+        if is_small and getattr(base, "task_adapter", None) is not None:
+            rate *= math.sqrt(min(1.0, max(1, len(history)) / FULL_RATE_ITEMS))
+        sft = SFT(learning_rate=rate, epochs=epochs, targets=targets)
         negatives = None if is_small else Negatives()
         return cls(sft=sft, negatives=negatives, dpo=DPO(learning_rate=5e-6 * growth), seed=seed)
 

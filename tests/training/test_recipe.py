@@ -3,6 +3,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,11 @@ from langchain_cope.training.recipe import DPO, SFT, Negatives, Recipe, recipe_f
 @dataclass
 class Sized:
     num_parameters: int
+
+
+@dataclass
+class TaskTrained(Sized):
+    task_adapter: Path | None
 
 
 def test_paper_recipe_holds_the_papers_numbers():
@@ -57,6 +63,24 @@ def test_small_models_mine_no_negatives(num_parameters, mines):
 )
 def test_short_histories_get_more_epochs(num_items, epochs):
     assert Recipe.for_model(Sized(7_377_152), range(num_items)).sft.epochs == epochs
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "num_items", "rate"),
+    [
+        (134_515_008, 0, 3.1e-4),
+        (134_515_008, 6, 7.5e-4),
+        (134_515_008, 24, 1.5e-3),
+        (134_515_008, 80, 1.5e-3),
+        (7_000_000_000, 6, 1e-4),
+    ],
+)
+def test_short_histories_on_a_task_adapter_get_smaller_steps(num_parameters, num_items, rate):
+    task_trained = TaskTrained(num_parameters, Path("task"))
+    recipe = Recipe.for_model(task_trained, range(num_items))
+    assert recipe.sft.learning_rate == pytest.approx(rate, rel=0.02)
+    plain = Recipe.for_model(Sized(num_parameters), range(num_items))
+    assert plain == Recipe.for_model(TaskTrained(num_parameters, None), range(num_items))
 
 
 @pytest.mark.parametrize(
