@@ -31,7 +31,7 @@ from langchain_cope.evaluation.user_job import Answer, UserJob, digest_of, home_
 from langchain_cope.evaluation.ways import Shown, Way
 from langchain_cope.history.items import UserHistory
 from langchain_cope.strength import Strength, strength_for
-from langchain_cope.training.encode import Encoded, encode, fit, parts_of_reply
+from langchain_cope.training.encode import Encoded, encode, fit, parts_of_reply, usual_length
 from langchain_cope.training.pipeline import train_user, trained_by
 from langchain_cope.training.progress import Monitor, Stage
 from langchain_cope.training.recipe import Negatives, Recipe, RecipeChoice, recipe_for
@@ -177,8 +177,7 @@ class Comparison:
         recipe = recipe_for(choice, base, user.items)
         if recipe.max_new_tokens is None:
             trained, _ = fit(base, user.items, recipe.max_length, recipe.max_words)
-            longest = max((len(example.completion_ids) for example in trained), default=1)
-            recipe = replace(recipe, max_new_tokens=longest)
+            recipe = replace(recipe, max_new_tokens=usual_length(trained))
         examples, notes = fit(base, user.queries, recipe.max_length, recipe.max_words)
         if not examples:
             raise HistoryError(

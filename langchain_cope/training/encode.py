@@ -6,6 +6,7 @@ holds what the template adds after the text, the end of the turn included. What 
 here and reported, never by a trainer in silence.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -87,6 +88,15 @@ def encode_candidate(
         if closing and completion[-len(closing) :] == closing:
             completion = completion[: -len(closing)]
     return prompt, completion[: limit - len(prompt)]
+
+
+def usual_length(examples: Sequence[Encoded]) -> int:
+    """Return the tokens that 19 of 20 completions need at most, the longest of fewer than 20.
+
+    One essay among short replies would otherwise let every answer that never ends run as long.
+    """
+    lengths = sorted(len(example.completion_ids) for example in examples) or [1]
+    return lengths[math.ceil(0.95 * len(lengths)) - 1]
 
 
 def fit(

@@ -81,7 +81,7 @@ def train_user(
         HistoryError: No item is left to train on.
         ModelError: The base is quantized.
     """
-    from langchain_cope.training.encode import fit
+    from langchain_cope.training.encode import fit, usual_length
 
     check_trainable(engine.base)
     examples, notes = fit(engine.base, items, recipe.max_length, recipe.max_words)
@@ -91,8 +91,7 @@ def train_user(
             f"{'; '.join(notes) or 'it is empty'}"
         )
     if recipe.max_new_tokens is None:
-        longest = max(len(example.completion_ids) for example in examples)
-        recipe = replace(recipe, max_new_tokens=longest)
+        recipe = replace(recipe, max_new_tokens=usual_length(examples))
     folder.mkdir(parents=True, exist_ok=True)
     training = TrainingResult(folder, recipe, notes)
     _run_stages(engine, examples, training, monitor or Monitor(), last)

@@ -3,7 +3,13 @@ from training.tiny import TEMPLATES, make_item
 from trl.data_utils import _tokenize, common_prefix_length
 
 from langchain_cope.history.items import Item
-from langchain_cope.training.encode import closing_ids, encode, encode_candidate, fit
+from langchain_cope.training.encode import (
+    closing_ids,
+    encode,
+    encode_candidate,
+    fit,
+    usual_length,
+)
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 END = 257  # <|end|>
@@ -134,6 +140,17 @@ def test_fields_keep_their_first_words_with_a_note(base):
     assert example.item == item(turns("one  two\nthree"), "five six seven")
     assert example.completion_ids[-1] == END
     assert notes == ["1 of 1 items had a field of more than 3 words, cut there"]
+
+
+def test_one_essay_among_short_replies_does_not_set_the_usual_length(base):
+    replies = [item("A cat?", "A cat is here.")] * 39
+    essay = item("A dog?", "A dog is there. " * 20)
+    short, _ = fit(base, replies, 2048, 768)
+    mixed, _ = fit(base, [*replies, essay], 2048, 768)
+    assert usual_length(mixed) == usual_length(short) == len(short[0].completion_ids)
+    few, _ = fit(base, [replies[0], essay], 2048, 768)
+    assert usual_length(few) == len(few[1].completion_ids) > usual_length(short)
+    assert usual_length([]) == 1
 
 
 def test_an_item_without_room_for_its_completion_is_dropped_with_a_note(base):
