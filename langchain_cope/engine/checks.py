@@ -27,4 +27,7 @@ def is_number(
     """Return whether `value` is a finite number, not a bool, ≥ `least`, > `above` and ≤ `most`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return math.isfinite(value) and value >= least and above < value <= most
+    try:
+        return math.isfinite(value) and value >= least and above < value <= most
+    except OverflowError:  # an integer that no float can hold
+        return False

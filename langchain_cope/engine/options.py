@@ -17,7 +17,7 @@ CONTRAST_RULES: tuple[ContrastRule, ...] = ("fixed", "adaptive")
 MOST_ALPHA = 2.0
 """The greatest α that is recommended to others: at 0.8 most users' answers are worse already."""
 LARGEST_STRENGTH = 1000.0
-"""Of α and the adapter's scale: far beyond all use, and far below what scores have room for."""
+"""Of α and the adapter's scale: far beyond all use; scores stay finite at such an α."""
 
 
 def check_alpha(alpha: object) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from langchain_cope.training.encode import Encoded
     from langchain_cope.training.recipe import Recipe
 
-PAIRED_ITEMS = 24  # newest trained items, scored after their own prompt and after another's
+PAIRED_ITEMS = 24  # at most, the newest; each is scored after its own prompt and after another's
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def encode_candidate(
 
 
 def usual_length(examples: Sequence[Encoded]) -> int:
-    """Return the tokens that 19 of 20 completions need at most, the longest of fewer than 20.
+    """Return how many tokens are enough for 19 of 20 completions; of fewer than 20, for all.
 
     One essay among short replies would otherwise let every answer that never ends run as long.
     """

@@ -27,8 +27,8 @@ from langchain_cope.errors import InputError
 PAPER_PARAMETERS = 7e9
 SMALL = 1e9  # parameters; what a smaller base gets otherwise than the paper's
 LEAST_STEPS = 12  # of SFT: fewer leave an adapter that has hardly moved
-# Items from which a base with a task adapter is trained at the whole rate. With fewer there is less
-# to learn that it does not know yet, and as many steps at that rate make it forget some of it.
+# Items from which a small base with a task adapter is trained at the whole rate. Fewer hold less
+# that it does not know yet, and steps at that rate make it forget some of what it knew.
 FULL_RATE_ITEMS = 24
 # How fast rates grow towards smaller bases: by a power law from the paper's. That of users comes to
 # 1.5e-3 at 135 million parameters, between the 1e-3 and 2e-3 that were measured to suit there. A
@@ -37,7 +37,7 @@ _USER_POWER, _TASK_POWER = 0.686, 0.395
 
 
 class Sized(Protocol):
-    """What the recipe reads of a base: its parameters, and whether it has a `task_adapter`."""
+    """What the recipe reads of a base: its parameters and, if it has one, its `task_adapter`."""
 
     @property
     def num_parameters(self) -> int:
@@ -182,8 +182,8 @@ class Recipe:
     max_new_tokens: int | None = None
     """Tokens of a candidate and of a generation in the evaluation, at most.
 
-    The paper: 100 for titles and headlines, 600 for long texts. None: as long as 19
-    of 20 completions that are trained on.
+    The paper: 100 for titles and headlines, 600 for long texts. None: as many as
+    19 of 20 completions that are trained on need; of fewer than 20, all.
     """
     max_length: int = 2048
     """Tokens of prompt and completion together, where the base's context is not shorter; the paper.
@@ -237,8 +237,9 @@ class Recipe:
         its users better at 1e-3 and at 2e-3 than at 5e-4 (`benchmarks/recipes/`), and gets 1.5e-3.
         From there to the paper's size the rate follows a power law. A small model also gets the
         adapter, of the paper's rank, on every linear layer. A history too short for 12 steps in the
-        paper's two epochs gets more epochs, for as many steps; a small model with a task adapter
-        then takes smaller ones. At 7B and above, from 21 items on, this is the paper.
+        paper's two epochs gets more epochs, for as many steps. With fewer than 24 items a small
+        model that has a task adapter takes smaller steps: √(n / 24) of the rate. At 7B and above,
+        from 21 items on, this is the paper.
 
         Below a billion parameters no negatives are mined: at 7 million DPO on them added nothing,
         whichever answer was rejected, and takes two fifths of the time (`benchmarks/recipes/`).
@@ -248,10 +249,10 @@ class Recipe:
         steps_an_epoch = math.ceil(len(history) / SFT.batch_size) or 1
         epochs = max(SFT.epochs, math.ceil(LEAST_STEPS / steps_an_epoch))
         targets = "linear" if is_small else "attention"
-        rate = 1e-4 * growth
         if is_small and getattr(base, "task_adapter", None) is not None:
-            rate *= math.sqrt(min(1.0, max(1, len(history)) / FULL_RATE_ITEMS))
-        sft = SFT(learning_rate=rate, epochs=epochs, targets=targets)
+            share = math.sqrt(min(1.0, max(1, len(history)) / FULL_RATE_ITEMS))
+            growth = _two_digits(growth * share)
+        sft = SFT(learning_rate=1e-4 * growth, epochs=epochs, targets=targets)
         negatives = None if is_small else Negatives()
         return cls(sft=sft, negatives=negatives, dpo=DPO(learning_rate=5e-6 * growth), seed=seed)
 
@@ -277,8 +278,12 @@ class Recipe:
 def _rate_growth(base: Sized, power: float) -> float:
     """Return by what factor a model of that size learns with larger steps than the paper's."""
     shrunk = max(1.0, PAPER_PARAMETERS / max(1, base.num_parameters))
-    # 15 at most, where 1e-4 becomes 1.5e-3. Two digits: finer differences cannot be told apart.
-    return float(f"{min(15.0, shrunk**power):.2g}")
+    return _two_digits(min(15.0, shrunk**power))  # 15 at most, where 1e-4 becomes 1.5e-3
+
+
+def _two_digits(growth: float) -> float:
+    """Return a rate's growth as exactly as rates can be told apart."""
+    return float(f"{growth:.2g}")
 
 
 RecipeChoice = Recipe | Callable[[Sized, Sequence[Any]], Recipe] | None

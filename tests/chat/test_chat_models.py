@@ -599,6 +599,15 @@ def test_the_adapters_scale_of_a_call_wins_over_the_models(chat: ChatCoPe) -> No
         ChatCoPe(adapter_scale=-1)
 
 
+def test_strengths_beyond_all_use_are_refused_wherever_given(chat: ChatCoPe) -> None:
+    for name in ("alpha", "adapter_scale"):
+        expected = f"{name} must be 1000 at most, not 1001"
+        with pytest.raises(ValidationError, match=expected):
+            ChatCoPe(**{name: 1001})
+        with pytest.raises(ValueError, match=expected):
+            chat.invoke(QUESTION, **{name: 1001})
+
+
 def test_the_adaptive_contrast_says_when_it_acted(chat: ChatCoPe) -> None:
     fixed, adaptive = chat.invoke(QUESTION), chat.invoke(QUESTION, contrast="adaptive")
     facts = [each.response_metadata for each in (fixed, adaptive)]

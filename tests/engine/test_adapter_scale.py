@@ -86,6 +86,7 @@ def test_a_scale_out_of_range_is_refused_with_its_value(scale: float) -> None:
         Request([1], adapter_scale=scale)
 
 
-def test_a_scale_that_scores_have_no_room_for_is_refused() -> None:
+def test_a_scale_beyond_all_use_is_refused() -> None:
+    assert Request([1], adapter_scale=1000).adapter_scale == 1000
     with pytest.raises(ValueError, match=r"adapter_scale must be 1000 at most, not 1e\+38: 1 is"):
         Request([1], adapter_scale=1e38)

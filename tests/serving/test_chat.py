@@ -99,6 +99,8 @@ def test_the_next_request_has_a_new_version(server: Running, base: Path, tmp_pat
         ({"temperature": -1}, "temperature"),
         ({"cope": {"alhpa": 1}}, "cope.alhpa"),
         ({"cope": {"alpha": -1}}, "cope.alpha"),
+        ({"cope": {"alpha": 1001}}, "cope.alpha"),
+        ({"cope": {"adapter_scale": 1001}}, "cope.adapter_scale"),
         ({"messages": [{"role": "user"}]}, "messages.0"),
     ],
 )

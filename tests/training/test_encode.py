@@ -148,8 +148,9 @@ def test_one_essay_among_short_replies_does_not_set_the_usual_length(base):
     short, _ = fit(base, replies, 2048, 768)
     mixed, _ = fit(base, [*replies, essay], 2048, 768)
     assert usual_length(mixed) == usual_length(short) == len(short[0].completion_ids)
-    few, _ = fit(base, [replies[0], essay], 2048, 768)
-    assert usual_length(few) == len(few[1].completion_ids) > usual_length(short)
+    few, enough = mixed[-19:], mixed[-20:]
+    assert usual_length(few) == len(mixed[-1].completion_ids) > usual_length(short)
+    assert usual_length(enough) == usual_length(short)
     assert usual_length([]) == 1
 
 

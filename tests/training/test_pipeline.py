@@ -41,7 +41,7 @@ def test_a_history_becomes_two_adapters_with_everything_said_about_it(
     assert [pair.index for pair in pairs_in(tmp_path)] == list(range(6))
     assert result.notes == []
     completions = [encode(engine.base, item.messages, item.completion)[1] for item in items]
-    longest = max(len(completion) for completion in completions)
+    longest = max(len(completion) for completion in completions)  # of six, all count
     assert result.recipe == replace(recipe, max_new_tokens=longest)
     stages = [progress.stage for progress in monitor.steps]
     assert list(dict.fromkeys(stages)) == ["sft", "negatives", "dpo"]

@@ -70,6 +70,7 @@ def test_short_histories_get_more_epochs(num_items, epochs):
     [
         (134_515_008, 0, 3.1e-4),
         (134_515_008, 6, 7.5e-4),
+        (134_515_008, 8, 8.7e-4),
         (134_515_008, 24, 1.5e-3),
         (134_515_008, 80, 1.5e-3),
         (7_000_000_000, 6, 1e-4),
@@ -78,7 +79,8 @@ def test_short_histories_get_more_epochs(num_items, epochs):
 def test_short_histories_on_a_task_adapter_get_smaller_steps(num_parameters, num_items, rate):
     task_trained = TaskTrained(num_parameters, Path("task"))
     recipe = Recipe.for_model(task_trained, range(num_items))
-    assert recipe.sft.learning_rate == pytest.approx(rate, rel=0.02)
+    assert recipe.sft.learning_rate == pytest.approx(rate)
+    assert recipe.dpo.learning_rate == pytest.approx(rate / 20)
     plain = Recipe.for_model(Sized(num_parameters), range(num_items))
     assert plain == Recipe.for_model(TaskTrained(num_parameters, None), range(num_items))
 

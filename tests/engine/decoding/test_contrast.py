@@ -166,10 +166,12 @@ def test_an_alpha_out_of_range_is_refused_with_its_value(alpha: float) -> None:
         Request([1], contrast=Contrast(alpha, 0.1))
 
 
-def test_an_alpha_that_scores_have_no_room_for_is_refused() -> None:
+def test_an_alpha_beyond_all_use_is_refused() -> None:
     assert Contrast(1000).alpha == 1000
     with pytest.raises(ValueError, match=r"alpha must be 1000 at most, not 1e\+38: 0 is"):
         Contrast(1e38)
+    with pytest.raises(ValueError, match="alpha must be a finite number ≥ 0, not 1000"):
+        Contrast(10**400)
 
 
 @pytest.mark.parametrize(
