@@ -91,12 +91,14 @@ def encode_candidate(
 
 
 def usual_length(examples: Sequence[Encoded]) -> int:
-    """Return how many tokens are enough for 19 of 20 completions; of fewer than 20, for all.
+    """Return the tokens of the longest completion, but not far more than 19 of 20 have.
 
-    One essay among short replies would otherwise let every answer that never ends run as long.
+    A quarter more at most: one essay among short replies would otherwise let every answer that
+    never ends run as long.
     """
     lengths = sorted(len(example.completion_ids) for example in examples) or [1]
-    return lengths[math.ceil(0.95 * len(lengths)) - 1]
+    of_most = lengths[math.ceil(0.95 * len(lengths)) - 1]
+    return min(lengths[-1], math.ceil(1.25 * of_most))
 
 
 def fit(

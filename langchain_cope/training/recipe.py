@@ -183,7 +183,7 @@ class Recipe:
     """Tokens of a candidate and of a generation in the evaluation, at most.
 
     The paper: 100 for titles and headlines, 600 for long texts. None: as many as
-    19 of 20 completions that are trained on need; of fewer than 20, all.
+    the longest completion that is trained on has, but a quarter more than 19 of 20 at most.
     """
     max_length: int = 2048
     """Tokens of prompt and completion together, where the base's context is not shorter; the paper.

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from training.tiny import TEMPLATES, make_item
 from trl.data_utils import _tokenize, common_prefix_length
@@ -147,10 +149,12 @@ def test_one_essay_among_short_replies_does_not_set_the_usual_length(base):
     essay = item("A dog?", "A dog is there. " * 20)
     short, _ = fit(base, replies, 2048, 768)
     mixed, _ = fit(base, [*replies, essay], 2048, 768)
-    assert usual_length(mixed) == usual_length(short) == len(short[0].completion_ids)
+    length = len(short[0].completion_ids)
+    assert usual_length(short) == length
+    assert length < usual_length(mixed) == math.ceil(1.25 * length)
     few, enough = mixed[-19:], mixed[-20:]
     assert usual_length(few) == len(mixed[-1].completion_ids) > usual_length(short)
-    assert usual_length(enough) == usual_length(short)
+    assert usual_length(enough) == usual_length(mixed)
     assert usual_length([]) == 1
 
 
