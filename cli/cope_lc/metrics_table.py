@@ -120,8 +120,14 @@ def nll_changes(metrics: Metrics) -> dict[str, float]:
     }
 
 
+def p_text(p: float, digits: int) -> str:
+    """Return a p as people read it: none is 0, it is below what can be shown."""
+    least = 10**-digits
+    return f"p < {least:.{digits}f}" if p < least / 2 else f"p {p:.{digits}f}"
+
+
 def _difference(value: "Difference | None") -> str:
-    return "–" if value is None else f"{value.value:+.3f} (p {value.p:.2f})"
+    return "–" if value is None else f"{value.value:+.3f} ({p_text(value.p, 2)})"
 
 
 def _figure(metrics: Metrics, way: str, measure: str) -> Any:

@@ -6,7 +6,7 @@ Whatever people or models wrote is escaped, and the page runs no script.
 from html import escape
 from typing import TYPE_CHECKING
 
-from cope_lc.metrics_table import COMPARED, MEASURES, matrix_line
+from cope_lc.metrics_table import COMPARED, MEASURES, matrix_line, p_text
 from cope_lc.page import page
 from cope_lc.report_charts import gains, grid_charts, table, user_chart
 
@@ -127,7 +127,7 @@ def _differences(reference: str, by_way: "dict[str, dict[str, Difference]]") -> 
         cells = []
         for name in measures:
             value = figures.get(name)
-            more = f"\np {value.p:.3f}, above for {value.num_above}" if value else ""
+            more = f"\n{p_text(value.p, 3)}, above for {value.num_above}" if value else ""
             cells.append(_estimate(value, sign=True) + more)
         rows.append([way, *cells])
     heads = ["way", *(f"Δ {MEASURES[name]}" for name in measures)]

@@ -2,6 +2,7 @@
 
 import re
 
+from cope_lc.metrics_table import p_text
 from cope_lc.report_charts import grid_charts, user_chart
 
 from langchain_cope.evaluation.grid import Cell
@@ -39,3 +40,10 @@ def test_a_style_beyond_the_users_own_is_not_the_darkest() -> None:
     shares = re.findall(r'--share:(\d+)%">([\d.]+)<', grid_charts(cells))
     assert shares[:3] == [("0", "0.600"), ("45", "1.100"), ("100", "1.700")]  # ROUGE-L
     assert shares[3:] == [("50", "0.600"), ("100", "1.100"), ("0", "1.700")]
+
+
+def test_no_p_is_shown_as_zero() -> None:
+    assert p_text(0.0004, 3) == "p < 0.001"
+    assert p_text(0.0006, 3) == "p 0.001"
+    assert p_text(0.004, 2) == "p < 0.01"
+    assert p_text(0.5, 2) == "p 0.50"
