@@ -600,7 +600,9 @@ def test_the_adapters_scale_of_a_call_wins_over_the_models(chat: ChatCoPe) -> No
 
 
 def test_strengths_beyond_all_use_are_refused_wherever_given(chat: ChatCoPe) -> None:
+    schema = ChatCoPe.model_json_schema(mode="serialization")["properties"]
     for name in ("alpha", "adapter_scale"):
+        assert (schema[name]["minimum"], schema[name]["maximum"]) == (0, 1000)
         expected = f"{name} must be 1000 at most, not 1001"
         with pytest.raises(ValidationError, match=expected):
             ChatCoPe(**{name: 1001})
