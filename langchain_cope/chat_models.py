@@ -122,7 +122,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
 
     None: as for `alpha`.
     """
-    contrast: ContrastRule = "fixed"
+    contrast: ContrastRule = "adaptive"
     """`fixed`: the paper's, the same α for every token.
 
     `adaptive`: α acts only in answers in which adapter and base differ, not where the answer has to

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cope_lc.adapters.stored import store_at
 from cope_lc.options import (
     DEFAULT_MODEL,
+    UNLIKE_HISTORY,
     AdapterScale,
     AdapterVersion,
     Alpha,
@@ -46,7 +47,7 @@ def chat(
     version: AdapterVersion = None,
     alpha: Alpha = None,
     tau: Tau = None,
-    contrast: ContrastOption = Rule.fixed,
+    contrast: ContrastOption = Rule.adaptive,
     adapter_scale: AdapterScale = None,
     retrieve: Retrieve = 0,
     history: HistoryFile = None,
@@ -115,6 +116,7 @@ class Conversation:
     def __init__(self, chat_model: "ChatCoPe") -> None:
         self._chat_model = chat_model
         self._messages: list[BaseMessage] = []
+        self._is_told = False
 
     def run(self) -> None:
         """Answer line after line until the input ends."""
@@ -149,16 +151,20 @@ class Conversation:
 
     def _print_answer(self) -> str:
         """Print the answer as it comes; return it, after Ctrl-C as far as it came."""
-        out, pieces = sys.stdout, []
+        out, pieces, relevance = sys.stdout, [], None
         try:
             with prints_to_stderr():
                 for chunk in self._chat_model.stream(self._messages):
                     pieces.append(str(chunk.content))
+                    relevance = chunk.response_metadata.get("relevance", relevance)
                     print(clean(pieces[-1], keep="\n\t"), end="", file=out, flush=True)
             print(flush=True)
         except KeyboardInterrupt:
             print(flush=True)
             _note("stopped")
+        if relevance == 0 and not self._is_told:
+            self._is_told = True
+            _note(UNLIKE_HISTORY)
         return "".join(pieces)
 
 

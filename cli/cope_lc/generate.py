@@ -8,6 +8,7 @@ import typer
 
 from cope_lc.options import (
     DEFAULT_MODEL,
+    UNLIKE_HISTORY,
     AdapterScale,
     AdapterVersion,
     Alpha,
@@ -54,7 +55,7 @@ def generate(
     version: AdapterVersion = None,
     alpha: Alpha = None,
     tau: Tau = None,
-    contrast: ContrastOption = Rule.fixed,
+    contrast: ContrastOption = Rule.adaptive,
     adapter_scale: AdapterScale = None,
     retrieve: Retrieve = 0,
     history: HistoryFile = None,
@@ -147,6 +148,8 @@ def _notes(answer: "AIMessageChunk", user: str | None) -> Iterator[str]:
     metadata = answer.response_metadata
     if user is not None and metadata["adapter_version"] is None:
         yield f"{name_of(user)} has no adapter yet: the base answered"
+    if metadata["relevance"] == 0:
+        yield UNLIKE_HISTORY
     if metadata["finish_reason"] == "length":
         num_tokens = answer.usage_metadata["output_tokens"] if answer.usage_metadata else 0
         yield f"the answer was cut at {num_tokens} tokens"

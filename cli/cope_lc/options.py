@@ -20,6 +20,12 @@ class Side(StrEnum):
     user = "user"
 
 
+UNLIKE_HISTORY = (
+    "this is unlike what the user's history answers, so the base answered; --contrast fixed keeps "
+    "the user's manner everywhere"
+)
+
+
 class Rule(StrEnum):
     """When α acts."""
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _LEAST = -9999.0  # OpenAI's own, for what JSON has no number for
 _EXTENSION = (
     "adapter_version", "alpha", "tau", "contrast", "adapter_scale", "contrast_changed",
-    "contrast_active_share",
+    "contrast_active_share", "relevance",
 )  # fmt: skip
 
 

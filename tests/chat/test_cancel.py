@@ -26,7 +26,7 @@ def chat(
     store = AdapterStore(tmp_path_factory.mktemp("cancel"))
     for seed, user in enumerate(("alice", "bob"), 1):
         store.publish(user, adapter(base, seed=seed), base=load_base(base).fingerprint())
-    return ChatCoPe(model=str(base), store=store, max_tokens=1500)
+    return ChatCoPe(model=str(base), store=store, max_tokens=1500, contrast="fixed")
 
 
 @pytest.mark.parametrize("how", ["ainvoke", "astream", "with tools"])

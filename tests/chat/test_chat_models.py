@@ -96,7 +96,10 @@ def test_streamed_equals_invoked_and_ends_with_one_last_chunk(chat: ChatCoPe) ->
     merged = chunks[0]
     for chunk in chunks[1:]:
         merged += chunk
-    assert merged.response_metadata == whole.response_metadata
+    told, of_whole = merged.response_metadata, whole.response_metadata
+    # What is cached by now makes for other rounding.
+    assert told.pop("mean_divergence") == pytest.approx(of_whole.pop("mean_divergence"), rel=1e-4)
+    assert told == of_whole
     assert merged.usage_metadata == whole.usage_metadata
 
 
@@ -611,14 +614,14 @@ def test_strengths_beyond_all_use_are_refused_wherever_given(chat: ChatCoPe) -> 
 
 
 def test_the_adaptive_contrast_says_when_it_acted(chat: ChatCoPe) -> None:
-    fixed, adaptive = chat.invoke(QUESTION), chat.invoke(QUESTION, contrast="adaptive")
+    fixed, adaptive = chat.invoke(QUESTION, contrast="fixed"), chat.invoke(QUESTION)
     facts = [each.response_metadata for each in (fixed, adaptive)]
     assert [each["contrast"] for each in facts] == ["fixed", "adaptive"]
     assert (facts[0]["contrast_active_share"], facts[0]["mean_divergence"]) == (1, None)
     assert 0 <= facts[1]["contrast_active_share"] <= 1
     assert 0 < facts[1]["mean_divergence"] < 0.7
-    model = ChatCoPe(model=chat.model, store=chat.store, user_id="alice", contrast="adaptive")
-    assert model.invoke(QUESTION, max_tokens=16).content == adaptive.content
+    model = ChatCoPe(model=chat.model, store=chat.store, user_id="alice", contrast="fixed")
+    assert model.invoke(QUESTION, max_tokens=16).content == fixed.content
     with pytest.raises(InputError, match="contrast must be 'fixed' or 'adaptive', not 'often'"):
         chat.invoke(QUESTION, contrast="often")
 
@@ -636,7 +639,7 @@ def test_on_questions_unlike_the_history_the_base_answers(
         base=loaded.fingerprint(),
         metadata={"prompts": profile.to_stored()},
     )
-    careful = chat.model_copy(update={"contrast": "adaptive", "adapter_scale": 0.8})
+    careful = chat.model_copy(update={"adapter_scale": 0.8})
     other = "Write a Python function that adds two numbers."
     like, unlike = careful.invoke(QUESTION), careful.invoke(other)
     told = [each.response_metadata for each in (like, unlike)]
@@ -659,5 +662,6 @@ def test_a_version_whose_prompt_profile_is_damaged_is_an_error(
     metadata = {"prompts": {"format": 1, "centre": "?"}}
     store.publish("alice", adapter(base, seed=1), base=fingerprint, metadata=metadata)
     with pytest.raises(ModelError, match="keeps of its prompts cannot be used"):
-        chat.invoke(QUESTION, contrast="adaptive")
-    assert chat.invoke(QUESTION).response_metadata["contrast"] == "fixed"
+        chat.invoke(QUESTION)
+    told = chat.invoke(QUESTION, contrast="fixed").response_metadata
+    assert (told["contrast"], told["relevance"]) == ("fixed", None)

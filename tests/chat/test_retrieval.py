@@ -61,7 +61,7 @@ def expected(chat: ChatCoPe, folder: Path, shown: list[dict[str, str]]) -> str:
     request = Request(
         engine.base.prompt_ids([system, *shown, question]),
         engine.load_adapter(folder),
-        Contrast(0.5),
+        Contrast(0.5, rule="adaptive"),
         Sampling(max_tokens=16),
         base_prompt=engine.base.prompt_ids([system, question]),
     )

@@ -105,6 +105,17 @@ def publish(
 
 
 @pytest.fixture
+def of_headlines(tiny: Callable[..., Path]) -> dict[str, Any]:
+    """Metadata of a version whose user was asked for headlines alone."""
+    from langchain_cope.engine import PromptProfile, load_base
+
+    asked = [f"Generate a headline for this article. {thing}" for thing in ("Rain", "Mud", "Trams")]
+    profile = PromptProfile.of(load_base(tiny()).everyday, asked)
+    assert profile is not None
+    return {"prompts": profile.to_stored()}
+
+
+@pytest.fixture
 def history(tmp_path: Path) -> Callable[..., Path]:
     """Writes rows, or as many items as asked for, as a JSONL file."""
 

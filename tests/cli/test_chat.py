@@ -5,6 +5,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,15 @@ def test_a_piped_conversation_is_answered_line_by_line(
     first = cope_lc("generate", "Hello there.", *same).stdout
     assert outcome.stdout.startswith(first)
     assert outcome.stdout != first
+
+
+def test_that_the_base_answers_what_is_unlike_the_history_is_told_once(
+    chat: Callable, publish: Callable, of_headlines: dict[str, Any]
+) -> None:
+    publish("alice", metadata=of_headlines)
+    outcome = chat("Add 12 and 7.\nAdd 2 and 2.\n", "--user", "alice")
+    assert outcome.stderr.count("this is unlike what the user's history answers") == 1
+    assert "unlike" not in chat("A headline on mud\n", "--user", "alice").stderr
 
 
 def test_what_was_said_before_counts_until_reset(chat: Callable) -> None:

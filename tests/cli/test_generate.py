@@ -1,6 +1,7 @@
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -206,13 +207,27 @@ def test_a_base_without_a_chat_template_is_told_in_one_line(
 
 def test_scale_and_contrast_are_options(generate: Callable, publish: Callable) -> None:
     publish("alice")
-    chosen = ("--user", "alice", "--adapter-scale", 0.5, "--contrast", "adaptive")
+    chosen = ("--user", "alice", "--adapter-scale", 0.5)
     facts = generate("Say something.", *chosen, "--json").json
     assert (facts["adapter_scale"], facts["contrast"]) == (0.5, "adaptive")
     assert facts["mean_divergence"] > 0
     base = generate("Say something.")
     assert generate("Say something.", "--user", "alice", "--adapter-scale", 0).stdout == base.stdout
     assert generate("Say something.", "--adapter-scale", -1).code == 2
+
+
+def test_on_a_prompt_unlike_the_history_the_base_answers_and_says_so(
+    generate: Callable, publish: Callable, of_headlines: dict[str, Any]
+) -> None:
+    publish("alice", metadata=of_headlines)
+    prompt = "Add 12 and 7."
+    unlike = generate(prompt, "--user", "alice")
+    assert unlike.stdout == generate(prompt).stdout
+    assert "note: this is unlike what the user's history answers, so the base" in unlike.stderr
+    fixed = generate(prompt, "--user", "alice", "--contrast", "fixed")
+    assert fixed.stdout != unlike.stdout
+    for answer in (fixed, generate("A headline on mud", "--user", "alice")):
+        assert "unlike" not in answer.stderr
 
 
 def test_own_items_of_a_history_file_are_shown(

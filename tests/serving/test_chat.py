@@ -10,7 +10,7 @@ from serving.conftest import Running
 from tiny import make_adapter
 
 from adapter_store.errors import BackendError
-from langchain_cope.engine import load_base
+from langchain_cope.engine import PromptProfile, load_base
 
 CHAT = "/v1/chat/completions"
 
@@ -80,6 +80,26 @@ def test_the_next_request_has_a_new_version(server: Running, base: Path, tmp_pat
         versions.append(version.version)
     store.activate(user, versions[0])
     assert text_of(server.ask("app", user=user, max_tokens=20)) == answers[0] != answers[1]
+
+
+def test_an_answer_tells_how_much_the_question_is_like_the_history(
+    server: Running, base: Path, tmp_path: Path
+) -> None:
+    loaded = load_base(str(base))
+    asked = [f"Generate a headline for this article. {thing}" for thing in ("Rain", "Mud", "Trams")]
+    profile = PromptProfile.of(loaded.everyday, asked)
+    assert profile is not None
+    folder = make_adapter(tmp_path / "adapter", base, seed=13)
+    metadata = {"prompts": profile.to_stored()}
+    version = server.state.store.publish(
+        "albee", folder, base=loaded.fingerprint(), metadata=metadata
+    )
+    like, unlike = (
+        server.ask("app", question, user="albee").json()["cope"]
+        for question in ("Headline, please.", "Add 12 and 7.")
+    )
+    assert (like["relevance"], like["adapter_version"]) == (1, version.version)
+    assert (unlike["relevance"], unlike["adapter_version"]) == (0, None)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,13 @@ def test_the_whole_story_from_a_name_to_erasure(page: Any, server: Running) -> N
     assert turn.locator(".own .word").count() > 0
     assert turn.locator(".own .text").inner_text() != turn.locator(".base .text").inner_text()
 
+    page.click("#new-chat")
+    unlike = asked(page, "Add 12 and 7.")
+    expect(unlike.locator(".own .facts")).to_contain_text("Unlike what your texts answer")
+    assert unlike.locator(".own .text").inner_text() == unlike.locator(".base .text").inner_text()
+    page.click("#new-chat")
+    turn = asked(page, "Headline for story 4?")
+
     # Recoloured without a request while α moves; answered anew once it is let go.
     chats: list[str] = []
     page.on("request", lambda request: chats.append(request.url) if "chat" in request.url else None)

@@ -1,14 +1,21 @@
-"""Whether a prompt is like those of a user's history, told from the base's embeddings alone.
+"""Whether a prompt is like those of a user's history, without a forward of the base.
 
-A prompt is the mean of its tokens' embeddings: no forward is needed. It is seen from the everyday
+What a prompt is about shows in the mean of its tokens' embeddings. It is seen from the everyday
 prompts of one language (`everyday_prompts.txt`, where an empty line parts languages), so that what
 all prompts share counts for nothing. What is kept of a history is the mean direction of its
 prompts, and how far along it everyday prompts and the history's own ones lie.
+
+What a prompt asks for shows in words that nearly all of the history's prompts hold and everyday
+ones lack, such as "headline". Of these digests are kept.
 """
 
 import base64
 import binascii
+import hashlib
 import math
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +42,13 @@ LEAST_GAP = 0.1  # between the everyday prompts and the median of the history's 
 _EVERYDAY_QUANTILE = 0.95  # of the everyday prompts of its language, and of those of all
 _OWN_QUANTILE = 0.05  # of the history's prompts
 _LEAST_RAMP = 0.05
+LEAST_SHARE = 0.9  # of the history's prompts that hold a word which tells what is asked for
+MAX_WORDS = 64  # such words that are kept
+_WORDS_FOR_ONE = 8  # a question needs one of them, of 16 two: long templates share many words
+_DIGEST_CHARACTERS = 12
+_EDGE = 16  # words at either end of a prompt: there it says what it asks for
+_ANY_REQUEST = frozenset({"generate", "create", "provide", "produce", "following", "given"})
+_WORD = re.compile(r"[^\W\d_]{2,}")
 _STEPS = 4  # of the relevance: few, so that what is cached at one of them serves others too
 
 
@@ -44,12 +58,14 @@ class Everyday:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._table: Any = model.get_input_embeddings()
         self._tokenizer = tokenizer
-        groups = EVERYDAY.read_text(encoding="utf-8").strip().split("\n\n")
-        by_language = [self._means(group.split("\n")) for group in groups]
+        text = EVERYDAY.read_text(encoding="utf-8").strip()
+        by_language = [self._means(group.split("\n")) for group in text.split("\n\n")]
         self._centres = torch.stack([group.mean(0) for group in by_language])
         within = torch.cat([group - group.mean(0) for group in by_language if len(group) > 1])
         self._spread = within.std(0).clamp_min(1e-6)
         self._by_language = by_language
+        self.words = _ANY_REQUEST.union(*map(words_of, text.split("\n")))
+        """Words, folded, that say nothing of what one history's prompts ask for."""
 
     @property
     def width(self) -> int:
@@ -103,6 +119,8 @@ class PromptProfile:
     """Cosine with it up to which a prompt is like everyday ones."""
     high: float
     """Cosine from which a prompt is like the history's own."""
+    words: frozenset[str] = frozenset()
+    """Digests of the words that tell what the history's prompts ask for."""
 
     @classmethod
     def of(cls, everyday: Everyday, prompts: Sequence[str]) -> "PromptProfile | None":
@@ -123,22 +141,31 @@ class PromptProfile:
         if not float(own.median()) - low >= LEAST_GAP:
             return None
         high = max(float(own.quantile(_OWN_QUANTILE)), low + _LEAST_RAMP)
-        scaled = (total / total.abs().max() * 127).round().to(torch.int8)
-        return cls(language, scaled.numpy().tobytes(), low, high)
+        centre = (total / total.abs().max() * 127).round().to(torch.int8).numpy().tobytes()
+        words = {_digest(word, centre) for word in _shared(texts) - everyday.words}
+        return cls(language, centre, low, high, frozenset(sorted(words)[:MAX_WORDS]))
 
     def relevance(self, everyday: Everyday, questions: Sequence[str]) -> float:
         """Return how much a conversation is like the history's prompts: 0, ¼, ½, ¾ or 1.
 
         Its question that is most like them counts: what follows, such as "Shorter, please.", has
-        no wording by which it could be told. 0 without a question.
+        no wording by which it could be told. 1 where one asks for the same, in whatever words
+        else. 0 without a question.
         """
         if not questions:
             return 0.0
+        if any(self._asks_for_the_same(question) for question in questions):
+            return 1.0
         directions = everyday.directions(questions, self.language)
         cosine = float((directions @ self._direction).max())
         release_thread_pool()  # callers' idle threads would slow the engine's
         share = min(1.0, max(0.0, (cosine - self.low) / (self.high - self.low)))
         return round(share * _STEPS) / _STEPS
+
+    def _asks_for_the_same(self, question: str) -> bool:
+        words = {_digest(word, self.centre) for word in words_of(question)}
+        found = len(words & self.words)
+        return found > 0 and found * _WORDS_FOR_ONE >= len(self.words)
 
     @cached_property
     def _direction(self) -> Tensor:
@@ -146,13 +173,14 @@ class PromptProfile:
         return F.normalize(entries.float(), dim=0)
 
     def to_stored(self) -> dict[str, Any]:
-        """Return what JSON keeps of it: numbers alone, no text."""
+        """Return what JSON keeps of it: numbers and digests, no text."""
         return {
             "format": FORMAT,
             "language": self.language,
             "centre": base64.b64encode(self.centre).decode(),
             "low": self.low,
             "high": self.high,
+            "words": sorted(self.words),
         }
 
     @classmethod
@@ -173,7 +201,9 @@ class PromptProfile:
         if stored["format"] != FORMAT:
             return None
         centre = base64.b64decode(stored["centre"])
-        return cls(stored["language"], centre, float(stored["low"]), float(stored["high"]))
+        low, high = float(stored["low"]), float(stored["high"])
+        words = frozenset(stored.get("words", ()))  # what was published before has none
+        return cls(stored["language"], centre, low, high, words)
 
 
 def _problem(stored: object, everyday: Everyday) -> str:
@@ -198,7 +228,41 @@ def _problem(stored: object, everyday: Everyday) -> str:
         return "its direction is not base64"
     if len(entries) != everyday.width or not any(entries):
         return f"its direction has {len(entries)} entries, the base's embeddings {everyday.width}"
+    words = stored.get("words", [])
+    if not isinstance(words, list) or len(words) > MAX_WORDS:
+        return f"its words are no list of {MAX_WORDS} at most"
+    if not all(isinstance(word, str) and len(word) == _DIGEST_CHARACTERS for word in words):
+        return "its words are no digests"
     return ""
+
+
+def words_of(text: str) -> set[str]:
+    """Return the first and the last words of `text`, folded and without a plural's s.
+
+    Chinese and its like, where no spaces part words, come as pairs of signs side by side.
+    """
+    half = MAX_CHARACTERS // 2
+    folded = unicodedata.normalize("NFKC", f"{text[:half]} {text[-half:]}").casefold()
+    found = _WORD.findall(folded)
+    words: set[str] = set()
+    for word in {*found[:_EDGE], *found[-_EDGE:]}:
+        if unicodedata.east_asian_width(word[0]) == "W":
+            words.update(word[start : start + 2] for start in range(len(word) - 1))
+        else:
+            words.add(word.removesuffix("s"))
+    return words
+
+
+def _shared(texts: Sequence[str]) -> set[str]:
+    """Return the words that nearly all of `texts` hold."""
+    counts = Counter(word for text in texts for word in words_of(text))
+    return {word for word, number in counts.items() if number >= LEAST_SHARE * len(texts)}
+
+
+def _digest(word: str, key: bytes) -> str:
+    """Return what is kept of a word: another history's, with another key, cannot be told by it."""
+    size = _DIGEST_CHARACTERS // 2
+    return hashlib.blake2b(word.encode(), digest_size=size, key=key[:64]).hexdigest()
 
 
 def questions_of(turns: Sequence[Mapping[str, Any]]) -> list[str]:

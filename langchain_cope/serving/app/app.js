@@ -242,11 +242,14 @@ function readChunk(shown, chunk, side) {
     paint(shown);
   }
   if (chunk.cope && side === "own") {
-    const { adapter_version: version, alpha: used } = chunk.cope;
-    shown.element.querySelector(".facts").textContent = version
-      ? `Version ${version}, α ${used}`
-      : "No version of yours yet: this is the base model.";
+    shown.element.querySelector(".facts").textContent = factsOf(chunk.cope);
   }
+}
+
+function factsOf({ adapter_version: version, alpha: used, relevance }) {
+  if (relevance === 0) return "Unlike what your texts answer: this is the base model.";
+  if (!version) return "No version of yours yet: this is the base model.";
+  return `Version ${version}, α ${used}`;
 }
 
 function showRunning() {

@@ -12,7 +12,7 @@ import torch
 from tiny import DEVICE
 
 from langchain_cope.engine import Base, PromptProfile, load_base, questions_of
-from langchain_cope.engine.base.prompt_profile import EVERYDAY, FORMAT
+from langchain_cope.engine.base.prompt_profile import EVERYDAY, FORMAT, words_of
 from langchain_cope.errors import ModelError
 
 THINGS = ("a baking show", "the marathon", "a lost cat", "rain in May", "a new tram", "old songs")
@@ -62,6 +62,76 @@ def test_a_long_question_leaves_no_idle_threads_behind(base: Base) -> None:
     assert seen == [0]
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Write a headline about Taylor Swift.",
+        "Three HEADLINES, please: the old bridge is closed",
+        f"Here is what happened. {'It rained again that day. ' * 4000}Your headline?",
+    ],
+    ids=lambda question: question[:20],
+)
+def test_the_same_wish_in_other_words_is_relevant(base: Base, question: str) -> None:
+    assert profile(base).relevance(base.everyday, [question]) == 1
+
+
+def test_words_of_any_request_and_of_single_prompts_tell_nothing(base: Base) -> None:
+    found = profile(base)
+    for text in (
+        "Generate the following numbers.",
+        "Who sang old songs?",
+        "A headlight is broken.",
+    ):
+        assert found.relevance(base.everyday, [text]) == 0
+
+
+def test_long_prompts_tell_what_they_ask_for_at_their_ends_alone(base: Base) -> None:
+    prompts = [
+        f"Headline, please. {f'{thing} ' * 8} {'whereas throughout ' * 20} {f'{thing} ' * 8}"
+        for thing in THINGS
+    ]
+    found = PromptProfile.of(base.everyday, prompts)
+    assert found is not None
+    assert found.relevance(base.everyday, [f"{'word ' * 20} headline"]) == 1
+    assert found.relevance(base.everyday, [f"{'word ' * 20} headline {'word ' * 20}"]) == 0
+    assert words_of(prompts[0]) == {"headline", "please", "baking", "show"}
+
+
+def test_of_a_template_of_many_words_a_question_needs_several(base: Base) -> None:
+    template = (
+        "please rewrite every paragraph below using plain language without changing facts "
+        "names figures quotations headings footnotes"
+    )
+    found = PromptProfile.of(base.everyday, [f"{template} {thing}" for thing in THINGS])
+    assert found is not None
+    assert len(found.words) > 8
+    assert found.relevance(base.everyday, ["Who drew the figures?"]) == 0
+    assert found.relevance(base.everyday, ["Rewrite in plain language: Hi!"]) == 1
+
+
+def test_where_no_spaces_part_words_pairs_of_signs_tell(base: Base) -> None:
+    found = PromptProfile.of(base.everyday, [f"请写一个标题：{text}" for text in "猫雨车歌山河"])
+    assert found is not None
+    assert found.relevance(base.everyday, ["标题：新的图书馆"]) == 1
+    assert found.relevance(base.everyday, ["月亮有多远？"]) == 0
+
+
+def test_digests_of_the_same_word_differ_between_histories(base: Base) -> None:
+    another = PromptProfile.of(base.everyday, [prompt.upper() for prompt in PROMPTS])
+    assert another is not None
+    assert len(another.words) == len(profile(base).words) == 2
+    assert not another.words & profile(base).words
+
+
+def test_a_profile_from_before_words_were_kept_is_read(base: Base) -> None:
+    stored = profile(base).to_stored()
+    del stored["words"]
+    earlier = PromptProfile.from_stored(stored, base.everyday)
+    assert earlier is not None
+    assert earlier.relevance(base.everyday, ["Write a headline about Taylor Swift."]) == 0
+    assert earlier.relevance(base.everyday, [PROMPTS[0]]) == 1
+
+
 def test_a_follow_up_is_as_relevant_as_what_it_follows(base: Base) -> None:
     found = profile(base)
     like = "Generate a headline for the following article. A Dog On The Moon"
@@ -98,6 +168,11 @@ def test_prompts_that_have_nothing_in_common_have_no_profile(
         ({"centre": "*" * 44}, "not base64"),
         ({"centre": "A" * 100_000}, "no short text"),
         ({"centre": 7}, "no short text"),
+        ({"words": "headline"}, "its words are no list"),
+        ({"words": ["0" * 12] * 65}, "its words are no list"),
+        ({"words": ["headline"]}, "its words are no digests"),
+        ({"words": [["0" * 12]]}, "its words are no digests"),
+        ({"words": None}, "its words are no list"),
     ],
 )
 def test_a_damaged_profile_is_refused(base: Base, changes: dict[str, Any], told: str) -> None:
