@@ -15,9 +15,10 @@ adapter's scale goes.
 | alone | the same wish without matter of the user's kind |
 | other wish | the same matter, asked for something else |
 | unlike | `everyday.jsonl` |
+| politely | the same, as "Could you please help me? … Many thanks!" |
 
-A column is the mean relevance; of `unlike` it is the share of questions at 0. The last line is one
-JSON object.
+A column is the mean relevance; of the last two it is the share of questions at 0. The last line is
+one JSON object.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from langchain_cope.history import read_users
 from langchain_cope.history.items import Item
 
 EVERYDAY = Path(__file__).parent / "everyday.jsonl"
-COLUMNS = ("own", "same wish", "alone", "other wish", "unlike")
+COLUMNS = ("own", "same wish", "alone", "other wish", "unlike", "politely")
 TITLE = r"['\"](.*)['\"]\.?$"
 
 
@@ -61,6 +62,7 @@ KINDS = {
             "Summarize this in one sentence: ",
             "Translate into French: ",
             "Write an e-mail to the author of this: ",
+            "Who wrote this article, and where does it appear? ",
         ),
         (
             "Write a headline about Taylor Swift.",
@@ -72,7 +74,11 @@ KINDS = {
     "subjects": Kind(
         r"message: (.*)",
         ("Give me a commit title for:\n", "What would be a good subject line for this change?\n"),
-        ("Explain what this change does: ", "Write a poem about this: "),
+        (
+            "Explain what this change does: ",
+            "Write a poem about this: ",
+            "Which files did this commit change? ",
+        ),
         (
             "Write a commit subject for: fixed the login bug",
             "Commit title: I renamed the config folder",
@@ -82,7 +88,7 @@ KINDS = {
     "messages": Kind(
         TITLE,
         ("Explain this commit in its message: ", "Commit message body for: "),
-        ("What does this mean: ", "Translate into French: "),
+        ("What does this mean: ", "Translate into French: ", "When was this commit made? "),
         (
             "Write a commit message for a fix of the login bug.",
             "Body of the commit that removes dead code, please",
@@ -91,7 +97,7 @@ KINDS = {
     "titles": Kind(
         r"abstract: (.*)",
         ("Title for this abstract: ", "How should I call this paper?\n"),
-        ("Summarize this: ", "Explain this to a child: "),
+        ("Summarize this: ", "Explain this to a child: ", "Which paper did this first? "),
         (
             "Suggest a paper title about machine translation of idioms.",
             "What should I call a paper on parsing tweets?",
@@ -100,7 +106,7 @@ KINDS = {
     "abstracts": Kind(
         TITLE,
         ("Write the abstract of my paper ", "My new paper needs an abstract. It is called "),
-        ("What does this mean: ", "Translate into French: "),
+        ("What does this mean: ", "Translate into French: ", "Translate this title: "),
         (
             "Write an abstract about machine translation of idioms.",
             "I need an abstract for a paper on parsing tweets.",
@@ -130,10 +136,12 @@ def figures(base: Base, kind: Kind, file: Path, unlike: Sequence[str]) -> dict[s
             "alone": kind.alone,
             "other wish": [form + text for form in kind.other for text in matter],
             "unlike": unlike,
+            "politely": [f"Could you please help me? {text} Many thanks!" for text in unlike],
         }
         for column, texts in questions.items():
             found[column] += [profile.relevance(base.everyday, [text]) for text in texts]
-    found["unlike"] = [float(value == 0) for value in found["unlike"]]
+    for column in COLUMNS[-2:]:
+        found[column] = [float(value == 0) for value in found[column]]
     return {column: round(statistics.fmean(found[column]), 4) for column in COLUMNS}
 
 

@@ -100,7 +100,7 @@ class Chatbot:
         self.voices = (None, self.user)
 
     def alpha(self, number: str) -> None:
-        """Contrast your model with the base by this much: 0.3, or 0 for not at all."""
+        """Contrast your model with the base by this much: 0.3, or 0 for no contrast."""
         with suppress(ValueError):
             if float(number) >= 0:
                 self.contrast = float(number)

@@ -17,7 +17,7 @@ from langchain_cope.stores import open_store
 
 DATA = Path(__file__).parent / "data"
 TEXTS = {"robin": DATA / "user.jsonl", "kim": DATA / "notes.txt"}
-QUESTION = "Write one sentence about a cat that sleeps on a heater."
+QUESTION = "Write a headline about a cat that sleeps on a heater."
 
 store = open_store(None)
 chat = ChatCoPe(store=store, max_tokens=40)

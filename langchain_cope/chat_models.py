@@ -112,7 +112,7 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     store: Any = None
     """Folder, URL or `AdapterStore`; None: the environment's `COPE_STORE`, else the data folder."""
     alpha: float | None = Field(default=None, json_schema_extra=_STRENGTH)
-    """Weight of the base that is contrasted away, 0 to 1000; 0 is the adapter alone.
+    """Weight of the base that is contrasted away, 0 to 1000; 0: no contrast.
 
     None: what the adapter version recommends, else what users of the base were measured to need,
     else 0.1, the paper's value.
@@ -132,7 +132,8 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
     adapter_scale: float | None = Field(default=None, json_schema_extra=_STRENGTH)
     """What the adapter's own changes are multiplied with, 0 to 1000; 0 is the base alone.
 
-    None: what the adapter version recommends, else what users of the base need, else 1.
+    The adaptive contrast multiplies it with the conversation's relevance. None: what the adapter
+    version recommends, else what users of the base need, else 1.
     """
     retrieve: int = Field(default=0, ge=0)
     """How many of the user's own items, those most like the question, the user's model reads first.
@@ -566,10 +567,12 @@ class ChatCoPe(BaseSettings, BindsTools, BaseChatModel):
         if len(prompt) >= base.context:
             raise ChatContextOverflow(len(prompt), base.context)
         sampling = self._sampling(stop, options)
-        personal, num_retrieved = self._with_own_items(user, messages, use, options, sampling)
         contrast, scale = self._contrast(user, options), self._adapter_scale(user, options)
         is_adaptive = contrast.rule == "adaptive"
         relevance = user.relevance(template_messages(messages)) if is_adaptive else None
+        personal, num_retrieved = list[int](), 0
+        if relevance != 0:
+            personal, num_retrieved = self._with_own_items(user, messages, use, options, sampling)
         request = Request(
             personal or prompt,
             adapter=user.adapter,

@@ -125,6 +125,7 @@ class Conversation:
                 return
             if line == "/reset":
                 self._messages.clear()
+                self._is_told = False
                 _note("a new conversation")
             elif line:
                 self._answer(line)

@@ -21,8 +21,8 @@ class Side(StrEnum):
 
 
 UNLIKE_HISTORY = (
-    "this is unlike what the user's history answers, so the base answered; --contrast fixed keeps "
-    "the user's manner everywhere"
+    "unlike the user's history, so the base answered; with --contrast fixed the user's manner is "
+    "kept everywhere"
 )
 
 
@@ -167,7 +167,7 @@ Alpha = Annotated[
         "--alpha",
         metavar="A",
         callback=_check_alpha,
-        help="Weight of the base that is contrasted away; 0: the adapter alone. "
+        help="Weight of the base that is contrasted away; 0: no contrast. "
         "Default: what the adapter recommends, else what suits users of the base.",
     ),
 ]

@@ -221,7 +221,7 @@ class Publisher:
         return item_nll(self.engine, self.held_out, recipe, adapter, should_stop)
 
     def _prompts(self) -> dict[str, Any] | None:
-        """Return what the trained prompts have in common, as numbers; None where it is little."""
+        """Return what the trained prompts have in common, without text; None where it is little."""
         from langchain_cope.engine import PromptProfile, questions_of
 
         asked = [questions_of(item.messages)[-1] for item in self.trained]

@@ -9,7 +9,14 @@ from langchain_core.messages import HumanMessage, SystemMessage
 
 from adapter_store import AdapterStore
 from langchain_cope import ChatCoPe
-from langchain_cope.engine import Contrast, Engine, Request, Sampling, load_base
+from langchain_cope.engine import (
+    Contrast,
+    Engine,
+    PromptProfile,
+    Request,
+    Sampling,
+    load_base,
+)
 from langchain_cope.errors import InputError
 from langchain_cope.history import ChromaHistory, Item, UserHistory
 
@@ -80,6 +87,24 @@ def test_items_most_alike_stand_before_the_question_of_the_users_row(
     assert without.content == expected(chat, folder, [])
     assert without.response_metadata["retrieved"] == 0
     assert without.content != answer.content
+
+
+def test_on_a_question_unlike_the_history_the_base_reads_no_items(
+    chat: ChatCoPe, store: AdapterStore, tiny: Callable[..., Path], adapter: Callable[..., Path]
+) -> None:
+    loaded = load_base(chat.model)
+    prompts = [f"Generate a headline for this article. {thing}" for thing in ("Rain", "Mud", "Tea")]
+    profile = PromptProfile.of(loaded.everyday, prompts)
+    assert profile is not None
+    metadata = {"prompts": profile.to_stored()}
+    store.publish(
+        "alice", adapter(tiny("llama"), seed=1), base=loaded.fingerprint(), metadata=metadata
+    )
+    question = [SystemMessage("Be brief."), HumanMessage(QUESTION)]
+    answer = chat.invoke(question)
+    assert (answer.response_metadata["relevance"], answer.response_metadata["retrieved"]) == (0, 0)
+    assert answer.content == chat.invoke(question, user_id=None).content
+    assert chat.invoke(question, contrast="fixed").response_metadata["retrieved"] == 2
 
 
 def test_items_that_leave_no_room_for_the_answer_are_left_out(chat: ChatCoPe) -> None:

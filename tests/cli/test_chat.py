@@ -36,8 +36,11 @@ def test_that_the_base_answers_what_is_unlike_the_history_is_told_once(
     chat: Callable, publish: Callable, of_headlines: dict[str, Any]
 ) -> None:
     publish("alice", metadata=of_headlines)
-    outcome = chat("Add 12 and 7.\nAdd 2 and 2.\n", "--user", "alice")
-    assert outcome.stderr.count("this is unlike what the user's history answers") == 1
+    asked = "Add 12 and 7.\nAdd 2 and 2.\n"
+    outcome = chat(asked, "--user", "alice")
+    assert outcome.stderr.count("unlike the user's history") == 1
+    outcome = chat(f"{asked}/reset\n{asked}", "--user", "alice")
+    assert outcome.stderr.count("unlike the user's history") == 2
     assert "unlike" not in chat("A headline on mud\n", "--user", "alice").stderr
 
 

@@ -223,7 +223,7 @@ def test_on_a_prompt_unlike_the_history_the_base_answers_and_says_so(
     prompt = "Add 12 and 7."
     unlike = generate(prompt, "--user", "alice")
     assert unlike.stdout == generate(prompt).stdout
-    assert "note: this is unlike what the user's history answers, so the base" in unlike.stderr
+    assert "note: unlike the user's history, so the base answered" in unlike.stderr
     fixed = generate(prompt, "--user", "alice", "--contrast", "fixed")
     assert fixed.stdout != unlike.stdout
     for answer in (fixed, generate("A headline on mud", "--user", "alice")):

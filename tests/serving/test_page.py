@@ -125,6 +125,7 @@ def test_the_whole_story_from_a_name_to_erasure(page: Any, server: Running) -> N
     unlike = asked(page, "Add 12 and 7.")
     expect(unlike.locator(".own .facts")).to_contain_text("Unlike what your texts answer")
     assert unlike.locator(".own .text").inner_text() == unlike.locator(".base .text").inner_text()
+    assert unlike.locator(".own .word").count() == 0
     page.click("#new-chat")
     turn = asked(page, "Headline for story 4?")
 

@@ -5,8 +5,10 @@ prompts of one language (`everyday_prompts.txt`, where an empty line parts langu
 all prompts share counts for nothing. What is kept of a history is the mean direction of its
 prompts, and how far along it everyday prompts and the history's own ones lie.
 
-What a prompt asks for shows in words that nearly all of the history's prompts hold and everyday
-ones lack, such as "headline". Of these digests are kept.
+What a prompt asks for shows in words that nearly all of the history's prompts hold, such as
+"headline", and that are not common in their language (`common_words.txt`, a line a language). The
+first of them names what is asked for as a rule, later ones what it is about: "a headline for the
+following article". Of these words digests are kept.
 """
 
 import base64
@@ -15,11 +17,12 @@ import hashlib
 import math
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from langchain_cope.errors import ModelError
 FORMAT = 1
 """Of a stored profile. Another list of everyday prompts, or other arithmetic, needs a new one."""
 EVERYDAY = Path(__file__).parent / "everyday_prompts.txt"
+COMMON = Path(__file__).parent / "common_words.txt"
 MAX_CHARACTERS = 10_000  # of a prompt that are looked at
 MAX_PROMPTS = 500  # of a history, the newest
 MAX_WIDTH = 16_384  # entries of an embedding, a byte each in a stored profile
@@ -43,12 +47,11 @@ _EVERYDAY_QUANTILE = 0.95  # of the everyday prompts of its language, and of tho
 _OWN_QUANTILE = 0.05  # of the history's prompts
 _LEAST_RAMP = 0.05
 LEAST_SHARE = 0.9  # of the history's prompts that hold a word which tells what is asked for
-MAX_WORDS = 64  # such words that are kept
-_WORDS_FOR_ONE = 8  # a question needs one of them, of 16 two: long templates share many words
-_DIGEST_CHARACTERS = 12
+LEAST_COMMON = 0.25  # of a prompt's words, in the languages of `common_words.txt`
+MAX_WORDS = 8  # such words; of a longer template no single one says what is asked for
 _EDGE = 16  # words at either end of a prompt: there it says what it asks for
-_ANY_REQUEST = frozenset({"generate", "create", "provide", "produce", "following", "given"})
 _WORD = re.compile(r"[^\W\d_]{2,}")
+_DIGEST = re.compile(r"[0-9a-f]{12}")
 _STEPS = 4  # of the relevance: few, so that what is cached at one of them serves others too
 
 
@@ -64,8 +67,9 @@ class Everyday:
         within = torch.cat([group - group.mean(0) for group in by_language if len(group) > 1])
         self._spread = within.std(0).clamp_min(1e-6)
         self._by_language = by_language
-        self.words = _ANY_REQUEST.union(*map(words_of, text.split("\n")))
-        """Words, folded, that say nothing of what one history's prompts ask for."""
+        common = [*COMMON.read_text(encoding="utf-8").split(), *_WORD.findall(text.casefold())]
+        self.common_words = {_singular(word) for word in common}
+        """Words that say nothing of what one history's prompts ask for."""
 
     @property
     def width(self) -> int:
@@ -119,8 +123,8 @@ class PromptProfile:
     """Cosine with it up to which a prompt is like everyday ones."""
     high: float
     """Cosine from which a prompt is like the history's own."""
-    words: frozenset[str] = frozenset()
-    """Digests of the words that tell what the history's prompts ask for."""
+    words: tuple[str, ...] = ()
+    """Digests of the words that nearly all prompts of the history share, in their order."""
 
     @classmethod
     def of(cls, everyday: Everyday, prompts: Sequence[str]) -> "PromptProfile | None":
@@ -142,30 +146,30 @@ class PromptProfile:
             return None
         high = max(float(own.quantile(_OWN_QUANTILE)), low + _LEAST_RAMP)
         centre = (total / total.abs().max() * 127).round().to(torch.int8).numpy().tobytes()
-        words = {_digest(word, centre) for word in _shared(texts) - everyday.words}
-        return cls(language, centre, low, high, frozenset(sorted(words)[:MAX_WORDS]))
+        words = _shared_words(texts, everyday.common_words)
+        return cls(language, centre, low, high, tuple(_digest(word, centre) for word in words))
 
     def relevance(self, everyday: Everyday, questions: Sequence[str]) -> float:
         """Return how much a conversation is like the history's prompts: 0, ¼, ½, ¾ or 1.
 
         Its question that is most like them counts: what follows, such as "Shorter, please.", has
-        no wording by which it could be told. 1 where one asks for the same, in whatever words
-        else. 0 without a question.
+        no wording by which it could be told. With the word that names what the history's prompts
+        ask for it is 1, with another word that they share ½ at least. 0 without a question.
         """
         if not questions:
             return 0.0
-        if any(self._asks_for_the_same(question) for question in questions):
-            return 1.0
         directions = everyday.directions(questions, self.language)
         cosine = float((directions @ self._direction).max())
         release_thread_pool()  # callers' idle threads would slow the engine's
         share = min(1.0, max(0.0, (cosine - self.low) / (self.high - self.low)))
-        return round(share * _STEPS) / _STEPS
+        by_words = max(self._by_words(question) for question in questions)
+        return max(by_words, round(share * _STEPS) / _STEPS)
 
-    def _asks_for_the_same(self, question: str) -> bool:
-        words = {_digest(word, self.centre) for word in words_of(question)}
-        found = len(words & self.words)
-        return found > 0 and found * _WORDS_FOR_ONE >= len(self.words)
+    def _by_words(self, question: str) -> float:
+        found = {_digest(word, self.centre) for word in words_of(question)}.intersection(self.words)
+        if not found:
+            return 0.0
+        return 1.0 if self.words[0] in found else 0.5
 
     @cached_property
     def _direction(self) -> Tensor:
@@ -180,7 +184,7 @@ class PromptProfile:
             "centre": base64.b64encode(self.centre).decode(),
             "low": self.low,
             "high": self.high,
-            "words": sorted(self.words),
+            "words": list(self.words),
         }
 
     @classmethod
@@ -195,14 +199,14 @@ class PromptProfile:
         if problem:
             raise ModelError(
                 f"what the version keeps of its prompts cannot be used: {problem}; "
-                "activate another version, or ask with contrast='fixed'"
+                "activate another version, or ask with the fixed contrast"
             )
         assert isinstance(stored, Mapping)
         if stored["format"] != FORMAT:
             return None
         centre = base64.b64decode(stored["centre"])
         low, high = float(stored["low"]), float(stored["high"])
-        words = frozenset(stored.get("words", ()))  # what was published before has none
+        words = tuple(stored.get("words", ()))  # what was published before has none
         return cls(stored["language"], centre, low, high, words)
 
 
@@ -231,38 +235,47 @@ def _problem(stored: object, everyday: Everyday) -> str:
     words = stored.get("words", [])
     if not isinstance(words, list) or len(words) > MAX_WORDS:
         return f"its words are no list of {MAX_WORDS} at most"
-    if not all(isinstance(word, str) and len(word) == _DIGEST_CHARACTERS for word in words):
+    if not all(isinstance(word, str) and _DIGEST.fullmatch(word) for word in words):
         return "its words are no digests"
     return ""
 
 
-def words_of(text: str) -> set[str]:
-    """Return the first and the last words of `text`, folded and without a plural's s.
-
-    Chinese and its like, where no spaces part words, come as pairs of signs side by side.
-    """
+def words_of(text: str) -> list[str]:
+    """Return the first and the last words of `text`, each once, folded, without a plural's s."""
     half = MAX_CHARACTERS // 2
     folded = unicodedata.normalize("NFKC", f"{text[:half]} {text[-half:]}").casefold()
     found = _WORD.findall(folded)
-    words: set[str] = set()
-    for word in {*found[:_EDGE], *found[-_EDGE:]}:
-        if unicodedata.east_asian_width(word[0]) == "W":
-            words.update(word[start : start + 2] for start in range(len(word) - 1))
-        else:
-            words.add(word.removesuffix("s"))
-    return words
+    return list(dict.fromkeys(map(_singular, [*found[:_EDGE], *found[-_EDGE:]])))
 
 
-def _shared(texts: Sequence[str]) -> set[str]:
-    """Return the words that nearly all of `texts` hold."""
-    counts = Counter(word for text in texts for word in words_of(text))
-    return {word for word, number in counts.items() if number >= LEAST_SHARE * len(texts)}
+def _singular(word: str) -> str:
+    plural = len(word) > 4 and word.endswith("s") and not word.endswith("ss")
+    return word[:-1] if plural else word
+
+
+def _shared_words(texts: Sequence[str], common: Collection[str]) -> list[str]:
+    """Return the words that nearly all of `texts` hold, in order; [] where they tell nothing."""
+    places = defaultdict[str, list[int]](list)
+    for text in texts:
+        for place, word in enumerate(words_of(text)):
+            places[word].append(place)
+    num_common = sum(len(places[word]) for word in places if word in common)
+    if num_common < LEAST_COMMON * sum(map(len, places.values())):
+        return []  # a language whose common words are not known
+    least = LEAST_SHARE * len(texts)
+    shared = [word for word in places if len(places[word]) >= least and word not in common]
+    if len(shared) > MAX_WORDS:
+        return []
+    return sorted(shared, key=lambda word: fmean(places[word]))
 
 
 def _digest(word: str, key: bytes) -> str:
-    """Return what is kept of a word: another history's, with another key, cannot be told by it."""
-    size = _DIGEST_CHARACTERS // 2
-    return hashlib.blake2b(word.encode(), digest_size=size, key=key[:64]).hexdigest()
+    """Return what is kept of a word.
+
+    It is no secret: who has the version can try words. The key, the history's direction, only keeps
+    lists of ready-made digests from being of use.
+    """
+    return hashlib.blake2b(word.encode(), digest_size=6, key=key[:64]).hexdigest()
 
 
 def questions_of(turns: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -243,6 +243,10 @@ function readChunk(shown, chunk, side) {
   }
   if (chunk.cope && side === "own") {
     shown.element.querySelector(".facts").textContent = factsOf(chunk.cope);
+    if (!chunk.cope.adapter_version) {
+      for (const piece of shown.pieces) piece.tokens = []; // the base's words lean to nobody
+      paint(shown);
+    }
   }
 }
 

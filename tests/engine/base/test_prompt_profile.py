@@ -75,52 +75,67 @@ def test_the_same_wish_in_other_words_is_relevant(base: Base, question: str) -> 
     assert profile(base).relevance(base.everyday, [question]) == 1
 
 
-def test_words_of_any_request_and_of_single_prompts_tell_nothing(base: Base) -> None:
-    found = profile(base)
-    for text in (
-        "Generate the following numbers.",
-        "Who sang old songs?",
-        "A headlight is broken.",
-    ):
-        assert found.relevance(base.everyday, [text]) == 0
+def test_another_wish_about_the_same_matter_is_half_relevant(base: Base) -> None:
+    assert profile(base).relevance(base.everyday, ["Who wrote that article?"]) == 0.5
 
 
-def test_long_prompts_tell_what_they_ask_for_at_their_ends_alone(base: Base) -> None:
-    prompts = [
-        f"Headline, please. {f'{thing} ' * 8} {'whereas throughout ' * 20} {f'{thing} ' * 8}"
-        for thing in THINGS
-    ]
+POLITE = [f"Please could you write me a headline for this article? {thing}" for thing in THINGS]
+GERMAN = [f"Verfasse bitte einen Titel für den folgenden Artikel: {thing}" for thing in THINGS]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "like", "unlike"),
+    [
+        (
+            PROMPTS,
+            "A headline: Rain",
+            ["Generate the following numbers.", "A headlight is broken."],
+        ),
+        (POLITE, "A headline: Rain", ["Please, could you add 12 and 7?", "Who sang old songs?"]),
+        (GERMAN, "Ein Titel: Regen", ["Wer hat den Computer erfunden?", "Nenne bitte einen Baum."]),
+    ],
+    ids=["plain", "polite", "German"],
+)
+def test_common_words_and_those_of_single_prompts_tell_nothing(
+    base: Base, prompts: list[str], like: str, unlike: list[str]
+) -> None:
     found = PromptProfile.of(base.everyday, prompts)
     assert found is not None
+    assert found.relevance(base.everyday, [like]) == 1
+    assert [found.relevance(base.everyday, [text]) for text in unlike] == [0, 0]
+
+
+def test_words_count_at_either_end_of_a_prompt_alone(base: Base) -> None:
+    middle = "whereas throughout " * 20
+    prompts = [f"Headline, please. {f'{t} ' * 8} {middle} {f'{t} ' * 8}" for t in THINGS]
+    assert words_of(prompts[0]) == ["headline", "please", "baking", "show"]
+    found = profile(base)
     assert found.relevance(base.everyday, [f"{'word ' * 20} headline"]) == 1
     assert found.relevance(base.everyday, [f"{'word ' * 20} headline {'word ' * 20}"]) == 0
-    assert words_of(prompts[0]) == {"headline", "please", "baking", "show"}
 
 
-def test_of_a_template_of_many_words_a_question_needs_several(base: Base) -> None:
-    template = (
-        "please rewrite every paragraph below using plain language without changing facts "
-        "names figures quotations headings footnotes"
-    )
+@pytest.mark.parametrize(
+    "template",
+    [
+        "please rewrite every paragraph below using plain language without changing facts names "
+        "figures quotations headings footnotes",
+        "Skriv en rubrik för följande artikel:",
+    ],
+    ids=["long", "Swedish"],
+)
+def test_of_a_long_template_or_another_language_no_words_are_kept(
+    base: Base, template: str
+) -> None:
     found = PromptProfile.of(base.everyday, [f"{template} {thing}" for thing in THINGS])
     assert found is not None
-    assert len(found.words) > 8
-    assert found.relevance(base.everyday, ["Who drew the figures?"]) == 0
-    assert found.relevance(base.everyday, ["Rewrite in plain language: Hi!"]) == 1
-
-
-def test_where_no_spaces_part_words_pairs_of_signs_tell(base: Base) -> None:
-    found = PromptProfile.of(base.everyday, [f"请写一个标题：{text}" for text in "猫雨车歌山河"])
-    assert found is not None
-    assert found.relevance(base.everyday, ["标题：新的图书馆"]) == 1
-    assert found.relevance(base.everyday, ["月亮有多远？"]) == 0
+    assert found.words == ()
 
 
 def test_digests_of_the_same_word_differ_between_histories(base: Base) -> None:
     another = PromptProfile.of(base.everyday, [prompt.upper() for prompt in PROMPTS])
     assert another is not None
     assert len(another.words) == len(profile(base).words) == 2
-    assert not another.words & profile(base).words
+    assert not set(another.words) & set(profile(base).words)
 
 
 def test_a_profile_from_before_words_were_kept_is_read(base: Base) -> None:
@@ -169,8 +184,9 @@ def test_prompts_that_have_nothing_in_common_have_no_profile(
         ({"centre": "A" * 100_000}, "no short text"),
         ({"centre": 7}, "no short text"),
         ({"words": "headline"}, "its words are no list"),
-        ({"words": ["0" * 12] * 65}, "its words are no list"),
+        ({"words": ["0" * 12] * 9}, "its words are no list"),
         ({"words": ["headline"]}, "its words are no digests"),
+        ({"words": ["z" * 12]}, "its words are no digests"),
         ({"words": [["0" * 12]]}, "its words are no digests"),
         ({"words": None}, "its words are no list"),
     ],
