@@ -3,7 +3,7 @@
     python benchmarks/no_harm.py results.json --users users.jsonl --job-dir FOLDER [--model smollm2]
         [--task-adapter FOLDER] [--texts texts.jsonl.gz] [--limit 4] [--prompts 300]
     python benchmarks/no_harm.py results.json --report headlines.json subjects.json …
-    python benchmarks/no_harm.py results.json --users … --job-dir … --steps 20
+    python benchmarks/no_harm.py results.json --users … --job-dir … --steps 20 [--at-once 16]
 
 `--users` has one user a line, as `cope-lc evaluate` reads them, and `--job-dir` is the folder of
 such an evaluation: its adapters are taken, those missing are trained. `--texts` are general texts,
@@ -332,18 +332,19 @@ def written(estimate: Mapping[str, Any] | None) -> str:
 
 
 def step_pairs(
-    engine: Engine, job: UserJob, stage: str, num_pairs: int
+    engine: Engine, job: UserJob, stage: str, num_pairs: int, at_once: int
 ) -> Iterator[tuple[float, float]]:
-    """Yield seconds of an answer by the fixed rule and by the adaptive one, in turns."""
+    """Yield seconds of `at_once` answers by the fixed rule and by the adaptive one, in turns."""
     type(engine.base).eos_ids = frozenset()  # type: ignore[method-assign, assignment]  # no answer stops early
     adapter = engine.load_adapter(job.folder / stage)
-    prompt = engine.base.prompt_ids(job.examples[0].item.messages)
+    prompts = [engine.base.prompt_ids(each.item.messages) for each in job.examples[:at_once]]
     rules = (Contrast(STRONG), Contrast(STRONG, rule="adaptive"))
     for pair in range(num_pairs + 1):
         seconds = []
         for rule in rules if pair % 2 else rules[::-1]:
             started = time.perf_counter()
-            engine.generate([Request(prompt, adapter, rule, Sampling(max_tokens=64))])
+            sampling = Sampling(max_tokens=64)
+            engine.generate([Request(prompt, adapter, rule, sampling) for prompt in prompts])
             seconds.append(time.perf_counter() - started)
         if pair:  # the first one warms up
             fixed, adaptive = seconds if pair % 2 else seconds[::-1]
@@ -362,7 +363,8 @@ def main() -> None:
         comparison = Comparison(engine, users, options.job_dir, ways)
         jobs = comparison.jobs[: options.limit]
         if options.steps:
-            pairs = list(step_pairs(engine, jobs[0], options.stages[-1], options.steps))
+            stage, at_once = options.stages[-1], options.at_once
+            pairs = list(step_pairs(engine, jobs[0], stage, options.steps, at_once))
             ratios = {str(n): adaptive / fixed for n, (fixed, adaptive) in enumerate(pairs)}
             found = {"step": asdict(mean_over_users([ratios]))}
             print(json.dumps(found))
@@ -417,6 +419,7 @@ def _options() -> Any:
     parser.add_argument("--prompts", type=int, default=10_000, help="of the pool, about, spread")
     parser.add_argument("--report", type=Path, nargs="+", help="results of several files, together")
     parser.add_argument("--steps", type=int, default=0, help="pairs of timed answers, nothing else")
+    parser.add_argument("--at-once", type=int, default=1, help="timed answers, decoded together")
     options = parser.parse_args()
     if not options.report and (options.users is None or options.job_dir is None):
         parser.error("--users and --job-dir are needed, or --report with results")

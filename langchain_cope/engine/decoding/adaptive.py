@@ -8,6 +8,7 @@ acts while its mean over the answer is large enough. It steps back in spans that
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from langchain_cope.engine.decoding.exact import is_exact, names_in
@@ -19,12 +20,14 @@ def divergence(user: Tensor, base: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergence of two distributions, in nats: from 0 to log 2.
 
     Args:
-        user: `(R, V)` log-probabilities, all finite.
+        user: `(R, V)` or `(V,)` log-probabilities, all finite.
         base: the same shape.
 
     Returns:
-        `(R,)`, over the whole vocabulary.
+        `(R,)` or a scalar, over the whole vocabulary.
     """
+    if user.device.type == "cpu" and user.ndim == 2:  # one row at a time stays in its cache
+        return torch.stack([divergence(*rows) for rows in zip(user, base, strict=True)])
     p, q = user.exp(), base.exp()
     both = p + q
     entropies = (p.mul_(user) + q.mul_(base)).sum(-1)
