@@ -39,6 +39,11 @@ def test_the_strength_believed_to_gain_most_is_chosen() -> None:
     assert pick(prior(), {}) is None
 
 
+def test_a_gain_within_its_error_changes_nothing() -> None:
+    assert pick(prior(), {STRONG: (0.05, 0.06)}) is None
+    assert pick(prior(), {STRONG: (0.05, 0.02)}) is not None
+
+
 def test_a_small_sure_gain_beats_a_large_doubtful_one() -> None:
     chosen = pick(prior(), {WEAK: (0.1, 0.02), STRONG: (0.2, 0.3)})
     assert chosen is not None
