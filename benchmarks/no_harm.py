@@ -39,6 +39,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +338,8 @@ def step_pairs(
     """Yield seconds of `at_once` answers by the fixed rule and by the adaptive one, in turns."""
     type(engine.base).eos_ids = frozenset()  # type: ignore[method-assign, assignment]  # no answer stops early
     adapter = engine.load_adapter(job.folder / stage)
-    prompts = [engine.base.prompt_ids(each.item.messages) for each in job.examples[:at_once]]
+    asked = islice(cycle(job.examples), at_once)
+    prompts = [engine.base.prompt_ids(each.item.messages) for each in asked]
     rules = (Contrast(STRONG), Contrast(STRONG, rule="adaptive"))
     for pair in range(num_pairs + 1):
         seconds = []

@@ -198,7 +198,10 @@ def choose_strength(trial: Trial) -> Recommendation:
     better = pick(allowed, _gains(trial, allowed))
     by = f"by {count(num_texts, 'held-out text')}"
     if better is None:
-        why = f"{usual}: {by} no other strength's answers are surely more like the user's texts"
+        why = (
+            f"{usual}: {by} no other strength's answers are more like the user's own texts, by more "
+            "than the standard error"
+        )
         return recommendation(allowed.usual, why, num_texts)
     why = (
         f"{by} its answers are more like the user's own texts than those of {allowed.usual}, by "
@@ -217,9 +220,9 @@ def pick(prior: StrengthPrior, gains: Mapping[Strength, tuple[float, float]]) ->
 
     A gain measured as m with the standard error s, of users whose true gains have the mean μ and
     the standard deviation ω, is believed to be (m/s² + μ/ω²) / (1/s² + 1/ω²), with an error of
-    1 / √(1/s² + 1/ω²). It is the strength that is believed to gain most; None where that gain is
-    not above its error. To take any gain would change nearly everybody's strength by chance, and
-    was measured to lose more than it gains.
+    1 / √(1/s² + 1/ω²). It is the strength that is believed to gain most, of those whose gain is
+    above its error; None where none is. To take any gain would change nearly everybody's strength
+    by chance, and was measured to gain nothing.
 
     Args:
         prior: what is usual, and its candidates.
@@ -230,8 +233,8 @@ def pick(prior: StrengthPrior, gains: Mapping[Strength, tuple[float, float]]) ->
         for candidate in prior.candidates
         if candidate.strength in gains
     ]
-    best = max(believed, key=lambda one: one.mean, default=None)
-    return best if best is not None and best.mean > best.sd else None
+    sure = [one for one in believed if one.mean > one.sd]
+    return max(sure, key=lambda one: one.mean, default=None)
 
 
 def _believed(candidate: Candidate, gain: float, error: float) -> Candidate:

@@ -42,6 +42,14 @@ def test_the_strength_believed_to_gain_most_is_chosen() -> None:
 def test_a_gain_within_its_error_changes_nothing() -> None:
     assert pick(prior(), {STRONG: (0.05, 0.06)}) is None
     assert pick(prior(), {STRONG: (0.05, 0.02)}) is not None
+    # What users gain weighs as well: believed are 0.0525 and an error of 0.072.
+    assert pick(prior(sd=0.1), {STRONG: (0.105, 0.1)}) is None
+
+
+def test_a_smaller_sure_gain_is_taken_where_the_largest_is_not_sure() -> None:
+    chosen = pick(prior(), {WEAK: (0.06, 0.02), STRONG: (0.32, 0.2)})
+    assert chosen is not None
+    assert chosen.strength == WEAK
 
 
 def test_a_small_sure_gain_beats_a_large_doubtful_one() -> None:

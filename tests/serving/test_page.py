@@ -123,7 +123,7 @@ def test_the_whole_story_from_a_name_to_erasure(page: Any, server: Running) -> N
 
     page.click("#new-chat")
     unlike = asked(page, "Add 12 and 7.")
-    expect(unlike.locator(".own .facts")).to_contain_text("Unlike what your texts answer")
+    expect(unlike.locator(".own .facts")).to_contain_text("Unlike the prompts of your texts")
     assert unlike.locator(".own .text").inner_text() == unlike.locator(".base .text").inner_text()
     assert unlike.locator(".own .word").count() == 0
     page.click("#new-chat")

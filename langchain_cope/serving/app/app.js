@@ -251,7 +251,7 @@ function readChunk(shown, chunk, side) {
 }
 
 function factsOf({ adapter_version: version, alpha: used, relevance }) {
-  if (relevance === 0) return "Unlike what your texts answer: this is the base model.";
+  if (relevance === 0) return "Unlike the prompts of your texts: this is the base model.";
   if (!version) return "No version of yours yet: this is the base model.";
   return `Version ${version}, α ${used}`;
 }

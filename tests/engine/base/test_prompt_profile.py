@@ -67,6 +67,7 @@ def test_a_long_question_leaves_no_idle_threads_behind(base: Base) -> None:
     [
         "Write a headline about Taylor Swift.",
         "Three HEADLINES, please: the old bridge is closed",
+        "ＨＥＡＤＬＩＮＥ",
         f"Here is what happened. {'It rained again that day. ' * 4000}Your headline?",
     ],
     ids=lambda question: question[:20],
@@ -80,6 +81,7 @@ def test_another_wish_about_the_same_matter_is_half_relevant(base: Base) -> None
 
 
 POLITE = [f"Please could you write me a headline for this article? {thing}" for thing in THINGS]
+CASUAL = [f"Hey, I've an idea: couldn't you write a headline in English? {t}" for t in THINGS]
 GERMAN = [f"Verfasse bitte einen Titel für den folgenden Artikel: {thing}" for thing in THINGS]
 
 
@@ -92,9 +94,10 @@ GERMAN = [f"Verfasse bitte einen Titel für den folgenden Artikel: {thing}" for 
             ["Generate the following numbers.", "A headlight is broken."],
         ),
         (POLITE, "A headline: Rain", ["Please, could you add 12 and 7?", "Who sang old songs?"]),
+        (CASUAL, "A headline: Rain", ["Hey, I've lost my keys.", "Couldn't you add 12 and 7?"]),
         (GERMAN, "Ein Titel: Regen", ["Wer hat den Computer erfunden?", "Nenne bitte einen Baum."]),
     ],
-    ids=["plain", "polite", "German"],
+    ids=["plain", "polite", "casual", "German"],
 )
 def test_common_words_and_those_of_single_prompts_tell_nothing(
     base: Base, prompts: list[str], like: str, unlike: list[str]
@@ -103,6 +106,27 @@ def test_common_words_and_those_of_single_prompts_tell_nothing(
     assert found is not None
     assert found.relevance(base.everyday, [like]) == 1
     assert [found.relevance(base.everyday, [text]) for text in unlike] == [0, 0]
+
+
+def test_words_that_nine_in_ten_prompts_hold_are_kept(base: Base) -> None:
+    nine = ["headline"] * 9 + ["story"]
+    eight = ["article"] * 8 + ["report"] * 2
+    things = [*THINGS, "a flood", "the choir", "dry wells", "late buses"]
+    found = PromptProfile.of(
+        base.everyday,
+        [f"Write a {a} for the {b}. {c}" for a, b, c in zip(nine, eight, things, strict=True)],
+    )
+    assert found is not None
+    assert len(found.words) == 1
+    assert found.relevance(base.everyday, ["Headline?"]) == 1
+
+
+def test_a_role_at_the_beginning_counts_as_the_wish(base: Base) -> None:
+    prompts = [f"You are a journalist. Write a headline for this article. {t}" for t in THINGS]
+    found = PromptProfile.of(base.everyday, prompts)
+    assert found is not None
+    questions = ("Ask a journalist.", "Which headline?")
+    assert [found.relevance(base.everyday, [text]) for text in questions] == [1, 0.5]
 
 
 def test_words_count_at_either_end_of_a_prompt_alone(base: Base) -> None:
@@ -118,7 +142,7 @@ def test_words_count_at_either_end_of_a_prompt_alone(base: Base) -> None:
     "template",
     [
         "please rewrite every paragraph below using plain language without changing facts names "
-        "figures quotations headings footnotes",
+        "figures quotations headings footnotes captions",
         "Skriv en rubrik för följande artikel:",
     ],
     ids=["long", "Swedish"],
