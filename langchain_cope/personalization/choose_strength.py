@@ -199,8 +199,8 @@ def choose_strength(trial: Trial) -> Recommendation:
     by = f"by {count(num_texts, 'held-out text')}"
     if better is None:
         why = (
-            f"{usual}: {by} no other strength's answers are more like the user's own texts, by more "
-            "than the standard error"
+            f"{usual}: {by} no other strength's answers are more like the user's own texts, by "
+            "more than the standard error"
         )
         return recommendation(allowed.usual, why, num_texts)
     why = (

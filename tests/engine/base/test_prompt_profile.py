@@ -142,7 +142,7 @@ def test_words_count_at_either_end_of_a_prompt_alone(base: Base) -> None:
     "template",
     [
         "please rewrite every paragraph below using plain language without changing facts names "
-        "figures quotations headings footnotes captions",
+        "figures quotations headings footnotes captions margins",
         "Skriv en rubrik för följande artikel:",
     ],
     ids=["long", "Swedish"],
