@@ -62,6 +62,7 @@ from langchain_cope.evaluation.users import Comparison
 from langchain_cope.evaluation.voice import Silent, View, voice_scale
 from langchain_cope.evaluation.ways import ways_named
 from langchain_cope.history import read_users
+from langchain_cope.history.items import Item
 from langchain_cope.training.progress import Monitor
 
 POOL = Path(__file__).parent / "everyday.jsonl"
@@ -116,11 +117,15 @@ def right(check: Mapping[str, Any], text: str) -> bool:
     )
 
 
+def asked(items: Sequence[Item]) -> list[str]:
+    """Return the last question of each item, by which personalizing makes a profile."""
+    return [questions_of(item.messages)[-1] for item in items]
+
+
 @functools.cache
 def profile_of(engine: Engine, job: UserJob) -> PromptProfile | None:
     """Return the profile of the user's prompts, as personalizing keeps it with a version."""
-    asked = [questions_of(item.messages)[-1] for item in job.history.items]
-    return PromptProfile.of(engine.base.everyday, asked)
+    return PromptProfile.of(engine.base.everyday, asked(job.history.items))
 
 
 def request(
@@ -338,14 +343,13 @@ def step_pairs(
     """Yield seconds of `at_once` answers by the fixed rule and by the adaptive one, in turns."""
     type(engine.base).eos_ids = frozenset()  # type: ignore[method-assign, assignment]  # no answer stops early
     adapter = engine.load_adapter(job.folder / stage)
-    asked = islice(cycle(job.examples), at_once)
-    prompts = [engine.base.prompt_ids(each.item.messages) for each in asked]
-    rules = (Contrast(STRONG), Contrast(STRONG, rule="adaptive"))
+    examples = islice(cycle(job.examples), at_once)
+    prompts = [engine.base.prompt_ids(each.item.messages) for each in examples]
+    rules, sampling = (Contrast(STRONG), Contrast(STRONG, rule="adaptive")), Sampling(max_tokens=64)
     for pair in range(num_pairs + 1):
         seconds = []
         for rule in rules if pair % 2 else rules[::-1]:
             started = time.perf_counter()
-            sampling = Sampling(max_tokens=64)
             engine.generate([Request(prompt, adapter, rule, sampling) for prompt in prompts])
             seconds.append(time.perf_counter() - started)
         if pair:  # the first one warms up

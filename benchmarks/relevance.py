@@ -30,11 +30,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from langchain_cope.engine import Base, PromptProfile, load_base, questions_of
-from langchain_cope.history import read_users
-from langchain_cope.history.items import Item
+from no_harm import POOL, asked
 
-EVERYDAY = Path(__file__).parent / "everyday.jsonl"
+from langchain_cope.engine import Base, PromptProfile, load_base
+from langchain_cope.history import read_users
+
 COLUMNS = ("own", "same wish", "alone", "other wish", "unlike", "politely")
 TITLE = r"['\"](.*)['\"]\.?$"
 
@@ -115,10 +115,6 @@ KINDS = {
 }
 
 
-def asked(items: Sequence[Item]) -> list[str]:
-    return [questions_of(item.messages)[-1] for item in items]
-
-
 def figures(base: Base, kind: Kind, file: Path, unlike: Sequence[str]) -> dict[str, float]:
     """Return the columns over all users of `file`."""
     found = defaultdict[str, list[float]](list)
@@ -152,7 +148,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     options = parser.parse_args()
     base = load_base(options.model)
-    unlike = [json.loads(line)["prompt"] for line in EVERYDAY.read_text("utf-8").splitlines()]
+    unlike = [json.loads(line)["prompt"] for line in POOL.read_text("utf-8").splitlines()]
     found = {}
     print(f"| kind | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for each in options.files:

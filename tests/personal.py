@@ -6,6 +6,7 @@ from typing import Any
 from langchain_core.callbacks import BaseCallbackHandler
 
 from langchain_cope import Recipe
+from langchain_cope.engine import Base, PromptProfile
 from langchain_cope.training.recipe import DPO, SFT, Negatives
 
 ROWS = [
@@ -21,6 +22,14 @@ QUICK = Recipe(
 
 # Four steps of DPO, so that it has a middle.
 FOUR_STEPS = replace(QUICK, dpo=replace(QUICK.dpo, batch_size=2))
+
+
+def metadata_of_headlines(base: Base) -> dict[str, Any]:
+    """Return a version's metadata whose user was asked for headlines alone."""
+    asked = [f"Generate a headline for this article. {thing}" for thing in ("Rain", "Mud", "Trams")]
+    profile = PromptProfile.of(base.everyday, asked)
+    assert profile is not None
+    return {"prompts": profile.to_stored()}
 
 
 class Recorder(BaseCallbackHandler):

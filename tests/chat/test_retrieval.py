@@ -6,17 +6,11 @@ from pathlib import Path
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import HumanMessage, SystemMessage
+from personal import metadata_of_headlines
 
 from adapter_store import AdapterStore
 from langchain_cope import ChatCoPe
-from langchain_cope.engine import (
-    Contrast,
-    Engine,
-    PromptProfile,
-    Request,
-    Sampling,
-    load_base,
-)
+from langchain_cope.engine import Contrast, Engine, Request, Sampling, load_base
 from langchain_cope.errors import InputError
 from langchain_cope.history import ChromaHistory, Item, UserHistory
 
@@ -93,12 +87,11 @@ def test_on_a_question_unlike_the_history_the_base_reads_no_items(
     chat: ChatCoPe, store: AdapterStore, tiny: Callable[..., Path], adapter: Callable[..., Path]
 ) -> None:
     loaded = load_base(chat.model)
-    prompts = [f"Generate a headline for this article. {thing}" for thing in ("Rain", "Mud", "Tea")]
-    profile = PromptProfile.of(loaded.everyday, prompts)
-    assert profile is not None
-    metadata = {"prompts": profile.to_stored()}
     store.publish(
-        "alice", adapter(tiny("llama"), seed=1), base=loaded.fingerprint(), metadata=metadata
+        "alice",
+        adapter(tiny("llama"), seed=1),
+        base=loaded.fingerprint(),
+        metadata=metadata_of_headlines(loaded),
     )
     question = [SystemMessage("Be brief."), HumanMessage(QUESTION)]
     answer = chat.invoke(question)

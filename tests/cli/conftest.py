@@ -107,12 +107,11 @@ def publish(
 @pytest.fixture
 def of_headlines(tiny: Callable[..., Path]) -> dict[str, Any]:
     """Metadata of a version whose user was asked for headlines alone."""
-    from langchain_cope.engine import PromptProfile, load_base
+    from personal import metadata_of_headlines
 
-    asked = [f"Generate a headline for this article. {thing}" for thing in ("Rain", "Mud", "Trams")]
-    profile = PromptProfile.of(load_base(tiny()).everyday, asked)
-    assert profile is not None
-    return {"prompts": profile.to_stored()}
+    from langchain_cope.engine import load_base
+
+    return metadata_of_headlines(load_base(tiny()))
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from personal import metadata_of_headlines
 from serving.conftest import Running
 from tiny import make_adapter
 
 from adapter_store.errors import BackendError
-from langchain_cope.engine import PromptProfile, load_base
+from langchain_cope.engine import load_base
 
 CHAT = "/v1/chat/completions"
 
@@ -86,13 +87,11 @@ def test_an_answer_tells_how_much_the_question_is_like_the_history(
     server: Running, base: Path, tmp_path: Path
 ) -> None:
     loaded = load_base(str(base))
-    asked = [f"Generate a headline for this article. {thing}" for thing in ("Rain", "Mud", "Trams")]
-    profile = PromptProfile.of(loaded.everyday, asked)
-    assert profile is not None
-    folder = make_adapter(tmp_path / "adapter", base, seed=13)
-    metadata = {"prompts": profile.to_stored()}
     version = server.state.store.publish(
-        "albee", folder, base=loaded.fingerprint(), metadata=metadata
+        "albee",
+        make_adapter(tmp_path / "adapter", base, seed=13),
+        base=loaded.fingerprint(),
+        metadata=metadata_of_headlines(loaded),
     )
     like, unlike = (
         server.ask("app", question, user="albee").json()["cope"]

@@ -158,11 +158,13 @@ class PromptProfile:
         """
         if not questions:
             return 0.0
+        by_words = max(map(self._by_words, questions))
+        if by_words == 1:
+            return by_words
         directions = everyday.directions(questions, self.language)
         cosine = float((directions @ self._direction).max())
         release_thread_pool()  # callers' idle threads would slow the engine's
         share = min(1.0, max(0.0, (cosine - self.low) / (self.high - self.low)))
-        by_words = max(self._by_words(question) for question in questions)
         return max(by_words, round(share * _STEPS) / _STEPS)
 
     def _by_words(self, question: str) -> float:
