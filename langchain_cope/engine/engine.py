@@ -335,8 +335,7 @@ class Engine:
         Returns:
             Per sequence a float32 tensor `(len(completion),)` on the CPU, in the order given.
         """
-        together = partial(scoring.log_probs, adapter=adapter)
-        return self._scored(together, sequences, should_stop)
+        return self._scored(scoring.log_probs, sequences, [adapter], should_stop)
 
     def score_contrasted(
         self,
@@ -353,16 +352,20 @@ class Engine:
         Returns:
             Per sequence a float32 tensor `(len(contrasts), len(completion))` on the CPU.
         """
-        together = partial(scoring.contrasted_log_probs, adapter=adapter, contrasts=contrasts)
-        return self._scored(together, sequences, should_stop)
+        together = partial(scoring.contrasted_log_probs, contrasts=contrasts)
+        return self._scored(together, sequences, [adapter, None], should_stop)
 
     def _scored(
         self,
         score_together: Callable[..., list[Tensor]],
         sequences: scoring.Sequences,
+        adapters: Sequence[Adapter | None],
         should_stop: Callable[[], bool] | None,
     ) -> list[Tensor]:
-        """Return what `score_together` finds for each sequence, one group after the other."""
+        """Return what `score_together` finds for each sequence, one group after the other.
+
+        It is called with a group and with what the base under each of `adapters` has read.
+        """
         for prompt, completion in sequences:
             if not prompt or not completion:
                 raise InputError(
@@ -371,12 +374,18 @@ class Engine:
             if len(prompt) + len(completion) > self.base.context:
                 raise ContextOverflow(len(prompt) + len(completion), self.base.context)
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for group in scoring.groups(sequences, self.base.vocabulary_size, self.options.max_rows):
+
+        def call(function: Callable[[], T]) -> T:
             if should_stop is not None and should_stop():
                 raise Cancelled("stopped on request while the model was scoring")
+            return self._call(function)
+
+        forward, new_rows = self._batch.forward, self._batch.new_rows
+        unread = [scoring.Beginnings(forward, new_rows, adapter) for adapter in adapters]
+        read = [call(partial(beginnings.of_all, sequences)) for beginnings in unread]
+        for group in scoring.groups(sequences, self.base.vocabulary_size, self.options.max_rows):
             together = [sequences[index] for index in group]
-            forward, new_rows = self._batch.forward, self._batch.new_rows
-            group_scores = self._call(partial(score_together, forward, new_rows, together))
+            group_scores = call(partial(score_together, together, *read))
             for index, score in zip(group, group_scores, strict=True):
                 scores[index] = score
         return scores

@@ -47,33 +47,25 @@ def groups(sequences: Sequences, vocabulary_size: int, max_rows: int) -> Iterato
             yield group
 
 
-def log_probs(
-    forward: Forward,
-    new_rows: Callable[[], Rows],
-    sequences: Sequences,
-    adapter: Adapter | None,
-) -> list[Tensor]:
+def log_probs(sequences: Sequences, read: "Beginnings") -> list[Tensor]:
     """Return the log-probability of each completion token, in nats.
 
     Args:
-        forward: the model.
-        new_rows: makes rows with a cache of their own.
         sequences: one group of `groups`.
-        adapter: None: the base alone.
+        read: by the model that scores.
 
     Returns:
         Per sequence float32 `(len(completion),)` on the CPU.
     """
-    logits, chosen = _logits(forward, new_rows, sequences, adapter)
+    logits, chosen = _logits(sequences, read)
     scores = torch.log_softmax(logits.float(), dim=-1).gather(-1, chosen).squeeze(-1).cpu()
     return list(torch.split(scores, [len(completion) for _, completion in sequences]))
 
 
 def contrasted_log_probs(
-    forward: Forward,
-    new_rows: Callable[[], Rows],
     sequences: Sequences,
-    adapter: Adapter,
+    read_by_user: "Beginnings",
+    read_by_base: "Beginnings",
     contrasts: Sequence[Contrast],
 ) -> list[Tensor]:
     """Return the log-probability of each completion token under each contrast, in nats.
@@ -83,8 +75,8 @@ def contrasted_log_probs(
     Returns:
         Per sequence float32 `(len(contrasts), len(completion))` on the CPU.
     """
-    user, chosen = _logits(forward, new_rows, sequences, adapter)
-    base, _ = _logits(forward, new_rows, sequences, None)
+    user, chosen = _logits(sequences, read_by_user)
+    base, _ = _logits(sequences, read_by_base)
     scores = []
     parts = (torch.split(tensor, CONTRASTED) for tensor in (user, base, chosen))
     for user_part, base_part, tokens in zip(*parts, strict=True):
@@ -99,16 +91,8 @@ def contrasted_log_probs(
     return list(torch.split(torch.cat(scores, dim=1), lengths, dim=1))
 
 
-def _logits(
-    forward: Forward,
-    new_rows: Callable[[], Rows],
-    sequences: Sequences,
-    adapter: Adapter | None,
-) -> tuple[Tensor, Tensor]:
+def _logits(sequences: Sequences, read: "Beginnings") -> tuple[Tensor, Tensor]:
     """Return the logits of all completion tokens, `(N, V)`, and the tokens, `(N, 1)`."""
-    read = _Read(forward, new_rows, adapter)
-    if beginning := _common_beginning(sequences):
-        read = read.continued([beginning])
     if prompts := _shared_prompts(sequences):
         read = read.continued(prompts)
     logits_at: list[tuple[int, int]] = []
@@ -119,18 +103,25 @@ def _logits(
         first = len(prompt) - 1 - (len(texts[index]) - len(ids[index]))
         logits_at += [(index, column) for column in range(first, first + len(completion))]
         targets += completion
-    logits = rows.forward(forward, [new[:-1] for new in ids], logits_at)
+    logits = rows.forward(read.forward, [new[:-1] for new in ids], logits_at)
     return logits, torch.tensor(targets, device=logits.device).unsqueeze(-1)
 
 
-class _Read:
-    """Beginnings that have been read, each a row; texts go on from the longest one they have."""
+class Beginnings:
+    """What a model has read, each beginning a row; texts go on from the longest one they have."""
 
     def __init__(
         self, forward: Forward, new_rows: Callable[[], Rows], adapter: Adapter | None
     ) -> None:
-        """Start with nothing read."""
-        self._forward, self._new_rows, self._adapter = forward, new_rows, adapter
+        """Start with nothing read.
+
+        Args:
+            forward: the model.
+            new_rows: makes rows with a cache of their own.
+            adapter: None: the base alone.
+        """
+        self.forward = forward
+        self._new_rows, self._adapter = new_rows, adapter
         self._rows: Rows | None = None
 
     def rows_for(
@@ -156,13 +147,18 @@ class _Read:
             ids.append(row.tokens[row.length :])
         return rows, ids
 
-    def continued(self, beginnings: Sequence[Sequence[int]]) -> "_Read":
+    def of_all(self, sequences: Sequences) -> "Beginnings":
+        """Return what is known once what all prompts begin with is read, if it is worth it."""
+        beginning = _common_beginning(sequences)
+        return self.continued([beginning]) if beginning else self
+
+    def continued(self, beginnings: Sequence[Sequence[int]]) -> "Beginnings":
         """Return what is known once `beginnings` are read too, these alone."""
-        after = _Read(self._forward, self._new_rows, self._adapter)
+        after = Beginnings(self.forward, self._new_rows, self._adapter)
         # One token at least is left to be read.
         limits = [len(beginning) - 1 for beginning in beginnings]
         after._rows, ids = self.rows_for(beginnings, limits)
-        after._rows.forward(self._forward, ids, [(0, 0)])
+        after._rows.forward(self.forward, ids, [(0, 0)])
         for row in after._rows.all():
             row.length = len(row.tokens)
         return after
@@ -171,9 +167,11 @@ class _Read:
 def _common_beginning(sequences: Sequences) -> list[int]:
     """Return what different prompts begin with, at least a token of each left over; or nothing."""
     prompts = [prompt[:-2] for prompt in {tuple(prompt) for prompt, _ in sequences}]
+    if len(prompts) < 2:
+        return []
     differs = (len(set(tokens)) > 1 for tokens in zip(*prompts, strict=False))
     length = next((index for index, differ in enumerate(differs) if differ), min(map(len, prompts)))
-    return list(prompts[0][:length]) if len(prompts) > 1 and length >= LEAST_SHARED else []
+    return list(prompts[0][:length]) if length >= LEAST_SHARED else []
 
 
 def _shared_prompts(sequences: Sequences) -> list[Sequence[int]]:

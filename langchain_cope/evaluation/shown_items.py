@@ -3,8 +3,8 @@
 This is what personalization without training does, and what an adapter has to beat.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from langchain_cope.evaluation.ways import Shown
 from langchain_cope.history.items import Item
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 NUM_RETRIEVED = 3
 
+Question: TypeAlias = "tuple[Sequence[Message], int]"
+"""The messages to answer, and the tokens of the context that stay free for the answer."""
+
 
 class OwnItems:
     """One user's items, oldest first, and the prompts that show some of them."""
@@ -23,43 +26,40 @@ class OwnItems:
         self._base = base
         self._items = items
 
-    def prompt(self, question: "Sequence[Message]", shown: Shown, answer: int) -> "list[Message]":
-        """Return `question` after the items that `shown` chooses, as far as they fit.
+    def prompts(self, questions: Sequence[Question], shown: Shown) -> "list[list[Message]]":
+        """Return each question after the items that `shown` chooses, as far as they fit.
 
-        Args:
-            question: The messages to answer.
-            shown: Which items.
-            answer: Tokens of the context that stay free.
+        The newest are the same for all questions: an engine reads them once.
         """
-
-        def fits(items: Sequence[Item]) -> bool:
-            prompt = self._base.prompt_ids(_with_items(question, items))
-            return len(prompt) + answer <= self._base.context
-
         if shown is Shown.NEWEST:
-            return _with_items(question, self._newest(fits))
+            newest = self._newest(questions)
+            return [_with_items(messages, newest) for messages, _ in questions]
         if shown is Shown.RETRIEVED:
-            return _with_items(question, self._retrieved(question, fits))
-        return list(question)
+            return [_with_items(question[0], self._retrieved(question)) for question in questions]
+        return [list(messages) for messages, _ in questions]
 
-    def _newest(self, fits: Callable[[Sequence[Item]], bool]) -> Sequence[Item]:
+    def _newest(self, questions: Sequence[Question]) -> Sequence[Item]:
+        """Return as many of the newest as fit with every question."""
         low, high = 0, len(self._items)  # `low` fit, more than `high` do not
         while low < high:
             middle = (low + high + 1) // 2
-            if fits(self._items[-middle:]):
+            if all(self._fits(self._items[-middle:], question) for question in questions):
                 low = middle
             else:
                 high = middle - 1
         return self._items[-low:] if low else []
 
-    def _retrieved(
-        self, question: "Sequence[Message]", fits: Callable[[Sequence[Item]], bool]
-    ) -> Sequence[Item]:
+    def _retrieved(self, question: Question) -> Sequence[Item]:
         """Return the items most like `question` that fit, the most alike last."""
-        chosen = most_alike(self._items, _last_text(question), NUM_RETRIEVED)
-        while chosen and not fits(chosen):
+        chosen = most_alike(self._items, _last_text(question[0]), NUM_RETRIEVED)
+        while chosen and not self._fits(chosen, question):
             chosen = chosen[1:]
         return chosen
+
+    def _fits(self, items: Sequence[Item], question: Question) -> bool:
+        messages, answer = question
+        prompt = self._base.prompt_ids(_with_items(messages, items))
+        return len(prompt) + answer <= self._base.context
 
 
 def _with_items(question: "Sequence[Message]", items: Sequence[Item]) -> "list[Message]":

@@ -115,7 +115,7 @@ class Comparison:
             key = self._key(job, way)
             if way.has_nll and key not in job.nll:
                 engine = self._engine(way)
-                pairs = [self._sequence(job, way, example) for example in job.examples]
+                pairs = self._sequences(job, way)
                 adapter = self._adapter(job, way)
                 log_probs = engine.score(pairs, adapter, monitor.should_stop)
                 job.nll[key] = over_all_tokens([of_item.tolist() for of_item in log_probs])
@@ -235,19 +235,24 @@ class Comparison:
         fingerprint = self._trained.base.fingerprint()
         return strength_for(fingerprint, job.recipe.alpha, job.recipe.tau)
 
-    def _prompt(self, job: UserJob, way: Way, example: Encoded) -> list[Message]:
-        if way.shown is Shown.NOTHING:
-            return example.item.messages
-        answer = max(job.recipe.max_new_tokens or 0, len(example.completion_ids))
-        return job.own.prompt(example.item.messages, way.shown, answer)
+    def _prompts(self, job: UserJob, way: Way) -> list[list[Message]]:
+        """Return what the way asks, for each example."""
+        longest = job.recipe.max_new_tokens or 0
+        questions = [
+            (example.item.messages, max(longest, len(example.completion_ids)))
+            for example in job.examples
+        ]
+        return job.own.prompts(questions, way.shown)
 
-    def _sequence(self, job: UserJob, way: Way, example: Encoded) -> tuple[list[int], list[int]]:
-        """Return the prompt, and what the user wrote, as token ids."""
+    def _sequences(self, job: UserJob, way: Way) -> list[tuple[list[int], list[int]]]:
+        """Return each prompt, and what the user wrote, as token ids."""
         if way.shown is Shown.NOTHING:
-            return example.prompt_ids, example.completion_ids
-        messages = self._prompt(job, way, example)
-        prompt, _ = encode(self._trained.base, messages, example.item.completion)
-        return prompt, example.completion_ids
+            return [(example.prompt_ids, example.completion_ids) for example in job.examples]
+        prompts = self._prompts(job, way)
+        return [
+            (encode(self._trained.base, prompt, example.item.completion)[0], example.completion_ids)
+            for prompt, example in zip(prompts, job.examples, strict=True)
+        ]
 
     def _plan(self, engine: Engine) -> list[tuple[UserJob, list[list[Way]]]]:
         """Return for each user the ways that have not answered yet, in groups that are asked alike.
@@ -302,11 +307,12 @@ class Comparison:
         adapters = {
             folder: self._trained.load_adapter(folder) for folder in folders.values() if folder
         }
-        for example in job.examples:
+        prompts = {group[0]: self._prompts(job, group[0]) for group in groups}
+        for index, example in enumerate(job.examples):
             for group in groups:
                 way = group[0]
                 bare = base.prompt_ids(example.item.messages)
-                prompt = base.prompt_ids(self._prompt(job, way, example))
+                prompt = base.prompt_ids(prompts[way][index])
                 most = max(way.samples for way in group)
                 for number in range(most):
                     yield Request(

@@ -106,6 +106,32 @@ def test_a_prompt_of_several_completions_is_read_once(
         )
 
 
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_what_all_prompts_begin_with_is_read_once(
+    with_adapter: bool,
+    tiny: Tiny,
+    adapter: Tiny,
+    engine_for: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, engine = tiny("llama"), engine_for(tiny("llama"))
+    folder = adapter(base, seed=1)
+    owner = engine.load_adapter(folder) if with_adapter else None
+    beginning = tokens(60, 7)
+    sequences = [([*beginning, *tokens(9, seed)], tokens(5, seed)) for seed in range(3)]
+    monkeypatch.setattr(scoring, "MAX_TOKENS", 80)  # each in a forward of its own
+    with before_each_forward(engine, lambda inputs: read.append(inputs.ids.numel())):
+        read: list[int] = []
+        scores = engine.score(sequences, owner)
+    assert read == [60, 13, 13, 13]
+    reference = Reference(base, folder)
+    for (prompt, completion), row in zip(sequences, scores, strict=True):
+        torch.testing.assert_close(
+            row.double(), expected(reference, prompt, completion, with_adapter), atol=2e-4, rtol=0
+        )
+    assert engine.score([]) == []
+
+
 def test_an_answer_that_begins_like_a_longer_prompt_is_scored_whole(engine: Engine) -> None:
     text = tokens(40)
     sequences = [

@@ -246,7 +246,7 @@ def test_items_like_the_question_are_retrieved(engine: Engine) -> None:
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "Write of the red boat."},
     ]
-    prompt = OwnItems(engine.base, items).prompt(question, Shown.RETRIEVED, answer=8)
+    (prompt,) = OwnItems(engine.base, items).prompts([(question, 8)], Shown.RETRIEVED)
     assert prompt[0] == question[0]
     assert prompt[-1] == question[-1]
     shown = [message["content"] for message in prompt if message["role"] == "assistant"]
@@ -283,7 +283,7 @@ def test_half_of_the_bases_layers_are_contrasted_with(
 def test_as_many_of_the_newest_are_shown_as_fit(engine: Engine) -> None:
     items = [Item(prompt=f"Say {n}.", completion="word " * 8) for n in range(40)]
     question = [{"role": "user", "content": "Say it."}]
-    prompt = OwnItems(engine.base, items).prompt(question, Shown.NEWEST, answer=8)
+    (prompt,) = OwnItems(engine.base, items).prompts([(question, 8)], Shown.NEWEST)
     num_shown = sum(message["role"] == "assistant" for message in prompt)
     assert 0 < num_shown < 40
     assert prompt[0]["content"] == f"Say {40 - num_shown}."
@@ -291,6 +291,17 @@ def test_as_many_of_the_newest_are_shown_as_fit(engine: Engine) -> None:
     older = items[-num_shown - 1]
     more = [*older.messages, {"role": "assistant", "content": older.completion}, *prompt]
     assert len(engine.base.prompt_ids(more)) + 8 > engine.base.context
+
+
+def test_all_questions_show_the_same_newest_items(engine: Engine) -> None:
+    items = [Item(prompt=f"Say {n}.", completion="word " * 8) for n in range(40)]
+    short = [{"role": "user", "content": "Say it."}]
+    long = [{"role": "user", "content": "Say it. " * 12}]
+    own = OwnItems(engine.base, items)
+    together = own.prompts([(short, 8), (long, 8)], Shown.NEWEST)
+    assert together[0][:-1] == together[1][:-1]
+    assert [together[1]] == own.prompts([(long, 8)], Shown.NEWEST)
+    assert len(together[0]) < len(own.prompts([(short, 8)], Shown.NEWEST)[0])
 
 
 def test_what_cannot_be_compared_is_refused(engine: Engine, tmp_path: Path) -> None:
