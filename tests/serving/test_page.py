@@ -127,6 +127,9 @@ def test_the_whole_story_from_a_name_to_erasure(page: Any, server: Running) -> N
     assert unlike.locator(".own .text").inner_text() == unlike.locator(".base .text").inner_text()
     assert unlike.locator(".own .word").count() == 0
     page.click("#new-chat")
+    partly = asked(page, "Who wrote that story?")
+    expect(partly.locator(".own .facts")).to_contain_text("adapter at 50 %")
+    page.click("#new-chat")
     turn = asked(page, "Headline for story 4?")
 
     # Recoloured without a request while α moves; answered anew once it is let go.

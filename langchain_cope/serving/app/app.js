@@ -253,7 +253,8 @@ function readChunk(shown, chunk, side) {
 function factsOf({ adapter_version: version, alpha: used, relevance }) {
   if (relevance === 0) return "Unlike the prompts of your texts: this is the base model.";
   if (!version) return "No version of yours yet: this is the base model.";
-  return `Version ${version}, α ${used}`;
+  const share = relevance < 1 && relevance !== null ? `, adapter at ${100 * relevance} %` : "";
+  return `Version ${version}, α ${used}${share}`;
 }
 
 function showRunning() {
