@@ -14,9 +14,10 @@ from langchain_cope.training.negatives import Pair
 from langchain_cope.training.progress import Monitor
 from langchain_cope.training.recipe import Negatives, Recipe
 
-KINDS = ("lowest", "random", "highest", "lowest-of-8", "lowest-total", "peers")
+KINDS = ("lowest", "random", "highest", "lowest-of-8", "lowest-total", "lowest-cool", "peers")
 CANDIDATES = 8  # sampled an item
 FEW = 3  # of them that are looked at, as in the paper; by `lowest-of-8` all
+COOL = 0.5  # temperature that `lowest-cool` samples at; the others at the paper's 1
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,11 @@ def candidates_of(
     recipe: Recipe,
     sft: Adapter,
     writer: Adapter | None,
+    temperature: float,
 ) -> list[list[Candidate]]:
     """Return the usable answers to each item that `writer` samples, the base where it is None."""
-    recipe = replace(recipe, negatives=Negatives(candidates=CANDIDATES))
+    sampled = Negatives(candidates=CANDIDATES, temperature=temperature)
+    recipe = replace(recipe, negatives=sampled)
     after_end = tuple(negatives.closing_ids(engine.base)[1:])
     requests = [
         replace(request, adapter=writer, contrast=ADAPTER_ALONE)

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS, Arm, candidates_of, pairs_of
+from arms import ARMS, COOL, Arm, candidates_of, pairs_of
 from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
@@ -176,14 +176,14 @@ class Sweep:
         self, engine: Engine, person: Person, recipe: Recipe, kind: str, folder: Path
     ) -> list[Pair]:
         """Return what DPO trains on; what was sampled is kept beside the adapter."""
-        writer = "peer" if kind == "peers" else "base"
+        writer = {"peers": "peer", "lowest-cool": "base-cool"}.get(kind, "base")
         file = folder / f"candidates-{writer}.pickle"
         if not file.exists():
             sft = engine.load_adapter(folder / "sft")
             peer = engine.load_adapter(self.peer(person, recipe)) if kind == "peers" else None
-            file.write_bytes(
-                pickle.dumps(candidates_of(engine, person.examples, recipe, sft, peer))
-            )
+            temperature = COOL if kind == "lowest-cool" else 1
+            found = candidates_of(engine, person.examples, recipe, sft, peer, temperature)
+            file.write_bytes(pickle.dumps(found))
         return pairs_of(engine, pickle.loads(file.read_bytes()), kind)
 
     def peer(self, person: Person, recipe: Recipe) -> Path:
