@@ -176,12 +176,12 @@ class Sweep:
         self, engine: Engine, person: Person, recipe: Recipe, kind: str, folder: Path
     ) -> list[Pair]:
         """Return what DPO trains on; what was sampled is kept beside the adapter."""
-        writer = {"peers": "peer", "lowest-cool": "base-cool"}.get(kind, "base")
-        file = folder / f"candidates-{writer}.pickle"
+        writer = "peer" if kind == "peers" else "base"
+        temperature = COOL if kind == "lowest-cool" else 1
+        file = folder / f"candidates-{writer}-{temperature:g}.pickle"
         if not file.exists():
             sft = engine.load_adapter(folder / "sft")
             peer = engine.load_adapter(self.peer(person, recipe)) if kind == "peers" else None
-            temperature = COOL if kind == "lowest-cool" else 1
             found = candidates_of(engine, person.examples, recipe, sft, peer, temperature)
             file.write_bytes(pickle.dumps(found))
         return pairs_of(engine, pickle.loads(file.read_bytes()), kind)

@@ -381,8 +381,9 @@ class Engine:
             return self._call(function)
 
         forward, new_rows = self._batch.forward, self._batch.new_rows
-        unread = [scoring.Beginnings(forward, new_rows, adapter) for adapter in adapters]
-        read = [call(partial(beginnings.of_all, sequences)) for beginnings in unread]
+        read = [scoring.Beginnings(forward, new_rows, adapter) for adapter in adapters]
+        if beginning := scoring.common_beginning(sequences):
+            read = [call(partial(unread.continued, [beginning])) for unread in read]
         for group in scoring.groups(sequences, self.base.vocabulary_size, self.options.max_rows):
             together = [sequences[index] for index in group]
             group_scores = call(partial(score_together, together, *read))

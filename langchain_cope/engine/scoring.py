@@ -1,6 +1,7 @@
 """Log-probabilities of given completions, as many in one forward as it may hold.
 
-What all prompts begin with is read once, and so is a prompt that several completions have.
+What all prompts begin with is read once, and so is, in a group, what those of the group begin with
+and a prompt that several completions have.
 """
 
 from collections import Counter
@@ -45,6 +46,19 @@ def groups(sequences: Sequences, vocabulary_size: int, max_rows: int) -> Iterato
             group.append(index)
         if group:
             yield group
+
+
+def common_beginning(sequences: Sequences) -> list[int]:
+    """Return what different prompts all begin with; nothing where it is below `LEAST_SHARED`.
+
+    Two tokens of each prompt are left at least: the last one, and one that `_shared_prompts` reads.
+    """
+    prompts = [prompt[:-2] for prompt in {tuple(prompt) for prompt, _ in sequences}]
+    if len(prompts) < 2:
+        return []
+    differs = (len(set(tokens)) > 1 for tokens in zip(*prompts, strict=False))
+    length = next((index for index, differ in enumerate(differs) if differ), min(map(len, prompts)))
+    return list(prompts[0][:length]) if length >= LEAST_SHARED else []
 
 
 def log_probs(sequences: Sequences, read: "Beginnings") -> list[Tensor]:
@@ -93,6 +107,9 @@ def contrasted_log_probs(
 
 def _logits(sequences: Sequences, read: "Beginnings") -> tuple[Tensor, Tensor]:
     """Return the logits of all completion tokens, `(N, V)`, and the tokens, `(N, 1)`."""
+    beginning = common_beginning(sequences)
+    if len(beginning) >= read.length + LEAST_SHARED:
+        read = read.continued([beginning])
     if prompts := _shared_prompts(sequences):
         read = read.continued(prompts)
     logits_at: list[tuple[int, int]] = []
@@ -108,7 +125,10 @@ def _logits(sequences: Sequences, read: "Beginnings") -> tuple[Tensor, Tensor]:
 
 
 class Beginnings:
-    """What a model has read, each beginning a row; texts go on from the longest one they have."""
+    """What a model has read, each beginning a row; texts go on from the longest one they have.
+
+    Made and used by the engine's thread alone; nothing of it changes once it is made.
+    """
 
     def __init__(
         self, forward: Forward, new_rows: Callable[[], Rows], adapter: Adapter | None
@@ -147,13 +167,13 @@ class Beginnings:
             ids.append(row.tokens[row.length :])
         return rows, ids
 
-    def of_all(self, sequences: Sequences) -> "Beginnings":
-        """Return what is known once what all prompts begin with is read, if it is worth it."""
-        beginning = _common_beginning(sequences)
-        return self.continued([beginning]) if beginning else self
+    @property
+    def length(self) -> int:
+        """Tokens of the longest beginning."""
+        return 0 if self._rows is None else max(row.length for row in self._rows.all())
 
     def continued(self, beginnings: Sequence[Sequence[int]]) -> "Beginnings":
-        """Return what is known once `beginnings` are read too, these alone."""
+        """Read `beginnings`, which all go on from the same one, and return these alone."""
         after = Beginnings(self.forward, self._new_rows, self._adapter)
         # One token at least is left to be read.
         limits = [len(beginning) - 1 for beginning in beginnings]
@@ -162,16 +182,6 @@ class Beginnings:
         for row in after._rows.all():
             row.length = len(row.tokens)
         return after
-
-
-def _common_beginning(sequences: Sequences) -> list[int]:
-    """Return what different prompts begin with, at least a token of each left over; or nothing."""
-    prompts = [prompt[:-2] for prompt in {tuple(prompt) for prompt, _ in sequences}]
-    if len(prompts) < 2:
-        return []
-    differs = (len(set(tokens)) > 1 for tokens in zip(*prompts, strict=False))
-    length = next((index for index, differ in enumerate(differs) if differ), min(map(len, prompts)))
-    return list(prompts[0][:length]) if length >= LEAST_SHARED else []
 
 
 def _shared_prompts(sequences: Sequences) -> list[Sequence[int]]:

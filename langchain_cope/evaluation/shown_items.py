@@ -4,7 +4,8 @@ This is what personalization without training does, and what an adapter has to b
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from langchain_cope.evaluation.ways import Shown
 from langchain_cope.history.items import Item
@@ -15,51 +16,74 @@ if TYPE_CHECKING:
 
 NUM_RETRIEVED = 3
 
-Question: TypeAlias = "tuple[Sequence[Message], int]"
-"""The messages to answer, and the tokens of the context that stay free for the answer."""
+ABOUT_AS_MANY = 1.1
+"""A question is shown as many of the newest as another, where no more than so many times fit."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and the room that its answer needs."""
+
+    messages: "Sequence[Message]"
+    answer: int
+    """Tokens of the context that stay free."""
 
 
 class OwnItems:
-    """One user's items, oldest first, and the prompts that show some of them."""
+    """One user's items, oldest first, and the user's questions after some of them."""
 
-    def __init__(self, base: "Base", items: Sequence[Item]) -> None:
+    def __init__(self, base: "Base", items: Sequence[Item], questions: Sequence[Question]) -> None:
         self._base = base
         self._items = items
+        self._questions = questions
+        self._prompts: dict[Shown, list[list[Message]]] = {}
 
-    def prompts(self, questions: Sequence[Question], shown: Shown) -> "list[list[Message]]":
-        """Return each question after the items that `shown` chooses, as far as they fit.
+    def prompts(self, shown: Shown) -> "list[list[Message]]":
+        """Return each question after the items that `shown` chooses, as far as they fit."""
+        messages = [question.messages for question in self._questions]
+        if shown is Shown.NOTHING:
+            return list(map(list, messages))
+        if shown not in self._prompts:
+            is_newest = shown is Shown.NEWEST
+            chosen = self._newest() if is_newest else list(map(self._retrieved, self._questions))
+            self._prompts[shown] = list(map(_with_items, messages, chosen))
+        return self._prompts[shown]
 
-        The newest are the same for all questions: an engine reads them once.
+    def _newest(self) -> list[Sequence[Item]]:
+        """Return as many of the newest as fit, the same for questions with room for about as many.
+
+        An engine then reads them once for all of these.
         """
-        if shown is Shown.NEWEST:
-            newest = self._newest(questions)
-            return [_with_items(messages, newest) for messages, _ in questions]
-        if shown is Shown.RETRIEVED:
-            return [_with_items(question[0], self._retrieved(question)) for question in questions]
-        return [list(messages) for messages, _ in questions]
+        counts = [self._num_fitting(question) for question in self._questions]
+        shared = {0: 0}
+        common = 0
+        for count in sorted(counts):
+            if count > ABOUT_AS_MANY * common:
+                common = count
+            shared[count] = common
+        return [self._items[len(self._items) - shared[count] :] for count in counts]
 
-    def _newest(self, questions: Sequence[Question]) -> Sequence[Item]:
-        """Return as many of the newest as fit with every question."""
+    def _num_fitting(self, question: Question) -> int:
+        """Return how many of the newest items fit."""
         low, high = 0, len(self._items)  # `low` fit, more than `high` do not
         while low < high:
             middle = (low + high + 1) // 2
-            if all(self._fits(self._items[-middle:], question) for question in questions):
+            if self._fits(self._items[-middle:], question):
                 low = middle
             else:
                 high = middle - 1
-        return self._items[-low:] if low else []
+        return low
 
     def _retrieved(self, question: Question) -> Sequence[Item]:
-        """Return the items most like `question` that fit, the most alike last."""
-        chosen = most_alike(self._items, _last_text(question[0]), NUM_RETRIEVED)
+        """Return the items most like the question that fit, the most alike last."""
+        chosen = most_alike(self._items, _last_text(question.messages), NUM_RETRIEVED)
         while chosen and not self._fits(chosen, question):
             chosen = chosen[1:]
         return chosen
 
     def _fits(self, items: Sequence[Item], question: Question) -> bool:
-        messages, answer = question
-        prompt = self._base.prompt_ids(_with_items(messages, items))
-        return len(prompt) + answer <= self._base.context
+        prompt = self._base.prompt_ids(_with_items(question.messages, items))
+        return len(prompt) + question.answer <= self._base.context
 
 
 def _with_items(question: "Sequence[Message]", items: Sequence[Item]) -> "list[Message]":

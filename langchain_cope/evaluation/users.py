@@ -18,7 +18,6 @@ from langchain_cope.engine import (
     Base,
     Completion,
     Engine,
-    Message,
     Request,
     Sampling,
     give_back,
@@ -26,7 +25,7 @@ from langchain_cope.engine import (
 from langchain_cope.errors import HistoryError, InputError
 from langchain_cope.evaluation.comparison import check_has_queries
 from langchain_cope.evaluation.evaluate import over_all_tokens
-from langchain_cope.evaluation.shown_items import OwnItems
+from langchain_cope.evaluation.shown_items import ABOUT_AS_MANY, OwnItems, Question
 from langchain_cope.evaluation.user_job import Answer, UserJob, digest_of, home_of, identity_of
 from langchain_cope.evaluation.ways import Shown, Way
 from langchain_cope.history.items import UserHistory
@@ -184,13 +183,18 @@ class Comparison:
                 f"user {user.user_id!r:.80}: none of {len(user.queries)} queries can be judged: "
                 f"{'; '.join(notes)}"
             )
+        longest = recipe.max_new_tokens or 0
+        questions = [
+            Question(example.item.messages, max(longest, len(example.completion_ids)))
+            for example in examples
+        ]
         return UserJob(
             history=user,
             recipe=recipe,
             examples=examples,
             base=identity_of(base),
             home=home_of(folder, user),
-            own=OwnItems(base, user.items),
+            own=OwnItems(base, user.items, questions),
             notes=[*user.notes, *notes],
         )
 
@@ -221,11 +225,16 @@ class Comparison:
     def _key(self, job: UserJob, way: Way) -> str:
         """Return what stands for a way in a user's file: equal where the work is the same."""
         strength = asdict(self._strength(job)) if way.contrastive else None
+        shown = {
+            Shown.NOTHING: None,
+            Shown.RETRIEVED: job.shown,
+            Shown.NEWEST: [job.shown, ABOUT_AS_MANY],
+        }
         return digest_of(
             asdict(way),
             identity_of(self._engine(way).base),
             job.asked,
-            job.shown if way.shown is not Shown.NOTHING else None,
+            shown[way.shown],
             self._owner(job, way).trained_by(way.adapter) if way.adapter else None,
             strength,
         )
@@ -235,23 +244,13 @@ class Comparison:
         fingerprint = self._trained.base.fingerprint()
         return strength_for(fingerprint, job.recipe.alpha, job.recipe.tau)
 
-    def _prompts(self, job: UserJob, way: Way) -> list[list[Message]]:
-        """Return what the way asks, for each example."""
-        longest = job.recipe.max_new_tokens or 0
-        questions = [
-            (example.item.messages, max(longest, len(example.completion_ids)))
-            for example in job.examples
-        ]
-        return job.own.prompts(questions, way.shown)
-
     def _sequences(self, job: UserJob, way: Way) -> list[tuple[list[int], list[int]]]:
         """Return each prompt, and what the user wrote, as token ids."""
         if way.shown is Shown.NOTHING:
             return [(example.prompt_ids, example.completion_ids) for example in job.examples]
-        prompts = self._prompts(job, way)
         return [
             (encode(self._trained.base, prompt, example.item.completion)[0], example.completion_ids)
-            for prompt, example in zip(prompts, job.examples, strict=True)
+            for prompt, example in zip(job.own.prompts(way.shown), job.examples, strict=True)
         ]
 
     def _plan(self, engine: Engine) -> list[tuple[UserJob, list[list[Way]]]]:
@@ -307,12 +306,11 @@ class Comparison:
         adapters = {
             folder: self._trained.load_adapter(folder) for folder in folders.values() if folder
         }
-        prompts = {group[0]: self._prompts(job, group[0]) for group in groups}
         for index, example in enumerate(job.examples):
             for group in groups:
                 way = group[0]
                 bare = base.prompt_ids(example.item.messages)
-                prompt = base.prompt_ids(prompts[way][index])
+                prompt = base.prompt_ids(job.own.prompts(way.shown)[index])
                 most = max(way.samples for way in group)
                 for number in range(most):
                     yield Request(

@@ -16,7 +16,7 @@ class Shown(StrEnum):
 
     NOTHING = "nothing"
     NEWEST = "newest"
-    """As many of the newest as the context holds."""
+    """As many of the newest as the context holds, the same for questions of about a length."""
     RETRIEVED = "retrieved"
     """The few that are most like the question."""
 

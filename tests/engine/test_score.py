@@ -106,8 +106,22 @@ def test_a_prompt_of_several_completions_is_read_once(
         )
 
 
+BEGIN_ALIKE = [([*tokens(60, 7), *tokens(9, seed)], tokens(5, seed)) for seed in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "max_tokens", "expected_reads"),
+    [
+        (BEGIN_ALIKE, 80, [60, 13, 13, 13, 13]),
+        # Of all together nothing is shared, but in the first two groups of two.
+        ([*BEGIN_ALIKE, (tokens(9, 8), tokens(5, 8))], 160, [60, 26, 60, 26, 13]),
+    ],
+)
 @pytest.mark.parametrize("with_adapter", [False, True])
-def test_what_all_prompts_begin_with_is_read_once(
+def test_what_prompts_begin_with_is_read_once(
+    sequences: list[tuple[list[int], list[int]]],
+    max_tokens: int,
+    expected_reads: list[int],
     with_adapter: bool,
     tiny: Tiny,
     adapter: Tiny,
@@ -117,19 +131,16 @@ def test_what_all_prompts_begin_with_is_read_once(
     base, engine = tiny("llama"), engine_for(tiny("llama"))
     folder = adapter(base, seed=1)
     owner = engine.load_adapter(folder) if with_adapter else None
-    beginning = tokens(60, 7)
-    sequences = [([*beginning, *tokens(9, seed)], tokens(5, seed)) for seed in range(3)]
-    monkeypatch.setattr(scoring, "MAX_TOKENS", 80)  # each in a forward of its own
-    with before_each_forward(engine, lambda inputs: read.append(inputs.ids.numel())):
-        read: list[int] = []
+    monkeypatch.setattr(scoring, "MAX_TOKENS", max_tokens)
+    reads: list[int] = []
+    with before_each_forward(engine, lambda inputs: reads.append(inputs.ids.numel())):
         scores = engine.score(sequences, owner)
-    assert read == [60, 13, 13, 13]
+    assert reads == expected_reads
     reference = Reference(base, folder)
     for (prompt, completion), row in zip(sequences, scores, strict=True):
         torch.testing.assert_close(
             row.double(), expected(reference, prompt, completion, with_adapter), atol=2e-4, rtol=0
         )
-    assert engine.score([]) == []
 
 
 def test_an_answer_that_begins_like_a_longer_prompt_is_scored_whole(engine: Engine) -> None:
@@ -212,15 +223,19 @@ def test_a_sequence_may_fill_the_context_but_not_exceed_it(engine: Engine) -> No
     assert (caught.value.num_tokens, caught.value.context) == (257, 256)
 
 
+@pytest.mark.parametrize("sequences", [SEQUENCES, BEGIN_ALIKE], ids=["unlike", "begin alike"])
 def test_contrasted_scores_equal_an_independent_contrast(
-    tiny: Tiny, adapter: Tiny, engine_for: Callable[..., Engine]
+    sequences: list[tuple[list[int], list[int]]],
+    tiny: Tiny,
+    adapter: Tiny,
+    engine_for: Callable[..., Engine],
 ) -> None:
     base, engine = tiny("llama"), engine_for(tiny("llama"))
     folder = adapter(base, seed=1)
     reference = Reference(base, folder)
     contrasts = [Contrast(0.0, 0.1), Contrast(0.3, 0.1), Contrast(0.8, 0.02)]
-    scores = engine.score_contrasted(SEQUENCES, engine.load_adapter(folder), contrasts)
-    for (prompt, completion), rows in zip(SEQUENCES, scores, strict=True):
+    scores = engine.score_contrasted(sequences, engine.load_adapter(folder), contrasts)
+    for (prompt, completion), rows in zip(sequences, scores, strict=True):
         user, of_base = reference.log_probs([*prompt, *completion])
         places = slice(len(prompt) - 1, -1)
         chosen = torch.tensor(completion).unsqueeze(-1)

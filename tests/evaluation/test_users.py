@@ -11,10 +11,11 @@ from training.tiny import Heard
 
 from langchain_cope.engine import WEIGHTS, Engine, Request, load_base
 from langchain_cope.errors import Cancelled, HistoryError, InputError
+from langchain_cope.evaluation import shown_items
 from langchain_cope.evaluation.adapter_matrix import score_adapters
 from langchain_cope.evaluation.grid import SETTINGS, answer_grid, measure_grid
 from langchain_cope.evaluation.measures import measure
-from langchain_cope.evaluation.shown_items import NUM_RETRIEVED, OwnItems
+from langchain_cope.evaluation.shown_items import NUM_RETRIEVED, OwnItems, Question
 from langchain_cope.evaluation.user_job import RESULTS
 from langchain_cope.evaluation.users import Comparison, _best
 from langchain_cope.evaluation.voice import VoiceScale
@@ -246,7 +247,7 @@ def test_items_like_the_question_are_retrieved(engine: Engine) -> None:
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "Write of the red boat."},
     ]
-    (prompt,) = OwnItems(engine.base, items).prompts([(question, 8)], Shown.RETRIEVED)
+    (prompt,) = OwnItems(engine.base, items, [Question(question, 8)]).prompts(Shown.RETRIEVED)
     assert prompt[0] == question[0]
     assert prompt[-1] == question[-1]
     shown = [message["content"] for message in prompt if message["role"] == "assistant"]
@@ -283,7 +284,7 @@ def test_half_of_the_bases_layers_are_contrasted_with(
 def test_as_many_of_the_newest_are_shown_as_fit(engine: Engine) -> None:
     items = [Item(prompt=f"Say {n}.", completion="word " * 8) for n in range(40)]
     question = [{"role": "user", "content": "Say it."}]
-    (prompt,) = OwnItems(engine.base, items).prompts([(question, 8)], Shown.NEWEST)
+    (prompt,) = OwnItems(engine.base, items, [Question(question, 8)]).prompts(Shown.NEWEST)
     num_shown = sum(message["role"] == "assistant" for message in prompt)
     assert 0 < num_shown < 40
     assert prompt[0]["content"] == f"Say {40 - num_shown}."
@@ -293,15 +294,19 @@ def test_as_many_of_the_newest_are_shown_as_fit(engine: Engine) -> None:
     assert len(engine.base.prompt_ids(more)) + 8 > engine.base.context
 
 
-def test_all_questions_show_the_same_newest_items(engine: Engine) -> None:
-    items = [Item(prompt=f"Say {n}.", completion="word " * 8) for n in range(40)]
-    short = [{"role": "user", "content": "Say it."}]
-    long = [{"role": "user", "content": "Say it. " * 12}]
-    own = OwnItems(engine.base, items)
-    together = own.prompts([(short, 8), (long, 8)], Shown.NEWEST)
+def test_questions_with_room_for_about_as_many_show_the_same_newest_items(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shown_items, "ABOUT_AS_MANY", 1.5)  # few fit this base's context
+    items = [Item(prompt=f"Say {n}.", completion="word " * 2) for n in range(60)]
+    asked = [
+        Question([{"role": "user", "content": "Say it. " * length}], 8) for length in (1, 8, 24)
+    ]
+    most = [OwnItems(engine.base, items, [each]).prompts(Shown.NEWEST)[0] for each in asked]
+    assert len(most[0]) > len(most[1]) > 1.5 * len(most[2]) > 1.5
+    together = OwnItems(engine.base, items, asked).prompts(Shown.NEWEST)
     assert together[0][:-1] == together[1][:-1]
-    assert [together[1]] == own.prompts([(long, 8)], Shown.NEWEST)
-    assert len(together[0]) < len(own.prompts([(short, 8)], Shown.NEWEST)[0])
+    assert together[1:] == most[1:]
 
 
 def test_what_cannot_be_compared_is_refused(engine: Engine, tmp_path: Path) -> None:
