@@ -25,7 +25,7 @@ BEGINNING = """\
 
 <!-- Written by docs/generate_cli.py: do not edit, run `make docs-cli`. -->
 
-`pip install langchain-cope` brings the command `cope-lc`. Each command shows its options and an
+The package brings the command `cope-lc`. Each command shows its options and an
 example with `--help`.
 
 | Exit code | Meaning |

@@ -1,6 +1,6 @@
 """Two users over HTTP with OpenAI's own client: each is answered in a voice of their own.
 
-pip install "langchain-cope[serve]" openai
+pip install '.[gguf,serve]' openai    (in a checkout)
 cope-lc serve                                  # in another terminal
 python openai_client.py http://127.0.0.1:8000/v1 alice bob
 """
