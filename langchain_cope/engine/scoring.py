@@ -127,7 +127,7 @@ def _logits(sequences: Sequences, read: "Beginnings") -> tuple[Tensor, Tensor]:
 class Beginnings:
     """What a model has read, each beginning a row; texts go on from the longest one they have.
 
-    Made and used by the engine's thread alone; nothing of it changes once it is made.
+    It reads on the engine's thread, and nothing of it changes once it is made.
     """
 
     def __init__(
