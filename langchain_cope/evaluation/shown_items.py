@@ -5,6 +5,7 @@ This is what personalization without training does, and what an adapter has to b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from langchain_cope.evaluation.ways import Shown
@@ -36,19 +37,16 @@ class OwnItems:
         self._base = base
         self._items = items
         self._questions = questions
-        self._prompts: dict[Shown, list[list[Message]]] = {}
 
     def prompts(self, shown: Shown) -> "list[list[Message]]":
         """Return each question after the items that `shown` chooses, as far as they fit."""
         messages = [question.messages for question in self._questions]
         if shown is Shown.NOTHING:
             return list(map(list, messages))
-        if shown not in self._prompts:
-            is_newest = shown is Shown.NEWEST
-            chosen = self._newest() if is_newest else list(map(self._retrieved, self._questions))
-            self._prompts[shown] = list(map(_with_items, messages, chosen))
-        return self._prompts[shown]
+        chosen = self._newest if shown is Shown.NEWEST else self._retrieved
+        return list(map(_with_items, messages, chosen))
 
+    @cached_property
     def _newest(self) -> list[Sequence[Item]]:
         """Return as many of the newest as fit, the same for questions with room for about as many.
 
@@ -74,8 +72,12 @@ class OwnItems:
                 high = middle - 1
         return low
 
-    def _retrieved(self, question: Question) -> Sequence[Item]:
-        """Return the items most like the question that fit, the most alike last."""
+    @cached_property
+    def _retrieved(self) -> list[Sequence[Item]]:
+        """Return the items most like each question that fit, the most alike last."""
+        return list(map(self._most_alike, self._questions))
+
+    def _most_alike(self, question: Question) -> Sequence[Item]:
         chosen = most_alike(self._items, _last_text(question.messages), NUM_RETRIEVED)
         while chosen and not self._fits(chosen, question):
             chosen = chosen[1:]

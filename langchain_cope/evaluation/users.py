@@ -306,11 +306,12 @@ class Comparison:
         adapters = {
             folder: self._trained.load_adapter(folder) for folder in folders.values() if folder
         }
+        prompts = {group[0]: job.own.prompts(group[0].shown) for group in groups}
         for index, example in enumerate(job.examples):
             for group in groups:
                 way = group[0]
                 bare = base.prompt_ids(example.item.messages)
-                prompt = base.prompt_ids(job.own.prompts(way.shown)[index])
+                prompt = base.prompt_ids(prompts[way][index])
                 most = max(way.samples for way in group)
                 for number in range(most):
                     yield Request(
